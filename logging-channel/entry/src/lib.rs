@@ -1,0 +1,1 @@
+//! Log entries of vmft.

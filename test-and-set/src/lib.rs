@@ -1,0 +1,1 @@
+//! The test-and-set store of vmft.

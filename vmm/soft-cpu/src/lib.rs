@@ -1,0 +1,1 @@
+//! A deterministic x86-64 CPU.
