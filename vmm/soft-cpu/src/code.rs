@@ -1,0 +1,113 @@
+//! Decoded code, cached by physical address.
+//!
+//! The cache is invisible to the guest. A block belongs to one page of RAM and is valid as long as that page's
+//! generation is the one it was decoded in; whatever writes to decoded bytes, through whatever alias, moves the
+//! generation on. Instructions that cross a page are not cached, for where their second half lies depends on
+//! the linear address.
+
+use crate::decode::{Decoded, LENGTH_MAX, Place, decode};
+use crate::insn::Insn;
+
+/// Slots of the direct-mapped table of blocks.
+const SLOTS: usize = 1 << 15;
+/// Instructions kept before everything is dropped and decoded anew: bounds the memory, 32 bytes each.
+const INSNS_MAX: usize = 1 << 19;
+/// Instructions in a block.
+const BLOCK_MAX: usize = 64;
+
+/// A straight run of instructions within one page.
+#[derive(Clone, Copy)]
+pub(crate) struct Block {
+    /// RAM offset of its first byte.
+    start: usize,
+    /// Generation of its page when it was decoded.
+    generation: u32,
+    /// Where its instructions are in the arena.
+    first: u32,
+    /// How many.
+    pub(crate) count: u16,
+    /// Bytes.
+    pub(crate) len: u16,
+}
+
+/// All blocks, with the generation of each page.
+pub(crate) struct CodeCache {
+    table: Vec<Block>,
+    insns: Vec<Insn>,
+    generations: Vec<u32>,
+}
+
+const NOTHING: Block = Block { start: usize::MAX, generation: 0, first: 0, count: 0, len: 0 };
+
+impl CodeCache {
+    pub(crate) fn new(pages: usize) -> CodeCache {
+        CodeCache { table: vec![NOTHING; SLOTS], insns: Vec::new(), generations: vec![0; pages] }
+    }
+
+    /// The instructions of a block.
+    #[inline(always)]
+    pub(crate) fn insns(&self, b: &Block) -> &[Insn] {
+        self.insns.get(b.first as usize..b.first as usize + b.count as usize).unwrap_or_default()
+    }
+
+    /// The block that starts at RAM offset `start`, if it is cached and valid.
+    #[inline(always)]
+    pub(crate) fn find(&self, start: usize) -> Option<Block> {
+        let b = self.table[slot(start)];
+        (b.start == start && self.generations[start / 4096] == b.generation).then_some(b)
+    }
+
+    /// Decodes the block at RAM offset `start` and marks the bytes in its page's `chunks` (64 bytes a bit).
+    /// `None` when its first instruction crosses the page.
+    pub(crate) fn decode(&mut self, ram: &[u8], start: usize, chunks: &mut u64) -> Option<Block> {
+        if self.insns.len() > INSNS_MAX {
+            self.clear();
+        }
+        let page_end = ((start | 4095) + 1).min(ram.len());
+        let first = self.insns.len();
+        let mut at = start;
+        while self.insns.len() - first < BLOCK_MAX {
+            let bytes = &ram[at..page_end.min(at + LENGTH_MAX)];
+            let Decoded::Insn(insn, place) = decode(bytes, (at - start) as u16) else { break };
+            if place == Place::Alone && at != start {
+                break;
+            }
+            self.insns.push(insn);
+            at += (insn.len as usize).max(1);
+            if place != Place::Middle {
+                break;
+            }
+        }
+        let count = self.insns.len() - first;
+        if count == 0 {
+            return None;
+        }
+        for chunk in start % 4096 / 64..=(at - 1 - start / 4096 * 4096).min(4095) / 64 {
+            *chunks |= 1 << chunk;
+        }
+        let b = Block {
+            start,
+            generation: self.generations[start / 4096],
+            first: first as u32,
+            count: count as u16,
+            len: (at - start) as u16,
+        };
+        self.table[slot(start)] = b;
+        Some(b)
+    }
+
+    /// Drops the code of a page.
+    pub(crate) fn invalidate(&mut self, page: usize) {
+        self.generations[page] = self.generations[page].wrapping_add(1);
+    }
+
+    fn clear(&mut self) {
+        self.table.fill(NOTHING);
+        self.insns.clear();
+    }
+}
+
+#[inline(always)]
+fn slot(start: usize) -> usize {
+    (start ^ start >> 15) % SLOTS
+}

@@ -1,0 +1,18 @@
+//! What each instruction does: one function for each form, chosen at decode time.
+//!
+//! A family of instructions is a module with a function `select(&Instruction, &mut Insn) -> Option<Place>` that
+//! sets [`Insn::exec`] (and adjusts operands where the general rules of [`crate::decode`] do not fit) for the
+//! instructions that it implements. An instruction that no family claims is #UD.
+
+pub mod alu;
+
+use iced_x86::Instruction;
+
+use crate::decode::Place;
+use crate::insn::Insn;
+
+/// Chooses the handler of an instruction, `None` when it is not implemented.
+pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
+    let families = [alu::select];
+    families.iter().find_map(|select| select(ins, insn))
+}

@@ -1,0 +1,77 @@
+//! Why the CPU stops: exits to the machine, and stops of one instruction.
+
+/// Why [`crate::SoftCpu::run`] returned. Sizes are in bytes; values are zero-extended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// [`crate::RunLimit::until`] instructions have retired.
+    Reached,
+    /// Another thread asked for a stop; the CPU is at an instruction boundary.
+    Kicked,
+    /// [`crate::RunLimit::interrupt_window`] was set and the CPU can take an interrupt now.
+    InterruptWindow,
+    /// HLT retired. The CPU stays halted until an interrupt is injected.
+    Hlt,
+    /// The guest reads a port. Answer with [`crate::SoftCpu::complete`].
+    PioIn {
+        /// Port number.
+        port: u16,
+        /// 1, 2 or 4.
+        size: u8,
+    },
+    /// The guest writes a port. Acknowledge with [`crate::SoftCpu::complete`] (the value is ignored).
+    PioOut {
+        /// Port number.
+        port: u16,
+        /// 1, 2 or 4.
+        size: u8,
+        /// What is written.
+        value: u32,
+    },
+    /// The guest reads physical memory outside RAM. Answer with [`crate::SoftCpu::complete`].
+    MmioRead {
+        /// Guest-physical address.
+        addr: u64,
+        /// 1, 2, 4 or 8; the access does not cross a page.
+        size: u8,
+    },
+    /// The guest writes physical memory outside RAM. Acknowledge with [`crate::SoftCpu::complete`].
+    MmioWrite {
+        /// Guest-physical address.
+        addr: u64,
+        /// 1, 2, 4 or 8; the access does not cross a page.
+        size: u8,
+        /// What is written.
+        value: u64,
+    },
+    /// Triple fault: the CPU can only be reset.
+    Shutdown,
+}
+
+/// A fault of the guest, to be delivered through its IDT (SDM 3A 6.15).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// Vector, 0 to 31.
+    pub vector: u8,
+    /// Error code, for the vectors that push one.
+    pub error: Option<u32>,
+}
+
+/// Why an instruction did not simply finish. Details are in the [`crate::Cpu`], so that a `Result<(), Stop>`
+/// is one byte. Whatever is returned, an instruction that returns an error has changed nothing but what a
+/// second execution would repeat or what `REP` has committed iteration by iteration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Stop {
+    /// `Cpu::fault` is to be delivered; the instruction does not retire.
+    Fault,
+    /// `Cpu::io` is to be answered, then the instruction runs again.
+    Io,
+    /// A store would change decoded code; the run loop drops that code and runs the instruction again.
+    CodeWrite,
+    /// A `REP` instruction used up its budget: its iterations are counted, RIP stays on it.
+    Again,
+    /// HLT: retires, then the CPU halts.
+    Halt,
+    /// The CPU cannot go on (a fault while delivering a double fault).
+    Shutdown,
+}

@@ -1,0 +1,371 @@
+//! Loads and stores by linear address.
+//!
+//! A hit in the fast TLB is a compare and a copy. Everything else (TLB misses, page-crossing accesses, the first
+//! write to a page, stores near decoded code, devices) goes through the slow path, which is exact: a store that
+//! crosses pages checks both before it writes either, and nothing is written by an instruction that will fault
+//! in the same access.
+
+use crate::exit::{Exit, Stop};
+use crate::flags::Flags;
+use crate::insn::{Insn, Int, flag};
+use crate::paging::{Access, is_canonical};
+use crate::state::{Cpu, seg};
+
+const PAGE: usize = 4096;
+
+/// Where a page's bytes are.
+#[derive(Clone, Copy)]
+enum Place {
+    /// At this offset in RAM.
+    Ram(usize),
+    /// At this guest-physical address outside RAM.
+    Device(u64),
+}
+
+impl Cpu {
+    /// Reads an integer at linear address `addr`.
+    #[inline(always)]
+    pub fn load<T: Int>(&mut self, ram: &mut [u8], addr: u64) -> Result<T, Stop> {
+        let e = self.fast.get(self.mode, addr >> 12);
+        let within = addr as usize & (PAGE - 1);
+        if e.read == addr >> 12
+            && within <= PAGE - T::SIZE
+            && let Some(v) = ram.get(e.ram + within..).and_then(T::read)
+        {
+            return Ok(v);
+        }
+        self.load_slow::<T>(ram, addr)
+    }
+
+    /// Writes an integer at linear address `addr`.
+    #[inline(always)]
+    pub fn store<T: Int>(&mut self, ram: &mut [u8], addr: u64, value: T) -> Result<(), Stop> {
+        let e = self.fast.get(self.mode, addr >> 12);
+        let within = addr as usize & (PAGE - 1);
+        if e.write == addr >> 12
+            && within <= PAGE - T::SIZE
+            && let Some(b) = ram.get_mut(e.ram + within..)
+            && value.write(b).is_some()
+        {
+            return Ok(());
+        }
+        self.store_slow::<T>(ram, addr, value)
+    }
+
+    /// Reads 16 bytes; no alignment is asked for.
+    #[inline(always)]
+    pub fn load_u128(&mut self, ram: &mut [u8], addr: u64) -> Result<u128, Stop> {
+        let e = self.fast.get(self.mode, addr >> 12);
+        let within = addr as usize & (PAGE - 1);
+        if e.read == addr >> 12
+            && within <= PAGE - 16
+            && let Some(b) = ram.get(e.ram + within..).and_then(|r| r.first_chunk())
+        {
+            return Ok(u128::from_le_bytes(*b));
+        }
+        let mut b = [0; 16];
+        self.load_bytes(ram, addr, &mut b)?;
+        Ok(u128::from_le_bytes(b))
+    }
+
+    /// Writes 16 bytes; no alignment is asked for.
+    #[inline(always)]
+    pub fn store_u128(&mut self, ram: &mut [u8], addr: u64, value: u128) -> Result<(), Stop> {
+        let e = self.fast.get(self.mode, addr >> 12);
+        let within = addr as usize & (PAGE - 1);
+        if e.write == addr >> 12
+            && within <= PAGE - 16
+            && let Some(b) = ram.get_mut(e.ram + within..).and_then(|r| r.first_chunk_mut())
+        {
+            *b = value.to_le_bytes();
+            return Ok(());
+        }
+        self.store_bytes(ram, addr, &value.to_le_bytes())
+    }
+
+    /// Reads the instruction's memory operand.
+    #[inline(always)]
+    pub fn load_operand<T: Int>(&mut self, ram: &mut [u8], i: &Insn) -> Result<T, Stop> {
+        let addr = self.ea(i);
+        match self.load(ram, addr) {
+            Ok(v) => Ok(v),
+            Err(stop) => Err(self.operand_fault(i, stop)),
+        }
+    }
+
+    /// Writes the instruction's memory operand.
+    #[inline(always)]
+    pub fn store_operand<T: Int>(&mut self, ram: &mut [u8], i: &Insn, value: T) -> Result<(), Stop> {
+        let addr = self.ea(i);
+        match self.store(ram, addr, value) {
+            Ok(()) => Ok(()),
+            Err(stop) => Err(self.operand_fault(i, stop)),
+        }
+    }
+
+    /// Reads the memory operand, writes what `f` makes of it, and takes over the flags that `f` gives when the
+    /// write has succeeded. A page that may be read but not written faults as a write, as on hardware.
+    #[inline(always)]
+    pub fn modify_operand<T: Int>(
+        &mut self,
+        ram: &mut [u8],
+        i: &Insn,
+        f: impl FnOnce(&mut Cpu, T) -> (T, Flags),
+    ) -> Result<(), Stop> {
+        let addr = self.ea(i);
+        if self.run_offset(addr, Access::Write).is_none()
+            && let Err(stop) = self.probe_write(ram, addr, T::SIZE)
+        {
+            return Err(self.operand_fault(i, stop));
+        }
+        let old = match self.load(ram, addr) {
+            Ok(v) => v,
+            Err(stop) => return Err(self.operand_fault(i, stop)),
+        };
+        let (new, flags) = f(self, old);
+        self.store(ram, addr, new)?;
+        self.flags = flags;
+        Ok(())
+    }
+
+    #[cold]
+    fn operand_fault(&mut self, i: &Insn, stop: Stop) -> Stop {
+        if i.flags & flag::STACK != 0 { self.stack_fault(stop) } else { stop }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn load_slow<T: Int>(&mut self, ram: &mut [u8], addr: u64) -> Result<T, Stop> {
+        let mut b = [0; 8];
+        self.load_bytes(ram, addr, &mut b[..T::SIZE])?;
+        Ok(T::from_u64(u64::from_le_bytes(b)))
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn store_slow<T: Int>(&mut self, ram: &mut [u8], addr: u64, value: T) -> Result<(), Stop> {
+        self.store_bytes(ram, addr, &value.to_u64().to_le_bytes()[..T::SIZE])
+    }
+
+    /// Reads up to a page of bytes with the rights of the current privilege level.
+    pub fn load_bytes(&mut self, ram: &mut [u8], addr: u64, out: &mut [u8]) -> Result<(), Stop> {
+        let user = self.mode == 1;
+        self.read_linear(ram, addr, out, user)
+    }
+
+    /// Writes up to a page of bytes with the rights of the current privilege level.
+    pub fn store_bytes(&mut self, ram: &mut [u8], addr: u64, bytes: &[u8]) -> Result<(), Stop> {
+        let user = self.mode == 1;
+        self.write_linear(ram, addr, bytes, user)
+    }
+
+    /// Reads as the CPU itself does for descriptor tables, task state and stack frames: with supervisor rights.
+    pub fn load_system<T: Int>(&mut self, ram: &mut [u8], addr: u64) -> Result<T, Stop> {
+        let mut b = [0; 8];
+        self.read_linear(ram, addr, &mut b[..T::SIZE], false)?;
+        Ok(T::from_u64(u64::from_le_bytes(b)))
+    }
+
+    /// Writes with supervisor rights.
+    pub fn store_system<T: Int>(&mut self, ram: &mut [u8], addr: u64, value: T) -> Result<(), Stop> {
+        self.write_linear(ram, addr, &value.to_u64().to_le_bytes()[..T::SIZE], false)
+    }
+
+    /// Checks that `len` bytes (at most a page) at `addr` could be written now, and changes nothing but TLB and
+    /// accessed and dirty bits: for instructions with several stores, of which none may happen when one faults.
+    pub fn probe_write(&mut self, ram: &mut [u8], addr: u64, len: usize) -> Result<(), Stop> {
+        let user = self.mode == 1;
+        self.place(ram, addr, Access::Write, user)?;
+        let last = addr.wrapping_add(len as u64 - 1);
+        if last >> 12 != addr >> 12 {
+            self.place(ram, last & !(PAGE as u64 - 1), Access::Write, user)?;
+        }
+        Ok(())
+    }
+
+    /// Where `REP` string instructions may work on whole runs: the RAM offset of `addr`, when its page is RAM
+    /// and the access is allowed without further ado. For writes the page is also marked written and has no
+    /// decoded code.
+    pub(crate) fn run_offset(&mut self, addr: u64, access: Access) -> Option<usize> {
+        let e = self.fast.get(self.mode, addr >> 12);
+        let tag = if access == Access::Write { e.write } else { e.read };
+        (tag == addr >> 12).then(|| e.ram + (addr as usize & (PAGE - 1)))
+    }
+
+    fn read_linear(&mut self, ram: &mut [u8], addr: u64, out: &mut [u8], user: bool) -> Result<(), Stop> {
+        let first = (PAGE - (addr as usize & (PAGE - 1))).min(out.len());
+        let place = self.place(ram, addr, Access::Read, user)?;
+        let (a, b) = out.split_at_mut(first);
+        if b.is_empty() {
+            return self.read_place(ram, place, a);
+        }
+        let next = self.place(ram, addr.wrapping_add(first as u64), Access::Read, user)?;
+        self.read_place(ram, place, a)?;
+        self.read_place(ram, next, b)
+    }
+
+    fn write_linear(&mut self, ram: &mut [u8], addr: u64, bytes: &[u8], user: bool) -> Result<(), Stop> {
+        let first = (PAGE - (addr as usize & (PAGE - 1))).min(bytes.len());
+        let place = self.place(ram, addr, Access::Write, user)?;
+        let (a, b) = bytes.split_at(first);
+        if b.is_empty() {
+            return self.write_place(ram, place, a);
+        }
+        let next = self.place(ram, addr.wrapping_add(first as u64), Access::Write, user)?;
+        // Neither half may be written when the other has to be run again.
+        self.check_code(place, a.len())?;
+        self.check_code(next, b.len())?;
+        self.write_place(ram, place, a)?;
+        self.write_place(ram, next, b)
+    }
+
+    fn place(&mut self, ram: &mut [u8], addr: u64, access: Access, user: bool) -> Result<Place, Stop> {
+        if !is_canonical(addr) {
+            return self.general_protection(0);
+        }
+        let entry = self.translate(ram, addr, access, user)?;
+        let frame = entry.frame & 0x000f_ffff_ffff_f000;
+        let within = addr as usize & (PAGE - 1);
+        let Some(offset) = self.ram_offset(frame) else {
+            return Ok(Place::Device(frame + within as u64));
+        };
+        if user == (self.mode == 1) {
+            self.accelerate(addr >> 12, offset, access);
+        }
+        Ok(Place::Ram(offset + within))
+    }
+
+    /// Lets the next access to this page take the fast path.
+    fn accelerate(&mut self, page: u64, ram: usize, access: Access) {
+        let plain = self.code_chunks.get(ram / PAGE) == Some(&0);
+        if access == Access::Write {
+            self.mark_written(ram);
+        }
+        let e = self.fast.get_mut(self.mode, page);
+        e.ram = ram;
+        e.read = page;
+        if access == Access::Write && plain {
+            e.write = page;
+        }
+    }
+
+    fn read_place(&mut self, ram: &[u8], place: Place, out: &mut [u8]) -> Result<(), Stop> {
+        match place {
+            Place::Ram(at) => match ram.get(at..at + out.len()) {
+                Some(b) => out.copy_from_slice(b),
+                None => out.fill(0xff),
+            },
+            Place::Device(addr) => {
+                let size = device_size(out.len());
+                for (n, piece) in out.chunks_mut(size).enumerate() {
+                    let addr = addr + (n * size) as u64;
+                    let v = self.ask(Exit::MmioRead { addr, size: size as u8 })?;
+                    piece.copy_from_slice(&v.to_le_bytes()[..size]);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn write_place(&mut self, ram: &mut [u8], place: Place, bytes: &[u8]) -> Result<(), Stop> {
+        match place {
+            Place::Ram(at) => self.write_ram(ram, at, bytes)?,
+            Place::Device(addr) => {
+                let size = device_size(bytes.len());
+                for (n, piece) in bytes.chunks(size).enumerate() {
+                    let addr = addr + (n * size) as u64;
+                    let mut v = [0; 8];
+                    v[..size].copy_from_slice(piece);
+                    self.ask(Exit::MmioWrite { addr, size: size as u8, value: u64::from_le_bytes(v) })?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Leaves the CPU with a question, or gives the answer when the instruction runs again with it.
+    pub(crate) fn ask(&mut self, question: Exit) -> Result<u64, Stop> {
+        let r = &mut self.io_replies;
+        if r.used < r.values.len() {
+            r.used += 1;
+            return Ok(r.values[r.used - 1]);
+        }
+        self.io = question;
+        Err(Stop::Io)
+    }
+
+    /// Writes bytes within one page of RAM.
+    pub(crate) fn write_ram(&mut self, ram: &mut [u8], at: usize, bytes: &[u8]) -> Result<(), Stop> {
+        self.check_code(Place::Ram(at), bytes.len())?;
+        if let Some(b) = ram.get_mut(at..at + bytes.len()) {
+            b.copy_from_slice(bytes);
+            self.mark_written(at);
+        }
+        Ok(())
+    }
+
+    /// Before a write: is there decoded code? Then its page is noted, and unless such writes are allowed now the
+    /// instruction has to be run again when the code is dropped.
+    fn check_code(&mut self, place: Place, len: usize) -> Result<(), Stop> {
+        match place {
+            Place::Ram(at) if self.hits_code(at, len) => {
+                self.code_written.push((at / PAGE) as u32);
+                if self.code_write_allowed { Ok(()) } else { Err(Stop::CodeWrite) }
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Do `len` bytes at RAM offset `at`, all in one page, touch decoded code?
+    fn hits_code(&self, at: usize, len: usize) -> bool {
+        let first = at % PAGE / 64;
+        let last = (at % PAGE + len.max(1) - 1) / 64;
+        let mask = (u64::MAX >> (63 - (last - first).min(63))) << first;
+        self.code_chunks.get(at / PAGE).is_some_and(|chunks| chunks & mask != 0)
+    }
+
+    /// Marks the page at RAM offset `at` as written.
+    #[inline]
+    pub(crate) fn mark_written(&mut self, at: usize) {
+        let page = at / PAGE;
+        let word = &mut self.written[page / 64];
+        if *word & 1 << (page % 64) == 0 {
+            *word |= 1 << (page % 64);
+            self.written_list.push(page as u32);
+        }
+    }
+
+    /// Hands out the pages of RAM written since the last call, in the order of their first write.
+    pub fn take_written(&mut self, mut page: impl FnMut(u32)) {
+        for p in self.written_list.drain(..) {
+            self.written[p as usize / 64] = 0;
+            page(p);
+        }
+        self.fast.forget_writes();
+    }
+
+    /// The stack segment is #SS where others are #GP: turns the fault of an access through RSP or RBP.
+    pub(crate) fn stack_fault(&mut self, stop: Stop) -> Stop {
+        if stop == Stop::Fault && self.fault.vector == 13 {
+            self.fault.vector = 12;
+        }
+        stop
+    }
+
+    /// DPL of SS is the privilege level; sets it.
+    pub(crate) fn set_cpl(&mut self, cpl: u8) {
+        let attr = &mut self.sys.seg[seg::SS].attr;
+        *attr = *attr & !0x60 | (cpl as u16) << 5;
+        self.cpl_changed();
+    }
+}
+
+/// Size of the single accesses that a device access of `len` bytes is made of: whole where it is a size that
+/// the bus has, 8 bytes where it is a multiple of that, else bytes.
+fn device_size(len: usize) -> usize {
+    match len {
+        1 | 2 | 4 | 8 => len,
+        _ if len.is_multiple_of(8) => 8,
+        _ => 1,
+    }
+}

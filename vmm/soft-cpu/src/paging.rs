@@ -1,0 +1,203 @@
+//! 4-level paging (SDM 3A, chapter 5): the walk, its rights, accessed and dirty bits.
+
+use crate::exit::Stop;
+use crate::state::Cpu;
+use crate::tlb::{TlbEntry, right};
+
+/// Bits of a physical address, as CPUID 80000008h says.
+pub const PHYSICAL_BITS: u32 = 40;
+
+/// What a linear address is used for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Data read.
+    Read,
+    /// Data write.
+    Write,
+    /// Instruction fetch.
+    Fetch,
+}
+
+mod pte {
+    pub const PRESENT: u64 = 1 << 0;
+    pub const WRITE: u64 = 1 << 1;
+    pub const USER: u64 = 1 << 2;
+    pub const ACCESSED: u64 = 1 << 5;
+    pub const DIRTY: u64 = 1 << 6;
+    pub const LARGE: u64 = 1 << 7;
+    pub const GLOBAL: u64 = 1 << 8;
+    pub const NO_EXECUTE: u64 = 1 << 63;
+    pub const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+}
+
+mod error {
+    pub const PRESENT: u32 = 1 << 0;
+    pub const WRITE: u32 = 1 << 1;
+    pub const USER: u32 = 1 << 2;
+    pub const RESERVED: u32 = 1 << 3;
+    pub const FETCH: u32 = 1 << 4;
+}
+
+/// CR0.WP.
+const CR0_WP: u64 = 1 << 16;
+/// CR4.PGE.
+const CR4_PGE: u64 = 1 << 7;
+/// EFER.NXE.
+const EFER_NXE: u64 = 1 << 11;
+
+/// Is `addr` canonical (bits 63:47 all alike)?
+#[inline(always)]
+pub fn is_canonical(addr: u64) -> bool {
+    ((addr as i64) << 16 >> 16) as u64 == addr
+}
+
+impl Cpu {
+    /// Translates a canonical linear address through the TLB, filling it on a miss.
+    ///
+    /// `user` says whether the access is a user-mode one (implicit supervisor accesses, as to the IDT, are not).
+    /// Gives the TLB entry, whose rights allow the access.
+    pub(crate) fn translate(
+        &mut self,
+        ram: &mut [u8],
+        addr: u64,
+        access: Access,
+        user: bool,
+    ) -> Result<TlbEntry, Stop> {
+        let page = addr >> 12;
+        let cached = *self.slot(access, page);
+        if cached.holds(page) && self.allows(&cached, access, user) && !needs_dirty(&cached, access) {
+            return Ok(cached);
+        }
+        // A cached entry without the right may be stale: walk again before faulting, as hardware does, and
+        // use what the page tables say now (SDM 3A 5.10.2.3 has a fault invalidate the entry).
+        let entry = self.walk(ram, addr, access, user)?;
+        *self.slot(access, page) = entry;
+        if access != Access::Fetch {
+            self.fast.forget(page);
+        }
+        Ok(entry)
+    }
+
+    /// A cached instruction translation may be used at the current privilege level.
+    #[inline(always)]
+    pub(crate) fn may_fetch(&self, e: &TlbEntry) -> bool {
+        let wanted = if self.mode == 1 { right::USER } else { 0 };
+        e.frame & (right::NO_EXECUTE | wanted) == wanted
+    }
+
+    fn slot(&mut self, access: Access, page: u64) -> &mut TlbEntry {
+        match access {
+            Access::Fetch => self.tlb.code(page),
+            _ => self.tlb.data(page),
+        }
+    }
+
+    fn allows(&self, e: &TlbEntry, access: Access, user: bool) -> bool {
+        if user && e.frame & right::USER == 0 {
+            return false;
+        }
+        match access {
+            Access::Read => true,
+            Access::Write => e.frame & right::WRITE != 0 || !user && self.sys.cr0 & CR0_WP == 0,
+            Access::Fetch => e.frame & right::NO_EXECUTE == 0,
+        }
+    }
+
+    fn walk(&mut self, ram: &mut [u8], addr: u64, access: Access, user: bool) -> Result<TlbEntry, Stop> {
+        let nxe = self.sys.efer & EFER_NXE != 0;
+        let beyond = pte::ADDRESS & !((1 << PHYSICAL_BITS) - 1);
+        let reserved = if nxe { beyond } else { beyond | pte::NO_EXECUTE };
+        let mut table = self.sys.cr3 & pte::ADDRESS;
+        let mut rights = pte::WRITE | pte::USER;
+        let mut no_execute = 0;
+        for level in (0..4u32).rev() {
+            let slot = table + (addr >> (12 + 9 * level) & 511) * 8;
+            // A table outside RAM reads as all ones, so its reserved bits are set: deterministic, as unknown
+            // addresses are.
+            let entry = self.read_physical(ram, slot);
+            if entry & pte::PRESENT == 0 {
+                return self.page_fault(addr, access, user, 0);
+            }
+            let large = level > 0 && entry & pte::LARGE != 0;
+            let misaligned = if large { (1u64 << (12 + 9 * level)) - (1 << 13) } else { 0 };
+            if entry & (reserved | misaligned) != 0 || level == 3 && large {
+                return self.page_fault(addr, access, user, error::PRESENT | error::RESERVED);
+            }
+            rights &= entry;
+            no_execute |= entry & pte::NO_EXECUTE;
+            if level > 0 && !large {
+                self.set_bits(ram, slot, entry, pte::ACCESSED)?;
+                table = entry & pte::ADDRESS;
+                continue;
+            }
+            let inside = (1u64 << (12 + 9 * level)) - 1;
+            let frame = entry & pte::ADDRESS & !inside | addr & inside & !0xfff;
+            let global = if self.sys.cr4 & CR4_PGE != 0 { entry & pte::GLOBAL } else { 0 };
+            let mut e = TlbEntry {
+                page: addr >> 12,
+                frame: frame
+                    | right::VALID
+                    | rights & (pte::WRITE | pte::USER)
+                    | global
+                    | (level as u64) << right::SIZE_SHIFT
+                    | no_execute >> 63 << right::NO_EXECUTE.trailing_zeros(),
+            };
+            if !self.allows(&e, access, user) {
+                return self.page_fault(addr, access, user, error::PRESENT);
+            }
+            let dirty = if access == Access::Write { pte::DIRTY } else { entry & pte::DIRTY };
+            e.frame |= dirty;
+            self.set_bits(ram, slot, entry, pte::ACCESSED | dirty)?;
+            return Ok(e);
+        }
+        unreachable!("level 0 returns")
+    }
+
+    /// Sets accessed and dirty bits. A page table may share a page with code, like any other data.
+    fn set_bits(&mut self, ram: &mut [u8], slot: u64, entry: u64, bits: u64) -> Result<(), Stop> {
+        match self.ram_offset(slot) {
+            Some(at) if entry & bits != bits => self.write_ram(ram, at, &(entry | bits).to_le_bytes()),
+            _ => Ok(()),
+        }
+    }
+
+    #[cold]
+    fn page_fault<T>(&mut self, addr: u64, access: Access, user: bool, code: u32) -> Result<T, Stop> {
+        let mut code = code | if user { error::USER } else { 0 };
+        match access {
+            Access::Write => code |= error::WRITE,
+            Access::Fetch if self.sys.efer & EFER_NXE != 0 => code |= error::FETCH,
+            _ => {}
+        }
+        // The faulting address' cached translation goes (SDM 3A 5.10.4.1, "page faults").
+        let page = addr >> 12;
+        if self.slot(access, page).holds(page) {
+            *self.slot(access, page) = TlbEntry::default();
+        }
+        self.fast.forget(page);
+        self.sys.cr2 = addr;
+        self.raise(14, Some(code))
+    }
+
+    /// After a change of page tables or modes that hardware answers by dropping cached translations.
+    pub(crate) fn flush_tlb(&mut self, keep_global: bool) {
+        self.tlb.flush(keep_global);
+        self.fast.flush();
+    }
+
+    /// INVLPG.
+    pub(crate) fn invalidate_page(&mut self, addr: u64) {
+        self.tlb.invalidate(addr >> 12);
+        self.fast.flush();
+    }
+
+    /// Reads 8 aligned bytes of physical memory; all ones outside RAM.
+    fn read_physical(&self, ram: &[u8], addr: u64) -> u64 {
+        let at = self.ram_offset(addr).and_then(|o| ram.get(o..)?.first_chunk());
+        at.map_or(u64::MAX, |b| u64::from_le_bytes(*b))
+    }
+}
+
+fn needs_dirty(e: &TlbEntry, access: Access) -> bool {
+    access == Access::Write && e.frame & right::DIRTY == 0
+}

@@ -1,0 +1,327 @@
+//! The run loop: blocks of decoded instructions, and what happens between them.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::code::{Block, CodeCache};
+use crate::decode::{Decoded, LENGTH_MAX, decode};
+use crate::exception::Event;
+use crate::exit::{Exit, Stop};
+use crate::flags::bits;
+use crate::insn::Insn;
+use crate::paging::{Access, is_canonical};
+use crate::state::{Cpu, CpuState, RIP_BASE};
+
+/// How far [`SoftCpu::run`] may go.
+#[derive(Clone, Copy, Debug)]
+pub struct RunLimit {
+    /// Stop when this many instructions have retired in all.
+    pub until: u64,
+    /// Stop as soon as an external interrupt could be delivered.
+    pub interrupt_window: bool,
+}
+
+/// A CPU with its cache of decoded code.
+pub struct SoftCpu {
+    cpu: Cpu,
+    code: CodeCache,
+    kick: Arc<AtomicBool>,
+}
+
+impl SoftCpu {
+    /// A CPU for `ram_len` bytes of RAM. It does nothing useful until a state is restored.
+    pub fn new(ram_len: u64) -> SoftCpu {
+        let pages = ram_len.div_ceil(4096) as usize;
+        SoftCpu { cpu: Cpu::new(ram_len), code: CodeCache::new(pages), kick: Arc::default() }
+    }
+
+    /// Runs the guest until there is something to tell. `ram` is all of RAM, as long as promised to `new`.
+    pub fn run(&mut self, ram: &mut [u8], limit: &RunLimit) -> Exit {
+        assert_eq!(ram.len() as u64, self.cpu.ram_len, "RAM has another size than the CPU was made for");
+        if let Some(vector) = self.cpu.interrupt.take() {
+            self.cpu.halted = false;
+            if let Some(exit) = self.deliver(ram, Event::Interrupt(vector)) {
+                return exit;
+            }
+        }
+        if self.cpu.halted {
+            return Exit::Hlt;
+        }
+        loop {
+            let cpu = &self.cpu;
+            if cpu.retired >= limit.until {
+                return Exit::Reached;
+            }
+            if self.kick.load(Ordering::Relaxed) && self.kick.swap(false, Ordering::Acquire) {
+                return Exit::Kicked;
+            }
+            if limit.interrupt_window && cpu.interruptible() {
+                return Exit::InterruptWindow;
+            }
+            let budget = limit.until - cpu.retired;
+            let careful = limit.interrupt_window || cpu.needs_care();
+            let exit = if careful { self.careful_step(ram) } else { self.step(ram, budget) };
+            if let Some(exit) = exit {
+                return exit;
+            }
+        }
+    }
+
+    /// Answers the question that the last [`Exit`] was and finishes its instruction. `None`: it has retired.
+    /// For writes the value is ignored.
+    pub fn complete(&mut self, ram: &mut [u8], value: u64) -> Option<Exit> {
+        self.cpu.io_replies.values.push(value);
+        self.cpu.io_replies.used = 0;
+        let exit = self.careful_step(ram);
+        if !matches!(
+            exit,
+            Some(Exit::PioIn { .. } | Exit::MmioRead { .. } | Exit::PioOut { .. } | Exit::MmioWrite { .. })
+        ) {
+            self.cpu.io_replies.values.clear();
+            self.cpu.io_replies.used = 0;
+        }
+        exit
+    }
+
+    /// Instructions retired since the machine was made.
+    pub fn retired(&self) -> u64 {
+        self.cpu.retired
+    }
+
+    /// HLT has retired and no interrupt has come since.
+    pub fn is_halted(&self) -> bool {
+        self.cpu.halted
+    }
+
+    /// An interrupt may be injected now.
+    pub fn interruptible(&self) -> bool {
+        self.cpu.interruptible()
+    }
+
+    /// Delivers an external interrupt before the next instruction.
+    ///
+    /// # Panics
+    /// When [`SoftCpu::interruptible`] is false.
+    pub fn inject(&mut self, vector: u8) {
+        assert!(self.cpu.interruptible(), "an interrupt was injected that the guest could not take");
+        self.cpu.interrupt = Some(vector);
+    }
+
+    /// When set to true from another thread, [`SoftCpu::run`] returns [`Exit::Kicked`] soon.
+    pub fn kicker(&self) -> Arc<AtomicBool> {
+        self.kick.clone()
+    }
+
+    /// What RDTSC adds to the instructions retired.
+    pub fn set_tsc_offset(&mut self, offset: u64) {
+        self.cpu.tsc_offset = offset;
+    }
+
+    /// The machine has written to page `page` of RAM: code decoded from it is void.
+    pub fn ram_changed(&mut self, page: u32) {
+        if self.cpu.code_chunks[page as usize] != 0 {
+            self.cpu.code_written.push(page);
+            self.drop_written_code();
+        }
+    }
+
+    /// Hands out the pages of RAM that the CPU has written since the last call, in the order of first writes.
+    pub fn take_written(&mut self, page: impl FnMut(u32)) {
+        self.cpu.take_written(page);
+    }
+
+    /// The CPU's state. To be called at an instruction boundary: not between an exit that asks and `complete`.
+    pub fn save(&self) -> CpuState {
+        self.cpu.save()
+    }
+
+    /// Takes over a saved state, and forgets all decoded code.
+    pub fn restore(&mut self, state: &CpuState) {
+        self.cpu.restore(state);
+        let pages = self.cpu.code_chunks.len();
+        self.code = CodeCache::new(pages);
+        self.cpu.code_chunks.fill(0);
+    }
+
+    /// Runs one block, or as much of it as `budget` allows.
+    #[inline(always)]
+    fn step(&mut self, ram: &mut [u8], budget: u64) -> Option<Exit> {
+        let rip = self.cpu.rip;
+        let start = match self.fetch(ram, rip) {
+            Ok(start) => start,
+            Err(stop) => return self.stopped(ram, stop, rip, None),
+        };
+        let block = match self.code.find(start) {
+            Some(block) => block,
+            None => match self.decode_block(ram, start) {
+                Some(block) => block,
+                None => return self.uncached_step(ram, rip, budget),
+            },
+        };
+        self.execute(ram, &block, budget)
+    }
+
+    #[inline(always)]
+    fn execute(&mut self, ram: &mut [u8], block: &Block, budget: u64) -> Option<Exit> {
+        let cpu = &mut self.cpu;
+        let rip = cpu.rip;
+        let count = (block.count as u64).min(budget) as usize;
+        let insns = self.code.insns(block);
+        cpu.regs[RIP_BASE as usize] = rip;
+        cpu.rip = rip.wrapping_add(block.len as u64);
+        cpu.rep_budget = budget;
+        for (done, insn) in insns.iter().take(count).enumerate() {
+            if let Err(stop) = (insn.exec)(cpu, ram, insn) {
+                cpu.retired += done as u64;
+                let insn = *insn;
+                return self.stopped(ram, stop, rip.wrapping_add(insn.offset as u64), Some(insn));
+            }
+        }
+        cpu.retired += count as u64;
+        if let Some(next) = insns.get(count) {
+            cpu.rip = rip.wrapping_add(next.offset as u64);
+        }
+        None
+    }
+
+    /// Runs one instruction with all the checks that a block goes without: interrupt shadow, TF, breakpoints.
+    #[cold]
+    #[inline(never)]
+    fn careful_step(&mut self, ram: &mut [u8]) -> Option<Exit> {
+        self.cpu.shadow = false;
+        let traps = match self.cpu.debug_before() {
+            Ok(traps) => traps,
+            Err(stop) => {
+                let rip = self.cpu.rip;
+                return self.stopped(ram, stop, rip, None);
+            }
+        };
+        let before = self.cpu.retired;
+        let exit = self.step(ram, 1);
+        if self.cpu.retired != before && self.cpu.debug_after(traps) {
+            return self.deliver(ram, Event::Fault).or(exit);
+        }
+        exit
+    }
+
+    /// RAM offset of the instruction at `rip`.
+    #[inline(always)]
+    fn fetch(&mut self, ram: &mut [u8], rip: u64) -> Result<usize, Stop> {
+        let cpu = &mut self.cpu;
+        let page = rip >> 12;
+        let cached = *cpu.tlb.code(page);
+        let entry = if cached.holds(page) && cpu.may_fetch(&cached) {
+            cached
+        } else {
+            if !is_canonical(rip) {
+                return cpu.general_protection(0);
+            }
+            let user = cpu.mode == 1;
+            cpu.translate(ram, rip, Access::Fetch, user)?
+        };
+        match cpu.ram_offset(entry.frame & 0x000f_ffff_ffff_f000) {
+            Some(frame) => Ok(frame + (rip as usize & 4095)),
+            // Outside RAM there is no code: as if 0xff were read, which is no instruction.
+            None => cpu.undefined(),
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn decode_block(&mut self, ram: &[u8], start: usize) -> Option<Block> {
+        let page = start / 4096;
+        let mut chunks = self.cpu.code_chunks[page];
+        let block = self.code.decode(ram, start, &mut chunks);
+        if self.cpu.code_chunks[page] == 0 && chunks != 0 {
+            self.cpu.fast.forget_writes_to(page * 4096);
+        }
+        self.cpu.code_chunks[page] = chunks;
+        block
+    }
+
+    /// Runs an instruction that crosses a page.
+    #[cold]
+    #[inline(never)]
+    fn uncached_step(&mut self, ram: &mut [u8], rip: u64, budget: u64) -> Option<Exit> {
+        let mut bytes = [0; LENGTH_MAX];
+        let first = 4096 - (rip as usize & 4095);
+        let halves = (|| Ok((self.fetch(ram, rip)?, self.fetch(ram, rip.wrapping_add(first as u64))?)))();
+        let (a, b) = match halves {
+            Ok(halves) => halves,
+            Err(stop) => return self.stopped(ram, stop, rip, None),
+        };
+        bytes[..first].copy_from_slice(&ram[a..a + first]);
+        bytes[first..].copy_from_slice(&ram[b..b + LENGTH_MAX - first]);
+        let Decoded::Insn(insn, _) = decode(&bytes, 0) else { unreachable!("15 bytes are never too few") };
+        self.single(ram, rip, insn, budget)
+    }
+
+    /// Runs one instruction that is not, or no longer, in the cache.
+    fn single(&mut self, ram: &mut [u8], rip: u64, insn: Insn, budget: u64) -> Option<Exit> {
+        let cpu = &mut self.cpu;
+        cpu.rip = rip.wrapping_add(insn.len as u64);
+        cpu.regs[RIP_BASE as usize] = rip.wrapping_sub(insn.offset as u64);
+        cpu.rep_budget = budget;
+        match (insn.exec)(cpu, ram, &insn) {
+            Ok(()) => {
+                cpu.retired += 1;
+                None
+            }
+            Err(stop) => self.stopped(ram, stop, rip, Some(insn)),
+        }
+    }
+
+    /// An instruction at `rip` (or its fetch, if there is none) did not simply finish.
+    #[cold]
+    #[inline(never)]
+    fn stopped(&mut self, ram: &mut [u8], stop: Stop, rip: u64, insn: Option<Insn>) -> Option<Exit> {
+        let behind = self.cpu.rip;
+        self.cpu.rip = rip;
+        match stop {
+            Stop::Fault => self.deliver(ram, Event::Fault),
+            Stop::Io => Some(self.cpu.io),
+            Stop::Again => None,
+            Stop::Halt => {
+                self.cpu.rip = behind;
+                self.cpu.retired += 1;
+                self.cpu.halted = true;
+                Some(Exit::Hlt)
+            }
+            Stop::Shutdown => Some(Exit::Shutdown),
+            Stop::CodeWrite => {
+                self.drop_written_code();
+                let insn = insn?;
+                // REP may be stopped again and again by its own writes; each time it gets one iteration on.
+                self.cpu.code_write_allowed = true;
+                self.cpu.io_replies.used = 0;
+                let exit = self.single(ram, rip, insn, 1);
+                self.cpu.code_write_allowed = false;
+                self.drop_written_code();
+                exit
+            }
+        }
+    }
+
+    fn deliver(&mut self, ram: &mut [u8], event: Event) -> Option<Exit> {
+        self.cpu.code_write_allowed = true;
+        let delivered = self.cpu.deliver(ram, event);
+        self.cpu.code_write_allowed = false;
+        self.drop_written_code();
+        delivered.err().map(|_| Exit::Shutdown)
+    }
+
+    fn drop_written_code(&mut self) {
+        for page in self.cpu.code_written.drain(..) {
+            self.code.invalidate(page as usize);
+            self.cpu.code_chunks[page as usize] = 0;
+        }
+    }
+}
+
+impl Cpu {
+    /// The next instruction has to run alone.
+    #[inline(always)]
+    fn needs_care(&self) -> bool {
+        self.shadow || self.flags.rest() & (bits::TF | bits::RF) != 0 || self.sys.dr7 & 0xff != 0
+    }
+}

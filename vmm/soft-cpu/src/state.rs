@@ -1,0 +1,387 @@
+//! The CPU's registers, and their form for saving and digests.
+
+use serde::{Deserialize, Serialize};
+
+use crate::exit::{Exit, Fault, Stop};
+use crate::flags::Flags;
+use crate::tlb::{FastTlb, Tlb, TlbState};
+
+/// Size of the register file: a power of two, so that an index needs a mask and no check.
+pub const REGS: usize = 32;
+/// Registers of the integer file beyond RAX…R15, so that an address needs no case distinction.
+pub const RIP_BASE: u8 = 16;
+/// Always zero.
+pub const ZERO: u8 = 17;
+/// Base of FS.
+pub const FS_BASE: u8 = 18;
+/// Base of GS.
+pub const GS_BASE: u8 = 19;
+/// Always 2 GiB and minus 2 GiB: indexes for RIP-relative operands whose displacement, counted from the start
+/// of the block, leaves 32 bits.
+pub const PLUS_2G: u8 = 20;
+/// See [`PLUS_2G`].
+pub const MINUS_2G: u8 = 21;
+
+/// Indexes of the general registers that instructions use implicitly.
+#[allow(missing_docs)]
+pub mod reg {
+    pub const RAX: u8 = 0;
+    pub const RCX: u8 = 1;
+    pub const RDX: u8 = 2;
+    pub const RBX: u8 = 3;
+    pub const RSP: u8 = 4;
+    pub const RBP: u8 = 5;
+    pub const RSI: u8 = 6;
+    pub const RDI: u8 = 7;
+    pub const R11: u8 = 11;
+}
+
+/// Indexes into [`Registers::seg`], in the encoding of Sreg (SDM 2, table B-8).
+#[allow(missing_docs)]
+pub mod seg {
+    pub const ES: usize = 0;
+    pub const CS: usize = 1;
+    pub const SS: usize = 2;
+    pub const DS: usize = 3;
+    pub const FS: usize = 4;
+    pub const GS: usize = 5;
+}
+
+/// A segment register with its hidden part. The bases of FS and GS live in the register file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Segment {
+    /// Visible selector.
+    pub selector: u16,
+    /// Access rights: descriptor bits 55:52 and 47:40, as in VMCS "access rights" (SDM 3C, table 24-2).
+    pub attr: u16,
+    /// Limit in bytes.
+    pub limit: u32,
+    /// Base (unused for ES, CS, SS, DS in 64-bit mode).
+    pub base: u64,
+}
+
+/// GDTR or IDTR.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TableRegister {
+    /// Linear base.
+    pub base: u64,
+    /// Limit in bytes.
+    pub limit: u16,
+}
+
+/// Registers that no instruction touches in passing: system, debug and model-specific ones.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Registers {
+    /// ES, CS, SS, DS, FS, GS.
+    pub seg: [Segment; 6],
+    /// LDTR.
+    pub ldtr: Segment,
+    /// Task register.
+    pub tr: Segment,
+    /// GDTR.
+    pub gdtr: TableRegister,
+    /// IDTR.
+    pub idtr: TableRegister,
+    /// CR0.
+    pub cr0: u64,
+    /// CR2.
+    pub cr2: u64,
+    /// CR3.
+    pub cr3: u64,
+    /// CR4.
+    pub cr4: u64,
+    /// CR8.
+    pub cr8: u64,
+    /// DR0 to DR3.
+    pub dr: [u64; 4],
+    /// DR6.
+    pub dr6: u64,
+    /// DR7.
+    pub dr7: u64,
+    /// IA32_EFER.
+    pub efer: u64,
+    /// IA32_STAR.
+    pub star: u64,
+    /// IA32_LSTAR.
+    pub lstar: u64,
+    /// IA32_CSTAR.
+    pub cstar: u64,
+    /// IA32_FMASK.
+    pub fmask: u64,
+    /// IA32_KERNEL_GS_BASE.
+    pub kernel_gs_base: u64,
+    /// IA32_SYSENTER_CS, _ESP, _EIP.
+    pub sysenter: [u64; 3],
+    /// IA32_PAT.
+    pub pat: u64,
+    /// IA32_TSC_AUX.
+    pub tsc_aux: u64,
+}
+
+/// x87 and MMX state. Register numbers are physical; ST(i) is `(top + i) & 7`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct X87 {
+    /// Significands, which are also MM0 to MM7.
+    pub significand: [u64; 8],
+    /// Signs and exponents.
+    pub sign_exponent: [u16; 8],
+    /// Control word.
+    pub control: u16,
+    /// Status word without TOP.
+    pub status: u16,
+    /// TOP, 0 to 7.
+    pub top: u8,
+    /// A bit for each physical register that is in use (the abridged tag word of FXSAVE).
+    pub in_use: u8,
+    /// Last opcode (11 bits).
+    pub opcode: u16,
+    /// Last instruction pointer.
+    pub instruction: u64,
+    /// Last data pointer.
+    pub data: u64,
+}
+
+impl Default for X87 {
+    /// As FNINIT leaves it.
+    fn default() -> X87 {
+        X87 {
+            significand: [0; 8],
+            sign_exponent: [0; 8],
+            control: 0x37f,
+            status: 0,
+            top: 0,
+            in_use: 0,
+            opcode: 0,
+            instruction: 0,
+            data: 0,
+        }
+    }
+}
+
+/// What an instruction that left the CPU has been told so far, so that it can be run again.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct IoReplies {
+    /// The answers, in the order of the questions.
+    pub(crate) values: Vec<u64>,
+    /// How many of them this execution has used.
+    pub(crate) used: usize,
+}
+
+/// The CPU: architectural state, and what makes executing it quick.
+pub struct Cpu {
+    /// RAX…R15, then [`RIP_BASE`], [`ZERO`], [`FS_BASE`], [`GS_BASE`].
+    pub regs: [u64; REGS],
+    /// While a handler runs: address of the byte behind its block (so behind the instruction, for those that
+    /// end one). Between instructions: address of the next.
+    pub rip: u64,
+    /// RFLAGS.
+    pub flags: Flags,
+    /// XMM0 to XMM15.
+    pub xmm: [u128; 16],
+    /// MXCSR.
+    pub mxcsr: u32,
+    /// x87 and MMX.
+    pub x87: X87,
+    /// System registers.
+    pub sys: Registers,
+    /// Instructions retired (before the running block).
+    pub retired: u64,
+    /// Added to `retired` to give the time-stamp counter: guest time in ns.
+    pub tsc_offset: u64,
+    /// Interrupts are held off for one instruction (after STI or MOV SS).
+    pub shadow: bool,
+    /// Halted.
+    pub halted: bool,
+    /// External interrupt accepted and not yet delivered.
+    pub interrupt: Option<u8>,
+    /// TLB: state that the guest can see.
+    pub tlb: Tlb,
+
+    /// Acceleration of the TLB, no state.
+    pub(crate) fast: FastTlb,
+    /// 0 at CPL 0 to 2, 1 at CPL 3: which half of `fast` applies.
+    pub(crate) mode: usize,
+    /// RAM below the hole under 4 GiB, bytes.
+    pub(crate) ram_low: u64,
+    /// RAM in all, bytes.
+    pub(crate) ram_len: u64,
+    /// For each page of RAM, the 64-byte chunks that have decoded code.
+    pub(crate) code_chunks: Vec<u64>,
+    /// Pages whose decoded code a store changes or wants to change: the run loop drops it.
+    pub(crate) code_written: Vec<u32>,
+    /// Stores into decoded code go through; else they end in [`Stop::CodeWrite`].
+    pub(crate) code_write_allowed: bool,
+    /// Pages written since they were last taken, a bit each, and the same as a list.
+    pub(crate) written: Vec<u64>,
+    pub(crate) written_list: Vec<u32>,
+    /// How many iterations a REP instruction may do.
+    pub(crate) rep_budget: u64,
+    /// The fault behind [`Stop::Fault`].
+    pub(crate) fault: Fault,
+    /// The question behind [`Stop::Io`].
+    pub(crate) io: Exit,
+    pub(crate) io_replies: IoReplies,
+}
+
+/// The whole state of a CPU at an instruction boundary. Equal states go on alike.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct CpuState {
+    pub gpr: [u64; 16],
+    pub fs_base: u64,
+    pub gs_base: u64,
+    pub rip: u64,
+    pub rflags: u64,
+    pub xmm: [u128; 16],
+    pub mxcsr: u32,
+    pub x87: X87,
+    pub sys: Registers,
+    pub retired: u64,
+    pub tsc_offset: u64,
+    pub shadow: bool,
+    pub halted: bool,
+    pub interrupt: Option<u8>,
+    pub tlb: TlbState,
+}
+
+fn fixed_registers() -> [u64; REGS] {
+    let mut regs = [0; REGS];
+    regs[PLUS_2G as usize] = 1 << 31;
+    regs[MINUS_2G as usize] = (1u64 << 31).wrapping_neg();
+    regs
+}
+
+/// Guest-physical address where the hole for devices begins; RAM beyond it lies from 4 GiB up.
+pub const HOLE_START: u64 = 0xc000_0000;
+/// Guest-physical address behind the hole.
+pub const HOLE_END: u64 = 1 << 32;
+
+impl Cpu {
+    /// A CPU after reset for `ram_len` bytes of RAM: 64-bit mode is not entered until a state is restored.
+    pub(crate) fn new(ram_len: u64) -> Cpu {
+        let pages = ram_len.div_ceil(4096) as usize;
+        Cpu {
+            regs: fixed_registers(),
+            rip: 0,
+            flags: Flags::from_bits(0),
+            xmm: [0; 16],
+            mxcsr: 0x1f80,
+            x87: X87::default(),
+            sys: Registers::default(),
+            retired: 0,
+            tsc_offset: 0,
+            shadow: false,
+            halted: false,
+            interrupt: None,
+            tlb: Tlb::default(),
+            fast: FastTlb::default(),
+            mode: 0,
+            ram_low: ram_len.min(HOLE_START),
+            ram_len,
+            code_chunks: vec![0; pages],
+            code_written: Vec::new(),
+            code_write_allowed: false,
+            written: vec![0; pages.div_ceil(64)],
+            written_list: Vec::new(),
+            rep_budget: 0,
+            fault: Fault { vector: 0, error: None },
+            io: Exit::Reached,
+            io_replies: IoReplies::default(),
+        }
+    }
+
+    /// Current privilege level.
+    #[inline(always)]
+    pub fn cpl(&self) -> u8 {
+        (self.sys.seg[seg::SS].attr >> 5 & 3) as u8
+    }
+
+    /// To be called after every change of SS's DPL, that is of the privilege level.
+    pub(crate) fn cpl_changed(&mut self) {
+        self.mode = (self.cpl() == 3) as usize;
+    }
+
+    /// Raises a fault: `return cpu.raise(...)`.
+    #[cold]
+    pub fn raise<T>(&mut self, vector: u8, error: Option<u32>) -> Result<T, Stop> {
+        self.fault = Fault { vector, error };
+        Err(Stop::Fault)
+    }
+
+    /// #UD.
+    #[cold]
+    pub fn undefined<T>(&mut self) -> Result<T, Stop> {
+        self.raise(6, None)
+    }
+
+    /// #GP(error).
+    #[cold]
+    pub fn general_protection<T>(&mut self, error: u32) -> Result<T, Stop> {
+        self.raise(13, Some(error))
+    }
+
+    /// Offset into RAM of a guest-physical address, `None` outside RAM.
+    #[inline]
+    pub fn ram_offset(&self, addr: u64) -> Option<usize> {
+        if addr < self.ram_low {
+            Some(addr as usize)
+        } else if addr >= HOLE_END && addr - HOLE_END < self.ram_len - self.ram_low {
+            Some((addr - HOLE_END + self.ram_low) as usize)
+        } else {
+            None
+        }
+    }
+
+    /// An external interrupt could be delivered before the next instruction.
+    pub fn interruptible(&self) -> bool {
+        self.flags.rest() & crate::flags::bits::IF != 0 && !self.shadow && self.interrupt.is_none()
+    }
+
+    /// The time-stamp counter at the start of the running block: guest time in ns.
+    pub fn tsc(&self) -> u64 {
+        self.retired.wrapping_add(self.tsc_offset)
+    }
+
+    /// The whole state, at an instruction boundary.
+    pub fn save(&self) -> CpuState {
+        CpuState {
+            gpr: std::array::from_fn(|i| self.regs[i]),
+            fs_base: self.regs[FS_BASE as usize],
+            gs_base: self.regs[GS_BASE as usize],
+            rip: self.rip,
+            rflags: self.flags.to_bits(),
+            xmm: self.xmm,
+            mxcsr: self.mxcsr,
+            x87: self.x87,
+            sys: self.sys,
+            retired: self.retired,
+            tsc_offset: self.tsc_offset,
+            shadow: self.shadow,
+            halted: self.halted,
+            interrupt: self.interrupt,
+            tlb: self.tlb.save(),
+        }
+    }
+
+    /// Takes over a saved state.
+    pub fn restore(&mut self, s: &CpuState) {
+        self.regs = fixed_registers();
+        self.regs[..16].copy_from_slice(&s.gpr);
+        self.regs[FS_BASE as usize] = s.fs_base;
+        self.regs[GS_BASE as usize] = s.gs_base;
+        self.rip = s.rip;
+        self.flags = Flags::from_bits(s.rflags);
+        self.xmm = s.xmm;
+        self.mxcsr = s.mxcsr;
+        self.x87 = s.x87;
+        self.sys = s.sys;
+        self.retired = s.retired;
+        self.tsc_offset = s.tsc_offset;
+        self.shadow = s.shadow;
+        self.halted = s.halted;
+        self.interrupt = s.interrupt;
+        self.tlb.restore(&s.tlb);
+        self.fast.flush();
+        self.cpl_changed();
+    }
+}

@@ -1,0 +1,205 @@
+//! The translation look-aside buffers.
+//!
+//! Their contents are guest-visible state: a guest that changes a page table without invalidating goes on
+//! seeing the old translation for as long as its entry lives. So there are exactly two direct-mapped arrays,
+//! one for data and one for instruction fetch, in which a hit changes nothing, and they are saved and digested.
+//! Large pages are cached in 4 KiB pieces that remember the size they came from.
+//!
+//! [`FastTlb`] is an acceleration derived from the data TLB: always a subset of it, never state.
+
+use serde::{Deserialize, Serialize};
+
+/// Entries of the data TLB.
+pub const DATA_ENTRIES: usize = 1024;
+/// Entries of the instruction TLB.
+pub const CODE_ENTRIES: usize = 256;
+
+/// Access rights and attributes of a cached translation, in the bits of a page-table entry.
+pub mod right {
+    #![allow(missing_docs)]
+    pub const VALID: u64 = 1 << 0;
+    pub const WRITE: u64 = 1 << 1;
+    pub const USER: u64 = 1 << 2;
+    pub const DIRTY: u64 = 1 << 6;
+    pub const GLOBAL: u64 = 1 << 8;
+    /// Two bits: 0 for a 4 KiB page, 1 for 2 MiB, 2 for 1 GiB.
+    pub const SIZE_SHIFT: u32 = 9;
+    pub const NO_EXECUTE: u64 = 1 << 11;
+}
+
+/// One cached translation of a 4 KiB page.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TlbEntry {
+    /// Linear page number (linear address >> 12, with its upper bits).
+    pub page: u64,
+    /// Physical page address, with [`right`] bits in the low 12.
+    pub frame: u64,
+}
+
+impl TlbEntry {
+    /// The entry translates linear page `page`.
+    #[inline(always)]
+    pub fn holds(&self, page: u64) -> bool {
+        self.page == page && self.frame & right::VALID != 0
+    }
+
+    fn covers(&self, page: u64) -> bool {
+        let shift = 9 * (self.frame >> right::SIZE_SHIFT & 3);
+        self.frame & right::VALID != 0 && self.page >> shift == page >> shift
+    }
+}
+
+/// Both TLBs.
+#[derive(Clone)]
+pub struct Tlb {
+    data: Box<[TlbEntry; DATA_ENTRIES]>,
+    code: Box<[TlbEntry; CODE_ENTRIES]>,
+}
+
+/// The valid entries of both TLBs with their indexes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TlbState {
+    /// Data TLB.
+    pub data: Vec<(u16, TlbEntry)>,
+    /// Instruction TLB.
+    pub code: Vec<(u16, TlbEntry)>,
+}
+
+impl Default for Tlb {
+    fn default() -> Tlb {
+        Tlb {
+            data: Box::new([TlbEntry::default(); DATA_ENTRIES]),
+            code: Box::new([TlbEntry::default(); CODE_ENTRIES]),
+        }
+    }
+}
+
+impl Tlb {
+    /// The data entry for a linear page, if it is cached.
+    #[inline(always)]
+    pub fn data(&mut self, page: u64) -> &mut TlbEntry {
+        &mut self.data[page as usize % DATA_ENTRIES]
+    }
+
+    /// The instruction entry for a linear page, if it is cached.
+    #[inline(always)]
+    pub fn code(&mut self, page: u64) -> &mut TlbEntry {
+        &mut self.code[page as usize % CODE_ENTRIES]
+    }
+
+    fn all(&mut self) -> impl Iterator<Item = &mut TlbEntry> {
+        self.data.iter_mut().chain(self.code.iter_mut())
+    }
+
+    /// Drops everything, or everything that is not global (MOV to CR3 with CR4.PGE, SDM 3A 5.10.4.1).
+    pub fn flush(&mut self, keep_global: bool) {
+        let kept = if keep_global { right::GLOBAL } else { 0 };
+        for e in self.all() {
+            if e.frame & kept == 0 {
+                *e = TlbEntry::default();
+            }
+        }
+    }
+
+    /// INVLPG: drops what translates linear page `page`, all pieces of a large page included, global or not.
+    pub fn invalidate(&mut self, page: u64) {
+        for e in self.all() {
+            if e.covers(page) {
+                *e = TlbEntry::default();
+            }
+        }
+    }
+
+    /// The valid entries.
+    pub fn save(&self) -> TlbState {
+        fn valid(entries: &[TlbEntry]) -> Vec<(u16, TlbEntry)> {
+            let indexed = entries.iter().enumerate();
+            indexed.filter(|(_, e)| e.frame & right::VALID != 0).map(|(i, e)| (i as u16, *e)).collect()
+        }
+        TlbState { data: valid(&self.data[..]), code: valid(&self.code[..]) }
+    }
+
+    /// Takes over saved entries. Indexes beyond the arrays are ignored.
+    pub fn restore(&mut self, s: &TlbState) {
+        *self = Tlb::default();
+        for (i, e) in &s.data {
+            if let Some(slot) = self.data.get_mut(*i as usize) {
+                *slot = *e;
+            }
+        }
+        for (i, e) in &s.code {
+            if let Some(slot) = self.code.get_mut(*i as usize) {
+                *slot = *e;
+            }
+        }
+    }
+}
+
+/// No linear page has this number.
+const NO_PAGE: u64 = u64::MAX;
+
+/// Where a linear page lies in RAM, and what may be done there without a second look.
+#[derive(Clone, Copy)]
+pub(crate) struct FastEntry {
+    /// Linear page that may be read, or [`NO_PAGE`].
+    pub(crate) read: u64,
+    /// Linear page that may be written: its entry is dirty, its RAM is already marked written and has no
+    /// decoded code. Or [`NO_PAGE`].
+    pub(crate) write: u64,
+    /// Offset of the page in RAM.
+    pub(crate) ram: usize,
+}
+
+/// A shadow of the data TLB for each of supervisor and user mode.
+pub(crate) struct FastTlb(Box<[[FastEntry; DATA_ENTRIES]; 2]>);
+
+impl Default for FastTlb {
+    fn default() -> FastTlb {
+        FastTlb(Box::new([[FastEntry { read: NO_PAGE, write: NO_PAGE, ram: 0 }; DATA_ENTRIES]; 2]))
+    }
+}
+
+impl FastTlb {
+    #[inline(always)]
+    pub(crate) fn get(&self, mode: usize, page: u64) -> &FastEntry {
+        &self.0[mode & 1][page as usize % DATA_ENTRIES]
+    }
+
+    #[inline(always)]
+    pub(crate) fn get_mut(&mut self, mode: usize, page: u64) -> &mut FastEntry {
+        &mut self.0[mode & 1][page as usize % DATA_ENTRIES]
+    }
+
+    /// Forgets everything.
+    pub(crate) fn flush(&mut self) {
+        for e in self.0.iter_mut().flatten() {
+            e.read = NO_PAGE;
+            e.write = NO_PAGE;
+        }
+    }
+
+    /// Forgets one slot of both modes, because its TLB entry changes.
+    pub(crate) fn forget(&mut self, page: u64) {
+        for mode in 0..2 {
+            let e = self.get_mut(mode, page);
+            e.read = NO_PAGE;
+            e.write = NO_PAGE;
+        }
+    }
+
+    /// Makes every write take the slow path again.
+    pub(crate) fn forget_writes(&mut self) {
+        for e in self.0.iter_mut().flatten() {
+            e.write = NO_PAGE;
+        }
+    }
+
+    /// Makes writes to the RAM page at `ram` take the slow path again, whatever its linear address.
+    pub(crate) fn forget_writes_to(&mut self, ram: usize) {
+        for e in self.0.iter_mut().flatten() {
+            if e.ram == ram {
+                e.write = NO_PAGE;
+            }
+        }
+    }
+}
