@@ -1,0 +1,25 @@
+//! vmft's bare-metal test guest: what it says and understands.
+//!
+//! The guest boots as a Linux kernel does (64-bit boot protocol) in well under a millisecond of guest work, runs all
+//! of its Rust in ring 3, and does what its command line says:
+//!
+//! | word | meaning |
+//! |---|---|
+//! | `ip=10.0.0.2::10.0.0.1:255.255.255.0::eth0:off` | address, gateway and netmask, in Linux's syntax |
+//! | `virtio_mmio.device=512@0xd0000000:5` | size, base and interrupt line of a virtio-mmio device; up to 8 |
+//! | `workload=serve` | the default: the services of [`counter`] |
+//! | `workload=hello` | prints a line and powers off |
+//! | `workload=spin` | integer loop with conditional branches, prints its registers every `every=` rounds (16777216) |
+//! | `workload=mem` | rewrites `mib=` MiB (16) with a pseudo-random pattern, prints a checksum for each pass |
+//! | `workload=panic` | prints a message and triple-faults |
+//! | `count=` | rounds of `spin` or passes of `mem`, then power-off; without it they go on for ever |
+//! | `seed=` | start of the pseudo-random sequences (1) |
+//! | `hz=` | rate of the timer interrupt, 19 to 1000 (100) |
+//!
+//! Every other word is ignored, as Linux does. `mem` and `spin` are defined in [`pattern`].
+#![cfg_attr(not(test), no_std)]
+
+pub mod boot_params;
+pub mod counter;
+pub mod options;
+pub mod pattern;
