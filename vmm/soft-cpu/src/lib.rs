@@ -28,6 +28,7 @@ pub mod exception;
 pub mod exec;
 pub mod exit;
 pub mod flags;
+pub mod float;
 pub mod insn;
 pub mod memory;
 pub mod paging;
