@@ -7,7 +7,7 @@
 //! |---|---|
 //! | `ip=10.0.0.2::10.0.0.1:255.255.255.0::eth0:off` | address, gateway and netmask, in Linux's syntax |
 //! | `virtio_mmio.device=512@0xd0000000:5` | size, base and interrupt line of a virtio-mmio device; up to 8 |
-//! | `workload=serve` | the default: the services of [`counter`] |
+//! | `workload=serve` | the default: the services below; prints `READY` once they listen |
 //! | `workload=hello` | prints a line and powers off |
 //! | `workload=spin` | integer loop with conditional branches, prints its registers every `every=` rounds (16777216) |
 //! | `workload=mem` | rewrites `mib=` MiB (16) with a pseudo-random pattern, prints a checksum for each pass |
@@ -17,6 +17,15 @@
 //! | `hz=` | rate of the timer interrupt, 19 to 1000 (100) |
 //!
 //! Every other word is ignored, as Linux does. `mem` and `spin` are defined in [`pattern`].
+//!
+//! The guest answers ARP and ping, and serves TCP (what it sends ends when the client has ended its own side):
+//!
+//! | port | connections | service |
+//! |---|---|---|
+//! | 7777 | 32 | the counter of [`counter`]; the same lines are understood on the console |
+//! | 7778 | 4 | echo |
+//! | 7779 | 4 | sink: at the client's end, one line `BYTES CHECKSUM MS` with [`pattern::Checksum`] in hexadecimal |
+//! | 7780 | 4 | source: for each line with a number, that many bytes of [`pattern::fill`], from its start |
 #![cfg_attr(not(test), no_std)]
 
 pub mod boot_params;

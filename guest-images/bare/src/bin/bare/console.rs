@@ -14,8 +14,11 @@ impl Console {
         Self { lines: Lines::new() }
     }
 
-    /// Serves what has come in. CR ends a line too, as a terminal sends it.
-    pub fn serve(&mut self, counter: &mut Counter) {
+    /// Serves what has come in, if COM1 is among the interrupts `pending`. CR ends a line too, as a terminal sends it.
+    pub fn on_interrupt(&mut self, pending: u32, counter: &mut Counter) {
+        if pending & 1 << serial::IRQ == 0 {
+            return;
+        }
         while let Some(byte) = serial::read() {
             match self.lines.take(&[if byte == b'\r' { b'\n' } else { byte }]).1 {
                 Line::Whole(b"") | Line::Partial => {}

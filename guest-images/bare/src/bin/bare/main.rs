@@ -8,7 +8,9 @@ mod libc;
 mod ram;
 mod serial;
 mod serve;
+mod services;
 mod timer;
+mod virtio;
 mod workload;
 
 use bare::boot_params::BootParams;
@@ -35,7 +37,7 @@ fn run(options: &Options, params: BootParams) -> ! {
         Workload::Spin => workload::spin(options),
         Workload::Mem => workload::mem(options, ram::Free::new(&params)),
         Workload::Panic => panic!("as the command line says"),
-        Workload::Serve => serve::run(),
+        Workload::Serve => serve::run(options, ram::Free::new(&params)),
     }
     cpu::power_off()
 }

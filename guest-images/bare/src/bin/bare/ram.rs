@@ -47,6 +47,13 @@ impl Free {
         Self { next, end }
     }
 
+    /// `len` bytes, a multiple of 8, page-aligned.
+    pub fn take_bytes(&mut self, len: usize) -> &'static mut [u8] {
+        let words = self.take_words((len / 8) as u64);
+        // SAFETY: the same memory; any bytes are valid, and the words' only owner is gone.
+        unsafe { slice::from_raw_parts_mut(words.as_mut_ptr().cast(), len) }
+    }
+
     /// `len` words, page-aligned.
     pub fn take_words(&mut self, len: u64) -> &'static mut [u64] {
         let start = self.next;

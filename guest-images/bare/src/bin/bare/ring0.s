@@ -253,5 +253,5 @@ fault_seen:
 .balign 16
     .zero 4096
 ring0_stack_top:
-    .zero 65536
+    .zero 262144
 ring3_stack_top:

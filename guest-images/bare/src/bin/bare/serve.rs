@@ -1,17 +1,71 @@
-//! `workload=serve`.
+//! `workload=serve`: the network stack and the loop that drives it.
 
 use crate::console::Console;
-use crate::{cpu, serial};
+use crate::ram::Free;
+use crate::services::{self, Connections};
+use crate::virtio::net::Net;
+use crate::{cpu, println, timer};
 use bare::counter::Counter;
+use bare::options::{Address, Options};
+use smoltcp::iface::{Config, Interface, SocketSet, SocketStorage};
+use smoltcp::time::Instant;
+use smoltcp::wire::{EthernetAddress, IpCidr};
 
 /// Serves for ever, asleep while there is nothing to do.
-pub fn run() -> ! {
+pub fn run(options: &Options, mut free: Free) -> ! {
     let mut counter = Counter::new();
     let mut console = Console::new();
-    loop {
-        if cpu::take_pending() & 1 << serial::IRQ != 0 {
-            console.serve(&mut counter);
+    let network = Net::find(&options.devices, &mut free).zip(options.address);
+    let Some((mut device, address)) = network else {
+        println!("no virtio-net device or no ip= on the command line: only the console is served");
+        loop {
+            console.on_interrupt(cpu::take_pending(), &mut counter);
+            cpu::idle();
         }
-        cpu::idle();
+    };
+    let mut interface = interface(&mut device, address, options.seed);
+    let mut storage = [const { SocketStorage::EMPTY }; services::CONNECTIONS];
+    let mut sockets = SocketSet::new(&mut storage[..]);
+    let mut connections = Connections::new(&mut sockets, &mut free);
+    println!("READY");
+    loop {
+        loop {
+            interface.poll(now(), &mut device, &mut sockets);
+            let served = connections.serve(&mut sockets, &mut counter);
+            if !served && !device.flush() {
+                break;
+            }
+        }
+        let deadline = interface.poll_at(now(), &sockets);
+        loop {
+            cpu::idle();
+            let pending = cpu::take_pending();
+            console.on_interrupt(pending, &mut counter);
+            if pending & device.irq() != 0 {
+                device.acknowledge();
+                break;
+            }
+            if deadline.is_some_and(|deadline| deadline <= now()) {
+                break;
+            }
+        }
     }
+}
+
+fn interface(device: &mut Net, address: Address, seed: u64) -> Interface {
+    let mut config = Config::new(EthernetAddress(device.mac).into());
+    config.random_seed = seed;
+    let mut interface = Interface::new(config, device, now());
+    interface.update_ip_addrs(|addresses| {
+        let own = IpCidr::new(address.own.into(), address.prefix_len);
+        addresses.push(own).expect("smoltcp has room for an address");
+    });
+    if let Some(gateway) = address.gateway {
+        interface.routes_mut().add_default_ipv4_route(gateway).expect("smoltcp has room for a route");
+    }
+    interface
+}
+
+fn now() -> Instant {
+    Instant::from_millis(timer::ms() as i64)
 }

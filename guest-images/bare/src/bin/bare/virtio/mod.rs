@@ -1,0 +1,5 @@
+//! virtio 1.2 over MMIO (version 2), with the split ring.
+
+pub mod mmio;
+pub mod net;
+pub mod queue;
