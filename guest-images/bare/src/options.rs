@@ -18,6 +18,8 @@ pub enum Workload {
     Spin,
     /// Rewrite an area of memory.
     Mem,
+    /// Write a disk and read it back.
+    Disk,
     /// Panic.
     Panic,
 }
@@ -127,6 +129,7 @@ fn workload(value: &str) -> Option<Workload> {
         "hello" => Workload::Hello,
         "spin" => Workload::Spin,
         "mem" => Workload::Mem,
+        "disk" => Workload::Disk,
         "panic" => Workload::Panic,
         _ => return None,
     })

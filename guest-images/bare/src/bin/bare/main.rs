@@ -4,6 +4,7 @@
 
 mod console;
 mod cpu;
+mod disk;
 mod libc;
 mod ram;
 mod serial;
@@ -36,6 +37,7 @@ fn run(options: &Options, params: BootParams) -> ! {
         Workload::Hello => println!("hello from ring 3"),
         Workload::Spin => workload::spin(options),
         Workload::Mem => workload::mem(options, ram::Free::new(&params)),
+        Workload::Disk => disk::run(options, ram::Free::new(&params)),
         Workload::Panic => panic!("as the command line says"),
         Workload::Serve => serve::run(options, ram::Free::new(&params)),
     }

@@ -83,7 +83,7 @@ ring3_entry:
 .macro exception vector, has_code
     .balign STUB_BYTES
     .if \vector == GENERAL_PROTECTION
-    cmp qword ptr [rsp + 8], offset system_call
+    cmp qword ptr [rsp + 8], offset system_call_fault
     je ring3_asks
     .endif
     .if \has_code == 0
@@ -126,10 +126,12 @@ stubs:
 .endr
 .noaltmacro
 
-# ---- system calls: ring 3 executes HLT at `system_call`, which faults, with the call's number in EDI ----
+# ---- system calls: ring 3 executes HLT in `system_call`, which faults, with the call's number in EDI ----
 # (A nested PVM host can neither enter a gate by INT n from ring 3 nor leave ring 3 by SYSCALL.)
 .global system_call
 system_call:
+    cmp edi, CALL_IDLE                  # no flag in the frame is one that a CPU may choose
+system_call_fault:
     hlt
     ret
 

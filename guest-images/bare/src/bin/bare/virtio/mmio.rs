@@ -50,21 +50,28 @@ impl Mmio {
         })
     }
 
-    /// Resets the device and agrees on `wanted` features and VERSION_1; queues come next, then [`Self::start`].
+    /// Resets the device and agrees on features: VERSION_1, the `required`, and what it has of the `optional`. Returns
+    /// those of the last. Queues come next, then [`Self::start`].
     ///
     /// # Panics
-    /// If the device does not offer them.
-    pub fn negotiate(&self, wanted: u64) {
+    /// If the device does not offer what is required.
+    pub fn negotiate(&self, required: u64, optional: u64) -> u64 {
         self.write(STATUS, 0);
         self.write(STATUS, ACKNOWLEDGE | DRIVER);
-        for (half, wanted) in [(0, wanted as u32), (1, ((wanted | VERSION_1) >> 32) as u32)] {
+        let offered = [0, 1].map(|half| {
             self.write(DEVICE_FEATURES_SEL, half);
-            assert_eq!(self.read(DEVICE_FEATURES) & wanted, wanted, "virtio at {:#x}: features", self.base);
+            u64::from(self.read(DEVICE_FEATURES)) << (32 * half)
+        });
+        let (offered, required) = (offered[0] | offered[1], required | VERSION_1);
+        assert_eq!(offered & required, required, "virtio at {:#x}: features", self.base);
+        let accepted = required | offered & optional;
+        for half in [0, 1] {
             self.write(DRIVER_FEATURES_SEL, half);
-            self.write(DRIVER_FEATURES, wanted);
+            self.write(DRIVER_FEATURES, (accepted >> (32 * half)) as u32);
         }
         self.write(STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK);
         assert!(self.read(STATUS) & FEATURES_OK != 0, "virtio at {:#x} refuses its own features", self.base);
+        accepted & optional
     }
 
     /// The device may use its queues from now on.

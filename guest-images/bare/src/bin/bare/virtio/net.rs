@@ -73,7 +73,7 @@ impl Net {
     /// The first network device among `devices`, started.
     pub fn find(devices: &[Option<Location>], free: &mut Free) -> Option<Self> {
         let mmio = Mmio::find(devices, DEVICE_ID)?;
-        mmio.negotiate(FEATURE_MAC);
+        mmio.negotiate(FEATURE_MAC, 0);
         let mac = core::array::from_fn(|i| mmio.config(i as u64));
         let mut receiver = Receiver::new(Queue::new(mmio, 0, QUEUE_LEN_MAX, free), free);
         let sender = Sender::new(Queue::new(mmio, 1, QUEUE_LEN_MAX, free), free);

@@ -5,6 +5,8 @@ use super::mmio::Mmio;
 use crate::ram::Free;
 use core::sync::atomic::{Ordering, compiler_fence};
 
+/// Descriptor flag: `next` continues the chain.
+pub const NEXT: u16 = 1;
 /// Descriptor flag: the device writes.
 pub const WRITE: u16 = 2;
 
