@@ -12,9 +12,10 @@
 //! | `workload=spin` | integer loop with conditional branches, prints its registers every `every=` rounds (16777216) |
 //! | `workload=mem` | rewrites `mib=` MiB (16) with a pseudo-random pattern, prints a checksum for each pass |
 //! | `workload=disk` | writes up to `mib=` MiB (16) of the first virtio-blk device with the sequence of `seed + pass`, flushes, reads back, prints a checksum for each pass; a wrong word is a panic |
+//! | `workload=random` | prints words of the first virtio-rng device |
 //! | `workload=panic` | prints a message and triple-faults |
-//! | `count=` | rounds of `spin`, passes of `mem` or `disk`, then power-off; without it they go on for ever |
-//! | `seed=` | start of the pseudo-random sequences (1) |
+//! | `count=` | rounds of `spin`, passes of `mem` or `disk`, words of `random`, then power-off; without it they go on for ever |
+//! | `seed=` | start of the pseudo-random sequences (1); of TCP's too, together with a word of the virtio-rng device if there is one |
 //! | `hz=` | rate of the timer interrupt, 19 to 1000 (100) |
 //!
 //! Every other word is ignored, as Linux does. `mem` and `spin` are defined in [`pattern`].

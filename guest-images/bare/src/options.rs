@@ -20,6 +20,8 @@ pub enum Workload {
     Mem,
     /// Write a disk and read it back.
     Disk,
+    /// Print random words.
+    Random,
     /// Panic.
     Panic,
 }
@@ -130,6 +132,7 @@ fn workload(value: &str) -> Option<Workload> {
         "spin" => Workload::Spin,
         "mem" => Workload::Mem,
         "disk" => Workload::Disk,
+        "random" => Workload::Random,
         "panic" => Workload::Panic,
         _ => return None,
     })

@@ -38,6 +38,7 @@ fn run(options: &Options, params: BootParams) -> ! {
         Workload::Spin => workload::spin(options),
         Workload::Mem => workload::mem(options, ram::Free::new(&params)),
         Workload::Disk => disk::run(options, ram::Free::new(&params)),
+        Workload::Random => workload::random(options, ram::Free::new(&params)),
         Workload::Panic => panic!("as the command line says"),
         Workload::Serve => serve::run(options, ram::Free::new(&params)),
     }

@@ -4,6 +4,7 @@ use crate::console::Console;
 use crate::ram::Free;
 use crate::services::{self, Connections};
 use crate::virtio::net::Net;
+use crate::virtio::rng::Rng;
 use crate::{cpu, println, timer};
 use bare::counter::Counter;
 use bare::options::{Address, Options};
@@ -15,6 +16,8 @@ use smoltcp::wire::{EthernetAddress, IpCidr};
 pub fn run(options: &Options, mut free: Free) -> ! {
     let mut counter = Counter::new();
     let mut console = Console::new();
+    // Before the network is up: waiting for the word would lose its interrupts.
+    let random = Rng::find(&options.devices, &mut free).map_or(0, |mut rng| rng.word());
     let network = Net::find(&options.devices, &mut free).zip(options.address);
     let Some((mut device, address)) = network else {
         println!("no virtio-net device or no ip= on the command line: only the console is served");
@@ -23,7 +26,7 @@ pub fn run(options: &Options, mut free: Free) -> ! {
             cpu::idle();
         }
     };
-    let mut interface = interface(&mut device, address, options.seed);
+    let mut interface = interface(&mut device, address, options.seed ^ random);
     let mut storage = [const { SocketStorage::EMPTY }; services::CONNECTIONS];
     let mut sockets = SocketSet::new(&mut storage[..]);
     let mut connections = Connections::new(&mut sockets, &mut free);

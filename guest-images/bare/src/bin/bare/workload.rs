@@ -1,9 +1,10 @@
-//! Workloads that need no device but the console.
+//! Workloads that need little or no device.
 #![allow(unsafe_code)]
 
 use crate::cpu;
 use crate::println;
 use crate::ram::Free;
+use crate::virtio::rng::Rng;
 use bare::options::Options;
 use bare::pattern::{Spin, mem_pass};
 use core::arch::asm;
@@ -55,5 +56,13 @@ pub fn mem(options: &Options, mut free: Free) {
     for pass in 0..options.count.unwrap_or(u64::MAX) {
         let sum = mem_pass(area, options.seed, pass);
         println!("mem {} sum={sum:016x} ticks={}", pass + 1, cpu::ticks());
+    }
+}
+
+/// `workload=random`.
+pub fn random(options: &Options, mut free: Free) {
+    let mut rng = Rng::find(&options.devices, &mut free).expect("no virtio-rng device on the command line");
+    for index in 0..options.count.unwrap_or(u64::MAX) {
+        println!("random {} {:016x}", index + 1, rng.word());
     }
 }

@@ -4,3 +4,4 @@ pub mod blk;
 pub mod mmio;
 pub mod net;
 pub mod queue;
+pub mod rng;
