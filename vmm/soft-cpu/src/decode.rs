@@ -31,7 +31,8 @@ pub enum Decoded {
 
 /// Decodes the instruction at the start of `bytes`, which is `offset` bytes into its block.
 pub fn decode(bytes: &[u8], offset: u16) -> Decoded {
-    let mut decoder = Decoder::with_ip(64, bytes, offset as u64, DecoderOptions::NONE);
+    // Hints of extensions that we do not have (CET, MPX, CLDEMOTE) are NOPs.
+    let mut decoder = Decoder::with_ip(64, bytes, offset as u64, DecoderOptions::FORCE_RESERVED_NOP);
     let ins = decoder.decode();
     if ins.code() == Code::INVALID {
         if bytes.len() < LENGTH_MAX && decoder.last_error() == iced_x86::DecoderError::NoMoreBytes {

@@ -120,9 +120,11 @@ impl Flags {
     }
 
     /// CF alone.
-    #[inline]
+    #[inline(always)]
     pub fn set_cf(&mut self, cf: bool) {
-        self.set_carries(cf, self.of(), self.af());
+        // Both top bits change, so that their difference, OF, stays.
+        let change = self.carry >> 63 ^ cf as u64;
+        self.carry ^= change << 63 | change << 62;
     }
 
     /// CF and OF, AF stays.

@@ -113,23 +113,55 @@ impl Cpu {
         f: impl FnOnce(&mut Cpu, T) -> (T, Flags),
     ) -> Result<(), Stop> {
         let addr = self.ea(i);
-        if self.run_offset(addr, Access::Write).is_none()
-            && let Err(stop) = self.probe_write(ram, addr, T::SIZE)
-        {
-            return Err(self.operand_fault(i, stop));
+        match self.modify(ram, addr, f) {
+            Ok(()) => Ok(()),
+            Err(stop) => Err(self.operand_fault(i, stop)),
         }
-        let old = match self.load(ram, addr) {
-            Ok(v) => v,
-            Err(stop) => return Err(self.operand_fault(i, stop)),
-        };
+    }
+
+    /// As [`Cpu::modify_operand`], at linear address `addr`.
+    #[inline(always)]
+    pub fn modify<T: Int>(
+        &mut self,
+        ram: &mut [u8],
+        addr: u64,
+        f: impl FnOnce(&mut Cpu, T) -> (T, Flags),
+    ) -> Result<(), Stop> {
+        let e = self.fast.get(self.mode, addr >> 12);
+        let within = addr as usize & (PAGE - 1);
+        let at = e.ram.wrapping_add(within);
+        if e.write == addr >> 12
+            && within <= PAGE - T::SIZE
+            && let Some(b) = ram.get_mut(at..)
+            && let Some(old) = T::read(b)
+        {
+            let (new, flags) = f(self, old);
+            new.write(b);
+            self.flags = flags;
+            return Ok(());
+        }
+        self.modify_slow(ram, addr, f)
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn modify_slow<T: Int>(
+        &mut self,
+        ram: &mut [u8],
+        addr: u64,
+        f: impl FnOnce(&mut Cpu, T) -> (T, Flags),
+    ) -> Result<(), Stop> {
+        self.probe_write(ram, addr, T::SIZE)?;
+        let old = self.load(ram, addr)?;
         let (new, flags) = f(self, old);
         self.store(ram, addr, new)?;
         self.flags = flags;
         Ok(())
     }
 
+    /// What a stop of an access to the memory operand is: #SS instead of #GP in the stack segment.
     #[cold]
-    fn operand_fault(&mut self, i: &Insn, stop: Stop) -> Stop {
+    pub(crate) fn operand_fault(&mut self, i: &Insn, stop: Stop) -> Stop {
         if i.flags & flag::STACK != 0 { self.stack_fault(stop) } else { stop }
     }
 

@@ -77,6 +77,18 @@ op!(Xor, true, |f, a, b| {
 });
 op!(Test, false, |f, a, b| And::run(f, a, b));
 
+/// `a + b`, with its flags.
+#[inline(always)]
+pub(super) fn add<T: Int>(flags: &mut Flags, a: T, b: T) -> T {
+    Add::run(flags, a, b)
+}
+
+/// `a - b`, with its flags.
+#[inline(always)]
+pub(super) fn sub<T: Int>(flags: &mut Flags, a: T, b: T) -> T {
+    Sub::run(flags, a, b)
+}
+
 fn reg_reg<O: Op, T: Int>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
     let (a, b) = (cpu.reg::<T>(i.dst), cpu.reg::<T>(i.src));
     let r = O::run(&mut cpu.flags, a, b);

@@ -5,6 +5,17 @@
 //! instructions that it implements. An instruction that no family claims is #UD.
 
 pub mod alu;
+pub mod bit;
+pub mod branch;
+pub mod exchange;
+pub mod misc;
+pub mod mov;
+pub mod muldiv;
+mod operand;
+pub mod shift;
+pub mod stack;
+pub mod string;
+pub mod unary;
 
 use iced_x86::Instruction;
 
@@ -13,6 +24,18 @@ use crate::insn::Insn;
 
 /// Chooses the handler of an instruction, `None` when it is not implemented.
 pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
-    let families = [alu::select];
+    let families = [
+        alu::select,
+        bit::select,
+        branch::select,
+        exchange::select,
+        misc::select,
+        mov::select,
+        muldiv::select,
+        shift::select,
+        stack::select,
+        string::select,
+        unary::select,
+    ];
     families.iter().find_map(|select| select(ins, insn))
 }

@@ -1,0 +1,155 @@
+//! BT, BTS, BTR, BTC, BSF, BSR, POPCNT.
+//!
+//! Undefined by the SDM: the bit tests leave all flags but CF; BSF and BSR of 0 leave the destination as it is,
+//! and otherwise set SF, PF, AF, CF and OF as TEST of their source would. TZCNT and LZCNT are not in our CPUID,
+//! so their encodings are BSF and BSR.
+
+use iced_x86::{Instruction, Mnemonic, OpKind};
+
+use super::operand::{Dst, Imm, Mem, Source, Src, Target, is_memory, log_size, widths};
+use crate::decode::Place;
+use crate::exit::Stop;
+use crate::flags::Flags;
+use crate::insn::{ADDR32, Handler, Insn, Int};
+use crate::state::Cpu;
+
+/// What happens to the bit.
+trait Op {
+    const STORES: bool = true;
+    fn run<T: Int>(v: T, mask: T) -> T;
+}
+struct Test;
+struct Set;
+struct Reset;
+struct Complement;
+impl Op for Test {
+    const STORES: bool = false;
+    fn run<T: Int>(v: T, _: T) -> T {
+        v
+    }
+}
+impl Op for Set {
+    #[inline(always)]
+    fn run<T: Int>(v: T, mask: T) -> T {
+        v | mask
+    }
+}
+impl Op for Reset {
+    #[inline(always)]
+    fn run<T: Int>(v: T, mask: T) -> T {
+        v & !mask
+    }
+}
+impl Op for Complement {
+    #[inline(always)]
+    fn run<T: Int>(v: T, mask: T) -> T {
+        v ^ mask
+    }
+}
+
+#[inline(always)]
+fn apply<O: Op, T: Int>(flags: &mut Flags, v: T, bit: u64) -> T {
+    let mask = T::from_u64(1 << (bit & (T::BITS as u64 - 1)));
+    flags.set_cf(v & mask != T::from_u64(0));
+    O::run(v, mask)
+}
+
+/// The bit is within the operand: everything but a memory operand with the bit in a register.
+fn within<O: Op, D: Target, S: Source, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    let bit = S::load::<T>(cpu, ram, i)?.to_u64();
+    if !O::STORES {
+        let v = D::load::<T>(cpu, ram, i)?;
+        apply::<O, T>(&mut cpu.flags, v, bit);
+        return Ok(());
+    }
+    D::modify::<T>(cpu, ram, i, |cpu, v| {
+        let mut flags = cpu.flags;
+        let r = apply::<O, T>(&mut flags, v, bit);
+        (r, flags)
+    })
+}
+
+/// A memory operand is a string of bits, and the register counts from its start, with a sign.
+fn string<O: Op, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    let bit = cpu.reg::<T>(i.src).sext();
+    let unit = (bit as i64 >> T::BITS.trailing_zeros()) * T::SIZE as i64;
+    let mut offset = cpu.ea_offset(i).wrapping_add(unit as u64);
+    if i.scale & ADDR32 != 0 {
+        offset = offset as u32 as u64;
+    }
+    let addr = cpu.reg::<u64>(i.seg).wrapping_add(offset);
+    let done = if O::STORES {
+        cpu.modify::<T>(ram, addr, |cpu, v| {
+            let mut flags = cpu.flags;
+            let r = apply::<O, T>(&mut flags, v, bit);
+            (r, flags)
+        })
+    } else {
+        cpu.load::<T>(ram, addr).map(|v| {
+            apply::<O, T>(&mut cpu.flags, v, bit);
+        })
+    };
+    done.map_err(|stop| cpu.operand_fault(i, stop))
+}
+
+#[inline(always)]
+fn scan<S: Source, T: Int>(
+    cpu: &mut Cpu,
+    ram: &mut [u8],
+    i: &Insn,
+    position: impl Fn(u64) -> u32,
+) -> Result<(), Stop> {
+    let v = S::load::<T>(cpu, ram, i)?;
+    cpu.flags.set_logic(v);
+    if v != T::from_u64(0) {
+        cpu.set_reg(i.dst, T::from_u64(position(v.to_u64()) as u64));
+    }
+    Ok(())
+}
+
+fn bsf<S: Source, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    scan::<S, T>(cpu, ram, i, u64::trailing_zeros)
+}
+
+fn bsr<S: Source, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    scan::<S, T>(cpu, ram, i, |v| 63 - v.leading_zeros())
+}
+
+fn popcnt<S: Source, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    let v = S::load::<T>(cpu, ram, i)?;
+    cpu.set_reg(i.dst, T::from_u64(v.to_u64().count_ones() as u64));
+    cpu.flags.set_status(0);
+    cpu.flags.set_zf(v == T::from_u64(0));
+    Ok(())
+}
+
+fn form<O: Op>(ins: &Instruction) -> Handler {
+    let by_register = ins.op1_kind() == OpKind::Register;
+    let table = match (is_memory(ins, 0), by_register) {
+        (false, true) => widths!(within, O, Dst, Src),
+        (false, false) => widths!(within, O, Dst, Imm),
+        (true, true) => widths!(string, O),
+        (true, false) => widths!(within, O, Mem, Imm),
+    };
+    table[log_size(ins, 0)]
+}
+
+/// Handlers of this family.
+pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
+    macro_rules! to_register {
+        ($f:ident) => {
+            (if is_memory(ins, 1) { widths!($f, Mem) } else { widths!($f, Src) })[log_size(ins, 0)]
+        };
+    }
+    insn.exec = match ins.mnemonic() {
+        Mnemonic::Bt => form::<Test>(ins),
+        Mnemonic::Bts => form::<Set>(ins),
+        Mnemonic::Btr => form::<Reset>(ins),
+        Mnemonic::Btc => form::<Complement>(ins),
+        Mnemonic::Bsf | Mnemonic::Tzcnt => to_register!(bsf),
+        Mnemonic::Bsr | Mnemonic::Lzcnt => to_register!(bsr),
+        Mnemonic::Popcnt => to_register!(popcnt),
+        _ => return None,
+    };
+    Some(Place::Middle)
+}

@@ -1,0 +1,141 @@
+//! JMP, Jcc, CALL, RET (near), LOOP, LOOPE, LOOPNE, JRCXZ.
+//!
+//! While a branch runs, [`Cpu::rip`] is the address behind it. Targets must be canonical; the branch faults
+//! where they are not, and has then changed nothing.
+
+use iced_x86::{Code, Instruction, Mnemonic, OpKind};
+
+use super::operand::{Dst, Mem, Source, condition, conditions};
+use crate::decode::Place;
+use crate::exit::Stop;
+use crate::insn::{Handler, Insn, Int};
+use crate::paging::is_canonical;
+use crate::state::{Cpu, reg};
+
+const RSP: usize = reg::RSP as usize;
+
+/// The target of a relative branch.
+#[inline(always)]
+fn relative(cpu: &mut Cpu, i: &Insn) -> Result<u64, Stop> {
+    let target = cpu.rip.wrapping_add(i.imm);
+    check(cpu, target)
+}
+
+#[inline(always)]
+fn check(cpu: &mut Cpu, target: u64) -> Result<u64, Stop> {
+    if is_canonical(target) { Ok(target) } else { cpu.general_protection(0) }
+}
+
+fn jcc<const CC: u8>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    if cpu.flags.condition::<CC>() {
+        cpu.rip = relative(cpu, i)?;
+    }
+    Ok(())
+}
+
+fn jmp(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    cpu.rip = relative(cpu, i)?;
+    Ok(())
+}
+
+fn jmp_to<S: Source>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    let target = S::load(cpu, ram, i)?;
+    cpu.rip = check(cpu, target)?;
+    Ok(())
+}
+
+fn call(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    let target = relative(cpu, i)?;
+    cpu.push(ram, cpu.rip)?;
+    cpu.rip = target;
+    Ok(())
+}
+
+fn call_to<S: Source>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    let target = S::load(cpu, ram, i)?;
+    check(cpu, target)?;
+    cpu.push(ram, cpu.rip)?;
+    cpu.rip = target;
+    Ok(())
+}
+
+/// The immediate is 0 in the form without one.
+fn ret(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    let at = cpu.regs[RSP];
+    let target = cpu.load_stack(ram, at)?;
+    cpu.rip = check(cpu, target)?;
+    cpu.regs[RSP] = at.wrapping_add(8).wrapping_add(i.imm & 0xffff);
+    Ok(())
+}
+
+/// How LOOP goes on beyond a count that is not 0.
+trait Also {
+    fn holds(cpu: &Cpu) -> bool;
+}
+struct Always;
+struct WhileZero;
+struct WhileNotZero;
+impl Also for Always {
+    fn holds(_: &Cpu) -> bool {
+        true
+    }
+}
+impl Also for WhileZero {
+    fn holds(cpu: &Cpu) -> bool {
+        cpu.flags.zf()
+    }
+}
+impl Also for WhileNotZero {
+    fn holds(cpu: &Cpu) -> bool {
+        !cpu.flags.zf()
+    }
+}
+
+/// `T` is the address size: it chooses RCX or ECX.
+fn loop_while<A: Also, T: Int>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    let count = cpu.reg::<T>(reg::RCX).sub(T::from_u64(1));
+    if count != T::from_u64(0) && A::holds(cpu) {
+        cpu.rip = relative(cpu, i)?;
+    }
+    cpu.set_reg(reg::RCX, count);
+    Ok(())
+}
+
+fn jrcxz<T: Int>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    if cpu.reg::<T>(reg::RCX) == T::from_u64(0) {
+        cpu.rip = relative(cpu, i)?;
+    }
+    Ok(())
+}
+
+/// Handlers of this family.
+pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
+    insn.exec = match ins.code() {
+        Code::Jmp_rel8_64 | Code::Jmp_rel32_64 => jmp,
+        Code::Jmp_rm64 if ins.op0_kind() == OpKind::Memory => jmp_to::<Mem>,
+        Code::Jmp_rm64 => jmp_to::<Dst>,
+        Code::Call_rel32_64 => call,
+        Code::Call_rm64 if ins.op0_kind() == OpKind::Memory => call_to::<Mem>,
+        Code::Call_rm64 => call_to::<Dst>,
+        Code::Retnq | Code::Retnq_imm16 => ret,
+        Code::Loop_rel8_64_RCX => loop_while::<Always, u64>,
+        Code::Loop_rel8_64_ECX => loop_while::<Always, u32>,
+        Code::Loope_rel8_64_RCX => loop_while::<WhileZero, u64>,
+        Code::Loope_rel8_64_ECX => loop_while::<WhileZero, u32>,
+        Code::Loopne_rel8_64_RCX => loop_while::<WhileNotZero, u64>,
+        Code::Loopne_rel8_64_ECX => loop_while::<WhileNotZero, u32>,
+        Code::Jrcxz_rel8_64 => jrcxz::<u64>,
+        Code::Jecxz_rel8_64 => jrcxz::<u32>,
+        _ => select_jcc(ins)?,
+    };
+    Some(Place::Last)
+}
+
+fn select_jcc(ins: &Instruction) -> Option<Handler> {
+    use Mnemonic::*;
+    let is_jcc = matches!(
+        ins.mnemonic(),
+        Ja | Jae | Jb | Jbe | Je | Jg | Jge | Jl | Jle | Jne | Jno | Jnp | Jns | Jo | Jp | Js
+    );
+    if is_jcc { Some(conditions!(jcc)[condition(ins)?]) } else { None }
+}

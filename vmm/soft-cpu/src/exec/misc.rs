@@ -1,0 +1,76 @@
+//! LAHF, SAHF, CLC, STC, CMC, CLD, STD, and everything that does nothing: NOP, PAUSE, prefetches, fences.
+
+use iced_x86::{Instruction, Mnemonic};
+
+use crate::decode::Place;
+use crate::exit::Stop;
+use crate::flags::bits;
+use crate::insn::{HIGH_BYTE, Insn};
+use crate::state::{Cpu, reg};
+
+const AH: u8 = reg::RAX | HIGH_BYTE;
+
+fn lahf(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
+    let v = (cpu.flags.status() & !bits::OF | bits::FIXED) as u8;
+    cpu.set_reg(AH, v);
+    Ok(())
+}
+
+fn sahf(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
+    let of = if cpu.flags.of() { bits::OF } else { 0 };
+    let v = cpu.reg::<u8>(AH) as u64;
+    cpu.flags.set_status(v | of);
+    Ok(())
+}
+
+fn clc(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
+    cpu.flags.set_cf(false);
+    Ok(())
+}
+
+fn stc(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
+    cpu.flags.set_cf(true);
+    Ok(())
+}
+
+fn cmc(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
+    let cf = cpu.flags.cf();
+    cpu.flags.set_cf(!cf);
+    Ok(())
+}
+
+fn cld(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
+    cpu.flags.update_rest(bits::DF, 0);
+    Ok(())
+}
+
+fn std(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
+    cpu.flags.update_rest(0, bits::DF);
+    Ok(())
+}
+
+fn nop(_: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
+    Ok(())
+}
+
+/// Handlers of this family.
+pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
+    insn.exec = match ins.mnemonic() {
+        Mnemonic::Lahf => lahf,
+        Mnemonic::Sahf => sahf,
+        Mnemonic::Clc => clc,
+        Mnemonic::Stc => stc,
+        Mnemonic::Cmc => cmc,
+        Mnemonic::Cld => cld,
+        Mnemonic::Std => std,
+        // One thread, and a memory that is always up to date: there is nothing to order or to fetch.
+        Mnemonic::Nop
+        | Mnemonic::Reservednop
+        | Mnemonic::Pause
+        | Mnemonic::Lfence
+        | Mnemonic::Mfence
+        | Mnemonic::Sfence => nop,
+        _ => return None,
+    };
+    Some(Place::Middle)
+}

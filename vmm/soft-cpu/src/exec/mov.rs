@@ -1,0 +1,217 @@
+//! MOV between registers and memory, MOVZX, MOVSX, MOVSXD, LEA, CMOVcc, SETcc, BSWAP, XLAT, and the conversions
+//! of the accumulator.
+
+use iced_x86::{Code, Instruction, Mnemonic, OpKind};
+
+use super::operand::{
+    Dst, Imm, Mem, Moffs, Source, Src, Target, condition, conditions, is_memory, log_size, widths,
+};
+use crate::decode::Place;
+use crate::exit::Stop;
+use crate::insn::{ADDR32, Handler, Insn, Int};
+use crate::state::{Cpu, ZERO, reg};
+
+fn mov<D: Target, S: Source, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    let v = S::load::<T>(cpu, ram, i)?;
+    D::store(cpu, ram, i, v)
+}
+
+fn store_moffs<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    let addr = cpu.reg::<u64>(i.seg).wrapping_add(i.imm);
+    let v = cpu.reg::<T>(reg::RAX);
+    cpu.store(ram, addr, v)
+}
+
+fn zero_extend<S: Source, F: Int, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    let v = S::load::<F>(cpu, ram, i)?;
+    cpu.set_reg(i.dst, T::from_u64(v.to_u64()));
+    Ok(())
+}
+
+fn sign_extend<S: Source, F: Int, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    let v = S::load::<F>(cpu, ram, i)?;
+    cpu.set_reg(i.dst, T::from_u64(v.sext()));
+    Ok(())
+}
+
+fn lea<T: Int>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    let v = T::from_u64(cpu.ea_offset(i));
+    cpu.set_reg(i.dst, v);
+    Ok(())
+}
+
+/// The source is read, and a 32-bit destination zero-extended, whatever the condition says.
+fn cmov<S: Source, T: Int, const CC: u8>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    let new = S::load::<T>(cpu, ram, i)?;
+    let old = cpu.reg::<T>(i.dst);
+    let v = if cpu.flags.condition::<CC>() { new } else { old };
+    cpu.set_reg(i.dst, v);
+    Ok(())
+}
+
+fn set<D: Target, const CC: u8>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    let v = cpu.flags.condition::<CC>() as u8;
+    D::store(cpu, ram, i, v)
+}
+
+/// For 16 bits, which the SDM leaves undefined, the result is 0, as current processors have it.
+fn bswap<T: Int>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    let v = cpu.reg::<T>(i.dst).to_u64();
+    let swapped = if T::BITS == 16 { 0 } else { v.swap_bytes() >> (64 - T::BITS) };
+    cpu.set_reg(i.dst, T::from_u64(swapped));
+    Ok(())
+}
+
+fn xlat(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    let mut offset = cpu.reg::<u64>(reg::RBX).wrapping_add(cpu.reg::<u8>(reg::RAX) as u64);
+    if i.scale & ADDR32 != 0 {
+        offset = offset as u32 as u64;
+    }
+    let addr = cpu.reg::<u64>(i.seg).wrapping_add(offset);
+    let v = cpu.load::<u8>(ram, addr)?;
+    cpu.set_reg(reg::RAX, v);
+    Ok(())
+}
+
+/// CBW, CWDE, CDQE: the accumulator from its lower half.
+fn widen<F: Int, T: Int>(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
+    let v = cpu.reg::<F>(reg::RAX).sext();
+    cpu.set_reg(reg::RAX, T::from_u64(v));
+    Ok(())
+}
+
+/// CWD, CDQ, CQO: RDX from the accumulator's sign.
+fn sign_to_rdx<T: Int>(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
+    let v = (cpu.reg::<T>(reg::RAX).sext() as i64 >> 63) as u64;
+    cpu.set_reg(reg::RDX, T::from_u64(v));
+    Ok(())
+}
+
+fn select_mov(ins: &Instruction) -> Option<Handler> {
+    use OpKind::{Memory as M, Register as R};
+    let (a, b) = (ins.op0_kind(), ins.op1_kind());
+    // Segment, control and debug registers are another family's.
+    for (n, kind) in [(0, a), (1, b)] {
+        if kind == R && !ins.op_register(n).is_gpr() {
+            return None;
+        }
+    }
+    // With 32-bit addresses the general rule for memory operands fits moffs, too.
+    let long = ins.memory_displ_size() == 8;
+    let table = match ins.code() {
+        Code::Mov_AL_moffs8 | Code::Mov_AX_moffs16 | Code::Mov_EAX_moffs32 | Code::Mov_RAX_moffs64
+            if long =>
+        {
+            widths!(mov, Dst, Moffs)
+        }
+        Code::Mov_moffs8_AL | Code::Mov_moffs16_AX | Code::Mov_moffs32_EAX | Code::Mov_moffs64_RAX
+            if long =>
+        {
+            widths!(store_moffs)
+        }
+        _ => match (a, b) {
+            (R, R) => widths!(mov, Dst, Src),
+            (R, M) => widths!(mov, Dst, Mem),
+            (M, R) => widths!(mov, Mem, Src),
+            (R, _) => widths!(mov, Dst, Imm),
+            (M, _) => widths!(mov, Mem, Imm),
+            _ => return None,
+        },
+    };
+    Some(table[log_size(ins, 0)])
+}
+
+fn select_extend(ins: &Instruction, signed: bool) -> Handler {
+    macro_rules! by_source {
+        ($f:ident) => {{
+            let table = match (log_size(ins, 1), is_memory(ins, 1)) {
+                (0, false) => widths!($f, Src, u8),
+                (0, true) => widths!($f, Mem, u8),
+                (1, false) => widths!($f, Src, u16),
+                (1, true) => widths!($f, Mem, u16),
+                (_, false) => widths!($f, Src, u32),
+                (_, true) => widths!($f, Mem, u32),
+            };
+            table[log_size(ins, 0)]
+        }};
+    }
+    if signed { by_source!(sign_extend) } else { by_source!(zero_extend) }
+}
+
+fn select_conditional(ins: &Instruction) -> Option<Handler> {
+    let cc = condition(ins)?;
+    let table = match (ins.op_count(), log_size(ins, 0), is_memory(ins, ins.op_count() - 1)) {
+        (1, _, false) => conditions!(set, Dst),
+        (1, _, true) => conditions!(set, Mem),
+        (_, 1, false) => conditions!(cmov, Src, u16),
+        (_, 2, false) => conditions!(cmov, Src, u32),
+        (_, _, false) => conditions!(cmov, Src, u64),
+        (_, 1, true) => conditions!(cmov, Mem, u16),
+        (_, 2, true) => conditions!(cmov, Mem, u32),
+        (_, _, true) => conditions!(cmov, Mem, u64),
+    };
+    Some(table[cc])
+}
+
+/// Handlers of this family.
+pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
+    insn.exec = match ins.mnemonic() {
+        Mnemonic::Mov => select_mov(ins)?,
+        Mnemonic::Movzx => select_extend(ins, false),
+        Mnemonic::Movsx | Mnemonic::Movsxd => select_extend(ins, true),
+        Mnemonic::Lea => widths!(lea)[log_size(ins, 0)],
+        Mnemonic::Bswap => widths!(bswap)[log_size(ins, 0)],
+        Mnemonic::Xlatb => {
+            insn.index = ZERO;
+            xlat
+        }
+        Mnemonic::Cbw => widen::<u8, u16>,
+        Mnemonic::Cwde => widen::<u16, u32>,
+        Mnemonic::Cdqe => widen::<u32, u64>,
+        Mnemonic::Cwd => sign_to_rdx::<u16>,
+        Mnemonic::Cdq => sign_to_rdx::<u32>,
+        Mnemonic::Cqo => sign_to_rdx::<u64>,
+        m if is_conditional(m) => select_conditional(ins)?,
+        _ => return None,
+    };
+    Some(Place::Middle)
+}
+
+fn is_conditional(m: Mnemonic) -> bool {
+    use Mnemonic::*;
+    matches!(
+        m,
+        Cmova
+            | Cmovae
+            | Cmovb
+            | Cmovbe
+            | Cmove
+            | Cmovg
+            | Cmovge
+            | Cmovl
+            | Cmovle
+            | Cmovne
+            | Cmovno
+            | Cmovnp
+            | Cmovns
+            | Cmovo
+            | Cmovp
+            | Cmovs
+            | Seta
+            | Setae
+            | Setb
+            | Setbe
+            | Sete
+            | Setg
+            | Setge
+            | Setl
+            | Setle
+            | Setne
+            | Setno
+            | Setnp
+            | Setns
+            | Seto
+            | Setp
+            | Sets
+    )
+}

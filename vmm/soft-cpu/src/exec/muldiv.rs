@@ -1,0 +1,149 @@
+//! MUL, IMUL, DIV, IDIV.
+//!
+//! What the SDM leaves undefined: after a multiplication SF, ZF and PF describe the lower half of the product
+//! and AF is clear; a division leaves all flags.
+
+use iced_x86::{Instruction, Mnemonic};
+
+use super::operand::{Dst, Imm, Mem, Source, Src, is_memory, log_size, widths};
+use crate::decode::Place;
+use crate::exit::Stop;
+use crate::flags::Flags;
+use crate::insn::{HIGH_BYTE, Handler, Insn, Int};
+use crate::state::{Cpu, reg};
+
+const DIVIDE_ERROR: u8 = 0;
+const AH: u8 = reg::RAX | HIGH_BYTE;
+
+/// Where the upper half of a double-width value is: AH for bytes, else RDX.
+#[inline(always)]
+fn upper<T: Int>() -> u8 {
+    if T::BITS == 8 { AH } else { reg::RDX }
+}
+
+#[inline(always)]
+fn multiplied<T: Int>(flags: &mut Flags, low: T, overflow: bool) {
+    flags.set_result(low);
+    flags.set_carries(overflow, overflow, false);
+}
+
+fn mul<S: Source, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    let b = S::load::<T>(cpu, ram, i)?;
+    let product = cpu.reg::<T>(reg::RAX).to_u64() as u128 * b.to_u64() as u128;
+    let (low, high) = (T::from_u64(product as u64), T::from_u64((product >> T::BITS) as u64));
+    cpu.set_reg(reg::RAX, low);
+    cpu.set_reg(upper::<T>(), high);
+    multiplied(&mut cpu.flags, low, high != T::from_u64(0));
+    Ok(())
+}
+
+/// The signed product, and whether it needs more bits than `T` has.
+#[inline(always)]
+fn signed_product<T: Int>(a: T, b: T) -> (i128, bool) {
+    let product = a.sext() as i64 as i128 * b.sext() as i64 as i128;
+    (product, product != T::from_u64(product as u64).sext() as i64 as i128)
+}
+
+fn imul<S: Source, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    let b = S::load::<T>(cpu, ram, i)?;
+    let (product, overflow) = signed_product(cpu.reg::<T>(reg::RAX), b);
+    let low = T::from_u64(product as u64);
+    cpu.set_reg(reg::RAX, low);
+    cpu.set_reg(upper::<T>(), T::from_u64((product >> T::BITS) as u64));
+    multiplied(&mut cpu.flags, low, overflow);
+    Ok(())
+}
+
+/// `A` and `B` are the factors of the forms with two and three operands.
+fn imul_to<A: Source, B: Source, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    let a = A::load::<T>(cpu, ram, i)?;
+    let b = B::load::<T>(cpu, ram, i)?;
+    let (product, overflow) = signed_product(a, b);
+    let low = T::from_u64(product as u64);
+    cpu.set_reg(i.dst, low);
+    multiplied(&mut cpu.flags, low, overflow);
+    Ok(())
+}
+
+/// Quotient and remainder of `high:low / d`; `None` when `d` is 0 or the quotient needs more bits than `T` has.
+#[inline(always)]
+fn divide<T: Int>(high: T, low: T, d: T) -> Option<(T, T)> {
+    let (h, l, d) = (high.to_u64(), low.to_u64(), d.to_u64());
+    if h >= d {
+        return None;
+    }
+    if T::BITS < 64 || h == 0 {
+        // Below 64 bits both halves fit one word.
+        let n = if T::BITS < 64 { h << (T::BITS & 63) | l } else { l };
+        return Some((T::from_u64(n / d), T::from_u64(n % d)));
+    }
+    let (n, d) = ((h as u128) << 64 | l as u128, d as u128);
+    Some((T::from_u64((n / d) as u64), T::from_u64((n % d) as u64)))
+}
+
+/// As [`divide`], signed: the quotient is cut towards zero, the remainder has the dividend's sign.
+#[inline(always)]
+fn divide_signed<T: Int>(high: T, low: T, d: T) -> Option<(T, T)> {
+    let d = d.sext() as i64;
+    let (q, r) = if T::BITS < 64 || high.sext() as i64 == low.sext() as i64 >> 63 {
+        let n = if T::BITS < 64 { high.sext() << (T::BITS & 63) | low.to_u64() } else { low.sext() } as i64;
+        (n.checked_div(d)?, n.checked_rem(d)?)
+    } else {
+        let n = (high.to_u64() as u128) << 64 | low.to_u64() as u128;
+        let (n, d) = (n as i128, d as i128);
+        (i64::try_from(n.checked_div(d)?).ok()?, n.checked_rem(d)? as i64)
+    };
+    let quotient = T::from_u64(q as u64);
+    (quotient.sext() as i64 == q).then_some((quotient, T::from_u64(r as u64)))
+}
+
+#[inline(always)]
+fn divided<T: Int>(cpu: &mut Cpu, result: Option<(T, T)>) -> Result<(), Stop> {
+    let Some((quotient, remainder)) = result else {
+        return cpu.raise(DIVIDE_ERROR, None);
+    };
+    cpu.set_reg(reg::RAX, quotient);
+    cpu.set_reg(upper::<T>(), remainder);
+    Ok(())
+}
+
+fn div<S: Source, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    let d = S::load::<T>(cpu, ram, i)?;
+    let result = divide(cpu.reg(upper::<T>()), cpu.reg(reg::RAX), d);
+    divided(cpu, result)
+}
+
+fn idiv<S: Source, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    let d = S::load::<T>(cpu, ram, i)?;
+    let result = divide_signed(cpu.reg(upper::<T>()), cpu.reg(reg::RAX), d);
+    divided(cpu, result)
+}
+
+fn select_imul(ins: &Instruction) -> Handler {
+    let table = match (ins.op_count(), is_memory(ins, ins.op_count().min(2) - 1)) {
+        (1, false) => widths!(imul, Dst),
+        (1, true) => widths!(imul, Mem),
+        (2, false) => widths!(imul_to, Dst, Src),
+        (2, true) => widths!(imul_to, Dst, Mem),
+        (_, false) => widths!(imul_to, Src, Imm),
+        (_, true) => widths!(imul_to, Mem, Imm),
+    };
+    table[log_size(ins, 0)]
+}
+
+/// Handlers of this family.
+pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
+    macro_rules! one_operand {
+        ($f:ident) => {
+            (if is_memory(ins, 0) { widths!($f, Mem) } else { widths!($f, Dst) })[log_size(ins, 0)]
+        };
+    }
+    insn.exec = match ins.mnemonic() {
+        Mnemonic::Mul => one_operand!(mul),
+        Mnemonic::Imul => select_imul(ins),
+        Mnemonic::Div => one_operand!(div),
+        Mnemonic::Idiv => one_operand!(idiv),
+        _ => return None,
+    };
+    Some(Place::Middle)
+}

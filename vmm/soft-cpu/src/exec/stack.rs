@@ -1,0 +1,207 @@
+//! PUSH, POP, PUSHF, POPF, ENTER, LEAVE (SDM 2; FS and GS are the system family's).
+
+use iced_x86::{Code, Instruction, Mnemonic, OpKind};
+
+use super::operand::{Dst, Imm, Mem, Source, is_memory, log_size};
+use crate::decode::Place;
+use crate::exit::Stop;
+use crate::flags::bits;
+use crate::insn::{Handler, Insn, Int};
+use crate::state::{Cpu, reg};
+
+const RSP: usize = reg::RSP as usize;
+const RBP: usize = reg::RBP as usize;
+
+impl Cpu {
+    /// Pushes a value; RSP moves when the store has succeeded.
+    #[inline(always)]
+    pub(super) fn push<T: Int>(&mut self, ram: &mut [u8], value: T) -> Result<(), Stop> {
+        let at = self.regs[RSP].wrapping_sub(T::SIZE as u64);
+        self.store_stack(ram, at, value)?;
+        self.regs[RSP] = at;
+        Ok(())
+    }
+
+    /// The value on top of the stack at `at`.
+    #[inline(always)]
+    pub(super) fn load_stack<T: Int>(&mut self, ram: &mut [u8], at: u64) -> Result<T, Stop> {
+        match self.load(ram, at) {
+            Ok(v) => Ok(v),
+            Err(stop) => Err(self.stack_fault(stop)),
+        }
+    }
+
+    #[inline(always)]
+    fn store_stack<T: Int>(&mut self, ram: &mut [u8], at: u64, value: T) -> Result<(), Stop> {
+        match self.store(ram, at, value) {
+            Ok(()) => Ok(()),
+            Err(stop) => Err(self.stack_fault(stop)),
+        }
+    }
+}
+
+fn push<S: Source, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    let v = S::load::<T>(cpu, ram, i)?;
+    cpu.push(ram, v)
+}
+
+fn pop_reg<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    let at = cpu.regs[RSP];
+    let v = cpu.load_stack::<T>(ram, at)?;
+    cpu.regs[RSP] = at.wrapping_add(T::SIZE as u64);
+    cpu.set_reg(i.dst, v);
+    Ok(())
+}
+
+/// An address through RSP counts from the new one.
+fn pop_mem<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    let at = cpu.regs[RSP];
+    let v = cpu.load_stack::<T>(ram, at)?;
+    cpu.regs[RSP] = at.wrapping_add(T::SIZE as u64);
+    let stored = cpu.store_operand(ram, i, v);
+    if stored.is_err() {
+        cpu.regs[RSP] = at;
+    }
+    stored
+}
+
+fn pushf<T: Int>(cpu: &mut Cpu, ram: &mut [u8], _: &Insn) -> Result<(), Stop> {
+    let v = cpu.flags.to_bits() & !(bits::VM | bits::RF);
+    cpu.push(ram, T::from_u64(v))
+}
+
+/// IOPL changes at CPL 0 alone, IF at CPL <= IOPL; otherwise they silently stay. RF is cleared, VM, VIF and VIP
+/// stay. The 16-bit form leaves the upper flags.
+fn popf<T: Int>(cpu: &mut Cpu, ram: &mut [u8], _: &Insn) -> Result<(), Stop> {
+    use bits::*;
+    let at = cpu.regs[RSP];
+    let v = cpu.load_stack::<T>(ram, at)?.to_u64();
+    cpu.regs[RSP] = at.wrapping_add(T::SIZE as u64);
+    let (cpl, iopl) = (cpu.cpl() as u64, (cpu.flags.rest() & IOPL) >> 12);
+    let mut changes = TF | DF | NT | AC | ID;
+    if cpl == 0 {
+        changes |= IOPL;
+    }
+    if cpl <= iopl {
+        changes |= IF;
+    }
+    if T::BITS == 16 {
+        changes &= 0xffff;
+    }
+    cpu.flags.update_rest(changes | RF, v & changes);
+    cpu.flags.set_status(v);
+    Ok(())
+}
+
+/// `src` has the nesting level, 0 to 31; the immediate the bytes of locals.
+fn enter<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    let (old_rsp, old_rbp) = (cpu.regs[RSP], cpu.regs[RBP]);
+    let entered = enter_frame::<T>(cpu, ram, i);
+    if entered.is_err() {
+        cpu.regs[RSP] = old_rsp;
+        cpu.regs[RBP] = old_rbp;
+    }
+    entered
+}
+
+fn enter_frame<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    let rbp = cpu.regs[RBP];
+    cpu.push(ram, T::from_u64(rbp))?;
+    let frame = cpu.regs[RSP];
+    if i.src > 0 {
+        for n in 1..i.src as u64 {
+            let display = rbp.wrapping_sub(n * T::SIZE as u64);
+            let v = cpu.load_stack::<T>(ram, display)?;
+            cpu.push(ram, v)?;
+        }
+        cpu.push(ram, T::from_u64(frame))?;
+    }
+    let rsp = cpu.regs[RSP].wrapping_sub(i.imm & 0xffff);
+    // The new top of the stack must be writable (SDM 2, ENTER: #PF).
+    if let Err(stop) = cpu.probe_write(ram, rsp, 1) {
+        return Err(cpu.stack_fault(stop));
+    }
+    cpu.regs[RSP] = rsp;
+    cpu.set_reg(reg::RBP, T::from_u64(frame));
+    Ok(())
+}
+
+fn leave<T: Int>(cpu: &mut Cpu, ram: &mut [u8], _: &Insn) -> Result<(), Stop> {
+    let frame = cpu.regs[RBP];
+    let v = cpu.load_stack::<T>(ram, frame)?;
+    cpu.regs[RSP] = frame.wrapping_add(T::SIZE as u64);
+    cpu.set_reg(reg::RBP, v);
+    Ok(())
+}
+
+fn select_push(ins: &Instruction) -> Option<Handler> {
+    let wide = ins.stack_pointer_increment() == -8;
+    Some(match ins.op0_kind() {
+        OpKind::Register if ins.op0_register().is_gpr() => {
+            if wide {
+                push::<Dst, u64>
+            } else {
+                push::<Dst, u16>
+            }
+        }
+        OpKind::Register => return None,
+        OpKind::Memory => {
+            if wide {
+                push::<Mem, u64>
+            } else {
+                push::<Mem, u16>
+            }
+        }
+        _ => {
+            if wide {
+                push::<Imm, u64>
+            } else {
+                push::<Imm, u16>
+            }
+        }
+    })
+}
+
+fn select_pop(ins: &Instruction) -> Option<Handler> {
+    let wide = log_size(ins, 0) == 3;
+    Some(match (is_memory(ins, 0), wide) {
+        (true, true) => pop_mem::<u64>,
+        (true, false) => pop_mem::<u16>,
+        _ if !ins.op0_register().is_gpr() => return None,
+        (false, true) => pop_reg::<u64>,
+        (false, false) => pop_reg::<u16>,
+    })
+}
+
+/// Handlers of this family.
+pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
+    insn.exec = match ins.mnemonic() {
+        Mnemonic::Push => select_push(ins)?,
+        Mnemonic::Pop => select_pop(ins)?,
+        Mnemonic::Pushf => pushf::<u16>,
+        Mnemonic::Pushfq => pushf::<u64>,
+        // TF and IF take effect on what follows.
+        Mnemonic::Popf => {
+            insn.exec = popf::<u16>;
+            return Some(Place::Last);
+        }
+        Mnemonic::Popfq => {
+            insn.exec = popf::<u64>;
+            return Some(Place::Last);
+        }
+        Mnemonic::Enter => {
+            insn.imm = ins.immediate16() as u64;
+            insn.src = ins.immediate8_2nd() & 31;
+            if ins.code() == Code::Enterq_imm16_imm8 { enter::<u64> } else { enter::<u16> }
+        }
+        Mnemonic::Leave => {
+            if ins.code() == Code::Leaveq {
+                leave::<u64>
+            } else {
+                leave::<u16>
+            }
+        }
+        _ => return None,
+    };
+    Some(Place::Middle)
+}

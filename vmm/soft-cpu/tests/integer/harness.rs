@@ -1,0 +1,53 @@
+//! The harness itself: programs end, faults are reported with their error code, counts are exact.
+
+use iced_x86::code_asm::*;
+
+use crate::guest::*;
+use vmft_soft_cpu::Exit;
+
+#[test]
+fn a_program_runs_to_its_end_and_its_instructions_are_counted() {
+    let mut g = Guest::asm(|a| {
+        a.mov(rax, 5u64)?;
+        a.add(rax, 7)
+    });
+    assert_eq!(g.done()[0], 12);
+    assert_eq!(g.state.retired, 2);
+}
+
+#[test]
+fn a_fault_reports_vector_error_code_and_address() {
+    let mut g = Guest::asm(|a| {
+        a.mov(rax, 0x1000_0000u64)?;
+        a.mov(ptr(rax), rax)
+    });
+    let second = CODE + 10;
+    assert_eq!(g.run(), Outcome::Fault { vector: 14, error: Some(2), rip: second });
+    let mut g = Guest::asm(|a| a.ud2());
+    assert_eq!(g.run(), Outcome::Fault { vector: 6, error: None, rip: CODE });
+    assert_eq!(g.state.retired, 0);
+}
+
+#[test]
+fn user_mode_faults_arrive_on_the_kernel_stack() {
+    let mut g = Guest::asm(|a| a.mov(ptr(0x1000_0000), rax)).user();
+    assert_eq!(g.run(), Outcome::Fault { vector: 14, error: Some(6), rip: CODE });
+    assert_eq!(g.state.gpr[4], KERNEL_STACK - 48);
+}
+
+#[test]
+fn a_run_stops_exactly_at_its_limit() {
+    let program = assemble(|a| {
+        let mut top = a.create_label();
+        a.set_label(&mut top)?;
+        a.inc(rax)?;
+        a.dec(rcx)?;
+        a.jne(top)
+    });
+    for limit in 0..30 {
+        let mut g = Guest::new(&program).reg(1, 10);
+        assert_eq!(g.run_to(limit), Outcome::Exit(Exit::Reached));
+        assert_eq!(g.state.retired, limit);
+        assert_eq!(g.state.gpr[0], limit.div_ceil(3));
+    }
+}
