@@ -80,7 +80,7 @@ fn collect(disk: &mut Disk, done: &mut impl FnMut(&[u64], u64)) {
 }
 
 fn wait(disk: &mut Disk) {
-    disk.notify();
+    disk.publish();
     loop {
         cpu::idle();
         if cpu::take_pending() & disk.irq() != 0 {

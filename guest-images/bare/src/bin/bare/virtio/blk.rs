@@ -101,7 +101,7 @@ impl Disk {
         unsafe { core::slice::from_raw_parts_mut(self.buffers[slot], (CHUNK_LEN / 8) as usize) }
     }
 
-    /// Starts a request for `chunk` in a slot without one; [`Self::notify`] tells the device.
+    /// Starts a request for `chunk` in a slot without one; [`Self::publish`] tells the device.
     pub fn submit(&mut self, slot: usize, kind: Kind, chunk: u64) {
         assert!(self.busy[slot].replace(chunk).is_none());
         let request = self.requests[slot];
@@ -124,9 +124,9 @@ impl Disk {
         self.queue.offer(first);
     }
 
-    /// Tells the device of new requests.
-    pub fn notify(&mut self) {
-        self.queue.notify();
+    /// Gives the device the new requests.
+    pub fn publish(&mut self) {
+        self.queue.publish();
     }
 
     /// A slot whose request is finished, and its chunk.

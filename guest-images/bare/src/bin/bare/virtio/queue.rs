@@ -40,8 +40,8 @@ pub struct Queue {
     /// flags, idx, ring of `Used`
     used: *mut u16,
     offered: u16,
+    published: u16,
     taken: u16,
-    must_notify: bool,
 }
 
 impl Queue {
@@ -56,7 +56,7 @@ impl Queue {
         });
         let size = mmio.set_queue(index, size_max, [descriptors as u64, avail as u64, used as u64]);
         let (descriptors, avail, used) = (descriptors.cast(), avail.cast(), used.cast());
-        Self { mmio, index, size, descriptors, avail, used, offered: 0, taken: 0, must_notify: false }
+        Self { mmio, index, size, descriptors, avail, used, offered: 0, published: 0, taken: 0 }
     }
 
     /// Number of descriptors.
@@ -71,25 +71,33 @@ impl Queue {
         unsafe { self.descriptors.add(id.into()).write_volatile(Descriptor { address, len, flags, next }) }
     }
 
-    /// Gives the chain that starts at `id` to the device; [`Self::notify`] tells it.
+    /// Puts the chain that starts at `id` into the ring, for the next [`Self::publish`].
     pub fn offer(&mut self, id: u16) {
         let slot = 2 + self.offered % self.size;
         self.offered = self.offered.wrapping_add(1);
-        // What the buffers hold is written before the index says that they are there.
-        compiler_fence(Ordering::SeqCst);
         // SAFETY: within the avail area, which only the driver writes.
-        unsafe {
-            self.avail.add(slot.into()).write_volatile(id);
-            self.avail.add(1).write_volatile(self.offered);
-        }
-        self.must_notify = true;
+        unsafe { self.avail.add(slot.into()).write_volatile(id) }
     }
 
-    /// Tells the device of what was offered since the last call, unless it looks by itself.
-    pub fn notify(&mut self) {
-        // SAFETY: within the used area.
-        let flags = unsafe { self.used.read_volatile() };
-        if core::mem::take(&mut self.must_notify) && flags & USED_NO_NOTIFY == 0 {
+    /// Chains that were offered and not published.
+    pub fn unpublished(&self) -> u16 {
+        self.offered.wrapping_sub(self.published)
+    }
+
+    /// Gives the device what was offered, and tells it unless it looks by itself.
+    pub fn publish(&mut self) {
+        if self.unpublished() == 0 {
+            return;
+        }
+        self.published = self.offered;
+        // What the buffers hold is written before the index says that they are there.
+        compiler_fence(Ordering::SeqCst);
+        // SAFETY: the index is within the avail area, which only the driver writes, the flags within the used area.
+        let flags = unsafe {
+            self.avail.add(1).write_volatile(self.published);
+            self.used.read_volatile()
+        };
+        if flags & USED_NO_NOTIFY == 0 {
             self.mmio.notify(self.index);
         }
     }

@@ -34,7 +34,7 @@ impl Rng {
     /// If the device gives less than a word.
     pub fn word(&mut self) -> u64 {
         self.queue.offer(0);
-        self.queue.notify();
+        self.queue.publish();
         loop {
             cpu::idle();
             if cpu::take_pending() & self.mmio.irq == 0 {
