@@ -47,6 +47,16 @@ pub enum Exit {
     Shutdown,
 }
 
+impl Exit {
+    /// [`crate::SoftCpu::complete`] has to be called before anything else.
+    pub fn is_question(&self) -> bool {
+        matches!(
+            self,
+            Exit::PioIn { .. } | Exit::PioOut { .. } | Exit::MmioRead { .. } | Exit::MmioWrite { .. }
+        )
+    }
+}
+
 /// A fault of the guest, to be delivered through its IDT (SDM 3A 6.15).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fault {
@@ -70,6 +80,8 @@ pub enum Stop {
     CodeWrite,
     /// A `REP` instruction used up its budget: its iterations are counted, RIP stays on it.
     Again,
+    /// The instruction retires, then `Cpu::fault` (a debug trap) is to be delivered.
+    Trap,
     /// HLT: retires, then the CPU halts.
     Halt,
     /// The CPU cannot go on (a fault while delivering a double fault).

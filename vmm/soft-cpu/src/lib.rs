@@ -23,6 +23,7 @@
 #![forbid(unsafe_code)]
 
 pub mod code;
+pub mod debug;
 pub mod decode;
 pub mod exception;
 pub mod exec;
@@ -33,6 +34,7 @@ pub mod insn;
 pub mod memory;
 pub mod paging;
 pub mod run;
+pub mod segment;
 pub mod state;
 pub mod tlb;
 

@@ -9,7 +9,7 @@ use crate::exit::{Exit, Stop};
 use crate::flags::Flags;
 use crate::insn::{Insn, Int, flag};
 use crate::paging::{Access, is_canonical};
-use crate::state::{Cpu, seg};
+use crate::state::{Cpu, WATCHED, seg};
 
 const PAGE: usize = 4096;
 
@@ -181,13 +181,15 @@ impl Cpu {
 
     /// Reads up to a page of bytes with the rights of the current privilege level.
     pub fn load_bytes(&mut self, ram: &mut [u8], addr: u64, out: &mut [u8]) -> Result<(), Stop> {
-        let user = self.mode == 1;
+        self.check_alignment(addr, out.len())?;
+        let user = self.user();
         self.read_linear(ram, addr, out, user)
     }
 
     /// Writes up to a page of bytes with the rights of the current privilege level.
     pub fn store_bytes(&mut self, ram: &mut [u8], addr: u64, bytes: &[u8]) -> Result<(), Stop> {
-        let user = self.mode == 1;
+        self.check_alignment(addr, bytes.len())?;
+        let user = self.user();
         self.write_linear(ram, addr, bytes, user)
     }
 
@@ -203,10 +205,22 @@ impl Cpu {
         self.write_linear(ram, addr, &value.to_u64().to_le_bytes()[..T::SIZE], false)
     }
 
+    /// #AC: integers have to lie at multiples of their size in user mode when CR0.AM and RFLAGS.AC say so.
+    fn check_alignment(&mut self, addr: u64, len: usize) -> Result<(), Stop> {
+        let checked = matches!(len, 2 | 4 | 8) && addr & (len as u64 - 1) != 0 && self.checks_alignment();
+        if checked { self.raise(17, Some(0)) } else { Ok(()) }
+    }
+
+    /// Checks that a byte at `addr` could be read now.
+    pub fn probe_read(&mut self, ram: &mut [u8], addr: u64) -> Result<(), Stop> {
+        let user = self.user();
+        self.place(ram, addr, Access::Read, user).map(|_| ())
+    }
+
     /// Checks that `len` bytes (at most a page) at `addr` could be written now, and changes nothing but TLB and
     /// accessed and dirty bits: for instructions with several stores, of which none may happen when one faults.
     pub fn probe_write(&mut self, ram: &mut [u8], addr: u64, len: usize) -> Result<(), Stop> {
-        let user = self.mode == 1;
+        let user = self.user();
         self.place(ram, addr, Access::Write, user)?;
         let last = addr.wrapping_add(len as u64 - 1);
         if last >> 12 != addr >> 12 {
@@ -225,6 +239,7 @@ impl Cpu {
     }
 
     fn read_linear(&mut self, ram: &mut [u8], addr: u64, out: &mut [u8], user: bool) -> Result<(), Stop> {
+        self.meet_breakpoints(addr, out.len(), Access::Read);
         let first = (PAGE - (addr as usize & (PAGE - 1))).min(out.len());
         let place = self.place(ram, addr, Access::Read, user)?;
         let (a, b) = out.split_at_mut(first);
@@ -237,6 +252,7 @@ impl Cpu {
     }
 
     fn write_linear(&mut self, ram: &mut [u8], addr: u64, bytes: &[u8], user: bool) -> Result<(), Stop> {
+        self.meet_breakpoints(addr, bytes.len(), Access::Write);
         let first = (PAGE - (addr as usize & (PAGE - 1))).min(bytes.len());
         let place = self.place(ram, addr, Access::Write, user)?;
         let (a, b) = bytes.split_at(first);
@@ -261,19 +277,19 @@ impl Cpu {
         let Some(offset) = self.ram_offset(frame) else {
             return Ok(Place::Device(frame + within as u64));
         };
-        if user == (self.mode == 1) {
-            self.accelerate(addr >> 12, offset, access);
+        if self.mode & WATCHED == 0 {
+            self.accelerate(addr >> 12, offset, access, user);
         }
         Ok(Place::Ram(offset + within))
     }
 
     /// Lets the next access to this page take the fast path.
-    fn accelerate(&mut self, page: u64, ram: usize, access: Access) {
+    fn accelerate(&mut self, page: u64, ram: usize, access: Access, user: bool) {
         let plain = self.code_chunks.get(ram / PAGE) == Some(&0);
         if access == Access::Write {
             self.mark_written(ram);
         }
-        let e = self.fast.get_mut(self.mode, page);
+        let e = self.fast.get_mut(user as usize, page);
         e.ram = ram;
         e.read = page;
         if access == Access::Write && plain {

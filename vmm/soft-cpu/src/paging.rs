@@ -1,4 +1,8 @@
 //! 4-level paging (SDM 3A, chapter 5): the walk, its rights, accessed and dirty bits.
+//!
+//! Upper levels get their accessed bit as the walk passes them, the last level its accessed and dirty bit only
+//! when the access is allowed. PAT, PCD and PWT have no effect. Protection keys, PCIDs, SMEP and SMAP do not
+//! exist (CPUID).
 
 use crate::exit::Stop;
 use crate::state::Cpu;
@@ -81,7 +85,7 @@ impl Cpu {
     /// A cached instruction translation may be used at the current privilege level.
     #[inline(always)]
     pub(crate) fn may_fetch(&self, e: &TlbEntry) -> bool {
-        let wanted = if self.mode == 1 { right::USER } else { 0 };
+        let wanted = if self.user() { right::USER } else { 0 };
         e.frame & (right::NO_EXECUTE | wanted) == wanted
     }
 
@@ -169,10 +173,14 @@ impl Cpu {
             Access::Fetch if self.sys.efer & EFER_NXE != 0 => code |= error::FETCH,
             _ => {}
         }
-        // The faulting address' cached translation goes (SDM 3A 5.10.4.1, "page faults").
+        // The faulting address' cached translations go (SDM 3A 5.10.4.1). Other pieces of a large page stay, as
+        // they may on hardware that caches it in pieces.
         let page = addr >> 12;
-        if self.slot(access, page).holds(page) {
-            *self.slot(access, page) = TlbEntry::default();
+        for access in [Access::Read, Access::Fetch] {
+            let slot = self.slot(access, page);
+            if slot.holds(page) {
+                *slot = TlbEntry::default();
+            }
         }
         self.fast.forget(page);
         self.sys.cr2 = addr;
@@ -187,8 +195,8 @@ impl Cpu {
 
     /// INVLPG.
     pub(crate) fn invalidate_page(&mut self, addr: u64) {
-        self.tlb.invalidate(addr >> 12);
-        self.fast.flush();
+        let fast = &mut self.fast;
+        self.tlb.invalidate(addr >> 12, |page| fast.forget(page));
     }
 
     /// Reads 8 aligned bytes of physical memory; all ones outside RAM.

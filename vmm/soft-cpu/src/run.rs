@@ -10,7 +10,7 @@ use crate::exit::{Exit, Stop};
 use crate::flags::bits;
 use crate::insn::Insn;
 use crate::paging::{Access, is_canonical};
-use crate::state::{Cpu, CpuState, RIP_BASE};
+use crate::state::{Cpu, CpuState, RIP_BASE, Shadow};
 
 /// How far [`SoftCpu::run`] may go.
 #[derive(Clone, Copy, Debug)]
@@ -58,9 +58,13 @@ impl SoftCpu {
             if limit.interrupt_window && cpu.interruptible() {
                 return Exit::InterruptWindow;
             }
+            // Whatever may open the interrupt window ends its block, so the test above misses no moment.
             let budget = limit.until - cpu.retired;
-            let careful = limit.interrupt_window || cpu.needs_care();
-            let exit = if careful { self.careful_step(ram) } else { self.step(ram, budget) };
+            let exit = if cpu.needs_care() {
+                self.careful_step(ram, budget)
+            } else {
+                self.step(ram, budget, u64::MAX)
+            };
             if let Some(exit) = exit {
                 return exit;
             }
@@ -72,11 +76,8 @@ impl SoftCpu {
     pub fn complete(&mut self, ram: &mut [u8], value: u64) -> Option<Exit> {
         self.cpu.io_replies.values.push(value);
         self.cpu.io_replies.used = 0;
-        let exit = self.careful_step(ram);
-        if !matches!(
-            exit,
-            Some(Exit::PioIn { .. } | Exit::MmioRead { .. } | Exit::PioOut { .. } | Exit::MmioWrite { .. })
-        ) {
+        let exit = self.careful_step(ram, 1);
+        if !exit.is_some_and(|e| e.is_question()) {
             self.cpu.io_replies.values.clear();
             self.cpu.io_replies.used = 0;
         }
@@ -143,9 +144,9 @@ impl SoftCpu {
         self.cpu.code_chunks.fill(0);
     }
 
-    /// Runs one block, or as much of it as `budget` allows.
+    /// Runs one block, or as much of it as `budget` (instructions and iterations) and `most` (instructions) allow.
     #[inline(always)]
-    fn step(&mut self, ram: &mut [u8], budget: u64) -> Option<Exit> {
+    fn step(&mut self, ram: &mut [u8], budget: u64, most: u64) -> Option<Exit> {
         let rip = self.cpu.rip;
         let start = match self.fetch(ram, rip) {
             Ok(start) => start,
@@ -158,14 +159,14 @@ impl SoftCpu {
                 None => return self.uncached_step(ram, rip, budget),
             },
         };
-        self.execute(ram, &block, budget)
+        self.execute(ram, &block, budget, most)
     }
 
     #[inline(always)]
-    fn execute(&mut self, ram: &mut [u8], block: &Block, budget: u64) -> Option<Exit> {
+    fn execute(&mut self, ram: &mut [u8], block: &Block, budget: u64, most: u64) -> Option<Exit> {
         let cpu = &mut self.cpu;
         let rip = cpu.rip;
-        let count = (block.count as u64).min(budget) as usize;
+        let count = (block.count as u64).min(budget).min(most) as usize;
         let insns = self.code.insns(block);
         cpu.regs[RIP_BASE as usize] = rip;
         cpu.rip = rip.wrapping_add(block.len as u64);
@@ -184,24 +185,32 @@ impl SoftCpu {
         None
     }
 
-    /// Runs one instruction with all the checks that a block goes without: interrupt shadow, TF, breakpoints.
+    /// Runs one instruction with all the checks that a block goes without: interrupt shadow, TF, RF,
+    /// breakpoints, alignment. REP may do `budget` iterations, or one where each may trap.
     #[cold]
     #[inline(never)]
-    fn careful_step(&mut self, ram: &mut [u8]) -> Option<Exit> {
-        self.cpu.shadow = false;
-        let traps = match self.cpu.debug_before() {
-            Ok(traps) => traps,
-            Err(stop) => {
-                let rip = self.cpu.rip;
-                return self.stopped(ram, stop, rip, None);
-            }
-        };
-        let before = self.cpu.retired;
-        let exit = self.step(ram, 1);
-        if self.cpu.retired != before && self.cpu.debug_after(traps) {
-            return self.deliver(ram, Event::Fault).or(exit);
+    fn careful_step(&mut self, ram: &mut [u8], budget: u64) -> Option<Exit> {
+        let cpu = &mut self.cpu;
+        let (shadow, rf) = (cpu.shadow, cpu.flags.rest() & bits::RF);
+        if let Err(stop) = cpu.debug_before() {
+            let rip = cpu.rip;
+            return self.stopped(ram, stop, rip, None);
         }
-        exit
+        let before = cpu.retired;
+        let budget = if cpu.debugged() { 1 } else { budget };
+        let exit = self.step(ram, budget, 1);
+        let cpu = &mut self.cpu;
+        if exit.is_some_and(|e| e.is_question()) {
+            // The instruction has not run yet.
+            cpu.shadow = shadow;
+            cpu.flags.update_rest(0, rf);
+        }
+        let retired = cpu.retired != before;
+        if !cpu.debug_after(retired) {
+            return exit;
+        }
+        cpu.halted = false;
+        self.deliver(ram, Event::Exception)
     }
 
     /// RAM offset of the instruction at `rip`.
@@ -216,13 +225,19 @@ impl SoftCpu {
             if !is_canonical(rip) {
                 return cpu.general_protection(0);
             }
-            let user = cpu.mode == 1;
-            cpu.translate(ram, rip, Access::Fetch, user)?
+            let user = cpu.user();
+            // Accessed bits may lie beside decoded code; nothing is being executed now, so it can go at once.
+            cpu.code_write_allowed = true;
+            let entry = cpu.translate(ram, rip, Access::Fetch, user);
+            cpu.code_write_allowed = false;
+            self.drop_written_code();
+            entry?
         };
+        let cpu = &self.cpu;
         match cpu.ram_offset(entry.frame & 0x000f_ffff_ffff_f000) {
             Some(frame) => Ok(frame + (rip as usize & 4095)),
             // Outside RAM there is no code: as if 0xff were read, which is no instruction.
-            None => cpu.undefined(),
+            None => self.cpu.undefined(),
         }
     }
 
@@ -278,9 +293,18 @@ impl SoftCpu {
         let behind = self.cpu.rip;
         self.cpu.rip = rip;
         match stop {
-            Stop::Fault => self.deliver(ram, Event::Fault),
+            Stop::Fault => self.deliver(ram, Event::Exception),
             Stop::Io => Some(self.cpu.io),
-            Stop::Again => None,
+            Stop::Again => {
+                // What interrupts REP between two iterations must not meet its breakpoint again (SDM 3B 18.3.1.1).
+                self.cpu.flags.update_rest(0, bits::RF);
+                None
+            }
+            Stop::Trap => {
+                self.cpu.rip = behind;
+                self.cpu.retired += 1;
+                self.deliver(ram, Event::Exception)
+            }
             Stop::Halt => {
                 self.cpu.rip = behind;
                 self.cpu.retired += 1;
@@ -322,6 +346,8 @@ impl Cpu {
     /// The next instruction has to run alone.
     #[inline(always)]
     fn needs_care(&self) -> bool {
-        self.shadow || self.flags.rest() & (bits::TF | bits::RF) != 0 || self.sys.dr7 & 0xff != 0
+        self.shadow != Shadow::None
+            || self.flags.rest() & (bits::TF | bits::RF | bits::AC) != 0
+            || self.sys.dr7 & 0xff != 0
     }
 }

@@ -69,6 +69,18 @@ pub struct TableRegister {
     pub limit: u16,
 }
 
+/// What the last instruction holds off until the next one has retired.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Shadow {
+    /// Nothing.
+    #[default]
+    None,
+    /// External interrupts (STI).
+    Interrupts,
+    /// External interrupts and debug exceptions (MOV SS, POP SS, LSS).
+    Everything,
+}
+
 /// Registers that no instruction touches in passing: system, debug and model-specific ones.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Registers {
@@ -116,6 +128,8 @@ pub struct Registers {
     pub pat: u64,
     /// IA32_TSC_AUX.
     pub tsc_aux: u64,
+    /// IA32_TSC_ADJUST: what the guest has added to its time-stamp counter.
+    pub tsc_adjust: u64,
 }
 
 /// x87 and MMX state. Register numbers are physical; ST(i) is `(top + i) & 7`.
@@ -188,8 +202,8 @@ pub struct Cpu {
     pub retired: u64,
     /// Added to `retired` to give the time-stamp counter: guest time in ns.
     pub tsc_offset: u64,
-    /// Interrupts are held off for one instruction (after STI or MOV SS).
-    pub shadow: bool,
+    /// Held off for one instruction.
+    pub shadow: Shadow,
     /// Halted.
     pub halted: bool,
     /// External interrupt accepted and not yet delivered.
@@ -199,8 +213,12 @@ pub struct Cpu {
 
     /// Acceleration of the TLB, no state.
     pub(crate) fast: FastTlb,
-    /// 0 at CPL 0 to 2, 1 at CPL 3: which half of `fast` applies.
+    /// 0 at CPL 0 to 2, 1 at CPL 3: which part of `fast` applies. And [`WATCHED`].
     pub(crate) mode: usize,
+    /// Whether TF was set before the instruction that runs alone.
+    pub(crate) single_step: bool,
+    /// Data breakpoints that the instruction has met, a bit each.
+    pub(crate) breakpoints_met: u64,
     /// RAM below the hole under 4 GiB, bytes.
     pub(crate) ram_low: u64,
     /// RAM in all, bytes.
@@ -238,11 +256,14 @@ pub struct CpuState {
     pub sys: Registers,
     pub retired: u64,
     pub tsc_offset: u64,
-    pub shadow: bool,
+    pub shadow: Shadow,
     pub halted: bool,
     pub interrupt: Option<u8>,
     pub tlb: TlbState,
 }
+
+/// In [`Cpu::mode`]: data breakpoints or alignment have to be checked, so no access may take the fast path.
+pub(crate) const WATCHED: usize = 2;
 
 fn fixed_registers() -> [u64; REGS] {
     let mut regs = [0; REGS];
@@ -270,12 +291,14 @@ impl Cpu {
             sys: Registers::default(),
             retired: 0,
             tsc_offset: 0,
-            shadow: false,
+            shadow: Shadow::None,
             halted: false,
             interrupt: None,
             tlb: Tlb::default(),
             fast: FastTlb::default(),
             mode: 0,
+            single_step: false,
+            breakpoints_met: 0,
             ram_low: ram_len.min(HOLE_START),
             ram_len,
             code_chunks: vec![0; pages],
@@ -298,7 +321,13 @@ impl Cpu {
 
     /// To be called after every change of SS's DPL, that is of the privilege level.
     pub(crate) fn cpl_changed(&mut self) {
-        self.mode = (self.cpl() == 3) as usize;
+        self.mode = self.mode & WATCHED | (self.cpl() == 3) as usize;
+    }
+
+    /// Data accesses of instructions have user rights.
+    #[inline(always)]
+    pub(crate) fn user(&self) -> bool {
+        self.mode & 1 != 0
     }
 
     /// Raises a fault: `return cpu.raise(...)`.
@@ -334,12 +363,15 @@ impl Cpu {
 
     /// An external interrupt could be delivered before the next instruction.
     pub fn interruptible(&self) -> bool {
-        self.flags.rest() & crate::flags::bits::IF != 0 && !self.shadow && self.interrupt.is_none()
+        self.flags.rest() & crate::flags::bits::IF != 0
+            && self.shadow == Shadow::None
+            && self.interrupt.is_none()
     }
 
-    /// The time-stamp counter at the start of the running block: guest time in ns.
+    /// The time-stamp counter at the start of the running block: guest time in ns and what the guest
+    /// has added to it.
     pub fn tsc(&self) -> u64 {
-        self.retired.wrapping_add(self.tsc_offset)
+        self.retired.wrapping_add(self.tsc_offset).wrapping_add(self.sys.tsc_adjust)
     }
 
     /// The whole state, at an instruction boundary.

@@ -102,11 +102,14 @@ impl Tlb {
     }
 
     /// INVLPG: drops what translates linear page `page`, all pieces of a large page included, global or not.
-    pub fn invalidate(&mut self, page: u64) {
-        for e in self.all() {
-            if e.covers(page) {
-                *e = TlbEntry::default();
-            }
+    /// Tells `dropped` the linear pages that the data TLB loses.
+    pub fn invalidate(&mut self, page: u64, mut dropped: impl FnMut(u64)) {
+        for e in self.data.iter_mut().filter(|e| e.covers(page)) {
+            dropped(e.page);
+            *e = TlbEntry::default();
+        }
+        for e in self.code.iter_mut().filter(|e| e.covers(page)) {
+            *e = TlbEntry::default();
         }
     }
 
@@ -150,29 +153,30 @@ pub(crate) struct FastEntry {
     pub(crate) ram: usize,
 }
 
-/// A shadow of the data TLB for each of supervisor and user mode.
-pub(crate) struct FastTlb(Box<[[FastEntry; DATA_ENTRIES]; 2]>);
+/// A shadow of the data TLB for each of supervisor and user mode; the other two modes ([`crate::state::WATCHED`])
+/// have empty ones.
+pub(crate) struct FastTlb(Box<[[FastEntry; DATA_ENTRIES]; 4]>);
 
 impl Default for FastTlb {
     fn default() -> FastTlb {
-        FastTlb(Box::new([[FastEntry { read: NO_PAGE, write: NO_PAGE, ram: 0 }; DATA_ENTRIES]; 2]))
+        FastTlb(Box::new([[FastEntry { read: NO_PAGE, write: NO_PAGE, ram: 0 }; DATA_ENTRIES]; 4]))
     }
 }
 
 impl FastTlb {
     #[inline(always)]
     pub(crate) fn get(&self, mode: usize, page: u64) -> &FastEntry {
-        &self.0[mode & 1][page as usize % DATA_ENTRIES]
+        &self.0[mode & 3][page as usize % DATA_ENTRIES]
     }
 
     #[inline(always)]
     pub(crate) fn get_mut(&mut self, mode: usize, page: u64) -> &mut FastEntry {
-        &mut self.0[mode & 1][page as usize % DATA_ENTRIES]
+        &mut self.0[mode & 3][page as usize % DATA_ENTRIES]
     }
 
     /// Forgets everything.
     pub(crate) fn flush(&mut self) {
-        for e in self.0.iter_mut().flatten() {
+        for e in self.0[..2].iter_mut().flatten() {
             e.read = NO_PAGE;
             e.write = NO_PAGE;
         }
@@ -189,14 +193,14 @@ impl FastTlb {
 
     /// Makes every write take the slow path again.
     pub(crate) fn forget_writes(&mut self) {
-        for e in self.0.iter_mut().flatten() {
+        for e in self.0[..2].iter_mut().flatten() {
             e.write = NO_PAGE;
         }
     }
 
     /// Makes writes to the RAM page at `ram` take the slow path again, whatever its linear address.
     pub(crate) fn forget_writes_to(&mut self, ram: usize) {
-        for e in self.0.iter_mut().flatten() {
+        for e in self.0[..2].iter_mut().flatten() {
             if e.ram == ram {
                 e.write = NO_PAGE;
             }

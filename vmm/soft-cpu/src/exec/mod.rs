@@ -7,14 +7,21 @@
 pub mod alu;
 pub mod bit;
 pub mod branch;
+pub mod control;
+pub mod cpuid;
 pub mod exchange;
+pub mod far;
+pub mod io;
 pub mod misc;
 pub mod mov;
+pub mod msr;
 pub mod muldiv;
 mod operand;
+pub mod segment;
 pub mod shift;
 pub mod stack;
 pub mod string;
+pub mod system;
 pub mod unary;
 
 use iced_x86::Instruction;
@@ -25,6 +32,8 @@ use crate::insn::Insn;
 /// Chooses the handler of an instruction, `None` when it is not implemented.
 pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
     let families = [
+        control::select,
+        segment::select,
         alu::select,
         bit::select,
         branch::select,
@@ -36,6 +45,11 @@ pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
         stack::select,
         string::select,
         unary::select,
+        system::select,
+        far::select,
+        msr::select,
+        cpuid::select,
+        io::select,
     ];
     families.iter().find_map(|select| select(ins, insn))
 }

@@ -1,0 +1,141 @@
+//! RDMSR and WRMSR. A register that is not here is #GP, in both directions.
+
+use iced_x86::{Instruction, Mnemonic};
+
+use crate::decode::Place;
+use crate::exit::Stop;
+use crate::insn::{Handler, Insn};
+use crate::paging::is_canonical;
+use crate::state::{Cpu, FS_BASE, GS_BASE, reg};
+
+/// Numbers of the registers (SDM 4, chapter 2).
+#[allow(missing_docs)]
+mod msr {
+    pub const TSC: u32 = 0x10;
+    pub const PLATFORM_ID: u32 = 0x17;
+    pub const TSC_ADJUST: u32 = 0x3b;
+    pub const UCODE_REV: u32 = 0x8b;
+    pub const SYSENTER_CS: u32 = 0x174;
+    pub const SYSENTER_EIP: u32 = 0x176;
+    pub const MISC_ENABLE: u32 = 0x1a0;
+    pub const PAT: u32 = 0x277;
+    pub const EFER: u32 = 0xc000_0080;
+    pub const STAR: u32 = 0xc000_0081;
+    pub const LSTAR: u32 = 0xc000_0082;
+    pub const CSTAR: u32 = 0xc000_0083;
+    pub const FMASK: u32 = 0xc000_0084;
+    pub const FS_BASE: u32 = 0xc000_0100;
+    pub const GS_BASE: u32 = 0xc000_0101;
+    pub const KERNEL_GS_BASE: u32 = 0xc000_0102;
+    pub const TSC_AUX: u32 = 0xc000_0103;
+}
+
+/// IA32_EFER (SDM 3A 2.2.1).
+#[allow(missing_docs)]
+pub(crate) mod efer {
+    pub const SCE: u64 = 1 << 0;
+    pub const LME: u64 = 1 << 8;
+    pub const LMA: u64 = 1 << 10;
+    pub const NXE: u64 = 1 << 11;
+}
+
+/// IA32_MISC_ENABLE: fast strings on, no branch trace store, no PEBS. Writes are ignored.
+const MISC_ENABLE: u64 = 1 << 0 | 1 << 11 | 1 << 12;
+
+impl Cpu {
+    /// `None` for a register that does not exist.
+    fn read_msr(&self, n: u32) -> Option<u64> {
+        let s = &self.sys;
+        Some(match n {
+            msr::TSC => self.tsc(),
+            msr::PLATFORM_ID | msr::UCODE_REV => 0,
+            msr::TSC_ADJUST => s.tsc_adjust,
+            msr::SYSENTER_CS..=msr::SYSENTER_EIP => s.sysenter[(n - msr::SYSENTER_CS) as usize],
+            msr::MISC_ENABLE => MISC_ENABLE,
+            msr::PAT => s.pat,
+            msr::EFER => s.efer,
+            msr::STAR => s.star,
+            msr::LSTAR => s.lstar,
+            msr::CSTAR => s.cstar,
+            msr::FMASK => s.fmask,
+            msr::FS_BASE => self.regs[FS_BASE as usize],
+            msr::GS_BASE => self.regs[GS_BASE as usize],
+            msr::KERNEL_GS_BASE => s.kernel_gs_base,
+            msr::TSC_AUX => s.tsc_aux,
+            _ => return None,
+        })
+    }
+
+    /// `None` for a register that does not exist or a value that it cannot have.
+    fn write_msr(&mut self, n: u32, v: u64) -> Option<()> {
+        let address = || is_canonical(v).then_some(v);
+        let low = || (v >> 32 == 0).then_some(v);
+        let now = self.tsc();
+        let s = &mut self.sys;
+        match n {
+            msr::TSC => s.tsc_adjust = s.tsc_adjust.wrapping_add(v.wrapping_sub(now)),
+            msr::TSC_ADJUST => s.tsc_adjust = v,
+            msr::UCODE_REV | msr::MISC_ENABLE => {}
+            msr::SYSENTER_CS => s.sysenter[0] = v as u32 as u64,
+            msr::SYSENTER_CS..=msr::SYSENTER_EIP => s.sysenter[(n - msr::SYSENTER_CS) as usize] = address()?,
+            msr::PAT => {
+                let valid = v.to_le_bytes().iter().all(|kind| matches!(kind, 0 | 1 | 4..=7));
+                s.pat = valid.then_some(v)?;
+            }
+            msr::EFER => return self.write_efer(v),
+            msr::STAR => s.star = v,
+            msr::LSTAR => s.lstar = address()?,
+            msr::CSTAR => s.cstar = address()?,
+            msr::FMASK => s.fmask = low()?,
+            msr::FS_BASE => self.regs[FS_BASE as usize] = address()?,
+            msr::GS_BASE => self.regs[GS_BASE as usize] = address()?,
+            msr::KERNEL_GS_BASE => s.kernel_gs_base = address()?,
+            msr::TSC_AUX => s.tsc_aux = low()?,
+            _ => return None,
+        }
+        Some(())
+    }
+
+    /// LME cannot change while paging is on, LMA never by a write.
+    fn write_efer(&mut self, v: u64) -> Option<()> {
+        let old = self.sys.efer;
+        if v & !(efer::SCE | efer::LME | efer::LMA | efer::NXE) != 0 || (v ^ old) & efer::LME != 0 {
+            return None;
+        }
+        if (v ^ old) & efer::NXE != 0 {
+            self.flush_tlb(false);
+        }
+        self.sys.efer = v & !efer::LMA | old & efer::LMA;
+        Some(())
+    }
+}
+
+fn rdmsr(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
+    cpu.privileged()?;
+    let n = cpu.reg(reg::RCX);
+    let Some(v) = cpu.read_msr(n) else { return cpu.general_protection(0) };
+    cpu.set_reg(reg::RAX, v as u32);
+    cpu.set_reg(reg::RDX, (v >> 32) as u32);
+    Ok(())
+}
+
+fn wrmsr(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
+    cpu.privileged()?;
+    let v = cpu.reg::<u32>(reg::RAX) as u64 | (cpu.reg::<u32>(reg::RDX) as u64) << 32;
+    let n = cpu.reg(reg::RCX);
+    if cpu.write_msr(n, v).is_none() {
+        return cpu.general_protection(0);
+    }
+    Ok(())
+}
+
+/// Handlers of this family.
+pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
+    let exec: Handler = match ins.mnemonic() {
+        Mnemonic::Rdmsr => rdmsr,
+        Mnemonic::Wrmsr => wrmsr,
+        _ => return None,
+    };
+    insn.exec = exec;
+    Some(Place::Alone)
+}

@@ -1,0 +1,332 @@
+//! Segment registers: MOV, PUSH and POP of them, LSS, LFS, LGS, LLDT, LTR and what stores them; LAR, LSL, VERR, VERW.
+
+use iced_x86::{Instruction, Mnemonic, OpKind, Register};
+
+use crate::decode::{Place, register};
+use crate::exit::Stop;
+use crate::insn::{Handler, Insn, Int};
+use crate::paging::is_canonical;
+use crate::segment::{attr, unpack};
+use crate::state::{Cpu, FS_BASE, GS_BASE, Segment, Shadow, reg, seg};
+
+const NOT_PRESENT: u8 = 11;
+const STACK_FAULT: u8 = 12;
+/// Descriptor types of system segments in 64-bit mode (SDM 3A, table 3-2).
+const TYPE_LDT: u16 = 2;
+const TYPE_TSS: u16 = 9;
+const TYPE_TSS_BUSY: u16 = 11;
+const TYPE_CALL_GATE: u16 = 12;
+
+/// Error code that names a selector.
+pub(super) fn selector_error(selector: u16) -> u32 {
+    (selector & !3) as u32
+}
+
+impl Cpu {
+    /// Loads ES, SS, DS, FS or GS with all checks (SDM 2, MOV).
+    fn load_segment(&mut self, ram: &mut [u8], n: usize, selector: u16) -> Result<(), Stop> {
+        let segment = match n {
+            seg::SS => self.stack_segment(ram, selector, self.cpl())?,
+            _ => self.data_segment(ram, selector)?,
+        };
+        self.sys.seg[n] = segment;
+        match n {
+            seg::FS => self.regs[FS_BASE as usize] = segment.base,
+            seg::GS => self.regs[GS_BASE as usize] = segment.base,
+            seg::SS => self.shadow = Shadow::Everything,
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// A null selector clears the base of FS and GS, as Intel's CPUs do.
+    fn data_segment(&mut self, ram: &mut [u8], selector: u16) -> Result<Segment, Stop> {
+        if selector & !3 == 0 {
+            return Ok(Segment { selector, ..Segment::default() });
+        }
+        let error = selector_error(selector);
+        let mut s = self.read_descriptor(ram, selector, error)?;
+        if !s.is_readable() || !s.is_conforming() && (s.rpl() > s.dpl() || self.cpl() > s.dpl()) {
+            return self.general_protection(error);
+        }
+        if !s.is_present() {
+            return self.raise(NOT_PRESENT, Some(error));
+        }
+        self.mark_accessed(ram, &mut s)?;
+        Ok(s)
+    }
+
+    /// A segment that can be SS at privilege level `cpl`.
+    pub(super) fn stack_segment(&mut self, ram: &mut [u8], selector: u16, cpl: u8) -> Result<Segment, Stop> {
+        let error = selector_error(selector);
+        if selector & !3 == 0 {
+            if cpl == 3 || selector as u8 & 3 != cpl {
+                return self.general_protection(0);
+            }
+            return Ok(Segment { selector, attr: (cpl as u16) << attr::DPL_SHIFT, ..Segment::default() });
+        }
+        let mut s = self.read_descriptor(ram, selector, error)?;
+        if s.rpl() != cpl || !s.is_writable_data() || s.dpl() != cpl {
+            return self.general_protection(error);
+        }
+        if !s.is_present() {
+            return self.raise(STACK_FAULT, Some(error));
+        }
+        self.mark_accessed(ram, &mut s)?;
+        Ok(s)
+    }
+
+    /// Reads a 16-byte system descriptor of the GDT: for LLDT and LTR.
+    fn system_segment(&mut self, ram: &mut [u8], selector: u16, kind: u16) -> Result<Segment, Stop> {
+        let error = selector_error(selector);
+        let at = if selector & 4 != 0 { None } else { self.descriptor_address(selector, 16) };
+        let Some(at) = at else { return self.general_protection(error) };
+        let low: u64 = self.load_system(ram, at)?;
+        let high: u64 = self.load_system(ram, at.wrapping_add(8))?;
+        let mut s = unpack(selector, low);
+        s.base |= high << 32;
+        let is_kind = s.attr & (attr::TYPE | attr::CODE_OR_DATA) == kind;
+        if !is_kind || high >> 40 & 0x1f != 0 || !is_canonical(s.base) {
+            return self.general_protection(error);
+        }
+        if !s.is_present() {
+            return self.raise(NOT_PRESENT, Some(error));
+        }
+        Ok(s)
+    }
+
+    /// A 16-bit operand: register `dst` or memory.
+    fn selector_operand(&mut self, ram: &mut [u8], i: &Insn, is_reg: bool) -> Result<u16, Stop> {
+        if is_reg { Ok(self.reg(i.dst)) } else { self.load_operand(ram, i) }
+    }
+}
+
+/// MOV Sreg, r16: the general rules have the segment register as `dst`.
+fn mov_from_reg(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    let selector = cpu.reg(i.src);
+    cpu.load_segment(ram, i.dst as usize, selector)
+}
+
+fn mov_from_mem(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    let selector = cpu.load_operand(ram, i)?;
+    cpu.load_segment(ram, i.dst as usize, selector)
+}
+
+fn mov_to_reg<T: Int>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    let selector = cpu.sys.seg[i.src as usize].selector;
+    cpu.set_reg(i.dst, T::from_u64(selector as u64));
+    Ok(())
+}
+
+fn mov_to_mem(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    let selector = cpu.sys.seg[i.src as usize].selector;
+    cpu.store_operand(ram, i, selector)
+}
+
+fn push<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    let selector = cpu.sys.seg[i.dst as usize].selector;
+    let at = cpu.regs[reg::RSP as usize].wrapping_sub(T::SIZE as u64);
+    cpu.store(ram, at, T::from_u64(selector as u64)).map_err(|stop| cpu.stack_fault(stop))?;
+    cpu.regs[reg::RSP as usize] = at;
+    Ok(())
+}
+
+fn pop<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    let at = cpu.regs[reg::RSP as usize];
+    let selector = cpu.load::<T>(ram, at).map_err(|stop| cpu.stack_fault(stop))?.to_u64() as u16;
+    cpu.load_segment(ram, i.dst as usize, selector)?;
+    cpu.regs[reg::RSP as usize] = at.wrapping_add(T::SIZE as u64);
+    Ok(())
+}
+
+/// LSS, LFS, LGS: an offset of width `T`, behind it the selector.
+fn load_far<T: Int, const N: usize>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    let addr = cpu.ea(i);
+    let far = (|| {
+        let offset = cpu.load::<T>(ram, addr)?;
+        Ok((offset, cpu.load::<u16>(ram, addr.wrapping_add(T::SIZE as u64))?))
+    })();
+    let (offset, selector) = far.map_err(|stop| cpu.operand_fault(i, stop))?;
+    cpu.load_segment(ram, N, selector)?;
+    cpu.set_reg(i.dst, offset);
+    Ok(())
+}
+
+fn lldt<const REG: bool>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    cpu.privileged()?;
+    let selector = cpu.selector_operand(ram, i, REG)?;
+    cpu.sys.ldtr = if selector & !3 == 0 {
+        Segment { selector, ..Segment::default() }
+    } else {
+        cpu.system_segment(ram, selector, TYPE_LDT)?
+    };
+    Ok(())
+}
+
+fn ltr<const REG: bool>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    cpu.privileged()?;
+    let selector = cpu.selector_operand(ram, i, REG)?;
+    if selector & !3 == 0 {
+        return cpu.general_protection(0);
+    }
+    let mut s = cpu.system_segment(ram, selector, TYPE_TSS)?;
+    s.attr = s.attr & !attr::TYPE | TYPE_TSS_BUSY;
+    if let Some(at) = cpu.descriptor_address(selector, 16) {
+        cpu.store_system(ram, at.wrapping_add(5), s.attr as u8)?;
+    }
+    cpu.sys.tr = s;
+    Ok(())
+}
+
+/// SLDT and STR.
+fn store_selector(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, width: usize, v: u16) -> Result<(), Stop> {
+    match width {
+        0 => return cpu.store_operand(ram, i, v),
+        2 => cpu.set_reg(i.dst, v),
+        // 32 bits clear the upper half.
+        _ => cpu.set_reg(i.dst, v as u64),
+    }
+    Ok(())
+}
+
+fn sldt<const WIDTH: usize>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    let v = cpu.sys.ldtr.selector;
+    store_selector(cpu, ram, i, WIDTH, v)
+}
+
+fn str<const WIDTH: usize>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    let v = cpu.sys.tr.selector;
+    store_selector(cpu, ram, i, WIDTH, v)
+}
+
+/// The descriptor of a selector that LAR, LSL, VERR and VERW may look at, with its first 8 bytes.
+fn visible(cpu: &mut Cpu, ram: &mut [u8], selector: u16) -> Result<Option<(Segment, u64)>, Stop> {
+    if selector & !3 == 0 {
+        return Ok(None);
+    }
+    let Some(at) = cpu.descriptor_address(selector, 8) else { return Ok(None) };
+    let d: u64 = cpu.load_system(ram, at)?;
+    let s = unpack(selector, d);
+    let allowed = s.is_conforming() || cpu.cpl() <= s.dpl() && s.rpl() <= s.dpl();
+    Ok(allowed.then_some((s, d)))
+}
+
+/// LAR and LSL: the selector is operand 1, which `REG` says is a register.
+fn look<T: Int, const REG: bool, const LIMIT: bool>(
+    cpu: &mut Cpu,
+    ram: &mut [u8],
+    i: &Insn,
+) -> Result<(), Stop> {
+    let selector = if REG { cpu.reg(i.src) } else { cpu.load_operand(ram, i)? };
+    let found = visible(cpu, ram, selector)?.filter(|(s, _)| {
+        let kind = s.attr & attr::TYPE;
+        let gate = !LIMIT && kind == TYPE_CALL_GATE;
+        s.attr & attr::CODE_OR_DATA != 0 || matches!(kind, TYPE_LDT | TYPE_TSS | TYPE_TSS_BUSY) || gate
+    });
+    cpu.flags.set_zf(found.is_some());
+    if let Some((s, d)) = found {
+        let v = if LIMIT { s.limit as u64 } else { d >> 32 & 0x00ff_ff00 };
+        cpu.set_reg(i.dst, T::from_u64(v));
+    }
+    Ok(())
+}
+
+fn verify<const REG: bool, const WRITE: bool>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    let selector = cpu.selector_operand(ram, i, REG)?;
+    let found = visible(cpu, ram, selector)?;
+    let fits = |s: &Segment| if WRITE { s.is_writable_data() } else { s.is_readable() };
+    cpu.flags.set_zf(found.is_some_and(|(s, _)| fits(&s)));
+    Ok(())
+}
+
+/// Handlers of this family.
+pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
+    let is_reg = |n| ins.op_kind(n) == OpKind::Register;
+    let first = if is_reg(0) { ins.op0_register() } else { Register::None };
+    // Those that load SS throw a shadow, which ends a block.
+    let loads = |r: Register| if r == Register::SS { Place::Last } else { Place::Middle };
+    let (exec, place): (Handler, Place) = match ins.mnemonic() {
+        Mnemonic::Mov if first == Register::CS => return None,
+        Mnemonic::Mov if first.is_segment_register() && is_reg(1) => (mov_from_reg, loads(first)),
+        Mnemonic::Mov if first.is_segment_register() => (mov_from_mem, loads(first)),
+        Mnemonic::Mov if is_reg(1) && ins.op1_register().is_segment_register() => {
+            let width = first.size();
+            (mov_to(if is_reg(0) { width } else { 0 }), Place::Middle)
+        }
+        Mnemonic::Push if first.is_segment_register() => {
+            (if ins.stack_pointer_increment() == -2 { push::<u16> } else { push::<u64> }, Place::Middle)
+        }
+        Mnemonic::Pop if first.is_segment_register() => {
+            (if ins.stack_pointer_increment() == 2 { pop::<u16> } else { pop::<u64> }, Place::Middle)
+        }
+        Mnemonic::Lss => (far_load::<{ seg::SS }>(first), Place::Last),
+        Mnemonic::Lfs => (far_load::<{ seg::FS }>(first), Place::Middle),
+        Mnemonic::Lgs => (far_load::<{ seg::GS }>(first), Place::Middle),
+        Mnemonic::Lldt => (if is_reg(0) { lldt::<true> } else { lldt::<false> }, Place::Middle),
+        Mnemonic::Ltr => (if is_reg(0) { ltr::<true> } else { ltr::<false> }, Place::Middle),
+        Mnemonic::Sldt | Mnemonic::Str => {
+            (stored(ins.mnemonic(), if is_reg(0) { first.size() } else { 0 }), Place::Middle)
+        }
+        Mnemonic::Lar | Mnemonic::Lsl => {
+            if is_reg(1) {
+                insn.src = register(ins.op1_register());
+            }
+            (looking(first.size(), is_reg(1), ins.mnemonic() == Mnemonic::Lsl), Place::Middle)
+        }
+        Mnemonic::Verr => {
+            (if is_reg(0) { verify::<true, false> } else { verify::<false, false> }, Place::Middle)
+        }
+        Mnemonic::Verw => {
+            (if is_reg(0) { verify::<true, true> } else { verify::<false, true> }, Place::Middle)
+        }
+        _ => return None,
+    };
+    insn.exec = exec;
+    Some(place)
+}
+
+fn mov_to(width: usize) -> Handler {
+    match width {
+        0 => mov_to_mem,
+        2 => mov_to_reg::<u16>,
+        4 => mov_to_reg::<u32>,
+        _ => mov_to_reg::<u64>,
+    }
+}
+
+fn far_load<const N: usize>(to: Register) -> Handler {
+    match to.size() {
+        2 => load_far::<u16, N>,
+        4 => load_far::<u32, N>,
+        _ => load_far::<u64, N>,
+    }
+}
+
+fn stored(mnemonic: Mnemonic, width: usize) -> Handler {
+    match (mnemonic, width) {
+        (Mnemonic::Sldt, 0) => sldt::<0>,
+        (Mnemonic::Sldt, 2) => sldt::<2>,
+        (Mnemonic::Sldt, _) => sldt::<4>,
+        (_, 0) => str::<0>,
+        (_, 2) => str::<2>,
+        _ => str::<4>,
+    }
+}
+
+fn looking(width: usize, is_reg: bool, limit: bool) -> Handler {
+    macro_rules! by_source {
+        ($t:ty) => {
+            match (is_reg, limit) {
+                (true, true) => look::<$t, true, true>,
+                (true, false) => look::<$t, true, false>,
+                (false, true) => look::<$t, false, true>,
+                (false, false) => look::<$t, false, false>,
+            }
+        };
+    }
+    match width {
+        2 => by_source!(u16),
+        4 => by_source!(u32),
+        _ => by_source!(u64),
+    }
+}
