@@ -9,13 +9,13 @@ use crate::paging::is_canonical;
 use crate::state::{Cpu, FS_BASE, GS_BASE, reg};
 
 /// Numbers of the registers (SDM 4, chapter 2).
-#[allow(missing_docs)]
-mod msr {
+mod number {
     pub const TSC: u32 = 0x10;
     pub const PLATFORM_ID: u32 = 0x17;
     pub const TSC_ADJUST: u32 = 0x3b;
     pub const UCODE_REV: u32 = 0x8b;
     pub const SYSENTER_CS: u32 = 0x174;
+    pub const SYSENTER_ESP: u32 = 0x175;
     pub const SYSENTER_EIP: u32 = 0x176;
     pub const MISC_ENABLE: u32 = 0x1a0;
     pub const PAT: u32 = 0x277;
@@ -47,21 +47,21 @@ impl Cpu {
     fn read_msr(&self, n: u32) -> Option<u64> {
         let s = &self.sys;
         Some(match n {
-            msr::TSC => self.tsc(),
-            msr::PLATFORM_ID | msr::UCODE_REV => 0,
-            msr::TSC_ADJUST => s.tsc_adjust,
-            msr::SYSENTER_CS..=msr::SYSENTER_EIP => s.sysenter[(n - msr::SYSENTER_CS) as usize],
-            msr::MISC_ENABLE => MISC_ENABLE,
-            msr::PAT => s.pat,
-            msr::EFER => s.efer,
-            msr::STAR => s.star,
-            msr::LSTAR => s.lstar,
-            msr::CSTAR => s.cstar,
-            msr::FMASK => s.fmask,
-            msr::FS_BASE => self.regs[FS_BASE as usize],
-            msr::GS_BASE => self.regs[GS_BASE as usize],
-            msr::KERNEL_GS_BASE => s.kernel_gs_base,
-            msr::TSC_AUX => s.tsc_aux,
+            number::TSC => self.tsc(),
+            number::PLATFORM_ID | number::UCODE_REV => 0,
+            number::TSC_ADJUST => s.tsc_adjust,
+            number::SYSENTER_CS..=number::SYSENTER_EIP => s.sysenter[(n - number::SYSENTER_CS) as usize],
+            number::MISC_ENABLE => MISC_ENABLE,
+            number::PAT => s.pat,
+            number::EFER => s.efer,
+            number::STAR => s.star,
+            number::LSTAR => s.lstar,
+            number::CSTAR => s.cstar,
+            number::FMASK => s.fmask,
+            number::FS_BASE => self.regs[FS_BASE as usize],
+            number::GS_BASE => self.regs[GS_BASE as usize],
+            number::KERNEL_GS_BASE => s.kernel_gs_base,
+            number::TSC_AUX => s.tsc_aux,
             _ => return None,
         })
     }
@@ -73,24 +73,25 @@ impl Cpu {
         let now = self.tsc();
         let s = &mut self.sys;
         match n {
-            msr::TSC => s.tsc_adjust = s.tsc_adjust.wrapping_add(v.wrapping_sub(now)),
-            msr::TSC_ADJUST => s.tsc_adjust = v,
-            msr::UCODE_REV | msr::MISC_ENABLE => {}
-            msr::SYSENTER_CS => s.sysenter[0] = v as u32 as u64,
-            msr::SYSENTER_CS..=msr::SYSENTER_EIP => s.sysenter[(n - msr::SYSENTER_CS) as usize] = address()?,
-            msr::PAT => {
+            number::TSC => s.tsc_adjust = s.tsc_adjust.wrapping_add(v.wrapping_sub(now)),
+            number::TSC_ADJUST => s.tsc_adjust = v,
+            number::UCODE_REV | number::MISC_ENABLE => {}
+            number::SYSENTER_CS => s.sysenter[0] = v as u32 as u64,
+            number::SYSENTER_ESP => s.sysenter[1] = address()?,
+            number::SYSENTER_EIP => s.sysenter[2] = address()?,
+            number::PAT => {
                 let valid = v.to_le_bytes().iter().all(|kind| matches!(kind, 0 | 1 | 4..=7));
                 s.pat = valid.then_some(v)?;
             }
-            msr::EFER => return self.write_efer(v),
-            msr::STAR => s.star = v,
-            msr::LSTAR => s.lstar = address()?,
-            msr::CSTAR => s.cstar = address()?,
-            msr::FMASK => s.fmask = low()?,
-            msr::FS_BASE => self.regs[FS_BASE as usize] = address()?,
-            msr::GS_BASE => self.regs[GS_BASE as usize] = address()?,
-            msr::KERNEL_GS_BASE => s.kernel_gs_base = address()?,
-            msr::TSC_AUX => s.tsc_aux = low()?,
+            number::EFER => return self.write_efer(v),
+            number::STAR => s.star = v,
+            number::LSTAR => s.lstar = address()?,
+            number::CSTAR => s.cstar = address()?,
+            number::FMASK => s.fmask = low()?,
+            number::FS_BASE => self.regs[FS_BASE as usize] = address()?,
+            number::GS_BASE => self.regs[GS_BASE as usize] = address()?,
+            number::KERNEL_GS_BASE => s.kernel_gs_base = address()?,
+            number::TSC_AUX => s.tsc_aux = low()?,
             _ => return None,
         }
         Some(())
