@@ -1,0 +1,309 @@
+//! Boot by the Linux 64-bit protocol (Documentation/x86/boot.rst): a plan that is data, made and checked before
+//! the machine exists, then laid into RAM, again at every reset.
+//!
+//! | address | what |
+//! |---|---|
+//! | 0x0500 | GDT |
+//! | 0x7000 | boot parameters ("zero page") |
+//! | 0x8000 | setup data: seed of the guest's random numbers |
+//! | 0x9000 to 0xefff | page tables that map the first 4 GiB to themselves |
+//! | 0x20000 | command line |
+//! | from 0x100000 | kernel |
+//! | end of RAM under 2 GiB | initramfs |
+
+use std::io::Cursor;
+use std::sync::Arc;
+
+use linux_loader::bootparam::{SETUP_RNG_SEED, boot_e820_entry, boot_params, setup_header};
+use linux_loader::cmdline::Cmdline;
+use linux_loader::loader::bzimage::BzImage;
+use linux_loader::loader::elf::Elf;
+use linux_loader::loader::KernelLoader;
+use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryError};
+use xxhash_rust::xxh3::Xxh3;
+
+use crate::config::{MachineConfig, VIRTIO_BASE, VIRTIO_IRQS, VIRTIO_SIZE, VIRTIO_STRIDE};
+use crate::ram::{HOLE_END, HOLE_START, PAGE, Ram};
+use crate::vcpu::Start;
+
+mod kernel;
+
+pub use kernel::KernelError;
+use kernel::{Format, Kernel};
+
+const GDT: u64 = 0x500;
+const BOOT_PARAMS: u64 = 0x7000;
+const SETUP_DATA: u64 = 0x8000;
+const PAGE_TABLES: u64 = 0x9000;
+const COMMAND_LINE: u64 = 0x20000;
+/// With the terminating zero: COMMAND_LINE_SIZE of Linux on x86.
+pub const COMMAND_LINE_MAX: usize = 2048;
+/// End of usable memory under 1 MiB, where firmware keeps its extended data.
+const LOW_END: u64 = 0x9fc00;
+/// Where a kernel may begin.
+pub const HIGH_START: u64 = 0x10_0000;
+/// Linux takes an initramfs up to here (initrd_addr_max of its header).
+const INITRD_END: u64 = 0x8000_0000;
+const E820_RAM: u32 = 1;
+
+/// A file's content with the name to call it by.
+#[derive(Clone, Debug)]
+pub struct BootFile {
+    /// For messages: the path that it was read from.
+    pub name: String,
+    /// Its bytes.
+    pub bytes: Arc<[u8]>,
+}
+
+/// What to boot.
+#[derive(Clone, Debug)]
+pub struct BootFiles {
+    /// vmlinux (ELF) or bzImage.
+    pub kernel: BootFile,
+    /// The initramfs.
+    pub initrd: Option<BootFile>,
+    /// Command line; words for the virtio devices are appended.
+    pub command_line: String,
+    /// Seeds the guest's random numbers (SETUP_RNG_SEED).
+    pub seed: Option<[u8; 32]>,
+}
+
+/// The guest cannot be booted from these files. The message names the file or field.
+#[derive(Debug, thiserror::Error)]
+pub enum BootError {
+    /// The kernel.
+    #[error("kernel {file}: {problem}")]
+    Kernel {
+        /// Its name.
+        file: String,
+        /// What is wrong.
+        problem: KernelError,
+    },
+    /// The initramfs does not fit; give the guest more memory.
+    #[error("initrd {file}: {bytes} bytes do not fit between the kernel's end at {start:#x} and {end:#x}; give the guest more memory")]
+    Initrd {
+        /// Its name.
+        file: String,
+        /// Its size.
+        bytes: u64,
+        /// End of the kernel.
+        start: u64,
+        /// End of what could hold it.
+        end: u64,
+    },
+    /// The initramfs is empty.
+    #[error("initrd {0}: the file is empty")]
+    EmptyInitrd(String),
+    /// The command line; shorten it.
+    #[error("cmdline: {bytes} bytes with the words for the devices, {max} are possible")]
+    CommandLineLength {
+        /// Its length.
+        bytes: usize,
+        /// The limit.
+        max: usize,
+    },
+    /// The command line has characters that are not printable ASCII.
+    #[error("cmdline: only printable ASCII characters are possible")]
+    CommandLineCharacters,
+    /// RAM does not take what was checked to fit: a bug.
+    #[error("boot: writing to guest memory failed")]
+    Memory(#[from] GuestMemoryError),
+}
+
+/// How to put a guest into RAM.
+#[derive(Clone, Debug)]
+pub struct BootPlan {
+    kernel_file: BootFile,
+    kernel: Kernel,
+    initrd: Option<(BootFile, u64)>,
+    command_line: Vec<u8>,
+    seed: Option<[u8; 32]>,
+    memory_bytes: u64,
+    digest: u128,
+}
+
+impl BootPlan {
+    /// Checks the files against the machine and decides where everything goes.
+    pub fn new(files: &BootFiles, config: &MachineConfig) -> Result<BootPlan, BootError> {
+        let low_end = config.memory_bytes.min(HOLE_START);
+        let kernel = Kernel::parse(&files.kernel.bytes, low_end)
+            .map_err(|problem| BootError::Kernel { file: files.kernel.name.clone(), problem })?;
+        let initrd = match &files.initrd {
+            None => None,
+            Some(file) => Some((file.clone(), initrd_address(file, &kernel, low_end)?)),
+        };
+        let max = kernel.command_line_max.min(COMMAND_LINE_MAX);
+        let command_line = command_line(&files.command_line, config.slots.len(), max)?;
+        let digest = digest(files, &command_line);
+        Ok(BootPlan {
+            kernel_file: files.kernel.clone(),
+            kernel,
+            initrd,
+            command_line,
+            seed: files.seed,
+            memory_bytes: config.memory_bytes,
+            digest,
+        })
+    }
+
+    /// Digest of everything that the guest is booted from.
+    pub fn digest(&self) -> u128 {
+        self.digest
+    }
+
+    /// The command line with the words for the devices.
+    pub fn command_line(&self) -> &str {
+        std::str::from_utf8(&self.command_line).unwrap_or_default().trim_end_matches('\0')
+    }
+
+    /// Lays everything into RAM, which is zero, and says how the CPU starts.
+    pub fn load(&self, ram: &Ram) -> Result<Start, BootError> {
+        let memory = ram.memory();
+        self.load_kernel(ram)?;
+        if let Some((file, at)) = &self.initrd {
+            memory.write_slice(&file.bytes, GuestAddress(*at))?;
+        }
+        memory.write_slice(&self.command_line, GuestAddress(COMMAND_LINE))?;
+        if let Some(seed) = &self.seed {
+            // struct setup_data: next, type, len, data.
+            memory.write_obj(0u64, GuestAddress(SETUP_DATA))?;
+            memory.write_obj(SETUP_RNG_SEED, GuestAddress(SETUP_DATA + 8))?;
+            memory.write_obj(seed.len() as u32, GuestAddress(SETUP_DATA + 12))?;
+            memory.write_slice(seed, GuestAddress(SETUP_DATA + 16))?;
+        }
+        memory.write_slice(self.boot_params().as_slice(), GuestAddress(BOOT_PARAMS))?;
+        write_page_tables(ram)?;
+        write_gdt(ram)?;
+        Ok(Start { entry: self.kernel.entry, boot_params: BOOT_PARAMS, page_tables: PAGE_TABLES, gdt: GDT })
+    }
+
+    fn load_kernel(&self, ram: &Ram) -> Result<(), BootError> {
+        let mut image = Cursor::new(&*self.kernel_file.bytes);
+        // With an address given the ELF loader looks for no PVH note, and adds it to each segment's own.
+        let loaded = match self.kernel.format {
+            Format::Elf => Elf::load(ram.memory(), Some(GuestAddress(0)), &mut image, None),
+            Format::BzImage(_) => {
+                BzImage::load(ram.memory(), Some(GuestAddress(self.kernel.start)), &mut image, None)
+            }
+        };
+        loaded.map(|_| ()).map_err(|error| BootError::Kernel {
+            file: self.kernel_file.name.clone(),
+            problem: KernelError::Loader(error),
+        })
+    }
+
+    fn boot_params(&self) -> boot_params {
+        let mut header = match self.kernel.format {
+            Format::BzImage(header) => header,
+            Format::Elf => setup_header {
+                boot_flag: 0xaa55,
+                header: u32::from_le_bytes(*b"HdrS"),
+                version: 0x20f,
+                kernel_alignment: 0x20_0000,
+                ..setup_header::default()
+            },
+        };
+        // A loader without a number of its own; the kernel is at its high address.
+        header.type_of_loader = 0xff;
+        header.loadflags |= 1;
+        header.cmd_line_ptr = COMMAND_LINE as u32;
+        header.cmdline_size = self.command_line.len() as u32;
+        if let Some((file, at)) = &self.initrd {
+            header.ramdisk_image = *at as u32;
+            header.ramdisk_size = file.bytes.len() as u32;
+        }
+        if self.seed.is_some() {
+            header.setup_data = SETUP_DATA;
+        }
+        let mut params = boot_params { hdr: header, ..boot_params::default() };
+        for (entry, (start, end)) in params.e820_table.iter_mut().zip(memory_map(self.memory_bytes)) {
+            *entry = boot_e820_entry { addr: start, size: end - start, type_: E820_RAM };
+            params.e820_entries += 1;
+        }
+        params
+    }
+}
+
+/// Usable memory as start and end.
+fn memory_map(memory_bytes: u64) -> impl Iterator<Item = (u64, u64)> {
+    let low_end = memory_bytes.min(HOLE_START);
+    [(0, LOW_END), (HIGH_START, low_end), (HOLE_END, HOLE_END + memory_bytes - low_end)]
+        .into_iter()
+        .filter(|(start, end)| start < end)
+}
+
+fn initrd_address(file: &BootFile, kernel: &Kernel, low_end: u64) -> Result<u64, BootError> {
+    let bytes = file.bytes.len() as u64;
+    if bytes == 0 {
+        return Err(BootError::EmptyInitrd(file.name.clone()));
+    }
+    let end = low_end.min(INITRD_END).min(kernel.initrd_end);
+    match end.checked_sub(bytes).map(|at| at & !(PAGE as u64 - 1)) {
+        Some(at) if at >= kernel.end => Ok(at),
+        _ => Err(BootError::Initrd { file: file.name.clone(), bytes, start: kernel.end, end }),
+    }
+}
+
+/// The command line with a word for each virtio device and the terminating zero.
+fn command_line(text: &str, slots: usize, max: usize) -> Result<Vec<u8>, BootError> {
+    if !text.bytes().all(|byte| (b' '..=b'~').contains(&byte)) {
+        return Err(BootError::CommandLineCharacters);
+    }
+    // The length is checked at the end, so that the message has all of it.
+    let capacity = text.len() + 64 * (slots + 1);
+    let build = || {
+        let mut line = Cmdline::try_from(text, capacity)?;
+        for (slot, irq) in VIRTIO_IRQS.iter().enumerate().take(slots) {
+            let at = GuestAddress(VIRTIO_BASE + slot as u64 * VIRTIO_STRIDE);
+            line.add_virtio_mmio_device(VIRTIO_SIZE, at, (*irq).into(), None)?;
+        }
+        line.as_cstring()
+    };
+    let line = build().map_err(|_: linux_loader::cmdline::Error| BootError::CommandLineCharacters)?;
+    let bytes = line.into_bytes_with_nul();
+    if bytes.len() > max {
+        return Err(BootError::CommandLineLength { bytes: bytes.len() - 1, max: max - 1 });
+    }
+    Ok(bytes)
+}
+
+fn digest(files: &BootFiles, command_line: &[u8]) -> u128 {
+    let mut hash = Xxh3::new();
+    let empty: &[u8] = &[];
+    let initrd = files.initrd.as_ref().map_or(empty, |file| &file.bytes);
+    let seed = files.seed.as_ref().map_or(empty, |seed| seed);
+    for part in [&files.kernel.bytes, initrd, command_line, seed] {
+        hash.update(&(part.len() as u64).to_le_bytes());
+        hash.update(part);
+    }
+    hash.digest128()
+}
+
+/// PML4, PDPT and four page directories of 2 MiB pages: the first 4 GiB mapped to themselves.
+fn write_page_tables(ram: &Ram) -> Result<(), GuestMemoryError> {
+    const PRESENT_WRITABLE: u64 = 3;
+    const LARGE: u64 = 0x80;
+    let table = |i: u64| PAGE_TABLES + i * PAGE as u64;
+    let memory = ram.memory();
+    memory.write_obj(table(1) | PRESENT_WRITABLE, GuestAddress(table(0)))?;
+    for gib in 0..4 {
+        memory.write_obj(table(2 + gib) | PRESENT_WRITABLE, GuestAddress(table(1) + 8 * gib))?;
+        for i in 0..512 {
+            let page = (gib << 30 | i << 21) | LARGE | PRESENT_WRITABLE;
+            memory.write_obj(page, GuestAddress(table(2 + gib) + 8 * i))?;
+        }
+    }
+    Ok(())
+}
+
+/// The protocol's selectors: __BOOT_CS 0x10 (64-bit code), __BOOT_DS 0x18 (data), both flat.
+fn write_gdt(ram: &Ram) -> Result<(), GuestMemoryError> {
+    let descriptors: [u64; 4] = [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
+    for (i, descriptor) in descriptors.into_iter().enumerate() {
+        ram.memory().write_obj(descriptor, GuestAddress(GDT + 8 * i as u64))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,449 @@
+//! The machine: vCPU, RAM, devices and clock. It is run until it stops and says why; it calls nobody.
+//!
+//! Everything it does is a function of its state, of the inputs given to [`Machine::apply`] and of the positions
+//! at which they are given. A stop that comes from a kick changes nothing, so it may come anywhere.
+
+use std::sync::Arc;
+
+use entry::{Answer, Digest, DiskRequest, End, Input, Output, Position, Question};
+use serde::{Deserialize, Serialize};
+
+use crate::boot::{BootError, BootPlan};
+use crate::bus::{Bus, Target};
+use crate::clock::Clock;
+use crate::config::{ConfigError, Identity, MachineConfig};
+use crate::devices::{Context, Devices, Effects, Request};
+use crate::ram::{Ram, RamError};
+use crate::vcpu::{Exit, Kick, Limit, Vcpu, VcpuError};
+
+/// Raised whenever the same inputs may give another state.
+pub const MACHINE_VERSION: u32 = 1;
+
+/// The most that one `Input::Clock` moves guest time, an hour: more takes several.
+pub const CLOCK_STEP_MAX_NS: u64 = 3_600_000_000_000;
+
+/// Why a machine cannot be made or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// The configuration is wrong.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The guest cannot be booted.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// The host has no memory for it.
+    #[error(transparent)]
+    Ram(#[from] RamError),
+    /// The engine failed.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    /// The answer is of another kind or length than the question.
+    #[error("the answer to {0:?} is of another kind or length")]
+    WrongAnswer(Question),
+}
+
+/// Why [`Machine::run`] returned.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// The position asked for is reached.
+    Reached,
+    /// Somebody kicked.
+    Kicked,
+    /// The guest waits for an interrupt. Running it again moves guest time to the next deadline, if there is one.
+    Halted,
+    /// There are outputs or disk requests to take.
+    Outputs,
+    /// The guest asks something; [`Machine::answer`] before it runs again.
+    Question(Question),
+    /// The guest's run is over; after [`End::Reboot`] it goes on by [`Machine::reset`].
+    End(End),
+}
+
+/// What happened so far, for summaries. Not state.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counts {
+    /// Port accesses.
+    pub pio: u64,
+    /// Accesses to memory outside RAM.
+    pub mmio: u64,
+    /// HLTs.
+    pub halts: u64,
+    /// Interrupts delivered.
+    pub interrupts: u64,
+    /// Kicks that stopped the guest.
+    pub kicks: u64,
+    /// Guest time skipped by moving to a deadline while halted, in ns.
+    pub idle_ns: u64,
+}
+
+/// Digest of a machine by parts, so that a difference has a place.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StateDigest {
+    /// Part names with their digests: `vcpu`, `clock`, each device, `ram`.
+    pub parts: Vec<(&'static str, Digest)>,
+}
+
+impl StateDigest {
+    /// One digest of all parts.
+    pub fn total(&self) -> Digest {
+        let mut hash = xxhash_rust::xxh3::Xxh3::new();
+        for (_, digest) in &self.parts {
+            hash.update(&digest.0.to_le_bytes());
+        }
+        Digest(hash.digest128())
+    }
+
+    /// Names of the parts that differ.
+    pub fn differences(&self, other: &StateDigest) -> Vec<&'static str> {
+        let pairs = self.parts.iter().zip(&other.parts);
+        pairs.filter(|(a, b)| a != b).map(|(a, _)| a.0).collect()
+    }
+}
+
+/// See the module.
+pub struct Machine {
+    pub(crate) config: MachineConfig,
+    pub(crate) plan: BootPlan,
+    pub(crate) vcpu: Box<dyn Vcpu>,
+    pub(crate) ram: Ram,
+    pub(crate) devices: Devices,
+    pub(crate) clock: Clock,
+    ports: Bus,
+    memory: Bus,
+    effects: Effects,
+    /// An I/O instruction that waits for the answers to its questions, with the value that it will read.
+    unfinished: Option<u64>,
+    /// The last run stopped at a HLT, and its caller knows.
+    halted: bool,
+    counts: Counts,
+}
+
+impl Machine {
+    /// A machine at the start of its boot.
+    pub fn new(config: MachineConfig, plan: BootPlan) -> Result<Machine, MachineError> {
+        config.validate()?;
+        let ram = Ram::new(config.memory_bytes)?;
+        let mut vcpu = config.engine.vcpu(&ram)?;
+        vcpu.reset(&plan.load(&ram)?)?;
+        let devices = Devices::new(&config);
+        let (ports, memory) = devices.buses();
+        let clock = Clock::new(config.engine.unit());
+        Ok(Machine {
+            config,
+            plan,
+            vcpu,
+            ram,
+            devices,
+            clock,
+            ports,
+            memory,
+            effects: Effects::default(),
+            unfinished: None,
+            halted: false,
+            counts: Counts::default(),
+        })
+    }
+
+    /// What others must share to run the same machine.
+    pub fn identity(&self) -> Identity {
+        Identity {
+            machine_version: MACHINE_VERSION,
+            config: self.config.clone(),
+            boot: self.plan.digest(),
+        }
+    }
+
+    /// Where the guest is.
+    pub fn position(&self) -> Position {
+        self.vcpu.position()
+    }
+
+    /// Guest time in ns.
+    pub fn time_ns(&self) -> u64 {
+        self.clock.time_ns(self.position())
+    }
+
+    /// Guest time of the next thing that a timer does.
+    pub fn deadline_ns(&self) -> Option<u64> {
+        self.devices.deadline_ns()
+    }
+
+    /// The last run stopped at a HLT and nothing was run since.
+    pub fn is_halted(&self) -> bool {
+        self.halted
+    }
+
+    /// What happened so far.
+    pub fn counts(&self) -> Counts {
+        self.counts
+    }
+
+    /// Stops [`Machine::run`] from another thread.
+    pub fn kicker(&self) -> Arc<dyn Kick> {
+        self.vcpu.kicker()
+    }
+
+    /// What has left the machine since the last call, in order.
+    pub fn take_outputs(&mut self) -> Vec<Output> {
+        std::mem::take(&mut self.effects.outputs)
+    }
+
+    /// The requests to disks since the last call, in order.
+    pub fn take_disk_requests(&mut self) -> Vec<DiskRequest> {
+        std::mem::take(&mut self.effects.disk)
+    }
+
+    /// Runs the guest until there is something to tell, or exactly to `until`.
+    pub fn run(&mut self, until: Option<Position>) -> Result<Stop, MachineError> {
+        let mut halt_is_known = std::mem::take(&mut self.halted);
+        if let Some(stop) = self.finish()? {
+            return Ok(stop);
+        }
+        loop {
+            let at = self.position();
+            if until.is_some_and(|until| at >= until) {
+                self.halted = halt_is_known;
+                return Ok(Stop::Reached);
+            }
+            self.fire_timers(at);
+            if self.has_outputs() {
+                self.halted = halt_is_known;
+                return Ok(Stop::Outputs);
+            }
+            match self.vcpu.run(&mut self.ram, &self.limit(until))? {
+                Exit::Reached => {}
+                Exit::Kicked => {
+                    self.counts.kicks += 1;
+                    return Ok(Stop::Kicked);
+                }
+                Exit::InterruptWindow => {
+                    self.counts.interrupts += 1;
+                    self.vcpu.inject(self.devices.pic.acknowledge())?;
+                    halt_is_known = false;
+                }
+                Exit::Halted if halt_is_known && self.skip_to_deadline() => halt_is_known = false,
+                Exit::Halted => {
+                    self.counts.halts += 1;
+                    self.halted = true;
+                    self.flush_console();
+                    return Ok(if self.has_outputs() { Stop::Outputs } else { Stop::Halted });
+                }
+                Exit::Shutdown => return Ok(Stop::End(End::TripleFault)),
+                exit => {
+                    if let Some(stop) = self.access(exit)? {
+                        return Ok(stop);
+                    }
+                }
+            }
+        }
+    }
+
+    /// How far the engine may go now: to the caller's limit or the next deadline, where running moves time.
+    fn limit(&self, until: Option<Position>) -> Limit {
+        let deadline = self.devices.deadline_ns().and_then(|ns| self.clock.position_of(ns));
+        Limit {
+            until: until.into_iter().chain(deadline).min(),
+            interrupt_window: self.devices.pic.pending(),
+            time_offset_ns: self.clock.offset_ns(),
+        }
+    }
+
+    fn has_outputs(&self) -> bool {
+        !self.effects.outputs.is_empty() || !self.effects.disk.is_empty()
+    }
+
+    /// What timers do now. Nothing is touched before a deadline, so how often this is called leaves no trace.
+    fn fire_timers(&mut self, at: Position) {
+        let now_ns = self.clock.time_ns(at);
+        if self.devices.deadline_ns().is_some_and(|deadline| deadline <= now_ns) {
+            self.devices.advance(now_ns);
+            self.flush_console();
+        }
+    }
+
+    /// Lines of the console leave whole, what is left of one at the next tick or HLT: moments that are the same
+    /// in every run.
+    fn flush_console(&mut self) {
+        self.devices.flush_console(&mut self.effects);
+    }
+
+    /// Moves a halted guest's time to the next deadline. False: there is none.
+    fn skip_to_deadline(&mut self) -> bool {
+        let Some(deadline) = self.devices.deadline_ns() else { return false };
+        let at = self.position();
+        self.counts.idle_ns += deadline.saturating_sub(self.clock.time_ns(at));
+        self.clock.raise(at, deadline);
+        true
+    }
+
+    /// Serves an access of the guest to a device, to the end of its instruction.
+    fn access(&mut self, mut exit: Exit) -> Result<Option<Stop>, MachineError> {
+        loop {
+            let value = self.dispatch(exit);
+            if let Some(question) = &self.effects.question {
+                self.unfinished = Some(value);
+                return Ok(Some(Stop::Question(question.clone())));
+            }
+            match self.vcpu.complete(&mut self.ram, value)? {
+                None => return Ok(self.after_access()),
+                Some(Exit::Shutdown) => return Ok(Some(Stop::End(End::TripleFault))),
+                Some(next) => exit = next,
+            }
+        }
+    }
+
+    /// Finishes the instruction whose question was answered, so that the machine is at a whole boundary.
+    /// `None`: there is nothing more to tell.
+    pub fn finish(&mut self) -> Result<Option<Stop>, MachineError> {
+        if let Some(question) = &self.effects.question {
+            return Ok(Some(Stop::Question(question.clone())));
+        }
+        let Some(value) = self.unfinished.take() else { return Ok(None) };
+        match self.vcpu.complete(&mut self.ram, value)? {
+            None => Ok(self.after_access()),
+            Some(Exit::Shutdown) => Ok(Some(Stop::End(End::TripleFault))),
+            Some(next) => self.access(next),
+        }
+    }
+
+    fn after_access(&mut self) -> Option<Stop> {
+        match self.effects.request.take() {
+            None => self.has_outputs().then_some(Stop::Outputs),
+            Some(request) => {
+                self.flush_console();
+                Some(Stop::End(match request {
+                    Request::PowerOff => End::PowerOff,
+                    Request::Reset => End::Reboot,
+                }))
+            }
+        }
+    }
+
+    /// The one dispatch of all exits that ask a device. Nobody there reads as ones.
+    fn dispatch(&mut self, exit: Exit) -> u64 {
+        let now_ns = self.clock.time_ns(self.vcpu.position());
+        let mut cx = Context { now_ns, memory: self.ram.memory(), effects: &mut self.effects };
+        match exit {
+            Exit::PioIn { port, size } => {
+                self.counts.pio += 1;
+                (0..size).fold(0, |value, i| {
+                    let port = port.wrapping_add(i as u16);
+                    let byte = match self.ports.find(port.into(), 1) {
+                        Some((target, offset)) => self.devices.read_port(target, port, offset, &mut cx),
+                        None => 0xff,
+                    };
+                    value | (byte as u64) << (8 * i)
+                })
+            }
+            Exit::PioOut { port, size, value } => {
+                self.counts.pio += 1;
+                for i in 0..size {
+                    let port = port.wrapping_add(i as u16);
+                    if let Some((target, offset)) = self.ports.find(port.into(), 1) {
+                        let byte = (value >> (8 * i)) as u8;
+                        self.devices.write_port(target, port, offset, byte, &mut cx);
+                    }
+                }
+                0
+            }
+            Exit::MmioRead { addr, size } => {
+                self.counts.mmio += 1;
+                match self.memory.find(addr, size.into()) {
+                    Some((Target::Virtio(slot), offset)) => self.devices.read_virtio(slot, offset, size),
+                    _ => u64::MAX >> (64 - 8 * size as u32),
+                }
+            }
+            Exit::MmioWrite { addr, size, value } => {
+                self.counts.mmio += 1;
+                if let Some((Target::Virtio(slot), offset)) = self.memory.find(addr, size.into()) {
+                    self.devices.write_virtio(slot, offset, size, value, &mut cx);
+                }
+                0
+            }
+            other => unreachable!("{other:?} asks no device"),
+        }
+    }
+
+    /// Whether the machine has room for an input now. What is applied without room is lost, in the same way on
+    /// every side.
+    pub fn takes(&self, input: &Input) -> bool {
+        self.devices.takes(input, self.ram.memory())
+    }
+
+    /// Applies an input at the present position.
+    pub fn apply(&mut self, input: Input) {
+        let at = self.position();
+        if let Input::Clock { time_ns } = input {
+            // Each deadline on the way happens at its own time, as when a halted guest skips to it.
+            let time_ns = time_ns.min(self.time_ns().saturating_add(CLOCK_STEP_MAX_NS));
+            while let Some(deadline) = self.devices.deadline_ns().filter(|deadline| *deadline <= time_ns) {
+                self.clock.raise(at, deadline);
+                self.fire_timers(at);
+            }
+            self.clock.raise(at, time_ns);
+            return;
+        }
+        let now_ns = self.clock.time_ns(at);
+        let mut cx = Context { now_ns, memory: self.ram.memory(), effects: &mut self.effects };
+        self.devices.apply(input, &mut cx);
+    }
+
+    /// Answers the question of [`Stop::Question`].
+    pub fn answer(&mut self, answer: Answer) -> Result<(), MachineError> {
+        let Some(question) = self.effects.question.take() else { return Ok(()) };
+        let now_ns = self.time_ns();
+        let mut cx = Context { now_ns, memory: self.ram.memory(), effects: &mut self.effects };
+        match self.devices.answer(&question, answer, &mut cx) {
+            true => Ok(()),
+            false => Err(MachineError::WrongAnswer(question)),
+        }
+    }
+
+    /// A reset: RAM as booted, devices as powered on; position and guest time go on.
+    pub fn reset(&mut self) -> Result<(), MachineError> {
+        self.ram.clear()?;
+        self.vcpu.reset(&self.plan.load(&self.ram)?)?;
+        self.devices.reset(&self.config);
+        self.unfinished = None;
+        self.halted = false;
+        Ok(())
+    }
+
+    /// Digest of the whole state. RAM costs what was written since the last one.
+    ///
+    /// To be called at a whole boundary: not while a question waits.
+    pub fn digest(&mut self) -> Result<StateDigest, MachineError> {
+        self.vcpu.report_written(&mut self.ram);
+        let ram = self.ram.digest();
+        self.digest_with(ram)
+    }
+
+    /// The same digest, RAM read whole. Equal to [`Machine::digest`] unless RAM was changed behind the machine's back.
+    pub fn full_digest(&mut self) -> Result<StateDigest, MachineError> {
+        let ram = self.ram.full_digest();
+        self.digest_with(ram)
+    }
+
+    fn digest_with(&self, ram: Digest) -> Result<StateDigest, MachineError> {
+        let mut parts = vec![("vcpu", digest_of(&self.vcpu.save()?)), ("clock", digest_of(&self.clock))];
+        parts.extend(self.devices.digests());
+        parts.push(("ram", ram));
+        Ok(StateDigest { parts })
+    }
+
+    /// RAM, to compare pages and to scrub.
+    pub fn ram(&mut self) -> &mut Ram {
+        &mut self.ram
+    }
+
+    /// The vCPU's state, to compare registers.
+    pub fn vcpu_state(&self) -> Result<crate::vcpu::VcpuState, MachineError> {
+        Ok(self.vcpu.save()?)
+    }
+}
+
+/// Digest of a value's serialised form.
+pub(crate) fn digest_of(value: &impl Serialize) -> Digest {
+    let bytes = postcard::to_stdvec(value).unwrap_or_else(|error| unreachable!("plain data: {error}"));
+    Digest(xxhash_rust::xxh3::xxh3_128(&bytes))
+}

@@ -1,0 +1,173 @@
+//! The virtual CPU as the machine sees it: a trait of few methods, exits as data.
+//!
+//! An engine executes guest instructions until something must be told, says what it is in an [`Exit`], and calls
+//! nobody. `soft` is the software CPU; an engine on `/dev/kvm` goes beside it and implements the same trait.
+
+use std::sync::Arc;
+
+use entry::{Position, PositionUnit};
+use serde::{Deserialize, Serialize};
+use soft_cpu::CpuState;
+
+use crate::ram::Ram;
+
+mod soft;
+
+pub use soft::SoftVcpu;
+
+/// Why the guest stopped. Sizes are in bytes, values are zero-extended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// [`Limit::until`] is the position now.
+    Reached,
+    /// A [`Kick`] came. The position is a whole boundary at which an input may be applied.
+    Kicked,
+    /// [`Limit::interrupt_window`] was set and the guest takes interrupts now: [`Vcpu::inject`] is allowed.
+    InterruptWindow,
+    /// The guest waits for an interrupt. A halted guest that is run again says so again at once.
+    Halted,
+    /// A port is read. Answer by [`Vcpu::complete`].
+    PioIn {
+        /// Port number.
+        port: u16,
+        /// 1, 2 or 4.
+        size: u8,
+    },
+    /// A port is written. Acknowledge by [`Vcpu::complete`].
+    PioOut {
+        /// Port number.
+        port: u16,
+        /// 1, 2 or 4.
+        size: u8,
+        /// What is written.
+        value: u32,
+    },
+    /// Memory outside RAM is read. Answer by [`Vcpu::complete`].
+    MmioRead {
+        /// Guest-physical address.
+        addr: u64,
+        /// 1, 2, 4 or 8.
+        size: u8,
+    },
+    /// Memory outside RAM is written. Acknowledge by [`Vcpu::complete`].
+    MmioWrite {
+        /// Guest-physical address.
+        addr: u64,
+        /// 1, 2, 4 or 8.
+        size: u8,
+        /// What is written.
+        value: u64,
+    },
+    /// Triple fault.
+    Shutdown,
+}
+
+/// How far and how a [`Vcpu::run`] goes.
+#[derive(Clone, Copy, Debug)]
+pub struct Limit {
+    /// Stop exactly here, `None`: run until something happens.
+    pub until: Option<Position>,
+    /// Stop as soon as the guest takes interrupts.
+    pub interrupt_window: bool,
+    /// Guest time minus what the engine itself adds (instructions, where the unit is that), in ns.
+    pub time_offset_ns: u64,
+}
+
+/// State of the boot protocol's 64-bit entry, for any engine. Flat segments, paging on, interrupts off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Start {
+    /// RIP.
+    pub entry: u64,
+    /// RSI: guest-physical address of the boot parameters.
+    pub boot_params: u64,
+    /// CR3: guest-physical address of page tables that map low memory to itself.
+    pub page_tables: u64,
+    /// GDTR: guest-physical address of a table with the selectors 0x10 (code) and 0x18 (data).
+    pub gdt: u64,
+}
+
+/// Whole state of a vCPU, by engine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum VcpuState {
+    /// Of the software CPU.
+    Soft(Box<CpuState>),
+}
+
+/// An engine failed: the host is out of the pair.
+#[derive(Debug, thiserror::Error)]
+pub enum VcpuError {
+    /// The state was saved by another engine; use that one.
+    #[error("the saved vCPU is of another engine than the {0} that should go on with it")]
+    OtherEngine(&'static str),
+    /// The position cannot be landed on by this engine.
+    #[error("the {engine} engine is past {target:?} already, at {now:?}")]
+    Overshot {
+        /// Which engine.
+        engine: &'static str,
+        /// Where it should have stopped.
+        target: Position,
+        /// Where it is.
+        now: Position,
+    },
+}
+
+/// Makes a running vCPU return [`Exit::Kicked`], from any thread.
+pub trait Kick: Send + Sync {
+    /// Asks for it. A kick of a vCPU that is not running takes effect at its next run.
+    fn kick(&self);
+}
+
+/// An engine. Its caller owns RAM, devices and time; it owns registers.
+pub trait Vcpu: Send {
+    /// Runs the guest until something is to be told. Pages that [`Ram::take_changed`] lists are taken note of first.
+    fn run(&mut self, ram: &mut Ram, limit: &Limit) -> Result<Exit, VcpuError>;
+
+    /// Finishes the instruction that the last exit came from, with the value read (ignored for writes).
+    /// `None`: it is done and the position is a whole boundary; else the next thing that it asks.
+    fn complete(&mut self, ram: &mut Ram, value: u64) -> Result<Option<Exit>, VcpuError>;
+
+    /// Where the guest is.
+    fn position(&self) -> Position;
+
+    /// Delivers an external interrupt before the next instruction. Only after [`Exit::InterruptWindow`].
+    fn inject(&mut self, vector: u8) -> Result<(), VcpuError>;
+
+    /// The state at a whole boundary.
+    fn save(&self) -> Result<VcpuState, VcpuError>;
+
+    /// Takes over a saved state, position included, and forgets all that was derived from RAM.
+    fn restore(&mut self, state: &VcpuState) -> Result<(), VcpuError>;
+
+    /// Puts the CPU at the start of a boot. The position goes on.
+    fn reset(&mut self, start: &Start) -> Result<(), VcpuError>;
+
+    /// A handle that stops the CPU from other threads.
+    fn kicker(&self) -> Arc<dyn Kick>;
+
+    /// Reports all pages that the guest wrote since the last call by [`Ram::note_written`].
+    fn report_written(&mut self, ram: &mut Ram);
+}
+
+/// An engine, chosen at run time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Engine {
+    /// The software CPU.
+    Soft,
+}
+
+impl Engine {
+    /// What the engine counts.
+    pub fn unit(self) -> PositionUnit {
+        match self {
+            Engine::Soft => PositionUnit::Instructions,
+        }
+    }
+
+    /// Makes a vCPU for that much RAM.
+    pub fn vcpu(self, ram: &Ram) -> Result<Box<dyn Vcpu>, VcpuError> {
+        match self {
+            Engine::Soft => Ok(Box::new(SoftVcpu::new(ram.len()))),
+        }
+    }
+}
