@@ -75,7 +75,7 @@ pub enum ConfigError {
 impl MachineConfig {
     /// Checks every field.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        if self.memory_bytes % 4096 != 0 || !(16 << 20..=1 << 40).contains(&self.memory_bytes) {
+        if !self.memory_bytes.is_multiple_of(4096) || !(16 << 20..=1 << 40).contains(&self.memory_bytes) {
             return Err(ConfigError::Memory(self.memory_bytes));
         }
         if self.slots.len() > SLOTS_MAX {
@@ -83,7 +83,7 @@ impl MachineConfig {
         }
         for (slot, device) in self.slots.iter().enumerate() {
             match *device {
-                Slot::Disk { bytes, .. } if bytes == 0 || bytes % 512 != 0 => {
+                Slot::Disk { bytes, .. } if bytes == 0 || !bytes.is_multiple_of(512) => {
                     return Err(ConfigError::Disk { slot, bytes });
                 }
                 Slot::Net { mac } if mac[0] & 1 != 0 => return Err(ConfigError::Mac(slot)),
@@ -140,8 +140,14 @@ mod tests {
         assert_eq!(config().validate(), Ok(()));
         assert!(wrong(|c| c.memory_bytes += 1).starts_with("memory: 67108865"));
         assert!(wrong(|c| c.slots = vec![Slot::Entropy; 9]).contains("9 virtio"));
-        assert!(wrong(|c| c.slots = vec![Slot::Disk { bytes: 100, read_only: false }]).starts_with("disk in slot 0"));
-        assert!(wrong(|c| c.slots = vec![Slot::Entropy, Slot::Net { mac: [1, 0, 0, 0, 0, 0] }]).contains("slot 1"));
+        assert!(
+            wrong(|c| c.slots = vec![Slot::Disk { bytes: 100, read_only: false }])
+                .starts_with("disk in slot 0")
+        );
+        assert!(
+            wrong(|c| c.slots = vec![Slot::Entropy, Slot::Net { mac: [1, 0, 0, 0, 0, 0] }])
+                .contains("slot 1")
+        );
     }
 
     #[test]

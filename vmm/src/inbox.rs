@@ -91,7 +91,8 @@ impl Inbox {
         let mut state = self.0.lock();
         state.news = false;
         let queue = state.queues.iter_mut().map(|(_, queue)| queue);
-        let input = queue.filter(|queue| queue.front().is_some_and(&mut takes)).find_map(VecDeque::pop_front)?;
+        let input =
+            queue.filter(|queue| queue.front().is_some_and(&mut takes)).find_map(VecDeque::pop_front)?;
         drop(state);
         self.0.room.notify_all();
         Some(input)
@@ -215,9 +216,11 @@ mod tests {
     fn a_full_queue_makes_its_sender_wait_and_the_end_releases_it() {
         let (inbox, sender) = Inbox::new(Arc::new(Kicks::default()), 1);
         sender.send(Origin::Net(0), frame(1)).unwrap();
-        let scope = std::thread::scope::<'_, _, Result<(), Closed>>;
-        let result = scope(|threads| {
-            let waiting = threads.spawn(|| sender.send(Origin::Net(0), frame(2)).and_then(|()| sender.send(Origin::Net(0), frame(3))));
+        let result = std::thread::scope(|threads| {
+            let waiting = threads.spawn(|| {
+                sender.send(Origin::Net(0), frame(2))?;
+                sender.send(Origin::Net(0), frame(3))
+            });
             while inbox.take(|_| true) != Some(frame(2)) {}
             drop(inbox);
             waiting.join().unwrap()

@@ -146,11 +146,7 @@ impl Machine {
 
     /// What others must share to run the same machine.
     pub fn identity(&self) -> Identity {
-        Identity {
-            machine_version: MACHINE_VERSION,
-            config: self.config.clone(),
-            boot: self.plan.digest(),
-        }
+        Identity { machine_version: MACHINE_VERSION, config: self.config.clone(), boot: self.plan.digest() }
     }
 
     /// Where the guest is.
@@ -210,7 +206,8 @@ impl Machine {
                 self.halted = halt_is_known;
                 return Ok(Stop::Outputs);
             }
-            match self.vcpu.run(&mut self.ram, &self.limit(until))? {
+            let limit = self.limit(until);
+            match self.vcpu.run(&mut self.ram, &limit)? {
                 Exit::Reached => {}
                 Exit::Kicked => {
                     self.counts.kicks += 1;

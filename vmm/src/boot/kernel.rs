@@ -38,7 +38,9 @@ pub enum KernelError {
     #[error("has a wrong ELF header: {0}")]
     Header(&'static str),
     /// A segment that is not in memory.
-    #[error("wants memory from {start:#x} to {end:#x}, the guest has {HIGH_START:#x} to {limit:#x}; give it more")]
+    #[error(
+        "wants memory from {start:#x} to {end:#x}, the guest has {HIGH_START:#x} to {limit:#x}; give it more"
+    )]
     OutsideMemory {
         /// Start of a segment.
         start: u64,
@@ -51,7 +53,9 @@ pub enum KernelError {
     #[error("has its entry {0:#x} outside of what it loads")]
     Entry(u64),
     /// An old bzImage.
-    #[error("is a bzImage without a 64-bit entry (boot protocol {version:#x}, 2.12 and XLF_KERNEL_64 are needed)")]
+    #[error(
+        "is a bzImage without a 64-bit entry (boot protocol {version:#x}, 2.12 and XLF_KERNEL_64 are needed)"
+    )]
     No64BitEntry {
         /// Boot protocol version.
         version: u16,
@@ -117,7 +121,7 @@ fn check_memory(start: u64, end: u64, limit: u64) -> Result<(), KernelError> {
 fn parse_elf(file: &[u8], memory_end: u64) -> Result<Kernel, KernelError> {
     let header: Elf64_Ehdr = read(file, 0, "the ELF header")?;
     let ident = header.e_ident;
-    let class_and_data = (ident[EI_CLASS as usize] as u32, ident[EI_DATA as usize] as u32);
+    let class_and_data = (ident[EI_CLASS] as u32, ident[EI_DATA] as u32);
     if class_and_data != (ELFCLASS64 as u32, ELFDATA2LSB as u32) || header.e_machine != EM_X86_64 {
         return Err(KernelError::OtherMachine);
     }

@@ -16,9 +16,9 @@ use std::sync::Arc;
 
 use linux_loader::bootparam::{SETUP_RNG_SEED, boot_e820_entry, boot_params, setup_header};
 use linux_loader::cmdline::Cmdline;
+use linux_loader::loader::KernelLoader;
 use linux_loader::loader::bzimage::BzImage;
 use linux_loader::loader::elf::Elf;
-use linux_loader::loader::KernelLoader;
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryError};
 use xxhash_rust::xxh3::Xxh3;
 
@@ -80,7 +80,9 @@ pub enum BootError {
         problem: KernelError,
     },
     /// The initramfs does not fit; give the guest more memory.
-    #[error("initrd {file}: {bytes} bytes do not fit between the kernel's end at {start:#x} and {end:#x}; give the guest more memory")]
+    #[error(
+        "initrd {file}: {bytes} bytes do not fit between the kernel's end at {start:#x} and {end:#x}; give the guest more memory"
+    )]
     Initrd {
         /// Its name.
         file: String,
@@ -217,7 +219,7 @@ impl BootPlan {
         }
         let mut params = boot_params { hdr: header, ..boot_params::default() };
         for (entry, (start, end)) in params.e820_table.iter_mut().zip(memory_map(self.memory_bytes)) {
-            *entry = boot_e820_entry { addr: start, size: end - start, type_: E820_RAM };
+            *entry = boot_e820_entry { addr: start, size: end - start, r#type: E820_RAM };
             params.e820_entries += 1;
         }
         params

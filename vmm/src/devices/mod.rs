@@ -126,7 +126,9 @@ impl Devices {
             Target::Serial => {
                 self.serial.write(offset, value);
                 let printed = self.serial.take_printed(false);
-                cx.effects.outputs.extend(printed.map(|bytes| Output::Console { console: Console::Serial, bytes }));
+                cx.effects
+                    .outputs
+                    .extend(printed.map(|bytes| Output::Console { console: Console::Serial, bytes }));
             }
             Target::I8042 if i8042::write(port, value) => cx.effects.request = Some(Request::Reset),
             Target::PowerOff if value == POWER_OFF_VALUE => cx.effects.request = Some(Request::PowerOff),

@@ -238,8 +238,8 @@ impl Counter {
     }
 
     fn status(&self, now: u64) -> u8 {
-        let waiting = self.write_low.is_some()
-            || self.run.and_then(|run| run.since).is_none_or(|since| now < since);
+        let waiting =
+            self.write_low.is_some() || self.run.and_then(|run| run.since).is_none_or(|since| now < since);
         let access = match self.access {
             Access::Low => 1,
             Access::High => 2,
@@ -359,7 +359,9 @@ impl Pit {
         let selected = value >> 6;
         if selected == 3 {
             // Read-back: bits 5 and 4 low latch count and status of the counters in bits 3:1.
-            for (i, counter) in self.counters.iter_mut().enumerate().filter(|(i, _)| value >> (i + 1) & 1 != 0) {
+            for (i, counter) in
+                self.counters.iter_mut().enumerate().filter(|(i, _)| value >> (i + 1) & 1 != 0)
+            {
                 debug_assert!(i < 3);
                 if value & 0x20 == 0 {
                     counter.latch_value(now);

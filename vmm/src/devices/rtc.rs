@@ -83,7 +83,8 @@ impl Rtc {
 
     /// Brings the flags of register C up to a guest time.
     pub fn advance(&mut self, now_ns: u64) {
-        let seen_ns = std::mem::replace(&mut self.seen_ns, self.seen_ns.max(now_ns));
+        let seen_ns = self.seen_ns;
+        self.seen_ns = seen_ns.max(now_ns);
         let passes = |ns: u64| seen_ns / ns != now_ns.max(seen_ns) / ns;
         if self.period_ns().is_some_and(passes) {
             self.memory[0x0c] |= b::PERIODIC;
@@ -123,7 +124,11 @@ impl Rtc {
     }
 
     fn decode(&self, value: u8) -> u8 {
-        if self.memory[0x0b] & b::BINARY != 0 { value } else { (value >> 4).min(9) * 10 + (value & 15).min(9) }
+        if self.memory[0x0b] & b::BINARY != 0 {
+            value
+        } else {
+            (value >> 4).min(9) * 10 + (value & 15).min(9)
+        }
     }
 
     fn encode_hour(&self, hour: u8) -> u8 {
