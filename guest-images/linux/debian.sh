@@ -13,7 +13,8 @@ need() {
     [ "$(id -u)" = 0 ] || die "these packages are missing: as root, run: apt-get install ${missing[*]}"
     say "installing ${missing[*]} (about half a minute)"
     refresh
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >&2 </dev/null
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" \
+        >"$VMFT_CACHE/apt.log" 2>&1 </dev/null || die "apt-get install failed; see $VMFT_CACHE/apt.log"
 }
 
 # Brings the package lists up to date, once: .deb files of older lists may be gone from the mirrors.
