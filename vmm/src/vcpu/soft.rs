@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use entry::Position;
-use soft_cpu::state::{Registers, Segment, TableRegister, X87, seg};
+use soft_cpu::state::{Registers, Segment, TableRegister, seg};
 use soft_cpu::{CpuState, Exit as SoftExit, RunLimit, SoftCpu};
 
 use super::{Exit, Kick, Limit, Start, Vcpu, VcpuError, VcpuState};
@@ -137,13 +137,8 @@ fn start_state(start: &Start, retired: u64) -> CpuState {
     gpr[soft_cpu::state::reg::RSI as usize] = start.boot_params;
     CpuState {
         gpr,
-        fs_base: 0,
-        gs_base: 0,
         rip: start.entry,
         rflags: 2,
-        xmm: [0; 16],
-        mxcsr: 0x1f80,
-        x87: X87::default(),
         sys: Registers {
             seg: segments,
             ldtr: unusable,
@@ -159,10 +154,7 @@ fn start_state(start: &Start, retired: u64) -> CpuState {
             ..Registers::default()
         },
         retired,
-        tsc_offset: 0,
-        shadow: false,
-        halted: false,
-        interrupt: None,
-        tlb: Default::default(),
+        // What is left is as after power-on.
+        ..SoftCpu::new(crate::ram::PAGE as u64).save()
     }
 }
