@@ -134,7 +134,9 @@ fn memory(ins: &Instruction, i: &mut Insn) {
     if is_32_bit(base) || is_32_bit(ins.memory_index()) || absolute_32_bit(ins) {
         i.scale |= ADDR32;
     }
-    if ins.memory_segment() == Register::SS {
+    // Overrides but for FS and GS are ignored; the default segment remains.
+    let on_stack = matches!(base, Register::RSP | Register::RBP | Register::ESP | Register::EBP);
+    if on_stack && i.seg == ZERO {
         i.flags |= flag::STACK;
     }
     // `MOV moffs` has a 64-bit address and no room for it in `disp`; its handler takes it from `imm`.
@@ -166,6 +168,8 @@ fn segment_base(r: Register) -> u8 {
 pub fn register(r: Register) -> u8 {
     match r {
         Register::AH | Register::CH | Register::DH | Register::BH => r.number() as u8 - 4 | HIGH_BYTE,
+        // iced numbers SPL to R15L behind AH to BH.
+        r if r.is_gpr8() => r.full_register().number() as u8,
         r => r.number() as u8,
     }
 }

@@ -1,8 +1,8 @@
 //! BT, BTS, BTR, BTC, BSF, BSR, POPCNT.
 //!
-//! Undefined by the SDM: the bit tests leave all flags but CF; BSF and BSR of 0 leave the destination as it is,
-//! and otherwise set SF, PF, AF, CF and OF as TEST of their source would. TZCNT and LZCNT are not in our CPUID,
-//! so their encodings are BSF and BSR.
+//! What the SDM leaves undefined is as on current Intel processors: the bit tests leave all flags but CF; BSF and
+//! BSR of 0 leave the destination, and set PF by the index found (0 if none) and clear SF, AF, CF and OF. TZCNT
+//! and LZCNT are not in our CPUID, so their encodings are BSF and BSR.
 
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
@@ -100,9 +100,12 @@ fn scan<S: Source, T: Int>(
     position: impl Fn(u64) -> u32,
 ) -> Result<(), Stop> {
     let v = S::load::<T>(cpu, ram, i)?;
-    cpu.flags.set_logic(v);
-    if v != T::from_u64(0) {
-        cpu.set_reg(i.dst, T::from_u64(position(v.to_u64()) as u64));
+    let found = v != T::from_u64(0);
+    let index = if found { position(v.to_u64()) } else { 0 };
+    cpu.flags.set_logic(index);
+    cpu.flags.set_zf(!found);
+    if found {
+        cpu.set_reg(i.dst, T::from_u64(index as u64));
     }
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! MUL, IMUL, DIV, IDIV.
 //!
-//! What the SDM leaves undefined: after a multiplication SF, ZF and PF describe the lower half of the product
-//! and AF is clear; a division leaves all flags.
+//! What the SDM leaves undefined is as on current Intel processors: a multiplication sets SF and PF by the lower
+//! half of the product and clears ZF and AF; a division leaves all flags.
 
 use iced_x86::{Instruction, Mnemonic};
 
@@ -24,6 +24,7 @@ fn upper<T: Int>() -> u8 {
 #[inline(always)]
 fn multiplied<T: Int>(flags: &mut Flags, low: T, overflow: bool) {
     flags.set_result(low);
+    flags.set_zf(false);
     flags.set_carries(overflow, overflow, false);
 }
 

@@ -1,8 +1,8 @@
 //! SHL, SHR, SAR, ROL, ROR, RCL, RCR, SHLD, SHRD.
 //!
-//! What the SDM leaves undefined is here as if the instruction had shifted by one bit `count` times, taking its
-//! flags from the last step, with AF clear. The 16-bit double shifts by more than 16 bits shift the 48 bits
-//! destination, source, destination, as Intel's processors do.
+//! What the SDM leaves undefined is as on current Intel processors: OF is that of a shift by one bit whatever the
+//! count, AF is cleared, and the 16-bit double shifts by more than 16 bits shift the 48 bits destination, source,
+//! destination.
 
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
@@ -43,7 +43,7 @@ fn msb<T: Int>(v: T) -> bool {
     bit(v, T::BITS - 1)
 }
 
-/// Do the top two bits differ? After a right shift by one that is: has the sign changed?
+/// Do the top two bits differ? A shift to the left then changes the sign.
 #[inline(always)]
 fn top_two_differ<T: Int>(v: T) -> bool {
     msb(v) != bit(v, T::BITS - 2)
@@ -62,8 +62,7 @@ impl Shift for Shl {
     fn run<T: Int>(flags: &mut Flags, a: T, count: u32) -> T {
         let before_last = a.to_u64() << (count - 1);
         let cf = before_last >> (T::BITS - 1) & 1 != 0;
-        let r = T::from_u64(before_last << 1);
-        shifted(flags, r, cf, cf != msb(r))
+        shifted(flags, T::from_u64(before_last << 1), cf, top_two_differ(a))
     }
 }
 
@@ -72,8 +71,7 @@ impl Shift for Shr {
     #[inline(always)]
     fn run<T: Int>(flags: &mut Flags, a: T, count: u32) -> T {
         let before_last = a.to_u64() >> (count - 1);
-        let of = before_last >> (T::BITS - 1) != 0;
-        shifted(flags, T::from_u64(before_last >> 1), before_last & 1 != 0, of)
+        shifted(flags, T::from_u64(before_last >> 1), before_last & 1 != 0, msb(a))
     }
 }
 
@@ -100,7 +98,7 @@ impl Shift for Rol {
     #[inline(always)]
     fn run<T: Int>(flags: &mut Flags, a: T, count: u32) -> T {
         let r = rotated(a, count);
-        flags.set_cf_of(bit(r, 0), bit(r, 0) != msb(r));
+        flags.set_cf_of(bit(r, 0), top_two_differ(a));
         r
     }
 }
@@ -110,7 +108,7 @@ impl Shift for Ror {
     #[inline(always)]
     fn run<T: Int>(flags: &mut Flags, a: T, count: u32) -> T {
         let r = rotated(a, T::BITS - count % T::BITS);
-        flags.set_cf_of(msb(r), top_two_differ(r));
+        flags.set_cf_of(msb(r), msb(a) != bit(a, 0));
         r
     }
 }
@@ -132,7 +130,7 @@ impl Shift for Rcl {
             return a;
         }
         let (r, cf) = rotated_through_carry(flags.cf(), a, count);
-        flags.set_cf_of(cf, cf != msb(r));
+        flags.set_cf_of(cf, top_two_differ(a));
         r
     }
 }
@@ -145,8 +143,9 @@ impl Shift for Rcr {
         if count == 0 {
             return a;
         }
+        let of = flags.cf() != msb(a);
         let (r, cf) = rotated_through_carry(flags.cf(), a, T::BITS + 1 - count);
-        flags.set_cf_of(cf, top_two_differ(r));
+        flags.set_cf_of(cf, of);
         r
     }
 }
@@ -162,7 +161,7 @@ impl DoubleShift for Shld {
             let r = a.to_u64() << count | b.to_u64() >> (T::BITS - count);
             (T::from_u64(r), bit(a, T::BITS - count))
         };
-        shifted(flags, r, cf, cf != msb(r))
+        shifted(flags, r, cf, top_two_differ(a))
     }
 }
 
@@ -177,7 +176,7 @@ impl DoubleShift for Shrd {
             let r = a.to_u64() >> count | b.to_u64() << (T::BITS - count);
             (T::from_u64(r), bit(a, count - 1))
         };
-        shifted(flags, r, cf, top_two_differ(r))
+        shifted(flags, r, cf, msb(a) != bit(b, 0))
     }
 }
 

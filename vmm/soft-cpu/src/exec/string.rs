@@ -24,6 +24,9 @@ const PAGE: usize = 4096;
 trait Op {
     /// REPE and REPNE look at ZF.
     const COMPARES: bool = false;
+    /// Registers that 32-bit addresses cut to 32 bits even when there is no iteration. The SDM does not say;
+    /// this is what current Intel processors do.
+    const ALWAYS_CUT: &[u8] = &[reg::RCX];
     /// One iteration but for the count. On an error nothing has changed.
     fn once<T: Int, A: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop>;
     /// As many iterations, up to `max`, as can be done at once: maybe none.
@@ -81,6 +84,8 @@ fn span<T: Int>(at: usize, n: usize, backward: bool) -> std::ops::Range<usize> {
 }
 
 impl Op for Movs {
+    const ALWAYS_CUT: &[u8] = &[reg::RCX, reg::RSI, reg::RDI];
+
     #[inline(always)]
     fn once<T: Int, A: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
         let v = cpu.load::<T>(ram, source::<A>(cpu, i))?;
@@ -119,6 +124,8 @@ impl Op for Movs {
 }
 
 impl Op for Stos {
+    const ALWAYS_CUT: &[u8] = &[reg::RCX, reg::RDI];
+
     #[inline(always)]
     fn once<T: Int, A: Int>(cpu: &mut Cpu, ram: &mut [u8], _: &Insn) -> Result<(), Stop> {
         let v = cpu.reg::<T>(reg::RAX);
@@ -187,6 +194,9 @@ fn once<O: Op, A: Int, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Resul
 fn repeat<O: Op, A: Int, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
     let count = cpu.reg::<A>(reg::RCX).to_u64();
     if count == 0 {
+        for &r in O::ALWAYS_CUT {
+            cpu.set_reg(r, cpu.reg::<A>(r));
+        }
         return Ok(());
     }
     let max = cpu.rep_budget.min(ITERATIONS_MAX).min(count);
