@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Debian packages for the build: tools to run, and .deb files to take apart. Sourced.
 
 say() { echo "guest-images: $*" >&2; }
