@@ -2,7 +2,15 @@
 //! that come out, the positions at which they do, and how a run ends.
 //!
 //! The log is made of these. This crate does no I/O and depends on nothing that does.
+//!
+//! [`log`] has the records that the log is made of, [`codec`] and [`block`] their bytes (FORMAT.md), [`identity`]
+//! what two sides must share.
 #![forbid(unsafe_code)]
+
+pub mod block;
+pub mod codec;
+pub mod identity;
+pub mod log;
 
 /// A point in the guest's instruction stream. Positions of one run are ordered; the meaning of the numbers is
 /// the engine's [`PositionUnit`], which is part of the identity that both sides share.

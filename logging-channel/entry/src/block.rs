@@ -1,0 +1,224 @@
+//! Header and blocks: FORMAT.md, "Header" and "Block".
+//!
+//! [`Encoder`] and [`Decoder`] are pure: bytes go in and out of buffers, and whoever owns the file or socket
+//! moves them. A decoder takes its bytes in any pieces and holds at most one block.
+
+use crc32fast::Hasher;
+
+use crate::codec::{DecodeError, Reader, What, encode, varint};
+use crate::identity::{IDENTITY_MAX, Identity};
+use crate::log::Record;
+use crate::{Position, PositionUnit};
+
+/// First bytes of a log.
+pub const MAGIC: [u8; 8] = *b"VMFTLOG\0";
+/// Version of the format.
+pub const VERSION: u16 = 1;
+/// Longest block, bytes of its entries.
+pub const BLOCK_MAX: usize = 1 << 20;
+/// Bytes of entries from which on a block is closed: below [`BLOCK_MAX`] by more than the longest entry.
+const BLOCK_FULL: usize = BLOCK_MAX / 2;
+/// Bytes of the header in front of the identity.
+const HEADER_FIXED: usize = 14;
+const CHECKSUM: usize = 4;
+
+/// Makes a log's bytes.
+#[derive(Debug)]
+pub struct Encoder {
+    unit: PositionUnit,
+    last: Position,
+    checksum: u32,
+    open: Vec<u8>,
+    done: Vec<u8>,
+}
+
+impl Encoder {
+    /// A log of this machine; its header is ready to be taken.
+    pub fn new(identity: &Identity) -> Encoder {
+        let identity_bytes = identity.encode();
+        let mut done = Vec::with_capacity(HEADER_FIXED + identity_bytes.len() + CHECKSUM);
+        done.extend(MAGIC);
+        done.extend(VERSION.to_le_bytes());
+        done.extend((identity_bytes.len() as u32).to_le_bytes());
+        done.extend(identity_bytes);
+        let checksum = crc32fast::hash(&done);
+        done.extend(checksum.to_le_bytes());
+        Encoder { unit: identity.unit(), last: Position::default(), checksum, open: Vec::new(), done }
+    }
+
+    /// Appends a record to the open block.
+    pub fn append(&mut self, record: &Record) {
+        encode(self.unit, &mut self.last, record, &mut self.open);
+        if self.open.len() >= BLOCK_FULL {
+            self.close_block();
+        }
+    }
+
+    /// Closes the open block, so that [`Encoder::take`] has everything appended so far.
+    pub fn close_block(&mut self) {
+        if self.open.is_empty() {
+            return;
+        }
+        let mut length = Vec::new();
+        varint(self.open.len() as u64, &mut length);
+        self.checksum = continue_checksum(self.checksum, &length, &self.open);
+        self.done.extend(length);
+        self.done.extend(self.checksum.to_le_bytes());
+        self.done.append(&mut self.open);
+    }
+
+    /// Bytes waiting in the open block.
+    pub fn open_bytes(&self) -> usize {
+        self.open.len()
+    }
+
+    /// The finished bytes since the last call.
+    pub fn take(&mut self) -> Vec<u8> {
+        std::mem::take(&mut self.done)
+    }
+}
+
+/// Reads a log's bytes.
+#[derive(Debug, Default)]
+pub struct Decoder {
+    buffer: Vec<u8>,
+    /// Offset in the log of the buffer's first byte.
+    base: u64,
+    last: Position,
+    checksum: u32,
+    identity: Option<Identity>,
+    failed: Option<DecodeError>,
+}
+
+impl Decoder {
+    /// A decoder at the start of a log.
+    pub fn new() -> Decoder {
+        Decoder::default()
+    }
+
+    /// Takes more bytes.
+    pub fn push(&mut self, bytes: &[u8]) {
+        self.buffer.extend(bytes);
+    }
+
+    /// The log's identity, once enough bytes have come.
+    ///
+    /// # Errors
+    /// The header is damaged or of another version. Every later call fails alike.
+    pub fn identity(&mut self) -> Result<Option<&Identity>, DecodeError> {
+        if self.identity.is_none() {
+            self.check_failed()?;
+            let header = self.header();
+            self.identity = self.remember(header)?;
+        }
+        Ok(self.identity.as_ref())
+    }
+
+    /// The records of the next block, when it has come whole.
+    ///
+    /// # Errors
+    /// The header or the block is damaged. Every later call fails alike.
+    pub fn block(&mut self) -> Result<Option<Vec<Record>>, DecodeError> {
+        let Some(unit) = self.identity()?.map(Identity::unit) else { return Ok(None) };
+        self.check_failed()?;
+        let block = self.next_block(unit);
+        self.remember(block)
+    }
+
+    /// Bytes taken that are not yet part of a whole block: at the end of a log, what a crash has cut off.
+    pub fn incomplete(&self) -> usize {
+        self.buffer.len()
+    }
+
+    /// Offset in the log behind the last whole block.
+    pub fn offset(&self) -> u64 {
+        self.base
+    }
+
+    fn check_failed(&self) -> Result<(), DecodeError> {
+        self.failed.clone().map_or(Ok(()), Err)
+    }
+
+    fn remember<T>(&mut self, result: Result<T, DecodeError>) -> Result<T, DecodeError> {
+        if let Err(e) = &result {
+            self.failed = Some(e.clone());
+        }
+        result
+    }
+
+    fn header(&mut self) -> Result<Option<Identity>, DecodeError> {
+        let known = self.buffer.len().min(MAGIC.len());
+        if self.buffer[..known] != MAGIC[..known] {
+            return Err(DecodeError { offset: 0, what: What::Magic });
+        }
+        if self.buffer.len() < HEADER_FIXED {
+            return Ok(None);
+        }
+        let mut r = Reader::new(&self.buffer, 0);
+        r.take(MAGIC.len(), "header")?;
+        let version = u16::from_le_bytes(r.array("header")?);
+        if version != VERSION {
+            return Err(DecodeError { offset: 8, what: What::Version(version) });
+        }
+        let len = u32::from_le_bytes(r.array("header")?) as usize;
+        if len > IDENTITY_MAX {
+            let (value, max) = (len as u64, IDENTITY_MAX as u64);
+            let what = What::Range { what: "the identity's length", value, min: 0, max };
+            return Err(DecodeError { offset: 10, what });
+        }
+        let end = HEADER_FIXED + len;
+        if self.buffer.len() < end + CHECKSUM {
+            return Ok(None);
+        }
+        let bytes = r.take(len, "identity")?;
+        self.checksum = crc32fast::hash(&self.buffer[..end]);
+        if r.array("header checksum")? != self.checksum.to_le_bytes() {
+            return Err(DecodeError { offset: 0, what: What::Checksum });
+        }
+        let identity = Identity::decode(bytes, HEADER_FIXED as u64)?;
+        self.consume(end + CHECKSUM);
+        Ok(Some(identity))
+    }
+
+    fn next_block(&mut self, unit: PositionUnit) -> Result<Option<Vec<Record>>, DecodeError> {
+        let mut r = Reader::new(&self.buffer, self.base);
+        let len = match r.length("the block's length", 1, BLOCK_MAX) {
+            Ok(len) => len,
+            Err(DecodeError { what: What::Short(_), .. }) => return Ok(None),
+            Err(e) => return Err(e),
+        };
+        let length_bytes = (r.offset() - self.base) as usize;
+        if self.buffer.len() < length_bytes + CHECKSUM + len {
+            return Ok(None);
+        }
+        let stored: [u8; CHECKSUM] = r.array("checksum")?;
+        let start = r.offset();
+        let entries = r.take(len, "block")?;
+        let checksum = continue_checksum(self.checksum, &self.buffer[..length_bytes], entries);
+        if stored != checksum.to_le_bytes() {
+            return Err(DecodeError { offset: self.base, what: What::Checksum });
+        }
+        let mut entries = Reader::new(entries, start);
+        let mut last = self.last;
+        let mut records = Vec::new();
+        while !entries.is_done() {
+            records.push(entries.record(unit, &mut last)?);
+        }
+        self.checksum = checksum;
+        self.last = last;
+        self.consume(length_bytes + CHECKSUM + len);
+        Ok(Some(records))
+    }
+
+    fn consume(&mut self, n: usize) {
+        self.buffer.drain(..n);
+        self.base += n as u64;
+    }
+}
+
+fn continue_checksum(before: u32, length: &[u8], entries: &[u8]) -> u32 {
+    let mut h = Hasher::new_with_initial(before);
+    h.update(length);
+    h.update(entries);
+    h.finalize()
+}

@@ -1,0 +1,381 @@
+//! Records as bytes: FORMAT.md, "Entry".
+//!
+//! Decoding is total: every byte string gives records or an error with its offset, and nothing is allocated by
+//! a length that the bytes do not back.
+
+use crate::log::{
+    DiskStatus, EndReason, Entry, LoggedAnswer, LoggedInput, LoggedOutput, OutputTo, Record, StateDigest,
+};
+use crate::{Answer, Console, Digest, End, Position, PositionUnit};
+
+/// Bytes of an Ethernet frame, console input or output.
+pub const BYTES_MAX: usize = 65_535;
+/// Bytes of an answer for the entropy device.
+pub const ENTROPY_MAX: usize = 65_536;
+/// Shortest Ethernet frame: its header.
+const FRAME_MIN: usize = 14;
+
+mod kind {
+    pub const FRAME: u8 = 1;
+    pub const DISK_DONE: u8 = 2;
+    pub const CONSOLE_IN: u8 = 3;
+    pub const CLOCK: u8 = 4;
+    pub const INTERRUPT: u8 = 5;
+    pub const ENTROPY: u8 = 16;
+    pub const VALUE: u8 = 17;
+    pub const FRAME_OUT: u8 = 32;
+    pub const CONSOLE_OUT: u8 = 33;
+    pub const MARK: u8 = 48;
+    pub const STATE: u8 = 49;
+    pub const END: u8 = 50;
+}
+
+/// Bytes that are no records.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("log: byte {offset}: {what}")]
+pub struct DecodeError {
+    /// Where in the log.
+    pub offset: u64,
+    /// What is wrong there.
+    pub what: What,
+}
+
+/// What is wrong with the bytes at an offset.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum What {
+    #[error("not a vmft log (the magic differs)")]
+    Magic,
+    #[error("version {0}, this vmft reads version {version}", version = crate::block::VERSION)]
+    Version(u16),
+    #[error("the {0} ends early")]
+    Short(&'static str),
+    #[error("{what} is {value}, allowed is {min} to {max}")]
+    Range { what: &'static str, value: u64, min: u64, max: u64 },
+    #[error("the number is longer than needed or than 64 bits")]
+    Varint,
+    #[error("the {what} is not UTF-8")]
+    Utf8 { what: &'static str },
+    #[error("identity field {0:?} is not behind the one before it")]
+    FieldOrder(String),
+    #[error("the identity's position-unit is {0:?}")]
+    PositionUnit(String),
+    #[error("the checksum differs: the log is damaged here, or a block is missing")]
+    Checksum,
+    #[error("unknown kind of entry {0}")]
+    Kind(u8),
+    #[error("{what} {value} is unknown")]
+    Value { what: &'static str, value: u8 },
+    #[error("the position overflows")]
+    Position,
+}
+
+/// Appends a record's bytes to `out`. `last` is the position of the record before, and becomes this one's.
+///
+/// # Panics
+/// When the position is before `last`, or a length is beyond what FORMAT.md allows: the machine never makes such.
+pub fn encode(unit: PositionUnit, last: &mut Position, record: &Record, out: &mut Vec<u8>) {
+    let at = record.position;
+    let start = out.len();
+    out.push(0);
+    varint(at.count.checked_sub(last.count).expect("positions ascend"), out);
+    if has_within(unit) {
+        varint(at.within, out);
+    }
+    if unit == PositionUnit::Branches {
+        out.extend(at.rip.to_le_bytes());
+    }
+    *last = at;
+    out[start] = body(&record.entry, out);
+}
+
+/// Appends the body; gives the kind.
+fn body(entry: &Entry, out: &mut Vec<u8>) -> u8 {
+    match entry {
+        Entry::Input(LoggedInput::Frame { slot, bytes }) => {
+            out.push(*slot);
+            counted(bytes, FRAME_MIN, BYTES_MAX, out);
+            kind::FRAME
+        }
+        Entry::Input(LoggedInput::DiskDone { slot, id, status }) => {
+            out.push(*slot);
+            varint(*id, out);
+            match status {
+                DiskStatus::Done => out.push(0),
+                DiskStatus::Read(d) => {
+                    out.push(1);
+                    digest(d, out);
+                }
+                DiskStatus::Failed => out.push(2),
+            }
+            kind::DISK_DONE
+        }
+        Entry::Input(LoggedInput::Console { console, bytes }) => {
+            out.push(console_number(*console));
+            counted(bytes, 1, BYTES_MAX, out);
+            kind::CONSOLE_IN
+        }
+        Entry::Input(LoggedInput::Clock { time_ns }) => {
+            varint(*time_ns, out);
+            kind::CLOCK
+        }
+        Entry::Interrupt { vector } => {
+            out.push(*vector);
+            kind::INTERRUPT
+        }
+        Entry::Answer(LoggedAnswer::Device(Answer::Entropy(bytes))) => {
+            counted(bytes, 0, ENTROPY_MAX, out);
+            kind::ENTROPY
+        }
+        Entry::Answer(LoggedAnswer::Value(v)) => {
+            out.extend(v.to_le_bytes());
+            kind::VALUE
+        }
+        Entry::Output(o) => {
+            let (kind, number) = match o.to {
+                OutputTo::Net(slot) => (kind::FRAME_OUT, slot),
+                OutputTo::Console(c) => (kind::CONSOLE_OUT, console_number(c)),
+            };
+            assert!(o.len as usize <= BYTES_MAX, "an output of {} bytes", o.len);
+            out.push(number);
+            varint(o.len as u64, out);
+            digest(&o.digest, out);
+            kind
+        }
+        Entry::Mark => kind::MARK,
+        Entry::State(s) => {
+            for d in [&s.vcpu, &s.devices, &s.ram] {
+                digest(d, out);
+            }
+            kind::STATE
+        }
+        Entry::End(reason) => {
+            out.push(match reason {
+                EndReason::Guest(End::PowerOff) => 0,
+                EndReason::Guest(End::Reboot) => 1,
+                EndReason::Guest(End::TripleFault) => 2,
+                EndReason::Stopped => 3,
+            });
+            kind::END
+        }
+    }
+}
+
+/// Reads records from the bytes of a block.
+pub struct Reader<'a> {
+    bytes: &'a [u8],
+    at: usize,
+    /// Offset of `bytes` in the log, for errors.
+    base: u64,
+}
+
+impl<'a> Reader<'a> {
+    /// A reader of `bytes`, which lie at `base` in the log.
+    pub fn new(bytes: &'a [u8], base: u64) -> Reader<'a> {
+        Reader { bytes, at: 0, base }
+    }
+
+    /// Everything has been read.
+    pub fn is_done(&self) -> bool {
+        self.at == self.bytes.len()
+    }
+
+    /// Offset in the log of the next byte.
+    pub fn offset(&self) -> u64 {
+        self.base + self.at as u64
+    }
+
+    /// The next record; `last` as in [`encode`].
+    ///
+    /// # Errors
+    /// The bytes are no record; the offset is that of the field that is wrong.
+    pub fn record(&mut self, unit: PositionUnit, last: &mut Position) -> Result<Record, DecodeError> {
+        let start = self.offset();
+        let kind = self.byte("kind")?;
+        let ascent = self.varint("position")?;
+        let count = last.count.checked_add(ascent).ok_or(self.error(start + 1, What::Position))?;
+        let mut position = Position::exact(count);
+        if has_within(unit) {
+            position.within = self.varint("position")?;
+        }
+        if unit == PositionUnit::Branches {
+            position.rip = u64::from_le_bytes(self.array("position")?);
+        }
+        if position.within < last.within && ascent == 0 {
+            return Err(self.error(start + 1, What::Position));
+        }
+        let entry = self.body(kind, start)?;
+        *last = position;
+        Ok(Record { position, entry })
+    }
+
+    fn body(&mut self, kind: u8, start: u64) -> Result<Entry, DecodeError> {
+        Ok(match kind {
+            kind::FRAME => {
+                let slot = self.byte("slot")?;
+                let bytes = self.counted("frame", FRAME_MIN, BYTES_MAX)?;
+                Entry::Input(LoggedInput::Frame { slot, bytes })
+            }
+            kind::DISK_DONE => {
+                let (slot, id) = (self.byte("slot")?, self.varint("id")?);
+                let status = match self.byte("status")? {
+                    0 => DiskStatus::Done,
+                    1 => DiskStatus::Read(self.digest()?),
+                    2 => DiskStatus::Failed,
+                    value => return Err(self.unknown("disk status", value)),
+                };
+                Entry::Input(LoggedInput::DiskDone { slot, id, status })
+            }
+            kind::CONSOLE_IN => {
+                let console = self.console()?;
+                let bytes = self.counted("console input", 1, BYTES_MAX)?;
+                Entry::Input(LoggedInput::Console { console, bytes })
+            }
+            kind::CLOCK => Entry::Input(LoggedInput::Clock { time_ns: self.varint("time")? }),
+            kind::INTERRUPT => Entry::Interrupt { vector: self.byte("vector")? },
+            kind::ENTROPY => {
+                let bytes = self.counted("entropy", 0, ENTROPY_MAX)?;
+                Entry::Answer(LoggedAnswer::Device(Answer::Entropy(bytes)))
+            }
+            kind::VALUE => Entry::Answer(LoggedAnswer::Value(u64::from_le_bytes(self.array("value")?))),
+            kind::FRAME_OUT => {
+                let slot = self.byte("slot")?;
+                self.output(OutputTo::Net(slot))?
+            }
+            kind::CONSOLE_OUT => {
+                let console = self.console()?;
+                self.output(OutputTo::Console(console))?
+            }
+            kind::MARK => Entry::Mark,
+            kind::STATE => Entry::State(StateDigest {
+                vcpu: self.digest()?,
+                devices: self.digest()?,
+                ram: self.digest()?,
+            }),
+            kind::END => Entry::End(match self.byte("reason")? {
+                0 => EndReason::Guest(End::PowerOff),
+                1 => EndReason::Guest(End::Reboot),
+                2 => EndReason::Guest(End::TripleFault),
+                3 => EndReason::Stopped,
+                value => return Err(self.unknown("end reason", value)),
+            }),
+            unknown => return Err(self.error(start, What::Kind(unknown))),
+        })
+    }
+
+    fn output(&mut self, to: OutputTo) -> Result<Entry, DecodeError> {
+        let len = self.length("output", 0, BYTES_MAX)? as u32;
+        Ok(Entry::Output(LoggedOutput { to, len, digest: self.digest()? }))
+    }
+
+    fn console(&mut self) -> Result<Console, DecodeError> {
+        Ok(match self.byte("console")? {
+            0 => Console::Serial,
+            n => Console::Virtio(n - 1),
+        })
+    }
+
+    fn digest(&mut self) -> Result<Digest, DecodeError> {
+        self.array("digest").map(|b| Digest(u128::from_le_bytes(b)))
+    }
+
+    fn error(&self, offset: u64, what: What) -> DecodeError {
+        DecodeError { offset, what }
+    }
+
+    /// The byte just read has an unknown value.
+    fn unknown(&self, what: &'static str, value: u8) -> DecodeError {
+        self.error(self.offset() - 1, What::Value { what, value })
+    }
+
+    pub(crate) fn take(&mut self, n: usize, what: &'static str) -> Result<&'a [u8], DecodeError> {
+        let rest = &self.bytes[self.at..];
+        if n > rest.len() {
+            return Err(self.error(self.base + self.bytes.len() as u64, What::Short(what)));
+        }
+        self.at += n;
+        Ok(&rest[..n])
+    }
+
+    pub(crate) fn array<const N: usize>(&mut self, what: &'static str) -> Result<[u8; N], DecodeError> {
+        self.take(N, what).map(|b| *b.first_chunk().expect("take gives as many as asked for"))
+    }
+
+    fn byte(&mut self, what: &'static str) -> Result<u8, DecodeError> {
+        self.array::<1>(what).map(|[b]| b)
+    }
+
+    pub(crate) fn varint(&mut self, what: &'static str) -> Result<u64, DecodeError> {
+        let start = self.offset();
+        let mut value = 0u64;
+        for shift in (0..64).step_by(7) {
+            let byte = self.byte(what)?;
+            let bits = (byte & 0x7f) as u64;
+            let shortest = byte != 0 || shift == 0;
+            if bits << shift >> shift != bits || byte < 0x80 && !shortest {
+                break;
+            }
+            value |= bits << shift;
+            if byte < 0x80 {
+                return Ok(value);
+            }
+        }
+        Err(self.error(start, What::Varint))
+    }
+
+    /// A varint length within bounds.
+    pub(crate) fn length(
+        &mut self,
+        what: &'static str,
+        min: usize,
+        max: usize,
+    ) -> Result<usize, DecodeError> {
+        let start = self.offset();
+        let value = self.varint(what)?;
+        if !(min as u64..=max as u64).contains(&value) {
+            let what = What::Range { what, value, min: min as u64, max: max as u64 };
+            return Err(self.error(start, what));
+        }
+        Ok(value as usize)
+    }
+
+    pub(crate) fn counted(
+        &mut self,
+        what: &'static str,
+        min: usize,
+        max: usize,
+    ) -> Result<Vec<u8>, DecodeError> {
+        let n = self.length(what, min, max)?;
+        self.take(n, what).map(<[u8]>::to_vec)
+    }
+}
+
+/// Appends a varint.
+pub(crate) fn varint(mut v: u64, out: &mut Vec<u8>) {
+    while v >= 0x80 {
+        out.push(v as u8 | 0x80);
+        v >>= 7;
+    }
+    out.push(v as u8);
+}
+
+fn counted(bytes: &[u8], min: usize, max: usize, out: &mut Vec<u8>) {
+    assert!((min..=max).contains(&bytes.len()), "{} bytes, allowed is {min} to {max}", bytes.len());
+    varint(bytes.len() as u64, out);
+    out.extend(bytes);
+}
+
+fn digest(d: &Digest, out: &mut Vec<u8>) {
+    out.extend(d.0.to_le_bytes());
+}
+
+fn console_number(c: Console) -> u8 {
+    match c {
+        Console::Serial => 0,
+        Console::Virtio(slot) => slot.checked_add(1).expect("fewer than 255 slots"),
+    }
+}
+
+fn has_within(unit: PositionUnit) -> bool {
+    matches!(unit, PositionUnit::SynchronousExits | PositionUnit::Branches)
+}

@@ -1,0 +1,279 @@
+//! The format: golden bytes, round trips of arbitrary records, and bytes that are no log.
+
+use proptest::collection::vec;
+use proptest::prelude::*;
+use vmft_entry::block::{BLOCK_MAX, Decoder, Encoder};
+use vmft_entry::codec::{BYTES_MAX, DecodeError, ENTROPY_MAX, What};
+use vmft_entry::identity::Identity;
+use vmft_entry::log::{
+    DiskStatus, EndReason, Entry, LoggedAnswer, LoggedInput, LoggedOutput, OutputTo, Record, StateDigest,
+};
+use vmft_entry::{Answer, Console, Digest, End, Position, PositionUnit};
+
+const UNITS: [PositionUnit; 4] =
+    [PositionUnit::Instructions, PositionUnit::SynchronousExits, PositionUnit::Branches, PositionUnit::Steps];
+
+fn console() -> impl Strategy<Value = Console> {
+    prop_oneof![Just(Console::Serial), (0..255u8).prop_map(Console::Virtio)]
+}
+
+fn digest() -> impl Strategy<Value = Digest> {
+    any::<u128>().prop_map(Digest)
+}
+
+fn entry() -> impl Strategy<Value = Entry> {
+    let frame = (any::<u8>(), vec(any::<u8>(), 14..200))
+        .prop_map(|(slot, bytes)| Entry::Input(LoggedInput::Frame { slot, bytes }));
+    let status =
+        prop_oneof![Just(DiskStatus::Done), digest().prop_map(DiskStatus::Read), Just(DiskStatus::Failed)];
+    let disk = (any::<u8>(), any::<u64>(), status)
+        .prop_map(|(slot, id, status)| Entry::Input(LoggedInput::DiskDone { slot, id, status }));
+    let typed = (console(), vec(any::<u8>(), 1..50))
+        .prop_map(|(console, bytes)| Entry::Input(LoggedInput::Console { console, bytes }));
+    let to = prop_oneof![any::<u8>().prop_map(OutputTo::Net), console().prop_map(OutputTo::Console)];
+    let output = (to, 0..=BYTES_MAX as u32, digest())
+        .prop_map(|(to, len, digest)| Entry::Output(LoggedOutput { to, len, digest }));
+    let end = prop_oneof![
+        Just(EndReason::Guest(End::PowerOff)),
+        Just(EndReason::Guest(End::Reboot)),
+        Just(EndReason::Guest(End::TripleFault)),
+        Just(EndReason::Stopped)
+    ];
+    prop_oneof![
+        frame,
+        disk,
+        typed,
+        output,
+        any::<u64>().prop_map(|time_ns| Entry::Input(LoggedInput::Clock { time_ns })),
+        any::<u8>().prop_map(|vector| Entry::Interrupt { vector }),
+        vec(any::<u8>(), 0..100).prop_map(|b| Entry::Answer(LoggedAnswer::Device(Answer::Entropy(b)))),
+        any::<u64>().prop_map(|v| Entry::Answer(LoggedAnswer::Value(v))),
+        Just(Entry::Mark),
+        (digest(), digest(), digest()).prop_map(|(vcpu, devices, ram)| Entry::State(StateDigest {
+            vcpu,
+            devices,
+            ram
+        })),
+        end.prop_map(Entry::End),
+    ]
+}
+
+/// Records with ascending positions of this unit, and after each whether its block is closed.
+fn records(unit: PositionUnit) -> impl Strategy<Value = Vec<(Record, bool)>> {
+    let ascent = prop_oneof![0..300u64, 0..1u64 << 40];
+    vec((ascent, 1..1000u64, any::<u64>(), entry(), any::<bool>()), 0..60).prop_map(move |raw| {
+        let mut at = Position::default();
+        let step = |(ascent, within, rip, entry, close)| {
+            at.count += ascent;
+            match unit {
+                PositionUnit::Instructions | PositionUnit::Steps => {}
+                PositionUnit::SynchronousExits => {
+                    at.within = within + if ascent == 0 { at.within } else { 0 }
+                }
+                PositionUnit::Branches => {
+                    at.within = within + if ascent == 0 { at.within } else { 0 };
+                    at.rip = rip;
+                }
+            }
+            (Record { position: at, entry }, close)
+        };
+        raw.into_iter().map(step).collect()
+    })
+}
+
+fn identity(unit: PositionUnit) -> Identity {
+    Identity::new(unit).field("engine", "soft").field("ram-bytes", 268_435_456).field("kernel", "00ff")
+}
+
+fn encode(unit: PositionUnit, records: &[(Record, bool)]) -> Vec<u8> {
+    let mut e = Encoder::new(&identity(unit));
+    for (record, close) in records {
+        e.append(record);
+        if *close {
+            e.close_block();
+        }
+    }
+    e.close_block();
+    e.take()
+}
+
+/// All records, and how many bytes behind the last whole block.
+fn decode(bytes: &[u8], piece: usize) -> Result<(Option<Identity>, Vec<Record>, usize), DecodeError> {
+    let mut d = Decoder::new();
+    let mut records = Vec::new();
+    for piece in bytes.chunks(piece.max(1)) {
+        d.push(piece);
+        while let Some(block) = d.block()? {
+            records.extend(block);
+        }
+    }
+    Ok((d.identity()?.cloned(), records, d.incomplete()))
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(512))]
+
+    #[test]
+    fn records_survive(piece in 1..5000usize, raw in (0..4usize).prop_flat_map(|u| records(UNITS[u]).prop_map(move |r| (u, r)))) {
+        let (unit, raw) = (UNITS[raw.0], raw.1);
+        let bytes = encode(unit, &raw);
+        let (id, records, rest) = decode(&bytes, piece).unwrap();
+        prop_assert_eq!(id.unwrap(), identity(unit));
+        prop_assert_eq!(records, raw.into_iter().map(|(r, _)| r).collect::<Vec<_>>());
+        prop_assert_eq!(rest, 0);
+    }
+
+    #[test]
+    fn a_cut_log_gives_its_whole_blocks(cut in any::<prop::sample::Index>(), raw in records(PositionUnit::Instructions)) {
+        let bytes = encode(PositionUnit::Instructions, &raw);
+        let cut = cut.index(bytes.len() + 1);
+        let (_, records, _) = decode(&bytes[..cut], 4096).unwrap();
+        let all: Vec<_> = raw.into_iter().map(|(r, _)| r).collect();
+        prop_assert!(all.starts_with(&records));
+    }
+
+    #[test]
+    fn a_changed_byte_is_found(at in any::<prop::sample::Index>(), flip in 1..=255u8, raw in records(PositionUnit::Instructions)) {
+        let mut bytes = encode(PositionUnit::Instructions, &raw);
+        let at = at.index(bytes.len());
+        bytes[at] ^= flip;
+        let all: Vec<_> = raw.into_iter().map(|(r, _)| r).collect();
+        match decode(&bytes, 4096) {
+            // Refused at the start of what the checksum covers, or within it.
+            Err(e) => prop_assert!(e.offset <= at as u64, "{e} for a change at {at}"),
+            // A longer length makes the block look cut off: nothing of it is given out.
+            Ok((_, records, rest)) => {
+                prop_assert!(rest > 0 && at >= bytes.len() - rest, "accepted, changed at {at}");
+                prop_assert!(all.starts_with(&records));
+            }
+        }
+    }
+
+    #[test]
+    fn arbitrary_bytes_never_panic(bytes in vec(any::<u8>(), 0..2000), piece in 1..100usize) {
+        // Also behind a header that is right, where decoding goes deepest.
+        let mut whole = encode(PositionUnit::Branches, &[]);
+        whole.extend(&bytes);
+        for bytes in [&bytes, &whole] {
+            if let Ok((_, records, _)) = decode(bytes, piece) {
+                prop_assert!(records.len() <= bytes.len());
+            }
+        }
+    }
+}
+
+#[test]
+fn every_byte_of_a_small_log_is_guarded() {
+    let bytes = encode(PositionUnit::Instructions, &sample());
+    let (_, records, _) = decode(&bytes, 64).unwrap();
+    for at in 0..bytes.len() {
+        for flip in [1, 0x80, 0xff] {
+            let mut damaged = bytes.clone();
+            damaged[at] ^= flip;
+            if let Ok((_, got, rest)) = decode(&damaged, 64) {
+                assert!(rest > 0 && got.len() < records.len(), "byte {at} ^ {flip:#x} was accepted");
+                assert!(records.starts_with(&got));
+            }
+        }
+    }
+}
+
+#[test]
+fn lost_repeated_and_swapped_blocks_are_found() {
+    let mut e = Encoder::new(&identity(PositionUnit::Instructions));
+    let mut pieces = vec![e.take()];
+    for (record, _) in sample() {
+        e.append(&record);
+        e.close_block();
+        pieces.push(e.take());
+    }
+    let checksum = |pieces: &[&Vec<u8>]| {
+        let bytes: Vec<u8> = pieces.iter().flat_map(|p| p.iter().copied()).collect();
+        decode(&bytes, 4096).expect_err("accepted").what == What::Checksum
+    };
+    assert!(checksum(&[&pieces[0], &pieces[2]]), "lost");
+    assert!(checksum(&[&pieces[0], &pieces[1], &pieces[1]]), "repeated");
+    assert!(checksum(&[&pieces[0], &pieces[2], &pieces[1]]), "swapped");
+}
+
+#[test]
+fn errors_name_the_offset() {
+    let log = encode(PositionUnit::Instructions, &sample());
+    let failure = |bytes: &[u8]| decode(bytes, 4096).expect_err("accepted").to_string();
+    assert!(failure(b"VMFTLOX\0").starts_with("log: byte 0: not a vmft log"));
+    let mut newer = log.clone();
+    newer[8] = 9;
+    assert_eq!(failure(&newer), "log: byte 8: version 9, this vmft reads version 1");
+    let mut huge = log.clone();
+    huge[10..14].copy_from_slice(&u32::MAX.to_le_bytes());
+    assert!(failure(&huge).starts_with("log: byte 10: the identity's length is 4294967295"));
+    let header = encode(PositionUnit::Instructions, &[]);
+    let mut long = header.clone();
+    long.extend([0xff, 0xff, 0x7f]);
+    let expected = format!("log: byte {}: the block's length is {}", header.len(), (1 << 21) - 1);
+    assert!(failure(&long).starts_with(&expected), "{}", failure(&long));
+    let mut zeros = header.clone();
+    zeros.extend([0x80, 0x00]);
+    assert!(failure(&zeros).contains("number is longer than needed"));
+}
+
+#[test]
+fn an_identity_that_differs_is_named() {
+    let ours = identity(PositionUnit::Instructions);
+    assert_eq!(ours.check(&ours), Ok(()));
+    let theirs = identity(PositionUnit::Instructions).field("cpuid", "x");
+    assert_eq!(ours.check(&theirs).unwrap_err().to_string(), r#"cpuid: "x" there, "" here"#);
+    let theirs = identity(PositionUnit::Steps);
+    assert_eq!(ours.check(&theirs).unwrap_err().field, "position-unit");
+}
+
+#[test]
+fn the_largest_entries_fit_a_block() {
+    const { assert!(BLOCK_MAX > 3 * BYTES_MAX) };
+    let big = |entry| (Record { position: Position::exact(1), entry }, false);
+    let frame = Entry::Input(LoggedInput::Frame { slot: 0, bytes: vec![7; BYTES_MAX] });
+    let entropy = Entry::Answer(LoggedAnswer::Device(Answer::Entropy(vec![9; ENTROPY_MAX])));
+    let records: Vec<_> = (0..40).flat_map(|_| [big(frame.clone()), big(entropy.clone())]).collect();
+    let (_, got, rest) = decode(&encode(PositionUnit::Instructions, &records), 10_000).unwrap();
+    assert_eq!((got.len(), rest), (80, 0));
+}
+
+/// One record of each kind. Part of the golden file: it may grow at the end only, with a new version.
+fn sample() -> Vec<(Record, bool)> {
+    let entries = [
+        Entry::Input(LoggedInput::Frame { slot: 0, bytes: (0..60).collect() }),
+        Entry::Input(LoggedInput::DiskDone { slot: 1, id: 300, status: DiskStatus::Done }),
+        Entry::Input(LoggedInput::DiskDone { slot: 1, id: 301, status: DiskStatus::Read(Digest(0x1234)) }),
+        Entry::Input(LoggedInput::DiskDone { slot: 1, id: 302, status: DiskStatus::Failed }),
+        Entry::Input(LoggedInput::Console { console: Console::Serial, bytes: b"hello\n".to_vec() }),
+        Entry::Input(LoggedInput::Clock { time_ns: 1_000_000_007 }),
+        Entry::Interrupt { vector: 0x21 },
+        Entry::Answer(LoggedAnswer::Device(Answer::Entropy(vec![0xaa; 16]))),
+        Entry::Answer(LoggedAnswer::Value(0x0123_4567_89ab_cdef)),
+        Entry::Output(LoggedOutput { to: OutputTo::Net(0), len: 1514, digest: Digest(u128::MAX / 3) }),
+        Entry::Output(LoggedOutput { to: OutputTo::Console(Console::Virtio(3)), len: 1, digest: Digest(7) }),
+        Entry::Mark,
+        Entry::State(StateDigest { vcpu: Digest(1), devices: Digest(2), ram: Digest(3) }),
+        Entry::End(EndReason::Guest(End::Reboot)),
+        Entry::End(EndReason::Stopped),
+    ];
+    let at = |n: usize| Position::exact((n as u64).pow(5));
+    entries
+        .into_iter()
+        .enumerate()
+        .map(|(n, entry)| (Record { position: at(n), entry }, n % 4 == 3))
+        .collect()
+}
+
+#[test]
+fn the_golden_log_has_not_changed() {
+    let golden = include_bytes!("golden/v1.log");
+    let records = sample();
+    assert_eq!(
+        encode(PositionUnit::Instructions, &records),
+        golden,
+        "the format changed: give it a new version"
+    );
+    let (_, got, _) = decode(golden, 4096).unwrap();
+    assert_eq!(got, records.into_iter().map(|(r, _)| r).collect::<Vec<_>>());
+}
