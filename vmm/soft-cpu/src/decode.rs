@@ -38,12 +38,10 @@ pub fn decode(bytes: &[u8], offset: u16) -> Decoded {
         if bytes.len() < LENGTH_MAX && decoder.last_error() == iced_x86::DecoderError::NoMoreBytes {
             return Decoded::Cut;
         }
-        // What is no instruction because it is longer than one can be is #GP(0).
-        return match decoder.last_error() {
-            iced_x86::DecoderError::NoMoreBytes => {
-                faulting(offset, ins.len(), |cpu, _, _| cpu.general_protection(0))
-            }
-            _ => faulting(offset, ins.len(), |cpu, _, _| cpu.undefined()),
+        // An instruction that is longer than one can be is #GP(0).
+        return match ins.len() {
+            LENGTH_MAX.. => faulting(offset, LENGTH_MAX, |cpu, _, _| cpu.general_protection(0)),
+            len => faulting(offset, len, |cpu, _, _| cpu.undefined()),
         };
     }
     let mut insn = operands(&ins, offset);

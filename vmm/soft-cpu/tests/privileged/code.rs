@@ -43,7 +43,8 @@ fn an_instruction_that_changes_the_next_one() {
         // MOV byte [next + 1], 2; next: MOV BL, 1. Once in the same 64 bytes, once beyond.
         let mut g = Guest::asm(|a| {
             let mut next = a.create_label();
-            a.mov(byte_ptr(next) + 1, 2)?;
+            a.lea(rdx, ptr(next))?;
+            a.mov(byte_ptr(rdx + 1), 2)?;
             if !near {
                 for _ in 0..70 {
                     a.nop()?;
@@ -63,7 +64,8 @@ fn a_loop_that_changes_itself_each_time() {
         let mut top = a.create_label();
         a.set_label(&mut top)?;
         a.db(&[0x05, 1, 0, 0, 0])?;
-        a.inc(dword_ptr(top) + 1)?;
+        a.lea(rdx, ptr(top))?;
+        a.inc(dword_ptr(rdx + 1))?;
         a.dec(ecx)?;
         a.jne(top)
     })

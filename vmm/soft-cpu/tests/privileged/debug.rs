@@ -66,7 +66,7 @@ fn popf_that_sets_tf_lets_one_instruction_pass() {
 #[test]
 fn a_load_of_ss_holds_the_trap_off_for_an_instruction() {
     let mut g = Guest::asm(|a| {
-        a.mov(ss, ax)?;
+        a.mov(ss, eax)?;
         a.nop()?;
         a.nop()
     })
@@ -178,8 +178,8 @@ fn data_breakpoints_trap_after_the_access() {
     const ON_BOTH: u64 = 3;
     let program = |kind, len, address| {
         let mut g = Guest::asm(|a| {
-            a.mov(rax, qword_ptr(DATA))?;
-            a.mov(qword_ptr(DATA + 8), rax)?;
+            a.mov(rcx, qword_ptr(DATA))?;
+            a.mov(qword_ptr(DATA + 8), rcx)?;
             a.nop()
         });
         g.state.sys.dr[3] = address;

@@ -22,8 +22,7 @@ impl Guest {
     /// asked to `log`. False: the end.
     pub fn drive(&mut self, until: u64, log: &mut Vec<Exit>) -> bool {
         loop {
-            let mut exit =
-                Some(self.cpu.run(&mut self.ram, &RunLimit { until, interrupt_window: false }));
+            let mut exit = Some(self.cpu.run(&mut self.ram, &RunLimit { until, interrupt_window: false }));
             while let Some(question) = exit.filter(Exit::is_question) {
                 if matches!(question, Exit::MmioWrite { addr: END, .. }) {
                     return false;

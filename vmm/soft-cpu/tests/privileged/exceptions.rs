@@ -71,11 +71,9 @@ fn int_n_respects_the_gates_level() {
 #[test]
 fn faults_of_delivery_name_the_gate() {
     // INT 0x30 through a gate that is not present, of the wrong type, or beyond the limit.
-    for (patch, vector, error) in [
-        (Some(0x0e), 11, 0x30 << 3 | 2),
-        (Some(0x8c), 13, 0x30 << 3 | 2),
-        (None, 13, 0x30 << 3 | 2),
-    ] {
+    for (patch, vector, error) in
+        [(Some(0x0e), 11, 0x30 << 3 | 2), (Some(0x8c), 13, 0x30 << 3 | 2), (None, 13, 0x30 << 3 | 2)]
+    {
         let mut g = Guest::asm(|a| a.int(0x30));
         match patch {
             Some(kind) => g.write(IDT + 0x30 * 16 + 5, &[kind]),
@@ -143,7 +141,7 @@ fn the_task_segment_and_its_stack_are_checked() {
     g.write(IDT + 6 * 16 + 4, &[1]);
     assert_eq!(g.run(), Outcome::Fault { vector: 10, error: Some(TSS_SELECTOR as u32 | 1), rip: CODE });
     let mut g = Guest::asm(|a| a.ud2()).user();
-    g.write_u64(TSS + 4, 0x8000_0000_0000);
+    g.write_u64(TSS + 4, 0x9000_0000_0000);
     g.write(IDT + 12 * 16 + 4, &[1]);
     assert_eq!(g.run(), Outcome::Fault { vector: 12, error: Some(1), rip: CODE });
 }

@@ -128,10 +128,7 @@ fn an_access_from_ram_into_a_device_is_cut() {
     let log = g.talk();
     assert_eq!(
         log,
-        [
-            Exit::MmioRead { addr: DEVICE, size: 2 },
-            Exit::MmioWrite { addr: DEVICE, size: 2, value: 0x4433 },
-        ]
+        [Exit::MmioRead { addr: DEVICE, size: 2 }, Exit::MmioWrite { addr: DEVICE, size: 2, value: 0x4433 },]
     );
     assert_eq!(g.state.gpr[0], (value_at(0) & 0xffff) << 16 | 0xbbaa);
     assert_eq!(g.read(at, 2), [0x11, 0x22]);

@@ -132,8 +132,8 @@ fn large_pages_have_reserved_bits_below_their_frame() {
         g.write_u64(PD + 8, large | 0x87 | 1 << bit);
         assert_eq!(g.run(), Outcome::Fault { vector: 14, error: Some(9), rip: CODE });
     }
-    let mut g = Guest::asm(|a| a.mov(rax, qword_ptr(DEVICE)));
-    g.write_u64(PDPT + 8, DEVICE | 0x87 | 1 << 29);
+    let mut g = Guest::asm(|a| a.mov(rax, qword_ptr(2 * DEVICE)));
+    g.write_u64(PDPT + 16, DEVICE | 0x87 | 1 << 29);
     assert_eq!(g.run(), Outcome::Fault { vector: 14, error: Some(9), rip: CODE });
     // The top level has no large pages.
     let mut g = Guest::asm(|a| a.mov(rax, qword_ptr(0x80_0000_0000u64)));

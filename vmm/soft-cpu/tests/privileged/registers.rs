@@ -41,6 +41,8 @@ fn privileged_instructions_fault_in_user_mode() {
     ];
     for p in programs {
         let mut g = Guest::new(&p).user();
+        // No bitmap of ports.
+        g.write(TSS + 0x66, &0x68u16.to_le_bytes());
         assert_eq!(g.run(), GP, "{p:x?}");
         assert_eq!(g.state.retired, 0);
     }
@@ -49,17 +51,17 @@ fn privileged_instructions_fault_in_user_mode() {
 #[test]
 fn what_does_not_exist_is_undefined() {
     for p in [
-        vec![0x0f, 0x01, 0xd0], // XGETBV
-        vec![0x0f, 0x01, 0xc8], // MONITOR
-        vec![0x0f, 0x01, 0xc9], // MWAIT
-        vec![0x0f, 0xaa],       // RSM
-        vec![0xf3, 0x0f, 0xae, 0xc0], // RDFSBASE
-        vec![0x0f, 0x01, 0xca], // CLAC
-        vec![0x0f, 0xc7, 0xf0], // RDRAND
-        vec![0x0f, 0x20, 0xc8], // MOV RAX, CR1
-        vec![0x0f, 0x22, 0xe8], // MOV CR5, RAX
-        vec![0x8e, 0xc8],       // MOV CS, AX
-        vec![0xce],             // INTO
+        vec![0x0f, 0x01, 0xd0],             // XGETBV
+        vec![0x0f, 0x01, 0xc8],             // MONITOR
+        vec![0x0f, 0x01, 0xc9],             // MWAIT
+        vec![0x0f, 0xaa],                   // RSM
+        vec![0xf3, 0x0f, 0xae, 0xc0],       // RDFSBASE
+        vec![0x0f, 0x01, 0xca],             // CLAC
+        vec![0x0f, 0xc7, 0xf0],             // RDRAND
+        vec![0x0f, 0x20, 0xc8],             // MOV RAX, CR1
+        vec![0x0f, 0x22, 0xe8],             // MOV CR5, RAX
+        vec![0x8e, 0xc8],                   // MOV CS, AX
+        vec![0xce],                         // INTO
         vec![0x66, 0x0f, 0x38, 0xdc, 0xc0], // AESENC
     ] {
         assert_eq!(Guest::new(&p).run(), Outcome::Fault { vector: 6, error: None, rip: CODE }, "{p:x?}");

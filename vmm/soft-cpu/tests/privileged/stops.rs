@@ -125,7 +125,6 @@ fn inside_rep() {
             a.xor(ecx, ecx)?;
             a.rep().movsb()
         });
-        // The second page can be read and not written: a fault inside REP, whose handler opens it by R15 = 0 …
         g.state.gpr[15] = 0;
         g
     });
@@ -234,7 +233,8 @@ fn code_that_changes_itself() {
             a.mov(ecx, 10)?;
             a.set_label(&mut top)?;
             a.db(&[0x05, 1, 0, 0, 0])?;
-            a.inc(dword_ptr(top) + 1)?;
+            a.lea(rdx, ptr(top))?;
+            a.inc(dword_ptr(rdx + 1))?;
             a.dec(ecx)?;
             a.jne(top)
         })

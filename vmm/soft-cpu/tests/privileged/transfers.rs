@@ -113,7 +113,7 @@ fn far_jump_call_and_return() {
         a.jmp(end)?;
         a.set_label(&mut sub)?;
         a.mov(rcx, qword_ptr(rsp + 8))?;
-        a.retfq()?;
+        a.db(&[0x48, 0xcb])?; // RETFQ
         a.set_label(&mut end)?;
         a.nop()
     });
