@@ -102,7 +102,7 @@ fn cmpxchg8b(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
 
 fn cmpxchg16b(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
     let addr = cpu.ea(i);
-    if addr % 16 != 0 {
+    if !addr.is_multiple_of(16) {
         return cpu.general_protection(0);
     }
     let probed = cpu.probe_write(ram, addr, 16);
