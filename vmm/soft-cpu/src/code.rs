@@ -1,9 +1,8 @@
 //! Decoded code, cached by physical address.
 //!
-//! The cache is invisible to the guest. A block belongs to one page of RAM and is valid as long as that page's
-//! generation is the one it was decoded in; whatever writes to decoded bytes, through whatever alias, moves the
-//! generation on. Instructions that cross a page are not cached, for where their second half lies depends on
-//! the linear address.
+//! The cache is invisible to the guest. A block belongs to one page of RAM and lives until something writes to
+//! decoded bytes of that page, through whatever alias. Instructions that cross a page are found by their bytes,
+//! for where their second half lies depends on the linear address.
 
 use crate::decode::{Decoded, LENGTH_MAX, Place, decode};
 use crate::insn::Insn;
@@ -14,14 +13,14 @@ const SLOTS: usize = 1 << 15;
 const INSNS_MAX: usize = 1 << 19;
 /// Instructions in a block.
 const BLOCK_MAX: usize = 64;
+/// Decoded instructions that cross a page which are kept.
+const CROSSING: usize = 256;
 
 /// A straight run of instructions within one page.
 #[derive(Clone, Copy)]
 pub(crate) struct Block {
     /// RAM offset of its first byte.
     start: usize,
-    /// Generation of its page when it was decoded.
-    generation: u32,
     /// Where its instructions are in the arena.
     first: u32,
     /// How many.
@@ -30,18 +29,19 @@ pub(crate) struct Block {
     pub(crate) len: u16,
 }
 
-/// All blocks, with the generation of each page.
+/// All blocks.
 pub(crate) struct CodeCache {
     table: Vec<Block>,
     insns: Vec<Insn>,
-    generations: Vec<u32>,
+    /// Instructions that cross a page, with the bytes that they were decoded from.
+    crossing: Vec<Option<([u8; LENGTH_MAX], Insn)>>,
 }
 
-const NOTHING: Block = Block { start: usize::MAX, generation: 0, first: 0, count: 0, len: 0 };
+const NOTHING: Block = Block { start: usize::MAX, first: 0, count: 0, len: 0 };
 
 impl CodeCache {
-    pub(crate) fn new(pages: usize) -> CodeCache {
-        CodeCache { table: vec![NOTHING; SLOTS], insns: Vec::new(), generations: vec![0; pages] }
+    pub(crate) fn new() -> CodeCache {
+        CodeCache { table: vec![NOTHING; SLOTS], insns: Vec::new(), crossing: vec![None; CROSSING] }
     }
 
     /// The instructions of a block.
@@ -54,7 +54,7 @@ impl CodeCache {
     #[inline(always)]
     pub(crate) fn find(&self, start: usize) -> Option<Block> {
         let b = self.table[slot(start)];
-        (b.start == start && self.generations[start / 4096] == b.generation).then_some(b)
+        (b.start == start).then_some(b)
     }
 
     /// Decodes the block at RAM offset `start` and marks the bytes in its page's `chunks` (64 bytes a bit).
@@ -85,20 +85,37 @@ impl CodeCache {
         for chunk in start % 4096 / 64..=(at - 1 - start / 4096 * 4096).min(4095) / 64 {
             *chunks |= 1 << chunk;
         }
-        let b = Block {
-            start,
-            generation: self.generations[start / 4096],
-            first: first as u32,
-            count: count as u16,
-            len: (at - start) as u16,
-        };
+        let b = Block { start, first: first as u32, count: count as u16, len: (at - start) as u16 };
         self.table[slot(start)] = b;
         Some(b)
     }
 
-    /// Drops the code of a page.
-    pub(crate) fn invalidate(&mut self, page: usize) {
-        self.generations[page] = self.generations[page].wrapping_add(1);
+    /// Drops the blocks of a page; `chunks` are those that have decoded code.
+    pub(crate) fn invalidate(&mut self, page: usize, chunks: u64) {
+        for chunk in (0..64).filter(|chunk| chunks >> chunk & 1 != 0) {
+            let first = page * 4096 + chunk * 64;
+            for start in first..first + 64 {
+                let b = &mut self.table[slot(start)];
+                if b.start == start {
+                    *b = NOTHING;
+                }
+            }
+        }
+    }
+
+    /// The instruction that `bytes` begin with, which lies across a page's end at RAM offset `start`.
+    pub(crate) fn crossing(&mut self, start: usize, bytes: &[u8; LENGTH_MAX]) -> Insn {
+        let kept = &mut self.crossing[start / 4096 % CROSSING];
+        match kept {
+            Some((of, insn)) if of == bytes => *insn,
+            _ => {
+                let Decoded::Insn(insn, _) = decode(bytes, 0) else {
+                    unreachable!("15 bytes are never too few")
+                };
+                *kept = Some((*bytes, insn));
+                insn
+            }
+        }
     }
 
     fn clear(&mut self) {

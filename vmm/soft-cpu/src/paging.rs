@@ -5,7 +5,7 @@
 //! exist (CPUID).
 
 use crate::exit::Stop;
-use crate::state::Cpu;
+use crate::state::{Cpu, FetchPage};
 use crate::tlb::{TlbEntry, right};
 
 /// Bits of a physical address, as CPUID 80000008h says.
@@ -191,10 +191,12 @@ impl Cpu {
     pub(crate) fn flush_tlb(&mut self, keep_global: bool) {
         self.tlb.flush(keep_global);
         self.fast.flush();
+        self.fetch = FetchPage::NONE;
     }
 
     /// INVLPG.
     pub(crate) fn invalidate_page(&mut self, addr: u64) {
+        self.fetch = FetchPage::NONE;
         let fast = &mut self.fast;
         self.tlb.invalidate(addr >> 12, |page| fast.forget(page));
     }

@@ -4,13 +4,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::code::{Block, CodeCache};
-use crate::decode::{Decoded, LENGTH_MAX, decode};
+use crate::decode::LENGTH_MAX;
 use crate::exception::Event;
 use crate::exit::{Exit, Stop};
 use crate::flags::bits;
 use crate::insn::Insn;
 use crate::paging::{Access, is_canonical};
-use crate::state::{Cpu, CpuState, RIP_BASE, Shadow};
+use crate::state::{Cpu, CpuState, FetchPage, RIP_BASE, Shadow};
+
+/// Blocks after which the run loop looks whether another thread wants it to stop.
+const BLOCKS_BETWEEN_LOOKS: u32 = 64;
 
 /// How far [`SoftCpu::run`] may go.
 #[derive(Clone, Copy, Debug)]
@@ -31,8 +34,7 @@ pub struct SoftCpu {
 impl SoftCpu {
     /// A CPU for `ram_len` bytes of RAM. It does nothing useful until a state is restored.
     pub fn new(ram_len: u64) -> SoftCpu {
-        let pages = ram_len.div_ceil(4096) as usize;
-        SoftCpu { cpu: Cpu::new(ram_len), code: CodeCache::new(pages), kick: Arc::default() }
+        SoftCpu { cpu: Cpu::new(ram_len), code: CodeCache::new(), kick: Arc::default() }
     }
 
     /// Runs the guest until there is something to tell. `ram` is all of RAM, as long as promised to `new`.
@@ -58,12 +60,12 @@ impl SoftCpu {
             if limit.interrupt_window && cpu.interruptible() {
                 return Exit::InterruptWindow;
             }
-            // Whatever may open the interrupt window ends its block, so the test above misses no moment.
-            let budget = limit.until - cpu.retired;
-            let exit = if cpu.needs_care() {
-                self.careful_step(ram, budget)
+            let exit = if cpu.needs_care(CARE) {
+                self.careful_step(ram, limit.until - cpu.retired)
             } else {
-                self.step(ram, budget, u64::MAX)
+                // Whatever may open the interrupt window ends its block, so that no moment is missed.
+                let window = if limit.interrupt_window { bits::IF } else { 0 };
+                self.blocks(ram, limit.until, CARE | window)
             };
             if let Some(exit) = exit {
                 return exit;
@@ -139,9 +141,20 @@ impl SoftCpu {
     /// Takes over a saved state, and forgets all decoded code.
     pub fn restore(&mut self, state: &CpuState) {
         self.cpu.restore(state);
-        let pages = self.cpu.code_chunks.len();
-        self.code = CodeCache::new(pages);
+        self.code = CodeCache::new();
         self.cpu.code_chunks.fill(0);
+    }
+
+    /// Runs blocks until there is an exit, `until` instructions have retired, a flag of `attention` is set or the
+    /// next instruction has to run alone; and not for long.
+    fn blocks(&mut self, ram: &mut [u8], until: u64, attention: u64) -> Option<Exit> {
+        for _ in 0..BLOCKS_BETWEEN_LOOKS {
+            let exit = self.step(ram, until - self.cpu.retired, u64::MAX);
+            if exit.is_some() || self.cpu.retired >= until || self.cpu.needs_care(attention) {
+                return exit;
+            }
+        }
+        None
     }
 
     /// Runs one block, or as much of it as `budget` (instructions and iterations) and `most` (instructions) allow.
@@ -156,7 +169,7 @@ impl SoftCpu {
             Some(block) => block,
             None => match self.decode_block(ram, start) {
                 Some(block) => block,
-                None => return self.uncached_step(ram, rip, budget),
+                None => return self.crossing_step(ram, rip, budget),
             },
         };
         self.execute(ram, &block, budget, most)
@@ -166,22 +179,25 @@ impl SoftCpu {
     fn execute(&mut self, ram: &mut [u8], block: &Block, budget: u64, most: u64) -> Option<Exit> {
         let cpu = &mut self.cpu;
         let rip = cpu.rip;
-        let count = (block.count as u64).min(budget).min(most) as usize;
-        let insns = self.code.insns(block);
+        let mut insns = self.code.insns(block);
         cpu.regs[RIP_BASE as usize] = rip;
         cpu.rip = rip.wrapping_add(block.len as u64);
         cpu.rep_budget = budget;
-        for (done, insn) in insns.iter().take(count).enumerate() {
+        let most = budget.min(most);
+        if insns.len() as u64 > most {
+            // What is left out would have found RIP behind the block; nothing that runs now looks at it.
+            let (now, later) = insns.split_at(most as usize);
+            cpu.rip = rip.wrapping_add(later[0].offset as u64);
+            insns = now;
+        }
+        for (done, insn) in insns.iter().enumerate() {
             if let Err(stop) = (insn.exec)(cpu, ram, insn) {
                 cpu.retired += done as u64;
                 let insn = *insn;
                 return self.stopped(ram, stop, rip.wrapping_add(insn.offset as u64), Some(insn));
             }
         }
-        cpu.retired += count as u64;
-        if let Some(next) = insns.get(count) {
-            cpu.rip = rip.wrapping_add(next.offset as u64);
-        }
+        cpu.retired += insns.len() as u64;
         None
     }
 
@@ -216,7 +232,17 @@ impl SoftCpu {
     /// RAM offset of the instruction at `rip`.
     #[inline(always)]
     fn fetch(&mut self, ram: &mut [u8], rip: u64) -> Result<usize, Stop> {
+        match self.cpu.fetch.offset(rip) {
+            Some(offset) => Ok(offset),
+            None => self.fetch_page(ram, rip),
+        }
+    }
+
+    /// The same for another page than that of the last instruction.
+    #[inline(never)]
+    fn fetch_page(&mut self, ram: &mut [u8], rip: u64) -> Result<usize, Stop> {
         let cpu = &mut self.cpu;
+        cpu.fetch = FetchPage::NONE;
         let page = rip >> 12;
         let cached = *cpu.tlb.code(page);
         let entry = if cached.holds(page) && cpu.may_fetch(&cached) {
@@ -233,11 +259,14 @@ impl SoftCpu {
             self.drop_written_code();
             entry?
         };
-        let cpu = &self.cpu;
+        let cpu = &mut self.cpu;
         match cpu.ram_offset(entry.frame & 0x000f_ffff_ffff_f000) {
-            Some(frame) => Ok(frame + (rip as usize & 4095)),
+            Some(frame) => {
+                cpu.fetch = FetchPage::new(rip, frame);
+                Ok(frame + (rip as usize & 4095))
+            }
             // Outside RAM there is no code: as if 0xff were read, which is no instruction.
-            None => self.cpu.undefined(),
+            None => cpu.undefined(),
         }
     }
 
@@ -257,7 +286,7 @@ impl SoftCpu {
     /// Runs an instruction that crosses a page.
     #[cold]
     #[inline(never)]
-    fn uncached_step(&mut self, ram: &mut [u8], rip: u64, budget: u64) -> Option<Exit> {
+    fn crossing_step(&mut self, ram: &mut [u8], rip: u64, budget: u64) -> Option<Exit> {
         let mut bytes = [0; LENGTH_MAX];
         let first = 4096 - (rip as usize & 4095);
         let halves = (|| Ok((self.fetch(ram, rip)?, self.fetch(ram, rip.wrapping_add(first as u64))?)))();
@@ -267,7 +296,7 @@ impl SoftCpu {
         };
         bytes[..first].copy_from_slice(&ram[a..a + first]);
         bytes[first..].copy_from_slice(&ram[b..b + LENGTH_MAX - first]);
-        let Decoded::Insn(insn, _) = decode(&bytes, 0) else { unreachable!("15 bytes are never too few") };
+        let insn = self.code.crossing(a, &bytes);
         self.single(ram, rip, insn, budget)
     }
 
@@ -335,19 +364,21 @@ impl SoftCpu {
     }
 
     fn drop_written_code(&mut self) {
-        for page in self.cpu.code_written.drain(..) {
-            self.code.invalidate(page as usize);
-            self.cpu.code_chunks[page as usize] = 0;
+        let cpu = &mut self.cpu;
+        for page in cpu.code_written.drain(..) {
+            let chunks = std::mem::take(&mut cpu.code_chunks[page as usize]);
+            self.code.invalidate(page as usize, chunks);
         }
     }
 }
 
+/// Flags with which an instruction has to run alone.
+const CARE: u64 = bits::TF | bits::RF | bits::AC;
+
 impl Cpu {
-    /// The next instruction has to run alone.
+    /// The next instruction has to run alone, or a flag of `attention` is set.
     #[inline(always)]
-    fn needs_care(&self) -> bool {
-        self.shadow != Shadow::None
-            || self.flags.rest() & (bits::TF | bits::RF | bits::AC) != 0
-            || self.sys.dr7 & 0xff != 0
+    fn needs_care(&self, attention: u64) -> bool {
+        self.shadow != Shadow::None || self.flags.rest() & attention != 0 || self.sys.dr7 & 0xff != 0
     }
 }

@@ -213,6 +213,8 @@ pub struct Cpu {
 
     /// Acceleration of the TLB, no state.
     pub(crate) fast: FastTlb,
+    /// Where the last instruction came from.
+    pub(crate) fetch: FetchPage,
     /// 0 at CPL 0 to 2, 1 at CPL 3: which part of `fast` applies. And [`WATCHED`].
     pub(crate) mode: usize,
     /// Whether TF was set before the instruction that runs alone.
@@ -239,6 +241,31 @@ pub struct Cpu {
     /// The question behind [`Stop::Io`].
     pub(crate) io: Exit,
     pub(crate) io_replies: IoReplies,
+}
+
+/// The page that the last instruction was fetched from: as long as this holds, the instruction TLB has an entry
+/// for it that allows another fetch, which would change nothing.
+#[derive(Clone, Copy)]
+pub(crate) struct FetchPage {
+    /// Linear page number, or a number that no page has.
+    page: u64,
+    /// Its offset in RAM.
+    ram: usize,
+}
+
+impl FetchPage {
+    pub(crate) const NONE: FetchPage = FetchPage { page: u64::MAX, ram: 0 };
+
+    /// The page of `rip` lies at offset `ram`.
+    pub(crate) fn new(rip: u64, ram: usize) -> FetchPage {
+        FetchPage { page: rip >> 12, ram }
+    }
+
+    /// RAM offset of the instruction at `rip`.
+    #[inline(always)]
+    pub(crate) fn offset(&self, rip: u64) -> Option<usize> {
+        (rip >> 12 == self.page).then_some(self.ram + (rip as usize & 4095))
+    }
 }
 
 /// The whole state of a CPU at an instruction boundary. Equal states go on alike.
@@ -296,6 +323,7 @@ impl Cpu {
             interrupt: None,
             tlb: Tlb::default(),
             fast: FastTlb::default(),
+            fetch: FetchPage::NONE,
             mode: 0,
             single_step: false,
             breakpoints_met: 0,
@@ -322,6 +350,7 @@ impl Cpu {
     /// To be called after every change of SS's DPL, that is of the privilege level.
     pub(crate) fn cpl_changed(&mut self) {
         self.mode = self.mode & WATCHED | (self.cpl() == 3) as usize;
+        self.fetch = FetchPage::NONE;
     }
 
     /// Data accesses of instructions have user rights.

@@ -88,13 +88,3 @@ fn jrcxz_looks_at_the_address_size() {
     assert!(!skipped(&[0xe3, 2], 1 << 32));
     assert!(skipped(&[0x67, 0xe3, 2], 1 << 32));
 }
-
-#[test]
-fn code_may_change_itself_in_the_running_block() {
-    let mut g = Guest::new(&[
-        0xc6, 0x05, 1, 0, 0, 0, 42, // mov byte [rip + 1], 42: the immediate of the next
-        0xb0, 1, // mov al, 1
-    ]);
-    assert_eq!(g.done()[r::RAX], 42);
-    assert_eq!(g.state.retired, 2);
-}

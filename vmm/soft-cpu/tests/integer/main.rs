@@ -5,6 +5,7 @@ mod guest;
 
 mod arithmetic;
 mod branches;
+mod code;
 mod data;
 mod harness;
 mod prefixes;

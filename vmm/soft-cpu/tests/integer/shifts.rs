@@ -76,7 +76,7 @@ fn every_count_is_as_many_single_steps() {
             if n >= 4 && masked > 0 {
                 compared &= !A;
                 let bit = |on: bool, bit| if on { bit } else { 0 };
-                let parity = (v as u8).count_ones() % 2 == 0;
+                let parity = (v as u8).count_ones().is_multiple_of(2);
                 expected = expected & (C | O | A)
                     | bit(v == 0, Z)
                     | bit(v >> (bits - 1) & 1 != 0, S)
