@@ -400,7 +400,7 @@ impl Machine {
     pub fn reset(&mut self) -> Result<(), MachineError> {
         self.ram.clear()?;
         self.vcpu.reset(&self.plan.load(&self.ram)?)?;
-        self.devices.reset(&self.config);
+        self.devices.reset();
         self.unfinished = None;
         self.halted = false;
         Ok(())
@@ -426,6 +426,11 @@ impl Machine {
         parts.extend(self.devices.digests());
         parts.push(("ram", ram));
         Ok(StateDigest { parts })
+    }
+
+    /// Disk requests that were asked for and are not done: to be issued again after a restore or at go-live.
+    pub fn unfinished_disk_requests(&self) -> Vec<DiskRequest> {
+        self.devices.virtio.iter().flat_map(|device| device.unfinished()).collect()
     }
 
     /// RAM, to compare pages and to scrub.

@@ -6,7 +6,7 @@ use entry::{Answer, Console, Digest, DiskRequest, Input, Output, Question};
 use serde::{Deserialize, Serialize};
 
 use crate::bus::{Bus, Target};
-use crate::config::MachineConfig;
+use crate::config::{MachineConfig, VIRTIO_BASE, VIRTIO_IRQS, VIRTIO_SIZE, VIRTIO_STRIDE};
 use crate::machine::digest_of;
 use crate::ram::GuestMemory;
 
@@ -15,11 +15,13 @@ pub mod pic;
 pub mod pit;
 pub mod rtc;
 pub mod serial;
+pub mod virtio;
 
 use pic::Pic;
 use pit::Pit;
 use rtc::Rtc;
 use serial::Serial;
+use virtio::VirtioMmio;
 
 /// Port that switches the machine off when the value is written.
 pub const POWER_OFF_PORT: u16 = 0x604;
@@ -59,6 +61,8 @@ pub struct Devices {
     pub rtc: Rtc,
     /// Serial port.
     pub serial: Serial,
+    /// virtio devices, by slot.
+    pub virtio: Vec<VirtioMmio>,
 }
 
 /// What an access is made in: guest time and memory, and where effects go.
@@ -74,14 +78,30 @@ pub struct Context<'a> {
 impl Devices {
     /// Devices after power-on.
     pub fn new(config: &MachineConfig) -> Devices {
-        Devices { pic: Pic::new(), pit: Pit::new(), rtc: Rtc::new(config.epoch_s), serial: Serial::new() }
+        let virtio =
+            config.slots.iter().zip(0..).map(|(device, slot)| VirtioMmio::new(slot, device)).collect();
+        let rtc = Rtc::new(config.epoch_s);
+        let mut devices = Devices { pic: Pic::new(), pit: Pit::new(), rtc, serial: Serial::new(), virtio };
+        devices.wire();
+        devices
     }
 
-    /// A reset of the machine. Batteries last.
-    pub fn reset(&mut self, config: &MachineConfig) {
-        let mut rtc = self.rtc.clone();
-        rtc.reset();
-        *self = Devices { rtc, ..Devices::new(config) };
+    /// A reset of the machine. Batteries last, and disk requests keep their numbers.
+    pub fn reset(&mut self) {
+        self.pic = Pic::new();
+        self.pit = Pit::new();
+        self.rtc.reset();
+        self.serial = Serial::new();
+        self.virtio.iter_mut().for_each(VirtioMmio::power_cycle);
+        self.wire();
+    }
+
+    /// Interrupt lines after power-on: virtio's are levels, the timer's is high.
+    fn wire(&mut self) {
+        for irq in &VIRTIO_IRQS[..self.virtio.len()] {
+            self.pic.set_level_triggered(*irq);
+        }
+        self.pic.set_line(0, self.pit.line(0));
     }
 
     /// The port and the memory bus.
@@ -98,7 +118,11 @@ impl Devices {
         ports.add(i8042::DATA.into(), 1, Target::I8042);
         ports.add(i8042::COMMAND.into(), 1, Target::I8042);
         ports.add(POWER_OFF_PORT.into(), 1, Target::PowerOff);
-        (ports, Bus::default())
+        let mut memory = Bus::default();
+        for slot in 0..self.virtio.len() as u8 {
+            memory.add(VIRTIO_BASE + slot as u64 * VIRTIO_STRIDE, VIRTIO_SIZE, Target::Virtio(slot));
+        }
+        (ports, memory)
     }
 
     /// One byte of a port is read.
@@ -138,32 +162,47 @@ impl Devices {
     }
 
     /// A register of the virtio device in `slot` is read.
-    pub fn read_virtio(&mut self, _slot: u8, _offset: u64, size: u8) -> u64 {
-        u64::MAX >> (64 - 8 * size as u32)
+    pub fn read_virtio(&self, slot: u8, offset: u64, size: u8) -> u64 {
+        self.virtio[slot as usize].read(offset, size)
     }
 
     /// A register of the virtio device in `slot` is written.
-    pub fn write_virtio(&mut self, _slot: u8, _offset: u64, _size: u8, _value: u64, _cx: &mut Context<'_>) {}
+    pub fn write_virtio(&mut self, slot: u8, offset: u64, size: u8, value: u64, cx: &mut Context<'_>) {
+        self.virtio[slot as usize].write(offset, size, value, cx);
+        self.drive_lines(Target::Virtio(slot), cx.now_ns);
+    }
 
     /// Whether there is room for an input.
-    pub fn takes(&self, input: &Input, _memory: &GuestMemory) -> bool {
-        match input {
-            Input::Console { console: Console::Serial, bytes } => bytes.len() <= self.serial.room(),
+    pub fn takes(&self, input: &Input, memory: &GuestMemory) -> bool {
+        match (input, slot_of(input)) {
+            (_, Some(slot)) => {
+                self.virtio.get(slot as usize).is_none_or(|device| device.takes(input, memory))
+            }
+            (Input::Console { bytes, .. }, None) => bytes.len() <= self.serial.room(),
             _ => true,
         }
     }
 
-    /// Applies an input other than the clock.
+    /// Applies an input other than the clock. One for a device that does not exist is ignored.
     pub fn apply(&mut self, input: Input, cx: &mut Context<'_>) {
-        if let Input::Console { console: Console::Serial, bytes } = input {
+        if let Some(slot) = slot_of(&input) {
+            if let Some(device) = self.virtio.get_mut(slot as usize) {
+                device.apply(input, cx);
+                self.drive_lines(Target::Virtio(slot), cx.now_ns);
+            }
+        } else if let Input::Console { bytes, .. } = input {
             self.serial.receive(&bytes);
             self.drive_lines(Target::Serial, cx.now_ns);
         }
     }
 
     /// Gives a device the answer to its question. False: they do not belong together.
-    pub fn answer(&mut self, _question: &Question, _answer: Answer, _cx: &mut Context<'_>) -> bool {
-        false
+    pub fn answer(&mut self, question: &Question, answer: Answer, cx: &mut Context<'_>) -> bool {
+        let Question::Entropy { slot, .. } = *question;
+        let Some(device) = self.virtio.get_mut(slot as usize) else { return false };
+        let fits = device.answer(question, answer, cx);
+        self.drive_lines(Target::Virtio(slot), cx.now_ns);
+        fits
     }
 
     /// Lets the rest of a console's line out.
@@ -174,12 +213,14 @@ impl Devices {
 
     /// The digest of each device, with its name.
     pub fn digests(&self) -> Vec<(&'static str, Digest)> {
-        vec![
+        let mut digests = vec![
             ("pic", digest_of(&self.pic)),
             ("pit", digest_of(&self.pit)),
             ("rtc", digest_of(&self.rtc)),
             ("serial", digest_of(&self.serial)),
-        ]
+        ];
+        digests.extend(self.virtio.iter().map(|device| (device.name(), digest_of(device))));
+        digests
     }
 
     /// Sets the interrupt lines of a device whose state may have changed.
@@ -188,6 +229,9 @@ impl Devices {
             Target::Pit => self.pic.set_line(0, self.pit.line(now_ns)),
             Target::Rtc => self.pic.set_line(rtc::IRQ, self.rtc.irq()),
             Target::Serial => self.pic.set_line(serial::IRQ, self.serial.irq()),
+            Target::Virtio(slot) => {
+                self.pic.set_line(VIRTIO_IRQS[slot as usize], self.virtio[slot as usize].irq());
+            }
             _ => {}
         }
     }
@@ -206,5 +250,14 @@ impl Devices {
         }
         self.rtc.advance(now_ns);
         self.drive_lines(Target::Rtc, now_ns);
+    }
+}
+
+/// The virtio slot that an input is for.
+fn slot_of(input: &Input) -> Option<u8> {
+    match input {
+        Input::Frame { slot, .. } | Input::DiskDone { slot, .. } => Some(*slot),
+        Input::Console { console: Console::Virtio(slot), .. } => Some(*slot),
+        Input::Console { console: Console::Serial, .. } | Input::Clock { .. } => None,
     }
 }
