@@ -214,6 +214,7 @@ impl Cpu {
     /// Checks that a byte at `addr` could be read now.
     pub fn probe_read(&mut self, ram: &mut [u8], addr: u64) -> Result<(), Stop> {
         let user = self.user();
+        self.check_canonical(addr, 1)?;
         self.place(ram, addr, Access::Read, user).map(|_| ())
     }
 
@@ -221,6 +222,7 @@ impl Cpu {
     /// accessed and dirty bits: for instructions with several stores, of which none may happen when one faults.
     pub fn probe_write(&mut self, ram: &mut [u8], addr: u64, len: usize) -> Result<(), Stop> {
         let user = self.user();
+        self.check_canonical(addr, len)?;
         self.place(ram, addr, Access::Write, user)?;
         let last = addr.wrapping_add(len as u64 - 1);
         if last >> 12 != addr >> 12 {
@@ -240,6 +242,7 @@ impl Cpu {
 
     fn read_linear(&mut self, ram: &mut [u8], addr: u64, out: &mut [u8], user: bool) -> Result<(), Stop> {
         self.meet_breakpoints(addr, out.len(), Access::Read);
+        self.check_canonical(addr, out.len())?;
         let first = (PAGE - (addr as usize & (PAGE - 1))).min(out.len());
         let place = self.place(ram, addr, Access::Read, user)?;
         let (a, b) = out.split_at_mut(first);
@@ -253,6 +256,7 @@ impl Cpu {
 
     fn write_linear(&mut self, ram: &mut [u8], addr: u64, bytes: &[u8], user: bool) -> Result<(), Stop> {
         self.meet_breakpoints(addr, bytes.len(), Access::Write);
+        self.check_canonical(addr, bytes.len())?;
         let first = (PAGE - (addr as usize & (PAGE - 1))).min(bytes.len());
         let place = self.place(ram, addr, Access::Write, user)?;
         let (a, b) = bytes.split_at(first);
@@ -267,10 +271,15 @@ impl Cpu {
         self.write_place(ram, next, b)
     }
 
+    /// All bytes of an access have to be canonical before any page is looked at.
+    #[inline(always)]
+    fn check_canonical(&mut self, addr: u64, len: usize) -> Result<(), Stop> {
+        let last = addr.wrapping_add(len as u64 - 1);
+        if is_canonical(addr) && is_canonical(last) { Ok(()) } else { self.general_protection(0) }
+    }
+
+    /// Where the page of a canonical address is.
     fn place(&mut self, ram: &mut [u8], addr: u64, access: Access, user: bool) -> Result<Place, Stop> {
-        if !is_canonical(addr) {
-            return self.general_protection(0);
-        }
         let entry = self.translate(ram, addr, access, user)?;
         let frame = entry.frame & 0x000f_ffff_ffff_f000;
         let within = addr as usize & (PAGE - 1);

@@ -141,8 +141,10 @@ impl SoftCpu {
     /// Takes over a saved state, and forgets all decoded code.
     pub fn restore(&mut self, state: &CpuState) {
         self.cpu.restore(state);
-        self.code = CodeCache::new();
-        self.cpu.code_chunks.fill(0);
+        for (page, chunks) in self.cpu.code_chunks.iter_mut().enumerate().filter(|(_, c)| **c != 0) {
+            self.code.invalidate(page, *chunks);
+            *chunks = 0;
+        }
     }
 
     /// Runs blocks until there is an exit, `until` instructions have retired, a flag of `attention` is set or the

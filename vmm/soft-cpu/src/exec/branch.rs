@@ -1,7 +1,7 @@
 //! JMP, Jcc, CALL, RET (near), LOOP, LOOPE, LOOPNE, JRCXZ.
 //!
 //! While a branch runs, [`Cpu::rip`] is the address behind it. Targets must be canonical; the branch faults
-//! where they are not, and has then changed nothing.
+//! where they are not, and has then changed nothing (but CALL, as on Intel's processors, the stack's memory).
 
 use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 
@@ -53,8 +53,12 @@ fn call(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
 
 fn call_to<S: Source>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
     let target = S::load(cpu, ram, i)?;
-    check(cpu, target)?;
+    let sp = cpu.regs[RSP];
     cpu.push(ram, cpu.rip)?;
+    if !is_canonical(target) {
+        cpu.regs[RSP] = sp;
+        return cpu.general_protection(0);
+    }
     cpu.rip = target;
     Ok(())
 }

@@ -13,7 +13,7 @@ const BITMAP_OFFSET: u64 = 0x66;
 
 impl Cpu {
     /// #GP(0) unless IOPL or the TSS' bitmap allows `size` ports from `port` on (SDM 1, 19.5.2).
-    fn check_ports(&mut self, ram: &mut [u8], port: u16, size: u8) -> Result<(), Stop> {
+    fn may_use_ports(&mut self, ram: &mut [u8], port: u16, size: u8) -> Result<(), Stop> {
         if !self.io_privileged() {
             let (base, limit) = (self.sys.tr.base, self.sys.tr.limit as u64);
             if BITMAP_OFFSET + 1 > limit {
@@ -30,6 +30,11 @@ impl Cpu {
                 return self.general_protection(0);
             }
         }
+        Ok(())
+    }
+
+    fn check_ports(&mut self, ram: &mut [u8], port: u16, size: u8) -> Result<(), Stop> {
+        self.may_use_ports(ram, port, size)?;
         self.meet_port_breakpoints(port, size);
         Ok(())
     }
@@ -64,13 +69,17 @@ fn output<T: Int, const DX: bool>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Re
 }
 
 /// Runs one iteration of a string instruction that moves RSI or RDI by an element, and has REP come again for
-/// the next: every iteration leaves the CPU anyway.
+/// the next: every iteration leaves the CPU anyway. The port's permission comes before anything else, the
+/// count included.
 fn iterate<T: Int>(
     cpu: &mut Cpu,
+    ram: &mut [u8],
     i: &Insn,
     pointer: u8,
-    element: impl FnOnce(&mut Cpu, u64) -> Result<(), Stop>,
+    element: impl FnOnce(&mut Cpu, &mut [u8], u64) -> Result<(), Stop>,
 ) -> Result<(), Stop> {
+    let port = cpu.reg(reg::RDX);
+    cpu.may_use_ports(ram, port, T::SIZE as u8)?;
     let mask = if i.flags & flag::ADDR32 != 0 { u32::MAX as u64 } else { u64::MAX };
     let repeated = i.flags & (flag::REP | flag::REPNE) != 0;
     let count = cpu.regs[reg::RCX as usize] & mask;
@@ -78,7 +87,7 @@ fn iterate<T: Int>(
         return Ok(());
     }
     let at = cpu.regs[pointer as usize] & mask;
-    element(cpu, at)?;
+    element(cpu, ram, at)?;
     let size = T::SIZE as u64;
     let next = if cpu.flags.rest() & bits::DF != 0 { at.wrapping_sub(size) } else { at.wrapping_add(size) };
     cpu.regs[pointer as usize] = next & mask;
@@ -94,7 +103,7 @@ fn iterate<T: Int>(
 }
 
 fn ins<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
-    iterate::<T>(cpu, i, reg::RDI, |cpu, at| {
+    iterate::<T>(cpu, ram, i, reg::RDI, |cpu, ram, at| {
         // The device must not be read for nothing.
         cpu.probe_write(ram, at, T::SIZE)?;
         let port = cpu.reg(reg::RDX);
@@ -105,7 +114,7 @@ fn ins<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
 
 fn outs<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
     let base = cpu.regs[i.seg as usize];
-    iterate::<T>(cpu, i, reg::RSI, |cpu, at| {
+    iterate::<T>(cpu, ram, i, reg::RSI, |cpu, ram, at| {
         let port = cpu.reg(reg::RDX);
         let v: T = cpu.load(ram, base.wrapping_add(at))?;
         cpu.port_out(ram, port, v)

@@ -24,8 +24,8 @@ const PAGE: usize = 4096;
 trait Op {
     /// REPE and REPNE look at ZF.
     const COMPARES: bool = false;
-    /// Registers that 32-bit addresses cut to 32 bits even when there is no iteration. The SDM does not say;
-    /// this is what current Intel processors do.
+    /// Registers that 32-bit addresses cut to 32 bits even when there is no iteration, or when the first faults.
+    /// The SDM does not say; this is what current Intel processors do.
     const ALWAYS_CUT: &[u8] = &[reg::RCX];
     /// One iteration but for the count. On an error nothing has changed.
     fn once<T: Int, A: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop>;
@@ -166,8 +166,9 @@ impl Op for Cmps {
     const COMPARES: bool = true;
     #[inline(always)]
     fn once<T: Int, A: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
-        let a = cpu.load::<T>(ram, source::<A>(cpu, i))?;
+        // When both fault, Intel's processors report the destination.
         let b = cpu.load::<T>(ram, destination::<A>(cpu))?;
+        let a = cpu.load::<T>(ram, source::<A>(cpu, i))?;
         alu::sub(&mut cpu.flags, a, b);
         advance::<T, A>(cpu, reg::RSI, 1);
         advance::<T, A>(cpu, reg::RDI, 1);
@@ -192,11 +193,13 @@ fn once<O: Op, A: Int, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Resul
 }
 
 fn repeat<O: Op, A: Int, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
-    let count = cpu.reg::<A>(reg::RCX).to_u64();
-    if count == 0 {
+    if A::BITS == 32 {
         for &r in O::ALWAYS_CUT {
             cpu.set_reg(r, cpu.reg::<A>(r));
         }
+    }
+    let count = cpu.reg::<A>(reg::RCX).to_u64();
+    if count == 0 {
         return Ok(());
     }
     let max = cpu.rep_budget.min(ITERATIONS_MAX).min(count);
