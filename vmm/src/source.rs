@@ -135,6 +135,11 @@ impl<O: Outside> Live<O> {
         Live { outside, unit, stops, gate: Gate::default(), announced: None }
     }
 
+    /// Moves the position at which the loop pauses.
+    pub fn pause_at(&mut self, at: Option<Position>) {
+        self.stops.pause = at;
+    }
+
     /// The outside.
     pub fn outside(&mut self) -> &mut O {
         &mut self.outside

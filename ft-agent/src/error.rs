@@ -1,0 +1,71 @@
+//! What may go wrong, sorted by what the user can do about it.
+
+use std::process::ExitCode;
+
+use vmm::guest_loop::LoopError;
+use vmm::{BootError, MachineError};
+
+/// An error that ends the program.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The user asked for something that cannot be.
+    #[error("{field}: {why}")]
+    Config {
+        /// The option or field.
+        field: String,
+        /// What is wrong with it, and what would be right.
+        why: String,
+    },
+    /// The guest cannot be booted from these files.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// The machine cannot be made, or its engine failed.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// This host cannot do its part.
+    #[error("{what}: {source}")]
+    Host {
+        /// What was being done, with the file or device.
+        what: String,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The guest crashed: its CPU shut down (triple fault).
+    #[error("the guest crashed (triple fault) after {instructions} instructions")]
+    GuestCrash {
+        /// Where.
+        instructions: u64,
+    },
+}
+
+impl Error {
+    /// A bad option.
+    pub fn config(field: &str, why: impl Into<String>) -> Error {
+        Error::Config { field: field.into(), why: why.into() }
+    }
+
+    /// For `map_err`: a failure of this host while doing `what`.
+    pub fn host(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> Error {
+        let what = what.into();
+        move |source| Error::Host { what, source }
+    }
+
+    /// The process' exit code: 2 configuration, 3 host, 4 guest crash.
+    pub fn exit_code(&self) -> ExitCode {
+        ExitCode::from(match self {
+            Error::Config { .. } | Error::Boot(_) => 2,
+            Error::Machine(MachineError::Config(_) | MachineError::Boot(_)) => 2,
+            Error::Machine(_) | Error::Host { .. } => 3,
+            Error::GuestCrash { .. } => 4,
+        })
+    }
+}
+
+impl From<LoopError<Error>> for Error {
+    fn from(e: LoopError<Error>) -> Error {
+        match e {
+            LoopError::Machine(e) => Error::Machine(e),
+            LoopError::Source(e) => e,
+        }
+    }
+}

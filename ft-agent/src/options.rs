@@ -1,0 +1,302 @@
+//! What the user may ask for, in flags or in a TOML file: one structure for both.
+//!
+//! A flag wins over the file. [`RunOptions::check`] turns the wishes into a [`Plan`], or says which field is wrong.
+
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use clap::{Args, ValueEnum};
+use serde::Deserialize;
+
+use crate::error::Error;
+use crate::images;
+
+/// Which CPU executes the guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Engine {
+    /// The best that this host can run deterministically.
+    #[default]
+    Auto,
+    /// The software CPU: any x86-64 host.
+    Soft,
+}
+
+/// Where guest time comes from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ClockMode {
+    /// Guest time follows the host's clock.
+    #[default]
+    Host,
+    /// Guest time follows the instructions executed and jumps over idle waits; nothing of the host gets in:
+    /// the real-time clock starts at 2000-01-01 and entropy is a fixed stream.
+    Virtual,
+}
+
+/// One of vmft's own guests, made by `guest-images/build`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Guest {
+    /// Linux with redis and a web server.
+    Linux,
+    /// The bare-metal test guest.
+    Bare,
+}
+
+/// The machine and its surroundings. Every field is optional in a file and on the command line.
+#[derive(Args, Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RunOptions {
+    /// Take options from this TOML file; flags win over it
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip)]
+    pub config: Option<PathBuf>,
+    /// Run one of vmft's own guests (build them with guest-images/build)
+    #[arg(long, value_enum)]
+    pub guest: Option<Guest>,
+    /// Kernel: bzImage or ELF vmlinux
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+    /// Initial RAM disk
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line; with --guest it is added to the guest's own
+    #[arg(long, value_name = "TEXT")]
+    pub cmdline: Option<String>,
+    /// Guest RAM in MiB [default: 256]
+    #[arg(long, value_name = "MIB")]
+    pub memory_mib: Option<u64>,
+    /// Engine that executes the guest [default: auto]
+    #[arg(long, value_enum)]
+    pub cpu: Option<Engine>,
+    /// Guest time [default: host; virtual is implied by --stop-at and --digest-at]
+    #[arg(long, value_enum)]
+    pub clock: Option<ClockMode>,
+    /// Connect the guest's network to this tap; made when it does not exist
+    #[arg(long, value_name = "NAME")]
+    pub tap: Option<String>,
+    /// MAC address of the guest [default: 02:76:6d:66:74:01]
+    #[arg(long, value_name = "MAC")]
+    pub mac: Option<String>,
+    /// Address of the guest, ADDRESS/PREFIX or ADDRESS/PREFIX,GATEWAY: becomes ip= on the command line
+    #[arg(long, value_name = "ADDRESS")]
+    pub ip: Option<String>,
+    /// Disk image (raw); may be given several times. FILE,ro is read-only
+    #[arg(long = "disk", value_name = "FILE[,ro]")]
+    pub disks: Vec<String>,
+}
+
+/// A disk image that the guest gets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Disk {
+    /// The image.
+    pub path: PathBuf,
+    /// The guest may not write.
+    pub read_only: bool,
+}
+
+/// The guest's network.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Net {
+    /// Name of the tap.
+    pub tap: String,
+    /// The guest's MAC address.
+    pub mac: [u8; 6],
+}
+
+/// Checked options: what to boot, and what to put around it.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// Kernel file.
+    pub kernel: PathBuf,
+    /// Initial RAM disk file.
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line, without what the machine adds for its devices.
+    pub cmdline: String,
+    /// Guest RAM, bytes.
+    pub memory: u64,
+    /// Engine.
+    pub engine: Engine,
+    /// Clock, when asked for.
+    pub clock: Option<ClockMode>,
+    /// Network, if any.
+    pub net: Option<Net>,
+    /// Disks in order.
+    pub disks: Vec<Disk>,
+}
+
+const MEMORY_MIB_DEFAULT: u64 = 256;
+const MEMORY_MIB_MIN: u64 = 2;
+const MEMORY_MIB_MAX: u64 = 64 * 1024;
+/// Locally administered; "vmft" in ASCII and a number.
+const MAC_DEFAULT: [u8; 6] = [0x02, 0x76, 0x6d, 0x66, 0x74, 0x01];
+
+impl RunOptions {
+    /// Checks the options, together with those of the file they name.
+    ///
+    /// # Errors
+    /// [`Error::Config`] names the field.
+    pub fn check(self) -> Result<Plan, Error> {
+        let o = match &self.config {
+            Some(path) => {
+                let file = read_file(path)?;
+                self.over(file)
+            }
+            None => self,
+        };
+        let images = o.guest.map(images::find).transpose()?;
+        let images = images.unwrap_or_default();
+        let kernel = o.kernel.or(images.kernel);
+        let memory_mib = o.memory_mib.unwrap_or(MEMORY_MIB_DEFAULT);
+        if !(MEMORY_MIB_MIN..=MEMORY_MIB_MAX).contains(&memory_mib) {
+            let why = format!("{memory_mib} is not within {MEMORY_MIB_MIN} to {MEMORY_MIB_MAX}");
+            return Err(Error::config("memory-mib", why));
+        }
+        let ip = o.ip.as_deref().map(ip_argument).transpose()?;
+        let cmdline = [images.cmdline, o.cmdline, ip].into_iter().flatten().collect::<Vec<_>>().join(" ");
+        let mac = o.mac.as_deref().map(parse_mac).transpose()?;
+        if mac.is_some() && o.tap.is_none() {
+            return Err(Error::config("mac", "there is no network without --tap"));
+        }
+        Ok(Plan {
+            kernel: kernel
+                .ok_or_else(|| Error::config("kernel", "give --kernel FILE, or --guest linux|bare"))?,
+            initrd: o.initrd.or(images.initrd),
+            cmdline,
+            memory: memory_mib << 20,
+            engine: o.cpu.unwrap_or_default(),
+            clock: o.clock,
+            net: o.tap.map(|tap| check_tap(tap, mac.unwrap_or(MAC_DEFAULT))).transpose()?,
+            disks: o.disks.iter().map(|d| parse_disk(d)).collect::<Result<_, _>>()?,
+        })
+    }
+
+    /// These options, completed by those of `file`.
+    fn over(self, file: RunOptions) -> RunOptions {
+        RunOptions {
+            config: None,
+            guest: self.guest.or(file.guest),
+            kernel: self.kernel.or(file.kernel),
+            initrd: self.initrd.or(file.initrd),
+            cmdline: self.cmdline.or(file.cmdline),
+            memory_mib: self.memory_mib.or(file.memory_mib),
+            cpu: self.cpu.or(file.cpu),
+            clock: self.clock.or(file.clock),
+            tap: self.tap.or(file.tap),
+            mac: self.mac.or(file.mac),
+            ip: self.ip.or(file.ip),
+            disks: if self.disks.is_empty() { file.disks } else { self.disks },
+        }
+    }
+}
+
+fn read_file(path: &Path) -> Result<RunOptions, Error> {
+    let text = std::fs::read_to_string(path)
+        .map_err(|e| Error::config("config", format!("{}: {e}", path.display())))?;
+    toml::from_str(&text).map_err(|e| Error::config("config", format!("{}: {e}", path.display())))
+}
+
+fn parse_mac(text: &str) -> Result<[u8; 6], Error> {
+    let parts: Vec<_> =
+        text.split(':').map(|p| u8::from_str_radix(p, 16)).collect::<Result<_, _>>().unwrap_or_default();
+    let mac = <[u8; 6]>::try_from(parts)
+        .map_err(|_| Error::config("mac", format!("{text:?} is not six hex bytes with colons")))?;
+    if mac[0] & 1 != 0 {
+        return Err(Error::config("mac", format!("{text} is a multicast address")));
+    }
+    Ok(mac)
+}
+
+/// Interface names are at most 15 bytes without '/' and white space (`dev_valid_name` of Linux).
+fn check_tap(tap: String, mac: [u8; 6]) -> Result<Net, Error> {
+    let bad =
+        tap.is_empty() || tap.len() > 15 || tap.contains(|c: char| c == '/' || c == ':' || c.is_whitespace());
+    if bad {
+        return Err(Error::config(
+            "tap",
+            format!("{tap:?} is no interface name (1 to 15 bytes, no '/', ':' or space)"),
+        ));
+    }
+    Ok(Net { tap, mac })
+}
+
+fn parse_disk(text: &str) -> Result<Disk, Error> {
+    let (path, read_only) = match text.rsplit_once(',') {
+        Some((path, "ro")) => (path, true),
+        _ => (text, false),
+    };
+    if path.is_empty() {
+        return Err(Error::config("disk", "the file name is empty"));
+    }
+    Ok(Disk { path: path.into(), read_only })
+}
+
+/// `ADDRESS/PREFIX[,GATEWAY]` as the kernel's `ip=` parameter.
+fn ip_argument(text: &str) -> Result<String, Error> {
+    let bad = || Error::config("ip", format!("{text:?} is not ADDRESS/PREFIX or ADDRESS/PREFIX,GATEWAY"));
+    let (network, gateway) = match text.split_once(',') {
+        Some((n, g)) => (n, Some(Ipv4Addr::from_str(g).map_err(|_| bad())?)),
+        None => (text, None),
+    };
+    let (address, prefix) = network.split_once('/').ok_or_else(bad)?;
+    let address = Ipv4Addr::from_str(address).map_err(|_| bad())?;
+    let prefix: u32 = prefix.parse().ok().filter(|p| *p <= 32).ok_or_else(bad)?;
+    let mask = Ipv4Addr::from(u32::MAX.checked_shl(32 - prefix).unwrap_or(0));
+    let gateway = gateway.map(|g| g.to_string()).unwrap_or_default();
+    Ok(format!("ip={address}::{gateway}:{mask}::eth0:off"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn field(r: Result<impl std::fmt::Debug, Error>) -> String {
+        match r.expect_err("accepted") {
+            Error::Config { field, .. } => field,
+            e => panic!("{e}"),
+        }
+    }
+
+    #[test]
+    fn addresses_become_the_kernels_parameter() {
+        assert_eq!(
+            ip_argument("10.0.0.2/24,10.0.0.1").unwrap(),
+            "ip=10.0.0.2::10.0.0.1:255.255.255.0::eth0:off"
+        );
+        assert_eq!(ip_argument("10.0.0.2/0").unwrap(), "ip=10.0.0.2:::0.0.0.0::eth0:off");
+        for bad in ["10.0.0.2", "10.0.0.2/33", "10.0.0/8", "10.0.0.2/8,x", ""] {
+            assert_eq!(field(ip_argument(bad)), "ip");
+        }
+    }
+
+    #[test]
+    fn mac_addresses_are_six_bytes_of_one_station() {
+        assert_eq!(parse_mac("02:00:5e:10:00:ff").unwrap(), [2, 0, 0x5e, 0x10, 0, 0xff]);
+        for bad in ["02:00:5e:10:00", "02:00:5e:10:00:00:00", "01:00:5e:10:00:ff", "zz:0:0:0:0:0"] {
+            assert_eq!(field(parse_mac(bad)), "mac");
+        }
+    }
+
+    #[test]
+    fn flags_win_over_the_file_and_unknown_fields_are_named() {
+        let file: RunOptions = toml::from_str("kernel = 'a'\nmemory_mib = 64\ndisks = ['d,ro']").unwrap();
+        let flags = RunOptions { memory_mib: Some(128), ..RunOptions::default() };
+        let plan = flags.over(file).check().unwrap();
+        assert_eq!(plan.memory, 128 << 20);
+        assert_eq!(plan.kernel, PathBuf::from("a"));
+        assert_eq!(plan.disks, [Disk { path: "d".into(), read_only: true }]);
+        let error = toml::from_str::<RunOptions>("memroy_mib = 64").unwrap_err();
+        assert!(error.to_string().contains("memroy_mib"), "{error}");
+    }
+
+    #[test]
+    fn a_missing_kernel_and_silly_sizes_are_named() {
+        assert_eq!(field(RunOptions::default().check()), "kernel");
+        let o = RunOptions { kernel: Some("k".into()), memory_mib: Some(1), ..RunOptions::default() };
+        assert_eq!(field(o.check()), "memory-mib");
+        let o = RunOptions { kernel: Some("k".into()), tap: Some("a/b".into()), ..RunOptions::default() };
+        assert_eq!(field(o.check()), "tap");
+    }
+}

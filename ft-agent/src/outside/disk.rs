@@ -1,0 +1,74 @@
+//! A raw disk image file.
+
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+
+use entry::{DiskRequest, DiskResult, DiskWork};
+
+use crate::error::Error;
+use crate::options::Disk;
+
+/// Bytes in a sector.
+const SECTOR: u64 = 512;
+
+/// An open image.
+pub struct Image {
+    file: File,
+    path: PathBuf,
+    bytes: u64,
+}
+
+impl Image {
+    /// Opens the image, which must be whole sectors.
+    ///
+    /// # Errors
+    /// It cannot be opened as asked, or its size is wrong.
+    pub fn open(disk: &Disk) -> Result<Image, Error> {
+        let name = disk.path.display();
+        let config = |why: String| Error::config("disk", format!("{name}: {why}"));
+        let file = OpenOptions::new().read(true).write(!disk.read_only).open(&disk.path);
+        let file = file.map_err(|e| config(e.to_string()))?;
+        let bytes = file.metadata().map_err(|e| config(e.to_string()))?.len();
+        if bytes == 0 || bytes % SECTOR != 0 {
+            return Err(config(format!("its size, {bytes} bytes, is not a positive multiple of {SECTOR}")));
+        }
+        lock(&file).map_err(|e| config(format!("{e}: another vmft may be using it")))?;
+        Ok(Image { file, path: disk.path.clone(), bytes })
+    }
+
+    /// Size in bytes.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Does what a request asks for.
+    ///
+    /// # Errors
+    /// The host's: it is no answer for the guest.
+    pub fn perform(&self, request: &DiskRequest) -> Result<DiskResult, Error> {
+        let failed = |what: String| Error::host(format!("{}: {what}", self.path.display()));
+        match &request.work {
+            DiskWork::Read { offset, len } => {
+                let mut data = vec![0; *len as usize];
+                let read = self.file.read_exact_at(&mut data, *offset);
+                read.map_err(failed(format!("read of {len} bytes at {offset}")))?;
+                Ok(DiskResult::Read(data))
+            }
+            DiskWork::Write { offset, data } => {
+                let written = self.file.write_all_at(data, *offset);
+                written.map_err(failed(format!("write of {} bytes at {offset}", data.len())))?;
+                Ok(DiskResult::Done)
+            }
+            DiskWork::Flush => {
+                self.file.sync_data().map_err(failed("flush".into()))?;
+                Ok(DiskResult::Done)
+            }
+        }
+    }
+}
+
+/// Two machines on one image would destroy it.
+fn lock(file: &File) -> std::io::Result<()> {
+    file.try_lock().map_err(std::io::Error::from)
+}

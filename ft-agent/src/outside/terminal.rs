@@ -1,0 +1,38 @@
+//! The user's terminal as the guest's console: raw while the guest runs, restored on every way out.
+
+use std::io::{self, IsTerminal};
+
+use nix::sys::termios::{SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
+
+/// Standard input in raw mode for as long as this lives.
+pub struct RawMode {
+    before: Termios,
+}
+
+impl RawMode {
+    /// Makes standard input raw, if it is a terminal. Output processing stays on, so that vmft's own messages
+    /// keep their line ends.
+    ///
+    /// # Errors
+    /// The terminal refuses.
+    pub fn enter() -> io::Result<Option<RawMode>> {
+        let stdin = io::stdin();
+        if !stdin.is_terminal() {
+            return Ok(None);
+        }
+        let before = tcgetattr(&stdin)?;
+        let mut raw = before.clone();
+        cfmakeraw(&mut raw);
+        raw.output_flags = before.output_flags;
+        tcsetattr(&stdin, SetArg::TCSANOW, &raw)?;
+        Ok(Some(RawMode { before }))
+    }
+}
+
+impl Drop for RawMode {
+    fn drop(&mut self) {
+        if let Err(e) = tcsetattr(io::stdin(), SetArg::TCSANOW, &self.before) {
+            eprintln!("vmft: the terminal could not be restored: {e}: run `stty sane`");
+        }
+    }
+}

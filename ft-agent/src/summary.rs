@@ -1,0 +1,87 @@
+//! What a run came to, for people and for programs.
+
+use std::fmt;
+use std::time::Duration;
+
+use serde::Serialize;
+use vmm::Machine;
+
+use crate::outside::Traffic;
+
+/// Figures of one run.
+#[derive(Clone, Debug, Serialize)]
+pub struct Summary {
+    /// Instructions retired in this run.
+    pub instructions: u64,
+    /// Position at the end.
+    pub position: u64,
+    /// Wall time, s.
+    pub wall_s: f64,
+    /// Of that, time slept because the guest was idle, s.
+    pub slept_s: f64,
+    /// Guest time at the end, s.
+    pub guest_s: f64,
+    /// Guest time that was skipped because the guest was idle, s.
+    pub idle_s: f64,
+    /// Million instructions a second while the guest was not idle.
+    pub mips: f64,
+    /// Port accesses.
+    pub pio: u64,
+    /// Accesses to devices in memory.
+    pub mmio: u64,
+    /// HLTs.
+    pub halts: u64,
+    /// Interrupts delivered.
+    pub interrupts: u64,
+    /// Times that another thread stopped the guest.
+    pub kicks: u64,
+    /// Frames sent to the network.
+    pub frames_sent: u64,
+    /// Frames that the host's network did not take.
+    pub frames_dropped: u64,
+}
+
+impl Summary {
+    /// Of a machine that began at position `from` and ran for `wall`.
+    pub fn new(machine: &Machine, from: u64, wall: Duration, traffic: Traffic) -> Summary {
+        let counts = machine.counts();
+        let position = machine.position().count;
+        let instructions = position - from;
+        let busy = wall.saturating_sub(traffic.slept).as_secs_f64();
+        Summary {
+            instructions,
+            position,
+            wall_s: wall.as_secs_f64(),
+            slept_s: traffic.slept.as_secs_f64(),
+            guest_s: machine.time_ns() as f64 / 1e9,
+            idle_s: counts.idle_ns as f64 / 1e9,
+            mips: instructions as f64 / 1e6 / busy.max(1e-9),
+            pio: counts.pio,
+            mmio: counts.mmio,
+            halts: counts.halts,
+            interrupts: counts.interrupts,
+            kicks: counts.kicks,
+            frames_sent: traffic.frames_sent,
+            frames_dropped: traffic.frames_dropped,
+        }
+    }
+}
+
+impl fmt::Display for Summary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "{} instructions in {:.3} s ({:.3} s of it asleep): {:.1} MIPS; guest time {:.3} s, {:.3} s of it idle",
+            self.instructions, self.wall_s, self.slept_s, self.mips, self.guest_s, self.idle_s
+        )?;
+        writeln!(
+            f,
+            "exits: {} port, {} memory, {} halt, {} kick; {} interrupts; {} frames sent",
+            self.pio, self.mmio, self.halts, self.kicks, self.interrupts, self.frames_sent
+        )?;
+        if self.frames_dropped > 0 {
+            writeln!(f, "{} frames were dropped: the host's network did not take them", self.frames_dropped)?;
+        }
+        Ok(())
+    }
+}

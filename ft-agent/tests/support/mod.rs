@@ -1,0 +1,70 @@
+//! What the end-to-end tests share: hosts in network namespaces, running guests, and how to skip.
+#![allow(dead_code, reason = "each test binary uses its part")]
+
+pub mod net;
+pub mod vm;
+
+use std::io::Write;
+use std::path::PathBuf;
+
+/// Says that a test cannot run here, where the user looks for it: `scripts/test` lists and counts the lines of
+/// the file named by VMFT_SKIPPED.
+pub fn skip(test: &str, reason: &str) {
+    eprintln!("SKIPPED {test}: {reason}");
+    let Some(path) = std::env::var_os("VMFT_SKIPPED") else { return };
+    let file = std::fs::OpenOptions::new().append(true).create(true).open(path);
+    file.and_then(|mut f| writeln!(f, "{test}: {reason}"))
+        .expect("the list of skipped tests is not writable");
+}
+
+/// Skips the test unless namespaces can be made here. `true`: go on.
+pub fn can_network(test: &str) -> bool {
+    if !nix::unistd::Uid::effective().is_root() {
+        skip(test, "needs root for network namespaces");
+        return false;
+    }
+    for tool in ["ip", "redis-benchmark", "curl"] {
+        if !has(tool) {
+            skip(test, &format!("needs {tool} (scripts/test installs it)"));
+            return false;
+        }
+    }
+    true
+}
+
+/// Is this program on the PATH?
+pub fn has(tool: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|dir| dir.join(tool).is_file())
+}
+
+/// Skips the test unless `guest-images/build` has made this guest. `true`: go on.
+pub fn has_guest(test: &str, name: &str) -> bool {
+    let found = image_list(name).is_file();
+    if !found {
+        skip(test, &format!("needs the {name} guest: guest-images/build {name}"));
+    }
+    found
+}
+
+/// A value of the guest's image list.
+pub fn image(guest: &str, key: &str) -> PathBuf {
+    let list = image_list(guest);
+    let text = std::fs::read_to_string(&list).expect("guest images");
+    let wanted = format!("{guest}.{key}=");
+    let line = text.lines().find_map(|l| l.strip_prefix(&wanted));
+    PathBuf::from(line.unwrap_or_else(|| panic!("{} has no {wanted}", list.display())))
+}
+
+fn image_list(guest: &str) -> PathBuf {
+    let var = |n| std::env::var_os(n).map(PathBuf::from);
+    let cache = var("VMFT_CACHE")
+        .or_else(|| var("XDG_CACHE_HOME").map(|d| d.join("vmft")))
+        .unwrap_or_else(|| var("HOME").unwrap_or_default().join(".cache/vmft"));
+    cache.join("images").join(guest)
+}
+
+/// The digests that vmft has printed, each with its position.
+pub fn digests(errors: &str) -> Vec<String> {
+    errors.lines().filter_map(|l| l.trim().strip_prefix("digest ")).map(str::to_owned).collect()
+}

@@ -1,0 +1,99 @@
+//! A running `vmft`.
+
+use std::io::{Read, Write};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+/// The binary under test.
+pub const VMFT: &str = env!("CARGO_BIN_EXE_vmft");
+
+/// A command that runs `vmft` in a network namespace.
+pub fn vmft_in(namespace: &str) -> Command {
+    let mut c = Command::new("ip");
+    c.args(["netns", "exec", namespace, VMFT]);
+    c
+}
+
+/// A `vmft` process and what it prints. Killed on drop.
+pub struct Vm {
+    child: Child,
+    output: Receiver<Vec<u8>>,
+    seen: String,
+}
+
+impl Vm {
+    /// Starts it with its output captured.
+    pub fn start(command: &mut Command) -> Vm {
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("vmft could not be started");
+        let (sender, output) = channel();
+        let streams: [Box<dyn Read + Send>; 2] =
+            [Box::new(child.stdout.take().expect("piped")), Box::new(child.stderr.take().expect("piped"))];
+        for mut stream in streams {
+            let sender = sender.clone();
+            std::thread::spawn(move || {
+                let mut buffer = [0; 4096];
+                while let Ok(n @ 1..) = stream.read(&mut buffer) {
+                    if sender.send(buffer[..n].to_vec()).is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+        Vm { child, output, seen: String::new() }
+    }
+
+    /// Waits until `text` was printed (on either stream); panics with all output when it was not in time.
+    pub fn wait_for(&mut self, text: &str, seconds: u64) {
+        let deadline = Instant::now() + Duration::from_secs(seconds);
+        while !self.seen.contains(text) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.output.recv_timeout(left) {
+                Ok(bytes) => self.seen.push_str(&String::from_utf8_lossy(&bytes)),
+                Err(RecvTimeoutError::Timeout) => panic!("no {text:?} after {seconds} s in:\n{}", self.seen),
+                Err(RecvTimeoutError::Disconnected) => panic!("vmft ended without {text:?}:\n{}", self.seen),
+            }
+        }
+    }
+
+    /// Types into the console.
+    pub fn type_in(&mut self, text: &str) {
+        let stdin = self.child.stdin.as_mut().expect("piped");
+        stdin.write_all(text.as_bytes()).and_then(|()| stdin.flush()).expect("vmft's standard input");
+    }
+
+    /// Waits for the end; its status and all it has printed.
+    pub fn finish(mut self, seconds: u64) -> (ExitStatus, String) {
+        let deadline = Instant::now() + Duration::from_secs(seconds);
+        let mut seen = std::mem::take(&mut self.seen);
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.output.recv_timeout(left) {
+                Ok(bytes) => seen.push_str(&String::from_utf8_lossy(&bytes)),
+                Err(RecvTimeoutError::Timeout) => panic!("vmft is not done after {seconds} s:\n{seen}"),
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
+        }
+        (self.child.wait().expect("wait"), seen)
+    }
+
+    /// Process id (of `ip netns exec`, which becomes vmft).
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        if self.child.try_wait().is_ok_and(|s| s.is_none()) {
+            self.child.kill().expect("kill");
+        }
+        self.child.wait().expect("wait");
+    }
+}
