@@ -3,7 +3,7 @@
 use iced_x86::{Code, Decoder, DecoderOptions, Instruction, OpKind, Register};
 
 use crate::exec;
-use crate::insn::{ADDR32, HIGH_BYTE, Insn, flag};
+use crate::insn::{ADDR32, HIGH_BYTE, Handler, Insn, flag};
 use crate::state::{FS_BASE, GS_BASE, MINUS_2G, PLUS_2G, RIP_BASE, ZERO};
 
 /// Longest instruction, bytes (SDM 2, 2.3.11).
@@ -38,19 +38,23 @@ pub fn decode(bytes: &[u8], offset: u16) -> Decoded {
         if bytes.len() < LENGTH_MAX && decoder.last_error() == iced_x86::DecoderError::NoMoreBytes {
             return Decoded::Cut;
         }
-        return undefined(offset, ins.len());
+        // An instruction that is longer than one can be is #GP(0).
+        return match ins.len() {
+            LENGTH_MAX.. => faulting(offset, LENGTH_MAX, |cpu, _, _| cpu.general_protection(0)),
+            len => faulting(offset, len, |cpu, _, _| cpu.undefined()),
+        };
     }
     let mut insn = operands(&ins, offset);
     match exec::select(&ins, &mut insn) {
         Some(place) => Decoded::Insn(insn, place),
-        None => undefined(offset, ins.len()),
+        None => faulting(offset, ins.len(), |cpu, _, _| cpu.undefined()),
     }
 }
 
-fn undefined(offset: u16, len: usize) -> Decoded {
+fn faulting(offset: u16, len: usize, exec: Handler) -> Decoded {
     let mut insn = blank(offset);
     insn.len = len as u8;
-    insn.exec = |cpu, _, _| cpu.undefined();
+    insn.exec = exec;
     Decoded::Insn(insn, Place::Last)
 }
 

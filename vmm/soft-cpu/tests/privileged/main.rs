@@ -1,0 +1,17 @@
+//! Privileged behaviour: paging and the TLB, exceptions, far transfers, debugging, ports, code that changes, and
+//! stopping at every instruction. Small guest programs with the outcomes of the SDM.
+
+#[path = "../guest/mod.rs"]
+mod guest;
+
+mod code;
+mod debug;
+mod device;
+mod exceptions;
+mod io;
+mod paging;
+mod registers;
+mod segments;
+mod stops;
+mod tlb;
+mod transfers;
