@@ -14,9 +14,9 @@ impl Console {
         Self { lines: Lines::new() }
     }
 
-    /// Serves what has come in, if COM1 is among the interrupts `pending`. CR ends a line too, as a terminal sends it.
-    pub fn on_interrupt(&mut self, pending: u32, counter: &mut Counter) {
-        if pending & 1 << serial::IRQ == 0 {
+    /// Serves what has come in, if COM1 is among the interrupts `taken`. CR ends a line too, as a terminal sends it.
+    pub fn on_interrupt(&mut self, taken: u32, counter: &mut Counter) {
+        if taken & serial::IRQ == 0 {
             return;
         }
         while let Some(byte) = serial::read() {
@@ -32,6 +32,7 @@ impl Console {
                 }
             }
         }
+        cpu::end_of_interrupt(serial::IRQ);
     }
 }
 

@@ -5,22 +5,45 @@ use core::arch::{asm, global_asm};
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 unsafe extern "C" {
-    fn system_call(number: u32);
+    fn system_call(number: u32, lines: u32);
 }
 
 global_asm!(include_str!("ring0.s"));
 
-/// Bit n: IRQ line n was taken since the last [`take_pending`]. Written by the interrupt stubs.
+/// Bit n: IRQ line n was taken since the last [`wait`] for it. Written by the interrupt stubs.
 #[unsafe(no_mangle)]
 static PENDING: AtomicU32 = AtomicU32::new(0);
+
+/// The timer's bit among the interrupt lines.
+pub const TIMER: u32 = 1 << 0;
 
 /// Timer interrupts since boot. Written by the stub of IRQ 0.
 #[unsafe(no_mangle)]
 static TICKS: AtomicU64 = AtomicU64::new(0);
 
-/// The interrupt lines taken since the last call, one bit each.
-pub fn take_pending() -> u32 {
-    PENDING.swap(0, Ordering::Relaxed)
+/// Sleeps until at least one of the interrupt lines in `mask` was taken; returns which, and forgets those. A device's
+/// line stays blocked, with those behind it, until [`end_of_interrupt`].
+pub fn wait(mask: u32) -> u32 {
+    loop {
+        let taken = PENDING.fetch_and(!mask, Ordering::Relaxed) & mask;
+        if taken != 0 {
+            return taken;
+        }
+        // SAFETY: call 0 changes no memory but what the interrupt stubs change.
+        unsafe { system_call(0, mask) }
+    }
+}
+
+/// Tells the PICs that the interrupt on `line`, given as its bit, is served: its device does not ask for it any more.
+pub fn end_of_interrupt(line: u32) {
+    // Specific EOI; lines 8 to 15 come through line 2.
+    let number = line.trailing_zeros() as u8;
+    if number < 8 {
+        port_write(0x20, 0x60 | number);
+    } else {
+        port_write(0xa0, 0x60 | (number - 8));
+        port_write(0x20, 0x62);
+    }
 }
 
 /// Timer interrupts since boot.
@@ -28,22 +51,16 @@ pub fn ticks() -> u64 {
     TICKS.load(Ordering::Relaxed)
 }
 
-/// Sleeps until an interrupt is pending; returns at once when one is.
-pub fn idle() {
-    // SAFETY: call 0 changes no memory but what the interrupt stubs change.
-    unsafe { system_call(0) }
-}
-
 /// Lets interrupts in, for good.
 pub fn enable_interrupts() {
     // SAFETY: the stubs preserve every register.
-    unsafe { system_call(1) }
+    unsafe { system_call(1, 0) }
 }
 
 /// Triple fault: the VMM sees the guest crash.
 pub fn crash() -> ! {
     // SAFETY: call 2 does not return.
-    unsafe { system_call(2) }
+    unsafe { system_call(2, 0) }
     unreachable!()
 }
 

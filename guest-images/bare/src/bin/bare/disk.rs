@@ -81,10 +81,6 @@ fn collect(disk: &mut Disk, done: &mut impl FnMut(&[u64], u64)) {
 
 fn wait(disk: &mut Disk) {
     disk.publish();
-    loop {
-        cpu::idle();
-        if cpu::take_pending() & disk.irq() != 0 {
-            return disk.acknowledge();
-        }
-    }
+    cpu::wait(disk.irq());
+    disk.acknowledge();
 }

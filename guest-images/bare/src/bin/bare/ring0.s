@@ -95,16 +95,17 @@ ring3_entry:
 
 .macro irq line
     .balign STUB_BYTES
-    push rax
-    mov eax, 1 << \line
     .if \line == 0
+    push rax
     inc qword ptr [TICKS]
-    .endif
-    .if \line < 8
-    jmp irq_primary
+    or dword ptr [PENDING], 1
+    mov al, 0x20                        # end of interrupt; ring 3 sends those of devices when it has served them
+    out 0x20, al
+    pop rax
     .else
-    jmp irq_secondary
+    or dword ptr [PENDING], 1 << \line
     .endif
+    iretq
 .endm
 
 .balign STUB_BYTES
@@ -145,33 +146,21 @@ ring3_asks:
     or dword ptr [rsp + 16], FLAG_INTERRUPTS
     iretq
 
-# Sleep until an interrupt is pending. Checked with interrupts off, and STI takes effect after HLT has begun, so that no
-# interrupt falls between check and sleep.
+# Sleep until an interrupt line in ESI is pending. Checked with interrupts off, and STI takes effect after HLT has begun,
+# so that no interrupt falls between check and sleep.
 idle:
-    cmp dword ptr [PENDING], 0
-    jne 1f
+    test dword ptr [PENDING], esi
+    jnz 1f
     sti
     hlt
+    cli
+    jmp idle
 1:  iretq
 
 # Triple fault.
 crash:
     lidt [no_idt]
     ud2
-
-irq_secondary:
-    or dword ptr [PENDING], eax
-    mov al, 0x20
-    out 0xa0, al
-    out 0x20, al
-    pop rax
-    iretq
-irq_primary:
-    or dword ptr [PENDING], eax
-    mov al, 0x20
-    out 0x20, al
-    pop rax
-    iretq
 
 # Frame: vector, error code, RIP, CS, RFLAGS, RSP, SS. The report is written in ring 3; a fault in there crashes at once.
 exception_common:

@@ -10,8 +10,8 @@ const LINE_CONTROL: u16 = DATA + 3;
 const MODEM_CONTROL: u16 = DATA + 4;
 const LINE_STATUS: u16 = DATA + 5;
 
-/// The interrupt line of COM1.
-pub const IRQ: u32 = 4;
+/// The interrupt line of COM1, as a bit.
+pub const IRQ: u32 = 1 << 4;
 
 /// 8N1, FIFO on, receive interrupt on. The speed is left alone.
 pub fn init() {

@@ -5,7 +5,7 @@ use crate::ram::Free;
 use crate::services::{self, Connections};
 use crate::virtio::net::Net;
 use crate::virtio::rng::Rng;
-use crate::{cpu, println, timer};
+use crate::{cpu, println, serial, timer};
 use bare::counter::Counter;
 use bare::options::{Address, Options};
 use smoltcp::iface::{Config, Interface, SocketSet, SocketStorage};
@@ -16,14 +16,12 @@ use smoltcp::wire::{EthernetAddress, IpCidr};
 pub fn run(options: &Options, mut free: Free) -> ! {
     let mut counter = Counter::new();
     let mut console = Console::new();
-    // Before the network is up: waiting for the word would lose its interrupts.
     let random = Rng::find(&options.devices, &mut free).map_or(0, |mut rng| rng.word());
     let network = Net::find(&options.devices, &mut free).zip(options.address);
     let Some((mut device, address)) = network else {
         println!("no virtio-net device or no ip= on the command line: only the console is served");
         loop {
-            console.on_interrupt(cpu::take_pending(), &mut counter);
-            cpu::idle();
+            console.on_interrupt(cpu::wait(serial::IRQ), &mut counter);
         }
     };
     let mut interface = interface(&mut device, address, options.seed ^ random);
@@ -41,10 +39,9 @@ pub fn run(options: &Options, mut free: Free) -> ! {
         }
         let deadline = interface.poll_at(now(), &sockets);
         loop {
-            cpu::idle();
-            let pending = cpu::take_pending();
-            console.on_interrupt(pending, &mut counter);
-            if pending & device.irq() != 0 {
+            let taken = cpu::wait(cpu::TIMER | serial::IRQ | device.irq());
+            console.on_interrupt(taken, &mut counter);
+            if taken & device.irq() != 0 {
                 device.acknowledge();
                 break;
             }

@@ -69,7 +69,7 @@ impl Disk {
         Some(Self { mmio, queue, flushes, chunks, requests, buffers, busy: [None; SLOTS] })
     }
 
-    /// The device's interrupt, as a bit of what [`crate::cpu::take_pending`] returns.
+    /// The device's interrupt, for [`crate::cpu::wait`].
     pub fn irq(&self) -> u32 {
         self.mmio.irq
     }

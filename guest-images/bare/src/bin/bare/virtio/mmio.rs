@@ -1,6 +1,7 @@
 //! The registers of a virtio-mmio device (virtio 1.2, section 4.2.2) and its start (section 3.1.1).
 #![allow(unsafe_code)]
 
+use crate::cpu;
 use bare::options::Device;
 use core::arch::asm;
 
@@ -36,7 +37,7 @@ const VERSION_1: u64 = 1 << 32;
 #[derive(Clone, Copy)]
 pub struct Mmio {
     base: u64,
-    /// The device's interrupt, as a bit of what [`crate::cpu::take_pending`] returns.
+    /// The device's interrupt, for [`crate::cpu::wait`].
     pub irq: u32,
 }
 
@@ -101,6 +102,7 @@ impl Mmio {
     /// Takes the interrupt of used buffers back, so that the next one can come. Before the queues are looked at.
     pub fn acknowledge(&self) {
         self.write(INTERRUPT_ACK, 1);
+        cpu::end_of_interrupt(self.irq);
     }
 
     /// One byte of the device's configuration.

@@ -82,7 +82,7 @@ impl Net {
         Some(Self { mmio, mac, receiver, sender })
     }
 
-    /// The device's interrupt, as a bit of what [`crate::cpu::take_pending`] returns.
+    /// The device's interrupt, for [`crate::cpu::wait`].
     pub fn irq(&self) -> u32 {
         self.mmio.irq
     }

@@ -28,7 +28,7 @@ impl Rng {
         Some(Self { mmio, queue, word })
     }
 
-    /// A random word; sleeps until the device has given it. Interrupts of other devices meanwhile are forgotten.
+    /// A random word; sleeps until the device has given it.
     ///
     /// # Panics
     /// If the device gives less than a word.
@@ -36,10 +36,7 @@ impl Rng {
         self.queue.offer(0);
         self.queue.publish();
         loop {
-            cpu::idle();
-            if cpu::take_pending() & self.mmio.irq == 0 {
-                continue;
-            }
+            cpu::wait(self.mmio.irq);
             self.mmio.acknowledge();
             if let Some((_, len)) = self.queue.take() {
                 assert_eq!(len, 8, "virtio-rng gave {len} bytes of 8");
