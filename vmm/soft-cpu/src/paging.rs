@@ -75,9 +75,12 @@ impl Cpu {
         // A cached entry without the right may be stale: walk again before faulting, as hardware does, and
         // use what the page tables say now (SDM 3A 5.10.2.3 has a fault invalidate the entry).
         let entry = self.walk(ram, addr, access, user)?;
-        *self.slot(access, page) = entry;
-        if access != Access::Fetch {
-            self.fast.forget(page);
+        match access {
+            Access::Fetch => self.tlb.set_code(page, entry),
+            _ => {
+                self.tlb.set_data(page, entry);
+                self.fast.forget(page);
+            }
         }
         Ok(entry)
     }
@@ -89,7 +92,7 @@ impl Cpu {
         e.frame & (right::NO_EXECUTE | wanted) == wanted
     }
 
-    fn slot(&mut self, access: Access, page: u64) -> &mut TlbEntry {
+    fn slot(&self, access: Access, page: u64) -> &TlbEntry {
         match access {
             Access::Fetch => self.tlb.code(page),
             _ => self.tlb.data(page),
@@ -176,13 +179,14 @@ impl Cpu {
         // The faulting address' cached translations go (SDM 3A 5.10.4.1). Other pieces of a large page stay, as
         // they may on hardware that caches it in pieces.
         let page = addr >> 12;
-        for access in [Access::Read, Access::Fetch] {
-            let slot = self.slot(access, page);
-            if slot.holds(page) {
-                *slot = TlbEntry::default();
-            }
+        if self.tlb.data(page).holds(page) {
+            self.tlb.set_data(page, TlbEntry::default());
+            self.fast.forget(page);
         }
-        self.fast.forget(page);
+        if self.tlb.code(page).holds(page) {
+            self.tlb.set_code(page, TlbEntry::default());
+            self.fetch = FetchPage::NONE;
+        }
         self.sys.cr2 = addr;
         self.raise(14, Some(code))
     }

@@ -44,9 +44,19 @@ impl TlbEntry {
     }
 
     fn covers(&self, page: u64) -> bool {
-        let shift = 9 * (self.frame >> right::SIZE_SHIFT & 3);
+        let shift = 9 * self.size();
         self.frame & right::VALID != 0 && self.page >> shift == page >> shift
     }
+
+    /// 0 for a 4 KiB page, 1 for a piece of a 2 MiB page, 2 of a 1 GiB page.
+    fn size(&self) -> usize {
+        (self.frame >> right::SIZE_SHIFT) as usize & 3
+    }
+}
+
+/// Hash of the large page of size `size` that a linear page is in.
+fn region(page: u64, size: usize) -> usize {
+    (page >> (9 * size)) as usize % REGIONS
 }
 
 /// Both TLBs.
@@ -54,7 +64,12 @@ impl TlbEntry {
 pub struct Tlb {
     data: Box<[TlbEntry; DATA_ENTRIES]>,
     code: Box<[TlbEntry; CODE_ENTRIES]>,
+    /// How many pieces of 2 MiB and of 1 GiB pages are cached, by a hash of the large page's number: where there
+    /// are none, INVLPG need not look for them. Derived, no state.
+    pieces: [[u16; REGIONS]; 2],
 }
+
+const REGIONS: usize = 64;
 
 /// The valid entries of both TLBs with their indexes.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -70,46 +85,88 @@ impl Default for Tlb {
         Tlb {
             data: Box::new([TlbEntry::default(); DATA_ENTRIES]),
             code: Box::new([TlbEntry::default(); CODE_ENTRIES]),
+            pieces: [[0; REGIONS]; 2],
         }
     }
 }
 
 impl Tlb {
-    /// The data entry for a linear page, if it is cached.
+    /// The slot of the data TLB that could have a linear page.
     #[inline(always)]
-    pub fn data(&mut self, page: u64) -> &mut TlbEntry {
-        &mut self.data[page as usize % DATA_ENTRIES]
+    pub fn data(&self, page: u64) -> &TlbEntry {
+        &self.data[page as usize % DATA_ENTRIES]
     }
 
-    /// The instruction entry for a linear page, if it is cached.
+    /// The slot of the instruction TLB that could have a linear page.
     #[inline(always)]
-    pub fn code(&mut self, page: u64) -> &mut TlbEntry {
-        &mut self.code[page as usize % CODE_ENTRIES]
+    pub fn code(&self, page: u64) -> &TlbEntry {
+        &self.code[page as usize % CODE_ENTRIES]
     }
 
-    fn all(&mut self) -> impl Iterator<Item = &mut TlbEntry> {
-        self.data.iter_mut().chain(self.code.iter_mut())
+    /// Fills the slot of the data TLB that is for a linear page.
+    pub fn set_data(&mut self, page: u64, entry: TlbEntry) {
+        let slot = &mut self.data[page as usize % DATA_ENTRIES];
+        let old = std::mem::replace(slot, entry);
+        self.count(&old, &entry);
+    }
+
+    /// Fills the slot of the instruction TLB that is for a linear page.
+    pub fn set_code(&mut self, page: u64, entry: TlbEntry) {
+        let slot = &mut self.code[page as usize % CODE_ENTRIES];
+        let old = std::mem::replace(slot, entry);
+        self.count(&old, &entry);
+    }
+
+    fn count(&mut self, old: &TlbEntry, new: &TlbEntry) {
+        if let Some(pieces) = self.pieces_with(old) {
+            *pieces -= 1;
+        }
+        if let Some(pieces) = self.pieces_with(new) {
+            *pieces += 1;
+        }
+    }
+
+    /// The count that an entry belongs to, if it is a piece of a large page.
+    fn pieces_with(&mut self, e: &TlbEntry) -> Option<&mut u16> {
+        let size = e.size();
+        (size > 0).then(|| &mut self.pieces[size - 1][region(e.page, size)])
     }
 
     /// Drops everything, or everything that is not global (MOV to CR3 with CR4.PGE, SDM 3A 5.10.4.1).
     pub fn flush(&mut self, keep_global: bool) {
         let kept = if keep_global { right::GLOBAL } else { 0 };
-        for e in self.all() {
-            if e.frame & kept == 0 {
-                *e = TlbEntry::default();
+        for e in self.data.iter_mut().chain(self.code.iter_mut()).filter(|e| e.frame & kept == 0) {
+            if e.size() > 0 {
+                self.pieces[e.size() - 1][region(e.page, e.size())] -= 1;
             }
+            *e = TlbEntry::default();
         }
     }
 
     /// INVLPG: drops what translates linear page `page`, all pieces of a large page included, global or not.
     /// Tells `dropped` the linear pages that the data TLB loses.
     pub fn invalidate(&mut self, page: u64, mut dropped: impl FnMut(u64)) {
-        for e in self.data.iter_mut().filter(|e| e.covers(page)) {
-            dropped(e.page);
-            *e = TlbEntry::default();
+        if (1..=2).any(|size| self.pieces[size - 1][region(page, size)] > 0) {
+            for n in 0..DATA_ENTRIES as u64 {
+                let e = *self.data(n);
+                if e.covers(page) {
+                    dropped(e.page);
+                    self.set_data(n, TlbEntry::default());
+                }
+            }
+            for n in 0..CODE_ENTRIES as u64 {
+                if self.code(n).covers(page) {
+                    self.set_code(n, TlbEntry::default());
+                }
+            }
+            return;
         }
-        for e in self.code.iter_mut().filter(|e| e.covers(page)) {
-            *e = TlbEntry::default();
+        if self.data(page).holds(page) {
+            dropped(page);
+            self.set_data(page, TlbEntry::default());
+        }
+        if self.code(page).holds(page) {
+            self.set_code(page, TlbEntry::default());
         }
     }
 
@@ -125,15 +182,11 @@ impl Tlb {
     /// Takes over saved entries. Indexes beyond the arrays are ignored.
     pub fn restore(&mut self, s: &TlbState) {
         *self = Tlb::default();
-        for (i, e) in &s.data {
-            if let Some(slot) = self.data.get_mut(*i as usize) {
-                *slot = *e;
-            }
+        for (i, e) in s.data.iter().filter(|(i, _)| (*i as usize) < DATA_ENTRIES) {
+            self.set_data(*i as u64, *e);
         }
-        for (i, e) in &s.code {
-            if let Some(slot) = self.code.get_mut(*i as usize) {
-                *slot = *e;
-            }
+        for (i, e) in s.code.iter().filter(|(i, _)| (*i as usize) < CODE_ENTRIES) {
+            self.set_code(*i as u64, *e);
         }
     }
 }

@@ -261,6 +261,31 @@ fn stale_translations() {
 }
 
 #[test]
+fn a_page_fault_at_the_page_of_the_code_and_of_its_handler() {
+    check(|| {
+        let mut g = asm(|a| {
+            let mut top = a.create_label();
+            a.mov(ebx, 3)?;
+            a.set_label(&mut top)?;
+            a.mov(byte_ptr(CODE + 0x800), bl)?;
+            a.dec(ebx)?;
+            a.jne(top)
+        });
+        // The handler of #PF skips the store, which has 7 bytes, and lies in the same read-only page.
+        let handler = assemble(|a| {
+            a.add(rsp, 8)?;
+            a.add(qword_ptr(rsp), 7)?;
+            a.iretq()
+        });
+        g.write(CODE + 0x400, &handler);
+        g.write(IDT + 14 * 16, &((CODE + 0x400) as u16).to_le_bytes());
+        g.write(IDT + 14 * 16 + 6, &((CODE >> 16) as u16).to_le_bytes());
+        g.set_pte(CODE, CODE | 5);
+        g
+    });
+}
+
+#[test]
 fn single_steps_of_the_guest() {
     check(|| {
         let mut g = asm(|a| {

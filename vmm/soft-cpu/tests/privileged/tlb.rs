@@ -164,6 +164,24 @@ fn invlpg_drops_all_pieces_of_a_large_page() {
 }
 
 #[test]
+fn pieces_of_large_pages_are_found_after_a_flush_and_a_restore() {
+    let large = 0x20_0000u64;
+    let mut g = Guest::asm(|a| {
+        a.mov(rax, qword_ptr(large + DATA))?;
+        a.mov(rcx, cr3)?;
+        a.mov(cr3, rcx)?;
+        a.mov(rax, qword_ptr(large + DATA))?;
+        a.mov(qword_ptr(PD + 8), 0x87)?;
+        a.invlpg(byte_ptr(large))?;
+        a.mov(rdi, qword_ptr(large + DATA))
+    });
+    g.write_u64(large + DATA, 1);
+    g.write_u64(DATA, 2);
+    assert_eq!(g.run_to(5), Outcome::Exit(Exit::Reached));
+    assert_eq!(g.done()[7], 2);
+}
+
+#[test]
 fn a_stale_entry_survives_saving_and_restoring() {
     let mut g = Guest::asm(|a| {
         a.mov(rax, qword_ptr(DATA))?;
