@@ -13,16 +13,19 @@ pub mod exchange;
 pub mod far;
 pub mod io;
 pub mod misc;
+pub mod mmx;
 pub mod mov;
 pub mod msr;
 pub mod muldiv;
 mod operand;
 pub mod segment;
 pub mod shift;
+pub mod sse;
 pub mod stack;
 pub mod string;
 pub mod system;
 pub mod unary;
+pub mod x87;
 
 use iced_x86::Instruction;
 
@@ -50,6 +53,9 @@ pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
         msr::select,
         cpuid::select,
         io::select,
+        sse::select,
+        mmx::select,
+        x87::select,
     ];
     families.iter().find_map(|select| select(ins, insn))
 }

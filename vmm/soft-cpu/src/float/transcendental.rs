@@ -19,6 +19,35 @@ fn infinity(sign: bool) -> F80 {
     F80::pack(Operand::infinity(sign))
 }
 
+/// What FLDL2T and its kin load.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Constant {
+    /// log2 10.
+    Log2Ten,
+    /// log2 e.
+    Log2E,
+    /// π.
+    Pi,
+    /// log10 2.
+    Log10Two,
+    /// ln 2.
+    LnTwo,
+}
+
+impl Constant {
+    /// The constant, rounded in the current mode; no exception tells of it.
+    pub fn value(self, cx: &Context) -> F80 {
+        let exact = match self {
+            Constant::Log2Ten => Wide::LOG2_10,
+            Constant::Log2E => Wide::LOG2_E,
+            Constant::Pi => Wide::PI,
+            Constant::Log10Two => Wide::LOG10_2,
+            Constant::LnTwo => Wide::LN_2,
+        };
+        finish(exact.result(false), &mut { *cx })
+    }
+}
+
 /// `2^x - 1` for |x| ≤ 1 (F2XM1); any other x is returned as it is.
 pub fn f2xm1(x: F80, cx: &mut Context) -> F80 {
     let a = x.operand();

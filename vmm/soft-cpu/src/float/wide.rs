@@ -16,6 +16,8 @@ impl Wide {
     pub(super) const LN_2: Wide = Wide::new(-1, 0xb172_17f7_d1cf_79ab_c9e3_b398_03f2_f6af);
     pub(super) const LOG2_E: Wide = Wide::new(0, 0xb8aa_3b29_5c17_f0bb_be87_fed0_691d_3e88);
     pub(super) const PI: Wide = Wide::new(1, 0xc90f_daa2_2168_c234_c4c6_628b_80dc_1cd1);
+    pub(super) const LOG2_10: Wide = Wide::new(1, 0xd49a_784b_cd1b_8afe_492b_f6ff_4daf_db4c);
+    pub(super) const LOG10_2: Wide = Wide::new(-2, 0x9a20_9a84_fbcf_f798_8f89_59ac_0b7c_9178);
 
     /// A positive number.
     pub(super) const fn new(exp: i32, sig: u128) -> Wide {

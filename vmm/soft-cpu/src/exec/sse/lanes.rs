@@ -1,0 +1,100 @@
+//! 128 bits as lanes. The loops are over arrays of fixed size, which the compiler turns into vector instructions.
+
+use std::array::from_fn;
+
+/// A lane's type, with the array that fills 128 bits.
+pub(super) trait Lane: Copy + Default {
+    /// All lanes, from the lowest.
+    type Lanes: Copy + AsRef<[Self]> + AsMut<[Self]>;
+    fn split(x: u128) -> Self::Lanes;
+    fn join(lanes: Self::Lanes) -> u128;
+}
+
+macro_rules! lane {
+    ($t:ty, $n:literal) => {
+        impl Lane for $t {
+            type Lanes = [$t; $n];
+            #[inline(always)]
+            fn split(x: u128) -> [$t; $n] {
+                const SIZE: usize = size_of::<$t>();
+                let b = x.to_le_bytes();
+                from_fn(|i| <$t>::from_le_bytes(from_fn(|k| b[i * SIZE + k])))
+            }
+            #[inline(always)]
+            fn join(lanes: [$t; $n]) -> u128 {
+                let mut b = [0; 16];
+                for (b, x) in b.chunks_exact_mut(size_of::<$t>()).zip(lanes) {
+                    b.copy_from_slice(&x.to_le_bytes());
+                }
+                u128::from_le_bytes(b)
+            }
+        }
+    };
+}
+
+lane!(u8, 16);
+lane!(i8, 16);
+lane!(u16, 8);
+lane!(i16, 8);
+lane!(u32, 4);
+lane!(i32, 4);
+lane!(u64, 2);
+lane!(i64, 2);
+
+/// `f` of each pair of lanes.
+#[inline(always)]
+pub(super) fn zip<T: Lane>(a: u128, b: u128, f: impl Fn(T, T) -> T) -> u128 {
+    let (mut x, y) = (T::split(a), T::split(b));
+    for (x, y) in x.as_mut().iter_mut().zip(y.as_ref()) {
+        *x = f(*x, *y);
+    }
+    T::join(x)
+}
+
+/// `f` of each lane.
+#[inline(always)]
+pub(super) fn map<T: Lane>(a: u128, f: impl Fn(T) -> T) -> u128 {
+    zip(a, 0, |x, _| f(x))
+}
+
+/// The first lanes of the result are `f` of the neighbours in `a`, the others of those in `b`.
+#[inline(always)]
+pub(super) fn horizontal<T: Lane>(a: u128, b: u128, f: impl Fn(T, T) -> T) -> u128 {
+    let (x, y, mut r) = (T::split(a), T::split(b), T::split(0));
+    let pairs = x.as_ref().chunks_exact(2).chain(y.as_ref().chunks_exact(2));
+    for (r, pair) in r.as_mut().iter_mut().zip(pairs) {
+        *r = f(pair[0], pair[1]);
+    }
+    T::join(r)
+}
+
+/// Each lane narrowed by `f`: those of `a`, then those of `b`.
+#[inline(always)]
+pub(super) fn narrow<T: Lane, U: Lane>(a: u128, b: u128, f: impl Fn(T) -> U) -> u128 {
+    let (x, y, mut r) = (T::split(a), T::split(b), U::split(0));
+    for (r, x) in r.as_mut().iter_mut().zip(x.as_ref().iter().chain(y.as_ref())) {
+        *r = f(*x);
+    }
+    U::join(r)
+}
+
+/// The low lanes widened by `f`, as many as there is room for.
+#[inline(always)]
+pub(super) fn widen<T: Lane, U: Lane>(a: u128, f: impl Fn(T) -> U) -> u128 {
+    let (x, mut r) = (T::split(a), U::split(0));
+    for (r, x) in r.as_mut().iter_mut().zip(x.as_ref()) {
+        *r = f(*x);
+    }
+    U::join(r)
+}
+
+/// The low lanes of `a` and `b` in turn.
+#[inline(always)]
+pub(super) fn interleave<T: Lane>(a: u128, b: u128) -> u128 {
+    let (x, y, mut r) = (T::split(a), T::split(b), T::split(0));
+    for (r, (x, y)) in r.as_mut().chunks_exact_mut(2).zip(x.as_ref().iter().zip(y.as_ref())) {
+        r[0] = *x;
+        r[1] = *y;
+    }
+    T::join(r)
+}

@@ -1,0 +1,286 @@
+//! Moves between XMM, MM and general registers and memory.
+
+use iced_x86::{Code, Instruction, Mnemonic, OpKind};
+
+use super::{
+    guard, load_aligned, load_source, load_unaligned, note_source, store_aligned, store_unaligned, xmm,
+};
+use crate::exec::mmx;
+use crate::exit::Stop;
+use crate::insn::{Handler, Insn, Int};
+use crate::state::{Cpu, reg};
+
+const LOW: u128 = u64::MAX as u128;
+
+fn reg_reg(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    guard(cpu)?;
+    *xmm(cpu, i.dst) = *xmm(cpu, i.src);
+    Ok(())
+}
+
+fn aligned_load(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    guard(cpu)?;
+    *xmm(cpu, i.dst) = load_aligned(cpu, ram, i)?;
+    Ok(())
+}
+
+fn aligned_store(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    guard(cpu)?;
+    let value = *xmm(cpu, i.src);
+    store_aligned(cpu, ram, i, value)
+}
+
+fn unaligned_load(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    guard(cpu)?;
+    *xmm(cpu, i.dst) = load_unaligned(cpu, ram, i)?;
+    Ok(())
+}
+
+fn unaligned_store(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    guard(cpu)?;
+    let value = *xmm(cpu, i.src);
+    store_unaligned(cpu, ram, i, value)
+}
+
+/// A scalar from memory clears the rest of the register.
+fn scalar_load<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    guard(cpu)?;
+    *xmm(cpu, i.dst) = cpu.load_operand::<T>(ram, i)?.to_u64().into();
+    Ok(())
+}
+
+fn scalar_store<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    guard(cpu)?;
+    let value = *xmm(cpu, i.src) as u64;
+    cpu.store_operand(ram, i, T::from_u64(value))
+}
+
+/// A scalar from a register leaves the rest.
+fn scalar_merge<T: Int>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    guard(cpu)?;
+    let mask = u128::MAX >> (128 - T::BITS);
+    let b = *xmm(cpu, i.src);
+    let a = xmm(cpu, i.dst);
+    *a = *a & !mask | b & mask;
+    Ok(())
+}
+
+/// MOVQ between registers clears the high half.
+fn low_half(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    guard(cpu)?;
+    *xmm(cpu, i.dst) = *xmm(cpu, i.src) & LOW;
+    Ok(())
+}
+
+fn from_general<T: Int>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    guard(cpu)?;
+    *xmm(cpu, i.dst) = cpu.reg::<T>(i.src).to_u64().into();
+    Ok(())
+}
+
+fn to_general<T: Int>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    guard(cpu)?;
+    let value = *xmm(cpu, i.src) as u64;
+    cpu.set_reg(i.dst, T::from_u64(value));
+    Ok(())
+}
+
+/// MOVLPS, MOVLPD.
+fn low_load(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    guard(cpu)?;
+    let value = cpu.load_operand::<u64>(ram, i)?;
+    let a = xmm(cpu, i.dst);
+    *a = *a & !LOW | u128::from(value);
+    Ok(())
+}
+
+/// MOVHPS, MOVHPD.
+fn high_load(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    guard(cpu)?;
+    let value = cpu.load_operand::<u64>(ram, i)?;
+    let a = xmm(cpu, i.dst);
+    *a = *a & LOW | u128::from(value) << 64;
+    Ok(())
+}
+
+fn high_store(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    guard(cpu)?;
+    let value = (*xmm(cpu, i.src) >> 64) as u64;
+    cpu.store_operand(ram, i, value)
+}
+
+fn movhlps(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    guard(cpu)?;
+    let b = *xmm(cpu, i.src);
+    let a = xmm(cpu, i.dst);
+    *a = *a & !LOW | b >> 64;
+    Ok(())
+}
+
+fn movlhps(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    guard(cpu)?;
+    let b = *xmm(cpu, i.src);
+    let a = xmm(cpu, i.dst);
+    *a = *a & LOW | b << 64;
+    Ok(())
+}
+
+/// MOVNTI: an ordinary store, and not an SSE register in sight.
+fn movnti<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    let value = cpu.reg::<T>(i.src);
+    cpu.store_operand(ram, i, value)
+}
+
+/// MASKMOVDQU: writes the bytes whose mask has its highest bit set. Hardware may fault for bytes that are not
+/// written; here they are not touched, but all that are can be written before the first is.
+fn maskmovdqu(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    guard(cpu)?;
+    let (bytes, mask) = (*xmm(cpu, i.dst), *xmm(cpu, i.src));
+    masked_store(cpu, ram, i, &bytes.to_le_bytes(), &mask.to_le_bytes())
+}
+
+fn maskmovq(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    mmx::guard(cpu)?;
+    let (bytes, mask) = (mmx::get(cpu, i.dst), mmx::get(cpu, i.src));
+    masked_store(cpu, ram, i, &bytes.to_le_bytes(), &mask.to_le_bytes())
+}
+
+fn masked_store(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, bytes: &[u8], mask: &[u8]) -> Result<(), Stop> {
+    let addr = cpu.ea(i);
+    let chosen = |k: &usize| mask[*k] & 0x80 != 0;
+    let (first, last) = ((0..mask.len()).find(chosen), (0..mask.len()).rfind(chosen));
+    let (Some(first), Some(last)) = (first, last) else { return Ok(()) };
+    for k in [first, last] {
+        cpu.probe_write(ram, addr.wrapping_add(k as u64), 1)?;
+    }
+    for k in (0..mask.len()).filter(chosen) {
+        cpu.store(ram, addr.wrapping_add(k as u64), bytes[k])?;
+    }
+    Ok(())
+}
+
+fn mm_from_mm(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    mmx::check(cpu)?;
+    let value = if i.src < 8 { mmx::get(cpu, i.src) } else { load_source(cpu, ram, i)? as u64 };
+    mmx::enter(cpu);
+    mmx::set(cpu, i.dst, value);
+    Ok(())
+}
+
+fn mm_store<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    mmx::guard(cpu)?;
+    let value = mmx::get(cpu, i.src);
+    cpu.store_operand(ram, i, T::from_u64(value))
+}
+
+fn mm_from_general<T: Int>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    mmx::guard(cpu)?;
+    let value = cpu.reg::<T>(i.src).to_u64();
+    mmx::set(cpu, i.dst, value);
+    Ok(())
+}
+
+fn mm_to_general<T: Int>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    mmx::guard(cpu)?;
+    let value = mmx::get(cpu, i.src);
+    cpu.set_reg(i.dst, T::from_u64(value));
+    Ok(())
+}
+
+fn movq2dq(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    guard(cpu)?;
+    mmx::guard(cpu)?;
+    *xmm(cpu, i.dst) = mmx::get(cpu, i.src).into();
+    Ok(())
+}
+
+fn movdq2q(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    guard(cpu)?;
+    mmx::guard(cpu)?;
+    let value = *xmm(cpu, i.src) as u64;
+    mmx::set(cpu, i.dst, value);
+    Ok(())
+}
+
+/// MOVD and MOVQ, for whichever of their operands is no XMM register.
+fn mov_dq(ins: &Instruction, insn: &mut Insn) -> Option<Handler> {
+    use Code::*;
+    Some(match ins.code() {
+        Movd_xmm_rm32 if ins.op1_kind() == OpKind::Memory => scalar_load::<u32>,
+        Movd_xmm_rm32 => from_general::<u32>,
+        Movq_xmm_rm64 | Movq_xmm_xmmm64 if ins.op1_kind() == OpKind::Memory => scalar_load::<u64>,
+        Movq_xmm_rm64 => from_general::<u64>,
+        Movd_rm32_xmm if ins.op0_kind() == OpKind::Memory => scalar_store::<u32>,
+        Movd_rm32_xmm => to_general::<u32>,
+        Movq_rm64_xmm | Movq_xmmm64_xmm if ins.op0_kind() == OpKind::Memory => scalar_store::<u64>,
+        Movq_rm64_xmm => to_general::<u64>,
+        Movq_xmm_xmmm64 | Movq_xmmm64_xmm => low_half,
+        Movd_mm_rm32 | Movq_mm_rm64 | Movq_mm_mmm64 if ins.op1_kind() == OpKind::Memory => {
+            note_source(ins, insn);
+            mm_from_mm
+        }
+        Movd_mm_rm32 => mm_from_general::<u32>,
+        Movq_mm_rm64 => mm_from_general::<u64>,
+        Movd_rm32_mm if ins.op0_kind() == OpKind::Memory => mm_store::<u32>,
+        Movq_rm64_mm | Movq_mmm64_mm if ins.op0_kind() == OpKind::Memory => mm_store::<u64>,
+        Movd_rm32_mm => mm_to_general::<u32>,
+        Movq_rm64_mm => mm_to_general::<u64>,
+        Movq_mm_mmm64 | Movq_mmm64_mm => mm_from_mm,
+        _ => return None,
+    })
+}
+
+/// Handlers of this family.
+pub(super) fn select(ins: &Instruction, insn: &mut Insn) -> Option<()> {
+    let loads = ins.op1_kind() == OpKind::Memory;
+    let stores = ins.op0_kind() == OpKind::Memory;
+    insn.exec = match ins.mnemonic() {
+        Mnemonic::Movaps | Mnemonic::Movapd | Mnemonic::Movdqa | Mnemonic::Movntdqa if loads => aligned_load,
+        Mnemonic::Movaps | Mnemonic::Movapd | Mnemonic::Movdqa if stores => aligned_store,
+        Mnemonic::Movntps | Mnemonic::Movntpd | Mnemonic::Movntdq => aligned_store,
+        Mnemonic::Movups | Mnemonic::Movupd | Mnemonic::Movdqu | Mnemonic::Lddqu if loads => unaligned_load,
+        Mnemonic::Movups | Mnemonic::Movupd | Mnemonic::Movdqu if stores => unaligned_store,
+        Mnemonic::Movaps
+        | Mnemonic::Movapd
+        | Mnemonic::Movdqa
+        | Mnemonic::Movups
+        | Mnemonic::Movupd
+        | Mnemonic::Movdqu => reg_reg,
+        Mnemonic::Movd | Mnemonic::Movq => mov_dq(ins, insn)?,
+        // The string instruction MOVSD has the same name and other codes.
+        Mnemonic::Movss if loads => scalar_load::<u32>,
+        Mnemonic::Movss if stores => scalar_store::<u32>,
+        Mnemonic::Movss => scalar_merge::<u32>,
+        Mnemonic::Movsd if ins.code() == Code::Movsd_xmm_xmmm64 && loads => scalar_load::<u64>,
+        Mnemonic::Movsd if ins.code() == Code::Movsd_xmmm64_xmm && stores => scalar_store::<u64>,
+        Mnemonic::Movsd if matches!(ins.code(), Code::Movsd_xmm_xmmm64 | Code::Movsd_xmmm64_xmm) => {
+            scalar_merge::<u64>
+        }
+        Mnemonic::Movlps | Mnemonic::Movlpd if loads => low_load,
+        Mnemonic::Movhps | Mnemonic::Movhpd if loads => high_load,
+        Mnemonic::Movlps | Mnemonic::Movlpd => scalar_store::<u64>,
+        Mnemonic::Movhps | Mnemonic::Movhpd => high_store,
+        Mnemonic::Movhlps => movhlps,
+        Mnemonic::Movlhps => movlhps,
+        Mnemonic::Movnti if ins.code() == Code::Movnti_m64_r64 => movnti::<u64>,
+        Mnemonic::Movnti => movnti::<u32>,
+        Mnemonic::Movntq => mm_store::<u64>,
+        Mnemonic::Maskmovdqu | Mnemonic::Maskmovq => return maskmov(ins, insn),
+        Mnemonic::Movq2dq => movq2dq,
+        Mnemonic::Movdq2q => movdq2q,
+        _ => return None,
+    };
+    Some(())
+}
+
+/// The memory operand is [RDI] and comes first, the registers after it.
+fn maskmov(ins: &Instruction, insn: &mut Insn) -> Option<()> {
+    insn.exec = if ins.mnemonic() == Mnemonic::Maskmovq { maskmovq } else { maskmovdqu };
+    insn.dst = crate::decode::register(ins.op1_register());
+    insn.src = crate::decode::register(ins.op2_register());
+    insn.base = reg::RDI;
+    if insn.flags & crate::insn::flag::ADDR32 != 0 {
+        insn.scale |= crate::insn::ADDR32;
+    }
+    Some(())
+}

@@ -1,0 +1,105 @@
+//! MXCSR, fences and hints, and the integer instructions that came with SSE4.2.
+
+use iced_x86::{Code, Instruction, Mnemonic, OpKind};
+
+use super::guard;
+use crate::exit::Stop;
+use crate::flags::bits::ZF;
+use crate::insn::{Handler, Insn, Int};
+use crate::state::Cpu;
+
+/// The bits of MXCSR that exist (and MXCSR_MASK of FXSAVE).
+pub(crate) const MXCSR_MASK: u32 = 0xffff;
+
+fn ldmxcsr(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    guard(cpu)?;
+    let value = cpu.load_operand::<u32>(ram, i)?;
+    if value & !MXCSR_MASK != 0 {
+        return cpu.general_protection(0);
+    }
+    cpu.mxcsr = value;
+    Ok(())
+}
+
+fn stmxcsr(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    guard(cpu)?;
+    let value = cpu.mxcsr;
+    cpu.store_operand(ram, i, value)
+}
+
+/// Fences and prefetches: every access is in order and there is no cache.
+fn nothing(_: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
+    Ok(())
+}
+
+fn popcnt<T: Int, const MEMORY: bool>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    let value = if MEMORY { cpu.load_operand::<T>(ram, i)? } else { cpu.reg::<T>(i.src) };
+    let count = value.to_u64().count_ones();
+    cpu.set_reg(i.dst, T::from_u64(count.into()));
+    cpu.flags.set_status(if count == 0 { ZF } else { 0 });
+    Ok(())
+}
+
+/// The polynomial of CRC-32C, reflected.
+const CRC_POLYNOMIAL: u32 = 0x82f6_3b78;
+
+const CRC_TABLE: [u32; 256] = {
+    let mut table = [0; 256];
+    let mut n = 0;
+    while n < 256 {
+        let mut crc = n as u32;
+        let mut bit = 0;
+        while bit < 8 {
+            crc = crc >> 1 ^ if crc & 1 != 0 { CRC_POLYNOMIAL } else { 0 };
+            bit += 1;
+        }
+        table[n] = crc;
+        n += 1;
+    }
+    table
+};
+
+/// CRC32: `T` is the source's width. The destination's high half is cleared.
+fn crc32<T: Int, const MEMORY: bool>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    let value = if MEMORY { cpu.load_operand::<T>(ram, i)? } else { cpu.reg::<T>(i.src) };
+    let bytes = value.to_u64().to_le_bytes();
+    let crc = bytes[..T::SIZE]
+        .iter()
+        .fold(cpu.reg::<u32>(i.dst), |crc, byte| crc >> 8 ^ CRC_TABLE[(crc as u8 ^ byte) as usize]);
+    cpu.set_reg(i.dst, crc);
+    Ok(())
+}
+
+/// Handlers of this family.
+pub(super) fn select(ins: &Instruction, insn: &mut Insn) -> Option<()> {
+    let memory = ins.op1_kind() == OpKind::Memory;
+    macro_rules! source {
+        ($f:ident, $t:ty) => {
+            if memory { $f::<$t, true> } else { $f::<$t, false> }
+        };
+    }
+    let handler: Handler = match ins.code() {
+        Code::Popcnt_r16_rm16 => source!(popcnt, u16),
+        Code::Popcnt_r32_rm32 => source!(popcnt, u32),
+        Code::Popcnt_r64_rm64 => source!(popcnt, u64),
+        Code::Crc32_r32_rm8 | Code::Crc32_r64_rm8 => source!(crc32, u8),
+        Code::Crc32_r32_rm16 => source!(crc32, u16),
+        Code::Crc32_r32_rm32 => source!(crc32, u32),
+        Code::Crc32_r64_rm64 => source!(crc32, u64),
+        _ => match ins.mnemonic() {
+            Mnemonic::Ldmxcsr => ldmxcsr,
+            Mnemonic::Stmxcsr => stmxcsr,
+            Mnemonic::Lfence
+            | Mnemonic::Mfence
+            | Mnemonic::Sfence
+            | Mnemonic::Prefetchnta
+            | Mnemonic::Prefetcht0
+            | Mnemonic::Prefetcht1
+            | Mnemonic::Prefetcht2
+            | Mnemonic::Prefetchw => nothing,
+            _ => return None,
+        },
+    };
+    insn.exec = handler;
+    Some(())
+}

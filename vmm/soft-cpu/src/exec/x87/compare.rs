@@ -1,0 +1,137 @@
+//! Comparisons: to the condition codes, to RFLAGS; FTST, FXAM.
+
+use std::cmp::Ordering;
+
+use iced_x86::{Instruction, Mnemonic, OpKind};
+
+use super::arith::{Load, double, dword, single, word};
+use super::{C0, C1, C2, C3, context, get, guard, is_empty, pop, signal, stack_fault};
+use crate::exit::Stop;
+use crate::flags::bits::{CF, PF, ZF};
+use crate::float::{self, Class, Operand};
+use crate::insn::{Handler, Insn};
+use crate::state::Cpu;
+
+/// Compares ST(0) with `b` (`None`: an empty register). Without a result (an unmasked exception) nothing is set.
+fn order(cpu: &mut Cpu, b: Option<Operand>, quiet: bool) -> Option<Option<Ordering>> {
+    match b {
+        Some(b) if !is_empty(cpu, 0) => {
+            let mut cx = context(cpu);
+            let order = float::compare(get(cpu, 0).operand(), b, quiet, &mut cx);
+            signal(cpu, &cx).then_some(order)
+        }
+        _ => stack_fault(cpu, false).then_some(None),
+    }
+}
+
+fn register(cpu: &Cpu, i: u8) -> Option<Operand> {
+    (!is_empty(cpu, i)).then(|| get(cpu, i).operand())
+}
+
+/// To the condition codes, then pops.
+fn to_codes(cpu: &mut Cpu, b: Option<Operand>, quiet: bool, pops: u8) {
+    let Some(order) = order(cpu, b, quiet) else { return };
+    let codes = match order {
+        None => C0 | C2 | C3,
+        Some(Ordering::Less) => C0,
+        Some(Ordering::Equal) => C3,
+        Some(Ordering::Greater) => 0,
+    };
+    cpu.x87.status = cpu.x87.status & !(C0 | C2 | C3) | codes;
+    for _ in 0..pops {
+        pop(cpu);
+    }
+}
+
+fn registers<const QUIET: bool, const POPS: u8>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    guard(cpu)?;
+    let b = register(cpu, i.src);
+    to_codes(cpu, b, QUIET, POPS);
+    Ok(())
+}
+
+/// FCOMPP, FUCOMPP: with ST(1).
+fn next<const QUIET: bool>(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
+    guard(cpu)?;
+    let b = register(cpu, 1);
+    to_codes(cpu, b, QUIET, 2);
+    Ok(())
+}
+
+#[inline(always)]
+fn memory(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, load: Load, pops: u8) -> Result<(), Stop> {
+    guard(cpu)?;
+    let b = load(cpu, ram, i)?;
+    to_codes(cpu, Some(b), false, pops);
+    Ok(())
+}
+
+fn ftst(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
+    guard(cpu)?;
+    to_codes(cpu, Some(Operand::zero(false)), false, 0);
+    Ok(())
+}
+
+/// FCOMI, FUCOMI and their popping forms.
+fn to_flags<const QUIET: bool, const POP: bool>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    guard(cpu)?;
+    let b = register(cpu, i.src);
+    let Some(order) = order(cpu, b, QUIET) else { return Ok(()) };
+    cpu.flags.set_status(match order {
+        None => ZF | PF | CF,
+        Some(Ordering::Less) => CF,
+        Some(Ordering::Equal) => ZF,
+        Some(Ordering::Greater) => 0,
+    });
+    if POP {
+        pop(cpu);
+    }
+    Ok(())
+}
+
+fn fxam(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
+    guard(cpu)?;
+    let x = get(cpu, 0);
+    let class = match x.operand().class {
+        _ if is_empty(cpu, 0) => C0 | C3,
+        Class::Unsupported => 0,
+        Class::Quiet | Class::Signaling => C0,
+        Class::Normal => C2,
+        Class::Infinity => C0 | C2,
+        Class::Zero => C3,
+        Class::Denormal => C2 | C3,
+    };
+    let sign = if x.sign_exp >> 15 != 0 { C1 } else { 0 };
+    cpu.x87.status = cpu.x87.status & !(C0 | C1 | C2 | C3) | class | sign;
+    Ok(())
+}
+
+/// Handlers of this family.
+pub(super) fn select(ins: &Instruction, insn: &mut Insn) -> Option<()> {
+    let memory_size = if ins.op0_kind() == OpKind::Memory { ins.memory_size().size() } else { 0 };
+    let handler: Handler = match (ins.mnemonic(), memory_size) {
+        (Mnemonic::Fcom, 0) => registers::<false, 0>,
+        (Mnemonic::Fcomp, 0) => registers::<false, 1>,
+        (Mnemonic::Fcompp, _) => next::<false>,
+        (Mnemonic::Fucom, _) => registers::<true, 0>,
+        (Mnemonic::Fucomp, _) => registers::<true, 1>,
+        (Mnemonic::Fucompp, _) => next::<true>,
+        (Mnemonic::Fcom, 4) => |cpu, ram, i| memory(cpu, ram, i, single, 0),
+        (Mnemonic::Fcom, _) => |cpu, ram, i| memory(cpu, ram, i, double, 0),
+        (Mnemonic::Fcomp, 4) => |cpu, ram, i| memory(cpu, ram, i, single, 1),
+        (Mnemonic::Fcomp, _) => |cpu, ram, i| memory(cpu, ram, i, double, 1),
+        (Mnemonic::Ficom, 2) => |cpu, ram, i| memory(cpu, ram, i, word, 0),
+        (Mnemonic::Ficom, _) => |cpu, ram, i| memory(cpu, ram, i, dword, 0),
+        (Mnemonic::Ficomp, 2) => |cpu, ram, i| memory(cpu, ram, i, word, 1),
+        (Mnemonic::Ficomp, _) => |cpu, ram, i| memory(cpu, ram, i, dword, 1),
+        (Mnemonic::Fcomi, _) => to_flags::<false, false>,
+        (Mnemonic::Fcomip, _) => to_flags::<false, true>,
+        (Mnemonic::Fucomi, _) => to_flags::<true, false>,
+        (Mnemonic::Fucomip, _) => to_flags::<true, true>,
+        (Mnemonic::Ftst, _) => ftst,
+        (Mnemonic::Fxam, _) => fxam,
+        _ => return None,
+    };
+    insn.exec = handler;
+    Some(())
+}

@@ -1,0 +1,294 @@
+//! Loads, stores, constants, exchanges and conditional moves.
+
+use iced_x86::{Instruction, Mnemonic, OpKind};
+
+use super::arith::{Load, double, dword, qword, single, word};
+use super::{clear_c1, context, free, get, guard, is_empty, pop, push, rotate, set, signal, stack_fault};
+use crate::exit::Stop;
+use crate::float::transcendental::Constant;
+use crate::float::{self, Context, F32, F64, F80, IE, PE, Rounding};
+use crate::insn::{Handler, Insn};
+use crate::state::Cpu;
+
+/// Reads ten bytes.
+fn load_ten(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<u128, Stop> {
+    let mut bytes = [0; 16];
+    let addr = cpu.ea(i);
+    cpu.load_bytes(ram, addr, &mut bytes[..10]).map_err(|stop| cpu.operand_fault(i, stop))?;
+    Ok(u128::from_le_bytes(bytes))
+}
+
+/// Writes ten bytes.
+fn store_ten(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, value: u128) -> Result<(), Stop> {
+    let addr = cpu.ea(i);
+    cpu.store_bytes(ram, addr, &value.to_le_bytes()[..10]).map_err(|stop| cpu.operand_fault(i, stop))
+}
+
+/// Pushes a value that came without exceptions.
+fn push_value(cpu: &mut Cpu, value: F80) {
+    if is_empty(cpu, 7) {
+        clear_c1(cpu);
+        push(cpu, value);
+    } else if stack_fault(cpu, true) {
+        push(cpu, F80::DEFAULT_NAN);
+    }
+}
+
+#[inline(always)]
+fn load(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, load: Load) -> Result<(), Stop> {
+    guard(cpu)?;
+    let operand = load(cpu, ram, i)?;
+    if !is_empty(cpu, 7) {
+        push_value(cpu, F80::DEFAULT_NAN);
+        return Ok(());
+    }
+    let mut cx = context(cpu);
+    let value = float::load(operand, &mut cx);
+    signal(cpu, &cx);
+    if cx.unmasked() & IE == 0 {
+        push(cpu, value);
+    }
+    Ok(())
+}
+
+fn load_extended(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    guard(cpu)?;
+    let bits = load_ten(cpu, ram, i)?;
+    push_value(cpu, F80 { significand: bits as u64, sign_exp: (bits >> 64) as u16 });
+    Ok(())
+}
+
+fn load_bcd(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    guard(cpu)?;
+    let bits = load_ten(cpu, ram, i)?;
+    push_value(cpu, float::from_bcd(bits));
+    Ok(())
+}
+
+fn load_register(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    guard(cpu)?;
+    if is_empty(cpu, 7) && is_empty(cpu, i.src) {
+        if stack_fault(cpu, false) {
+            push(cpu, F80::DEFAULT_NAN);
+        }
+        return Ok(());
+    }
+    let value = get(cpu, i.src);
+    push_value(cpu, value);
+    Ok(())
+}
+
+#[inline(always)]
+fn load_constant(cpu: &mut Cpu, value: impl Fn(&Context) -> F80) -> Result<(), Stop> {
+    guard(cpu)?;
+    let value = value(&context(cpu));
+    push_value(cpu, value);
+    Ok(())
+}
+
+/// What a store writes: the bits, how they come from a register, and what stands for an empty one.
+struct Format {
+    bits: u32,
+    convert: fn(F80, &mut Context) -> u128,
+    indefinite: u128,
+}
+
+const SINGLE: Format =
+    Format { bits: 32, convert: |x, cx| float::store::<F32>(x, cx).0.into(), indefinite: 0xffc0_0000 };
+const DOUBLE: Format =
+    Format { bits: 64, convert: |x, cx| float::store::<F64>(x, cx).0.into(), indefinite: 0xfff8 << 48 };
+const EXTENDED: Format = Format { bits: 80, convert: |x, _| bits(x), indefinite: bits(F80::DEFAULT_NAN) };
+const BCD: Format = Format { bits: 80, convert: float::to_bcd, indefinite: 0xffff_c000 << 48 };
+
+const fn bits(x: F80) -> u128 {
+    (x.sign_exp as u128) << 64 | x.significand as u128
+}
+
+/// A signed integer of this width; FISTTP truncates.
+const fn integer<const BITS: u32, const TRUNCATE: bool>() -> Format {
+    Format {
+        bits: BITS,
+        convert: |x, cx| {
+            let rounding = if TRUNCATE { Rounding::Zero } else { cx.rounding };
+            float::to_int(x.operand(), BITS, rounding, cx) as u64 as u128
+        },
+        indefinite: 1 << (BITS - 1),
+    }
+}
+
+#[inline(always)]
+fn store(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, pops: bool, format: Format) -> Result<(), Stop> {
+    guard(cpu)?;
+    let mut cx = context(cpu);
+    let empty = is_empty(cpu, 0);
+    let value = if empty {
+        cx.flags |= IE;
+        format.indefinite
+    } else {
+        (format.convert)(get(cpu, 0), &mut cx)
+    };
+    // But for an inexact result, an unmasked exception means that nothing is stored nor popped.
+    let stores = cx.unmasked() & !PE == 0;
+    if stores {
+        match format.bits {
+            16 => cpu.store_operand(ram, i, value as u16)?,
+            32 => cpu.store_operand(ram, i, value as u32)?,
+            64 => cpu.store_operand(ram, i, value as u64)?,
+            _ => store_ten(cpu, ram, i, value)?,
+        }
+    }
+    if empty {
+        stack_fault(cpu, false);
+    } else {
+        signal(cpu, &cx);
+    }
+    if stores && pops {
+        pop(cpu);
+    }
+    Ok(())
+}
+
+/// FST ST(i), FSTP ST(i): a copy, bit for bit.
+fn store_register<const POP: bool>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    guard(cpu)?;
+    let mut value = get(cpu, 0);
+    if is_empty(cpu, 0) {
+        if !stack_fault(cpu, false) {
+            return Ok(());
+        }
+        value = F80::DEFAULT_NAN;
+    } else {
+        clear_c1(cpu);
+    }
+    set(cpu, i.dst, value);
+    if POP {
+        pop(cpu);
+    }
+    Ok(())
+}
+
+fn exchange(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    guard(cpu)?;
+    clear_c1(cpu);
+    if (is_empty(cpu, 0) || is_empty(cpu, i.src)) && !stack_fault(cpu, false) {
+        return Ok(());
+    }
+    let taken = |r: u8| if is_empty(cpu, r) { F80::DEFAULT_NAN } else { get(cpu, r) };
+    let (a, b) = (taken(0), taken(i.src));
+    set(cpu, 0, b);
+    set(cpu, i.src, a);
+    Ok(())
+}
+
+fn conditional_move<const CC: u8>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    guard(cpu)?;
+    if is_empty(cpu, 0) || is_empty(cpu, i.src) {
+        if stack_fault(cpu, false) {
+            set(cpu, 0, F80::DEFAULT_NAN);
+        }
+        return Ok(());
+    }
+    clear_c1(cpu);
+    if cpu.flags.condition::<CC>() {
+        let value = get(cpu, i.src);
+        set(cpu, 0, value);
+    }
+    Ok(())
+}
+
+fn fincstp(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
+    guard(cpu)?;
+    rotate(cpu, 1);
+    clear_c1(cpu);
+    Ok(())
+}
+
+fn fdecstp(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
+    guard(cpu)?;
+    rotate(cpu, 7);
+    clear_c1(cpu);
+    Ok(())
+}
+
+/// FFREE, FFREEP.
+fn ffree<const POP: bool>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    guard(cpu)?;
+    free(cpu, i.dst);
+    if POP {
+        pop(cpu);
+    }
+    Ok(())
+}
+
+/// Handlers of this family.
+pub(super) fn select(ins: &Instruction, insn: &mut Insn) -> Option<()> {
+    let memory = ins.op_count() > 0 && ins.op0_kind() == OpKind::Memory
+        || ins.op_count() > 1 && ins.op1_kind() == OpKind::Memory;
+    let size = if memory { ins.memory_size().size() } else { 0 };
+    insn.exec = match ins.mnemonic() {
+        Mnemonic::Fld | Mnemonic::Fild | Mnemonic::Fbld => load_form(ins.mnemonic(), size)?,
+        Mnemonic::Fldl2t => |cpu, _, _| load_constant(cpu, |cx| Constant::Log2Ten.value(cx)),
+        Mnemonic::Fldl2e => |cpu, _, _| load_constant(cpu, |cx| Constant::Log2E.value(cx)),
+        Mnemonic::Fldpi => |cpu, _, _| load_constant(cpu, |cx| Constant::Pi.value(cx)),
+        Mnemonic::Fldlg2 => |cpu, _, _| load_constant(cpu, |cx| Constant::Log10Two.value(cx)),
+        Mnemonic::Fldln2 => |cpu, _, _| load_constant(cpu, |cx| Constant::LnTwo.value(cx)),
+        Mnemonic::Fld1 => |cpu, _, _| load_constant(cpu, |_| F80::ONE),
+        Mnemonic::Fldz => |cpu, _, _| load_constant(cpu, |_| F80::default()),
+        Mnemonic::Fxch => exchange,
+        Mnemonic::Fcmovb => conditional_move::<2>,
+        Mnemonic::Fcmovnb => conditional_move::<3>,
+        Mnemonic::Fcmove => conditional_move::<4>,
+        Mnemonic::Fcmovne => conditional_move::<5>,
+        Mnemonic::Fcmovbe => conditional_move::<6>,
+        Mnemonic::Fcmovnbe => conditional_move::<7>,
+        Mnemonic::Fcmovu => conditional_move::<10>,
+        Mnemonic::Fcmovnu => conditional_move::<11>,
+        Mnemonic::Fincstp => fincstp,
+        Mnemonic::Fdecstp => fdecstp,
+        Mnemonic::Ffree => ffree::<false>,
+        Mnemonic::Ffreep => ffree::<true>,
+        mnemonic => store_form(mnemonic, size)?,
+    };
+    Some(())
+}
+
+fn load_form(mnemonic: Mnemonic, size: usize) -> Option<Handler> {
+    Some(match (mnemonic, size) {
+        (Mnemonic::Fld, 0) => load_register,
+        (Mnemonic::Fld, 4) => |cpu, ram, i| load(cpu, ram, i, single),
+        (Mnemonic::Fld, 8) => |cpu, ram, i| load(cpu, ram, i, double),
+        (Mnemonic::Fld, _) => load_extended,
+        (Mnemonic::Fild, 2) => |cpu, ram, i| load(cpu, ram, i, word),
+        (Mnemonic::Fild, 4) => |cpu, ram, i| load(cpu, ram, i, dword),
+        (Mnemonic::Fild, _) => |cpu, ram, i| load(cpu, ram, i, qword),
+        (Mnemonic::Fbld, _) => load_bcd,
+        _ => return None,
+    })
+}
+
+fn store_form(mnemonic: Mnemonic, size: usize) -> Option<Handler> {
+    macro_rules! store {
+        ($pops:expr, $format:expr) => {
+            |cpu, ram, i| store(cpu, ram, i, $pops, $format)
+        };
+    }
+    Some(match (mnemonic, size) {
+        (Mnemonic::Fst, 0) => store_register::<false>,
+        (Mnemonic::Fstp | Mnemonic::Fstpnce, 0) => store_register::<true>,
+        (Mnemonic::Fst, 4) => store!(false, SINGLE),
+        (Mnemonic::Fst, _) => store!(false, DOUBLE),
+        (Mnemonic::Fstp, 4) => store!(true, SINGLE),
+        (Mnemonic::Fstp, 8) => store!(true, DOUBLE),
+        (Mnemonic::Fstp, _) => store!(true, EXTENDED),
+        (Mnemonic::Fist, 2) => store!(false, integer::<16, false>()),
+        (Mnemonic::Fist, _) => store!(false, integer::<32, false>()),
+        (Mnemonic::Fistp, 2) => store!(true, integer::<16, false>()),
+        (Mnemonic::Fistp, 4) => store!(true, integer::<32, false>()),
+        (Mnemonic::Fistp, _) => store!(true, integer::<64, false>()),
+        (Mnemonic::Fisttp, 2) => store!(true, integer::<16, true>()),
+        (Mnemonic::Fisttp, 4) => store!(true, integer::<32, true>()),
+        (Mnemonic::Fisttp, _) => store!(true, integer::<64, true>()),
+        (Mnemonic::Fbstp, _) => store!(true, BCD),
+        _ => return None,
+    })
+}

@@ -1,0 +1,184 @@
+//! Functions of ST(0), and of ST(0) and ST(1).
+
+use iced_x86::{Instruction, Mnemonic};
+
+use super::{C0, C1, C2, C3, context, get, guard, is_empty, pop, push, set, signal, stack_fault};
+use crate::exit::Stop;
+use crate::float::{self, Context, F80, transcendental};
+use crate::insn::{Handler, Insn};
+use crate::state::Cpu;
+
+/// ST(0) = f(ST(0)).
+#[inline(always)]
+fn unary(cpu: &mut Cpu, f: fn(F80, &mut Context) -> F80) -> Result<(), Stop> {
+    guard(cpu)?;
+    replace(cpu, 0, |cpu, cx| f(get(cpu, 0), cx));
+    Ok(())
+}
+
+/// ST(0) = f(ST(0), ST(1)).
+#[inline(always)]
+fn binary(cpu: &mut Cpu, f: fn(F80, F80, &mut Context) -> F80) -> Result<(), Stop> {
+    guard(cpu)?;
+    replace(cpu, 1, |cpu, cx| f(get(cpu, 0), get(cpu, 1), cx));
+    Ok(())
+}
+
+/// Replaces ST(0) by a value that needs the registers up to ST(`last`).
+fn replace(cpu: &mut Cpu, last: u8, f: impl FnOnce(&mut Cpu, &mut Context) -> F80) {
+    if (0..=last).any(|r| is_empty(cpu, r)) {
+        if stack_fault(cpu, false) {
+            set(cpu, 0, F80::DEFAULT_NAN);
+        }
+        return;
+    }
+    let mut cx = context(cpu);
+    let value = f(cpu, &mut cx);
+    if signal(cpu, &cx) {
+        set(cpu, 0, value);
+    }
+}
+
+/// ST(1) = f(ST(1), ST(0)), then pops.
+#[inline(always)]
+fn popping(cpu: &mut Cpu, f: fn(F80, F80, &mut Context) -> F80) -> Result<(), Stop> {
+    guard(cpu)?;
+    let value = if is_empty(cpu, 0) || is_empty(cpu, 1) {
+        if !stack_fault(cpu, false) {
+            return Ok(());
+        }
+        F80::DEFAULT_NAN
+    } else {
+        let mut cx = context(cpu);
+        let value = f(get(cpu, 1), get(cpu, 0), &mut cx);
+        if !signal(cpu, &cx) {
+            return Ok(());
+        }
+        value
+    };
+    set(cpu, 1, value);
+    pop(cpu);
+    Ok(())
+}
+
+/// FABS, FCHS: a change of the sign bit.
+#[inline(always)]
+fn sign(cpu: &mut Cpu, f: fn(u16) -> u16) -> Result<(), Stop> {
+    guard(cpu)?;
+    replace(cpu, 0, |cpu, _| {
+        let x = get(cpu, 0);
+        F80 { sign_exp: f(x.sign_exp), ..x }
+    });
+    Ok(())
+}
+
+/// FPREM, FPREM1: the quotient's low bits go to C0, C3 and C1, and C2 tells that the reduction is partial.
+fn remainder<const NEAREST: bool>(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
+    guard(cpu)?;
+    if is_empty(cpu, 0) || is_empty(cpu, 1) {
+        if stack_fault(cpu, false) {
+            set(cpu, 0, F80::DEFAULT_NAN);
+        }
+        return Ok(());
+    }
+    let mut cx = context(cpu);
+    let r = float::remainder(get(cpu, 0), get(cpu, 1), NEAREST, &mut cx);
+    if signal(cpu, &cx) {
+        let flag = |set: bool, bit| if set { bit } else { 0 };
+        cpu.x87.status = cpu.x87.status & !(C0 | C1 | C2 | C3)
+            | flag(r.incomplete, C2)
+            | flag(r.quotient & 4 != 0, C0)
+            | flag(r.quotient & 2 != 0, C3)
+            | flag(r.quotient & 1 != 0, C1);
+        set(cpu, 0, r.value);
+    }
+    Ok(())
+}
+
+/// FSIN, FCOS: C2 tells that ST(0) is out of range and as it was.
+#[inline(always)]
+fn circular(cpu: &mut Cpu, f: fn(F80, &mut Context) -> Option<F80>) -> Result<(), Stop> {
+    guard(cpu)?;
+    replace(cpu, 0, |cpu, cx| {
+        let x = get(cpu, 0);
+        let value = f(x, cx);
+        note_range(cpu, value.is_some());
+        value.unwrap_or(x)
+    });
+    Ok(())
+}
+
+fn note_range(cpu: &mut Cpu, in_range: bool) {
+    cpu.x87.status = cpu.x87.status & !C2 | if in_range { 0 } else { C2 };
+}
+
+/// What becomes of ST(0) and what is pushed, or nothing if ST(0) is out of range.
+type Pair = fn(F80, &mut Context) -> Option<(F80, F80)>;
+
+/// FSINCOS, FPTAN, FXTRACT: replace ST(0) and push. C2 tells that ST(0) was out of range.
+#[inline(always)]
+fn pushing(cpu: &mut Cpu, f: Pair) -> Result<(), Stop> {
+    guard(cpu)?;
+    let pair = if is_empty(cpu, 0) || !is_empty(cpu, 7) {
+        let overflow = !is_empty(cpu, 0);
+        if !stack_fault(cpu, overflow) {
+            return Ok(());
+        }
+        Some((F80::DEFAULT_NAN, F80::DEFAULT_NAN))
+    } else {
+        let mut cx = context(cpu);
+        let pair = f(get(cpu, 0), &mut cx);
+        if !signal(cpu, &cx) {
+            return Ok(());
+        }
+        note_range(cpu, pair.is_some());
+        pair
+    };
+    if let Some((replaced, pushed)) = pair {
+        set(cpu, 0, replaced);
+        push(cpu, pushed);
+    }
+    Ok(())
+}
+
+fn sincos(x: F80, cx: &mut Context) -> Option<(F80, F80)> {
+    let sine = transcendental::fsin(x, cx)?;
+    Some((sine, transcendental::fcos(x, cx)?))
+}
+
+fn ptan(x: F80, cx: &mut Context) -> Option<(F80, F80)> {
+    let tangent = transcendental::fptan(x, cx)?;
+    let is_nan = tangent.operand().is_nan();
+    Some((tangent, if is_nan { tangent } else { F80::ONE }))
+}
+
+fn xtract(x: F80, cx: &mut Context) -> Option<(F80, F80)> {
+    Some(float::extract(x, cx))
+}
+
+/// Handlers of this family.
+pub(super) fn select(ins: &Instruction, insn: &mut Insn) -> Option<()> {
+    let handler: Handler = match ins.mnemonic() {
+        Mnemonic::Fabs => |cpu, _, _| sign(cpu, |s| s & 0x7fff),
+        Mnemonic::Fchs => |cpu, _, _| sign(cpu, |s| s ^ 0x8000),
+        Mnemonic::Fsqrt => |cpu, _, _| unary(cpu, |x, cx| float::sqrt(x.operand(), cx)),
+        Mnemonic::Frndint => {
+            |cpu, _, _| unary(cpu, |x, cx| float::round_to_integral(x.operand(), cx.rounding, true, cx))
+        }
+        Mnemonic::F2xm1 => |cpu, _, _| unary(cpu, transcendental::f2xm1),
+        Mnemonic::Fscale => |cpu, _, _| binary(cpu, float::scale),
+        Mnemonic::Fprem => remainder::<false>,
+        Mnemonic::Fprem1 => remainder::<true>,
+        Mnemonic::Fyl2x => |cpu, _, _| popping(cpu, transcendental::fyl2x),
+        Mnemonic::Fyl2xp1 => |cpu, _, _| popping(cpu, transcendental::fyl2xp1),
+        Mnemonic::Fpatan => |cpu, _, _| popping(cpu, transcendental::fpatan),
+        Mnemonic::Fsin => |cpu, _, _| circular(cpu, transcendental::fsin),
+        Mnemonic::Fcos => |cpu, _, _| circular(cpu, transcendental::fcos),
+        Mnemonic::Fsincos => |cpu, _, _| pushing(cpu, sincos),
+        Mnemonic::Fptan => |cpu, _, _| pushing(cpu, ptan),
+        Mnemonic::Fxtract => |cpu, _, _| pushing(cpu, xtract),
+        _ => return None,
+    };
+    insn.exec = handler;
+    Some(())
+}
