@@ -129,7 +129,7 @@ fn remainders() {
             let mut cx = Context::from_control_word(control);
             let ours = float::remainder(a, b, nearest, &mut cx);
             let value = if cx.no_result() { a } else { ours.value };
-            let q = u16::from(ours.quotient);
+            let q = u16::from(ours.quotient.unwrap_or(0));
             let mut codes = (q >> 2 & 1) * C0 | (q >> 1 & 1) * C3 | (q & 1) * C1;
             codes |= u16::from(ours.incomplete) * C2;
             let host = host(a, b, control, &mut 0);

@@ -29,8 +29,8 @@ pub fn store<R: Float>(a: F80, cx: &mut Context) -> R {
 pub struct Remainder {
     /// The new ST(0).
     pub value: F80,
-    /// The low three bits of the quotient (C0, C3, C1 from the highest); zero if incomplete.
-    pub quotient: u8,
+    /// The low three bits of the quotient (C0, C3, C1 from the highest), zero if incomplete; nothing for a NaN.
+    pub quotient: Option<u8>,
     /// The reduction is partial (C2): run it again.
     pub incomplete: bool,
 }
@@ -38,12 +38,13 @@ pub struct Remainder {
 /// The remainder of `a / b`, the quotient being truncated (FPREM) or rounded to nearest (FPREM1).
 pub fn remainder(a: F80, b: F80, nearest: bool, cx: &mut Context) -> Remainder {
     let (a, b) = (a.operand(), b.operand());
-    let complete = |value| Remainder { value, quotient: 0, incomplete: false };
-    if let Some(nan) = F80::nan_result(a, b, cx) {
-        return complete(nan);
+    let nan = |value| Remainder { value, quotient: None, incomplete: false };
+    let complete = |value| Remainder { value, quotient: Some(0), incomplete: false };
+    if let Some(value) = F80::nan_result(a, b, cx) {
+        return nan(value);
     }
     if a.class == Class::Infinity || b.class == Class::Zero {
-        return complete(F80::invalid(cx));
+        return nan(F80::invalid(cx));
     }
     note_denormal(a, b, cx);
     if a.class == Class::Zero || b.class == Class::Infinity {
@@ -71,7 +72,7 @@ pub fn remainder(a: F80, b: F80, nearest: bool, cx: &mut Context) -> Remainder {
         _ => Exact::normalised(sign, unit + 64, rest).round(Target::EXTENDED, cx),
     };
     let quotient = if incomplete { 0 } else { quotient as u8 & 7 };
-    Remainder { value: F80::pack(value), quotient, incomplete }
+    Remainder { value: F80::pack(value), quotient: Some(quotient), incomplete }
 }
 
 /// A number that an operation hands through: a pseudo-denormal becomes normal, and a denormal is no underflow.

@@ -89,8 +89,8 @@ fn to_mm(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, f: LaneOp) -> Result<(), Stop>
     guard(cpu)?;
     mmx::check(cpu)?;
     let b = load_source(cpu, ram, i)?;
-    let value = with_mxcsr(cpu, |cx| f(b, 0, cx) | f(b, 1, cx))?;
     mmx::enter(cpu);
+    let value = with_mxcsr(cpu, |cx| f(b, 0, cx) | f(b, 1, cx))?;
     mmx::set(cpu, i.dst, value as u64);
     Ok(())
 }
@@ -106,8 +106,8 @@ fn load_mm(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<u128, Stop> {
 /// CVTPI2PS leaves the high half.
 fn cvtpi2ps(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
     let b = load_mm(cpu, ram, i)?;
-    let value = with_mxcsr(cpu, |cx| int_to::<F32>(b, 0, cx) | int_to::<F32>(b, 1, cx))?;
     mmx::enter(cpu);
+    let value = with_mxcsr(cpu, |cx| int_to::<F32>(b, 0, cx) | int_to::<F32>(b, 1, cx))?;
     let a = xmm(cpu, i.dst);
     *a = F64::low(value).merged(*a);
     Ok(())

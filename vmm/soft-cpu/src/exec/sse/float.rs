@@ -166,7 +166,8 @@ fn addsub<F: Element>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Sto
 }
 
 /// DPPS, DPPD: the products that the high half of the immediate chooses are summed in pairs; the low half chooses
-/// where the sum goes. Each stage has its own exceptions.
+/// where the sum goes. Each stage has its own exceptions. Lanes differ in the order of their additions, and so in
+/// which of several NaNs they get: this is the order of Intel's CPUs.
 fn dot_product<F: Element>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
     guard(cpu)?;
     let b = load_source(cpu, ram, i)?;
@@ -177,17 +178,19 @@ fn dot_product<F: Element>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<()
             .filter(|k| imm >> (4 + k) & 1 != 0)
             .fold(0, |r, k| r | Mul::run(F::lane(a, k), F::lane(b, k), 0, cx).at(k))
     })?;
+    // Each stage adds to a lane the one whose number differs in this bit, as the first or the second operand.
+    let stages: &[(u32, bool)] = if F::COUNT == 4 { &[(1, true), (2, false)] } else { &[(1, false)] };
     let mut sums = products;
-    let mut count = F::COUNT;
-    while count > 1 {
-        count /= 2;
+    for &(bit, other_first) in stages {
         sums = with_mxcsr(cpu, |cx| {
-            (0..count)
-                .fold(0, |r, k| r | Add::run(F::lane(sums, 2 * k), F::lane(sums, 2 * k + 1), 0, cx).at(k))
+            (0..F::COUNT).fold(0, |r, k| {
+                let (own, other) = (F::lane(sums, k), F::lane(sums, k ^ bit));
+                let (x, y) = if other_first { (other, own) } else { (own, other) };
+                r | Add::run(x, y, 0, cx).at(k)
+            })
         })?;
     }
-    let sum = F::low(sums);
-    *xmm(cpu, i.dst) = (0..F::COUNT).filter(|k| imm >> k & 1 != 0).fold(0, |r, k| r | sum.at(k));
+    *xmm(cpu, i.dst) = (0..F::COUNT).filter(|k| imm >> k & 1 != 0).fold(0, |r, k| r | F::lane(sums, k).at(k));
     Ok(())
 }
 

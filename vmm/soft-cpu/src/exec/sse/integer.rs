@@ -59,8 +59,9 @@ fn mm_mm<O: Op>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
 }
 
 fn mm_mem<O: Op>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
-    mmx::guard(cpu)?;
+    mmx::check(cpu)?;
     let b = load_source(cpu, ram, i)? as u64;
+    mmx::enter(cpu);
     let r = O::run_mmx(mmx::get(cpu, i.dst), b, i.imm as u8);
     mmx::set(cpu, i.dst, r);
     Ok(())

@@ -131,8 +131,7 @@ fn movnti<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
     cpu.store_operand(ram, i, value)
 }
 
-/// MASKMOVDQU: writes the bytes whose mask has its highest bit set. Hardware may fault for bytes that are not
-/// written; here they are not touched, but all that are can be written before the first is.
+/// MASKMOVDQU: writes the bytes whose mask has its highest bit set.
 fn maskmovdqu(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
     guard(cpu)?;
     let (bytes, mask) = (*xmm(cpu, i.dst), *xmm(cpu, i.src));
@@ -140,18 +139,27 @@ fn maskmovdqu(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
 }
 
 fn maskmovq(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
-    mmx::guard(cpu)?;
+    mmx::check(cpu)?;
     let (bytes, mask) = (mmx::get(cpu, i.dst), mmx::get(cpu, i.src));
-    masked_store(cpu, ram, i, &bytes.to_le_bytes(), &mask.to_le_bytes())
+    masked_store(cpu, ram, i, &bytes.to_le_bytes(), &mask.to_le_bytes())?;
+    mmx::enter(cpu);
+    Ok(())
 }
+
+/// Stores the chosen bytes. Faults are as on Intel's CPUs: it is a store of eight bytes, or two with the higher first,
+/// which touches only the pages of chosen bytes but reports its own start, or the page's, as the address.
 
 fn masked_store(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, bytes: &[u8], mask: &[u8]) -> Result<(), Stop> {
     let addr = cpu.ea(i);
     let chosen = |k: &usize| mask[*k] & 0x80 != 0;
-    let (first, last) = ((0..mask.len()).find(chosen), (0..mask.len()).rfind(chosen));
-    let (Some(first), Some(last)) = (first, last) else { return Ok(()) };
-    for k in [first, last] {
-        cpu.probe_write(ram, addr.wrapping_add(k as u64), 1)?;
+    for start in (0..mask.len()).step_by(8).rev() {
+        let first_page = 4096 - (addr.wrapping_add(start as u64) & 4095) as usize;
+        let split = start + first_page.min(8);
+        for part in [start..split, split..start + 8] {
+            if part.clone().any(|k| chosen(&k)) {
+                cpu.probe_write(ram, addr.wrapping_add(part.start as u64), 1)?;
+            }
+        }
     }
     for k in (0..mask.len()).filter(chosen) {
         cpu.store(ram, addr.wrapping_add(k as u64), bytes[k])?;
@@ -168,9 +176,11 @@ fn mm_from_mm(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
 }
 
 fn mm_store<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
-    mmx::guard(cpu)?;
+    mmx::check(cpu)?;
     let value = mmx::get(cpu, i.src);
-    cpu.store_operand(ram, i, T::from_u64(value))
+    cpu.store_operand(ram, i, T::from_u64(value))?;
+    mmx::enter(cpu);
+    Ok(())
 }
 
 fn mm_from_general<T: Int>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {

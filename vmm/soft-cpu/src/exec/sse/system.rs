@@ -1,10 +1,9 @@
-//! MXCSR, fences and hints, and the integer instructions that came with SSE4.2.
+//! MXCSR, prefetches, and CRC32.
 
 use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 
 use super::guard;
 use crate::exit::Stop;
-use crate::flags::bits::ZF;
 use crate::insn::{Handler, Insn, Int};
 use crate::state::Cpu;
 
@@ -27,16 +26,8 @@ fn stmxcsr(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
     cpu.store_operand(ram, i, value)
 }
 
-/// Fences and prefetches: every access is in order and there is no cache.
+/// Prefetches: there is no cache.
 fn nothing(_: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
-    Ok(())
-}
-
-fn popcnt<T: Int, const MEMORY: bool>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
-    let value = if MEMORY { cpu.load_operand::<T>(ram, i)? } else { cpu.reg::<T>(i.src) };
-    let count = value.to_u64().count_ones();
-    cpu.set_reg(i.dst, T::from_u64(count.into()));
-    cpu.flags.set_status(if count == 0 { ZF } else { 0 });
     Ok(())
 }
 
@@ -73,26 +64,20 @@ fn crc32<T: Int, const MEMORY: bool>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) ->
 /// Handlers of this family.
 pub(super) fn select(ins: &Instruction, insn: &mut Insn) -> Option<()> {
     let memory = ins.op1_kind() == OpKind::Memory;
-    macro_rules! source {
-        ($f:ident, $t:ty) => {
-            if memory { $f::<$t, true> } else { $f::<$t, false> }
+    macro_rules! crc32 {
+        ($t:ty) => {
+            if memory { crc32::<$t, true> } else { crc32::<$t, false> }
         };
     }
     let handler: Handler = match ins.code() {
-        Code::Popcnt_r16_rm16 => source!(popcnt, u16),
-        Code::Popcnt_r32_rm32 => source!(popcnt, u32),
-        Code::Popcnt_r64_rm64 => source!(popcnt, u64),
-        Code::Crc32_r32_rm8 | Code::Crc32_r64_rm8 => source!(crc32, u8),
-        Code::Crc32_r32_rm16 => source!(crc32, u16),
-        Code::Crc32_r32_rm32 => source!(crc32, u32),
-        Code::Crc32_r64_rm64 => source!(crc32, u64),
+        Code::Crc32_r32_rm8 | Code::Crc32_r64_rm8 => crc32!(u8),
+        Code::Crc32_r32_rm16 => crc32!(u16),
+        Code::Crc32_r32_rm32 => crc32!(u32),
+        Code::Crc32_r64_rm64 => crc32!(u64),
         _ => match ins.mnemonic() {
             Mnemonic::Ldmxcsr => ldmxcsr,
             Mnemonic::Stmxcsr => stmxcsr,
-            Mnemonic::Lfence
-            | Mnemonic::Mfence
-            | Mnemonic::Sfence
-            | Mnemonic::Prefetchnta
+            Mnemonic::Prefetchnta
             | Mnemonic::Prefetcht0
             | Mnemonic::Prefetcht1
             | Mnemonic::Prefetcht2

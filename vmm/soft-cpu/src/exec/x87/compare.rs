@@ -12,15 +12,16 @@ use crate::float::{self, Class, Operand};
 use crate::insn::{Handler, Insn};
 use crate::state::Cpu;
 
-/// Compares ST(0) with `b` (`None`: an empty register). Without a result (an unmasked exception) nothing is set.
-fn order(cpu: &mut Cpu, b: Option<Operand>, quiet: bool) -> Option<Option<Ordering>> {
+/// Compares ST(0) with `b` (`None`: an empty register). The order is to be told in any case; false: an unmasked
+/// exception keeps the stack from being popped.
+fn order(cpu: &mut Cpu, b: Option<Operand>, quiet: bool) -> (Option<Ordering>, bool) {
     match b {
         Some(b) if !is_empty(cpu, 0) => {
             let mut cx = context(cpu);
             let order = float::compare(get(cpu, 0).operand(), b, quiet, &mut cx);
-            signal(cpu, &cx).then_some(order)
+            (order, signal(cpu, &cx))
         }
-        _ => stack_fault(cpu, false).then_some(None),
+        _ => (None, stack_fault(cpu, false)),
     }
 }
 
@@ -30,7 +31,7 @@ fn register(cpu: &Cpu, i: u8) -> Option<Operand> {
 
 /// To the condition codes, then pops.
 fn to_codes(cpu: &mut Cpu, b: Option<Operand>, quiet: bool, pops: u8) {
-    let Some(order) = order(cpu, b, quiet) else { return };
+    let (order, may_pop) = order(cpu, b, quiet);
     let codes = match order {
         None => C0 | C2 | C3,
         Some(Ordering::Less) => C0,
@@ -38,7 +39,7 @@ fn to_codes(cpu: &mut Cpu, b: Option<Operand>, quiet: bool, pops: u8) {
         Some(Ordering::Greater) => 0,
     };
     cpu.x87.status = cpu.x87.status & !(C0 | C2 | C3) | codes;
-    for _ in 0..pops {
+    for _ in 0..if may_pop { pops } else { 0 } {
         pop(cpu);
     }
 }
@@ -72,18 +73,20 @@ fn ftst(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
     Ok(())
 }
 
-/// FCOMI, FUCOMI and their popping forms.
+/// FCOMI, FUCOMI and their popping forms. They leave C1, but for a stack fault.
 fn to_flags<const QUIET: bool, const POP: bool>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
     guard(cpu)?;
     let b = register(cpu, i.src);
-    let Some(order) = order(cpu, b, QUIET) else { return Ok(()) };
+    let c1 = if b.is_some() && !is_empty(cpu, 0) { cpu.x87.status & C1 } else { 0 };
+    let (order, may_pop) = order(cpu, b, QUIET);
+    cpu.x87.status |= c1;
     cpu.flags.set_status(match order {
         None => ZF | PF | CF,
         Some(Ordering::Less) => CF,
         Some(Ordering::Equal) => ZF,
         Some(Ordering::Greater) => 0,
     });
-    if POP {
+    if POP && may_pop {
         pop(cpu);
     }
     Ok(())

@@ -72,9 +72,13 @@ fn fninit(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
     Ok(())
 }
 
-/// FNOP, and what the 8087 and 80287 needed FENI, FDISI and FSETPM for.
-fn nothing(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
+fn fnop(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
     guard(cpu)
+}
+
+/// What the 8087 and 80287 needed FNENI, FNDISI and FNSETPM for is gone.
+fn nothing(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
+    guard_no_wait(cpu)
 }
 
 /// FWAIT: CR0.TS alone does not keep it from running.
@@ -96,7 +100,8 @@ pub(super) fn select(ins: &Instruction, insn: &mut Insn) -> Option<()> {
         Mnemonic::Fnstsw => fnstsw_ax,
         Mnemonic::Fnclex => fnclex,
         Mnemonic::Fninit => fninit,
-        Mnemonic::Fnop | Mnemonic::Fneni | Mnemonic::Fndisi | Mnemonic::Fnsetpm => nothing,
+        Mnemonic::Fnop => fnop,
+        Mnemonic::Fneni | Mnemonic::Fndisi | Mnemonic::Fnsetpm => nothing,
         Mnemonic::Wait => wait,
         _ => return None,
     };

@@ -67,13 +67,13 @@ fn load_bcd(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
 
 fn load_register(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
     guard(cpu)?;
-    if is_empty(cpu, 7) && is_empty(cpu, i.src) {
+    if is_empty(cpu, 7) && is_empty(cpu, i.dst) {
         if stack_fault(cpu, false) {
             push(cpu, F80::DEFAULT_NAN);
         }
         return Ok(());
     }
-    let value = get(cpu, i.src);
+    let value = get(cpu, i.dst);
     push_value(cpu, value);
     Ok(())
 }
@@ -167,6 +167,18 @@ fn store_register<const POP: bool>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Res
     Ok(())
 }
 
+/// FSTPNCE: FSTP that does not mind an empty ST(0) and copies nothing then.
+fn store_register_quiet(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    guard(cpu)?;
+    clear_c1(cpu);
+    if !is_empty(cpu, 0) {
+        let value = get(cpu, 0);
+        set(cpu, i.dst, value);
+    }
+    pop(cpu);
+    Ok(())
+}
+
 fn exchange(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
     guard(cpu)?;
     clear_c1(cpu);
@@ -188,7 +200,6 @@ fn conditional_move<const CC: u8>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Resu
         }
         return Ok(());
     }
-    clear_c1(cpu);
     if cpu.flags.condition::<CC>() {
         let value = get(cpu, i.src);
         set(cpu, 0, value);
@@ -213,6 +224,7 @@ fn fdecstp(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
 /// FFREE, FFREEP.
 fn ffree<const POP: bool>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
     guard(cpu)?;
+    clear_c1(cpu);
     free(cpu, i.dst);
     if POP {
         pop(cpu);
@@ -274,7 +286,8 @@ fn store_form(mnemonic: Mnemonic, size: usize) -> Option<Handler> {
     }
     Some(match (mnemonic, size) {
         (Mnemonic::Fst, 0) => store_register::<false>,
-        (Mnemonic::Fstp | Mnemonic::Fstpnce, 0) => store_register::<true>,
+        (Mnemonic::Fstp, 0) => store_register::<true>,
+        (Mnemonic::Fstpnce, _) => store_register_quiet,
         (Mnemonic::Fst, 4) => store!(false, SINGLE),
         (Mnemonic::Fst, _) => store!(false, DOUBLE),
         (Mnemonic::Fstp, 4) => store!(true, SINGLE),

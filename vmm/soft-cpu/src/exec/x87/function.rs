@@ -72,9 +72,11 @@ fn sign(cpu: &mut Cpu, f: fn(u16) -> u16) -> Result<(), Stop> {
     Ok(())
 }
 
-/// FPREM, FPREM1: the quotient's low bits go to C0, C3 and C1, and C2 tells that the reduction is partial.
+/// FPREM, FPREM1: the quotient's low bits go to C0, C3 and C1, and C2 tells that the reduction is partial. Without a
+/// quotient C0 and C3 stay.
 fn remainder<const NEAREST: bool>(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
     guard(cpu)?;
+    cpu.x87.status &= !C2;
     if is_empty(cpu, 0) || is_empty(cpu, 1) {
         if stack_fault(cpu, false) {
             set(cpu, 0, F80::DEFAULT_NAN);
@@ -84,13 +86,12 @@ fn remainder<const NEAREST: bool>(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Resu
     let mut cx = context(cpu);
     let r = float::remainder(get(cpu, 0), get(cpu, 1), NEAREST, &mut cx);
     if signal(cpu, &cx) {
-        let flag = |set: bool, bit| if set { bit } else { 0 };
-        cpu.x87.status = cpu.x87.status & !(C0 | C1 | C2 | C3)
-            | flag(r.incomplete, C2)
-            | flag(r.quotient & 4 != 0, C0)
-            | flag(r.quotient & 2 != 0, C3)
-            | flag(r.quotient & 1 != 0, C1);
         set(cpu, 0, r.value);
+        let flag = |set: bool, bit| if set { bit } else { 0 };
+        if let Some(q) = r.quotient {
+            let bits = flag(q & 4 != 0, C0) | flag(q & 2 != 0, C3) | flag(q & 1 != 0, C1);
+            cpu.x87.status = cpu.x87.status & !(C0 | C1 | C3) | bits | flag(r.incomplete, C2);
+        }
     }
     Ok(())
 }
@@ -115,9 +116,9 @@ fn note_range(cpu: &mut Cpu, in_range: bool) {
 /// What becomes of ST(0) and what is pushed, or nothing if ST(0) is out of range.
 type Pair = fn(F80, &mut Context) -> Option<(F80, F80)>;
 
-/// FSINCOS, FPTAN, FXTRACT: replace ST(0) and push. C2 tells that ST(0) was out of range.
+/// FSINCOS, FPTAN, FXTRACT: replace ST(0) and push. For the first two C2 tells that ST(0) was out of range.
 #[inline(always)]
-fn pushing(cpu: &mut Cpu, f: Pair) -> Result<(), Stop> {
+fn pushing(cpu: &mut Cpu, has_range: bool, f: Pair) -> Result<(), Stop> {
     guard(cpu)?;
     let pair = if is_empty(cpu, 0) || !is_empty(cpu, 7) {
         let overflow = !is_empty(cpu, 0);
@@ -131,7 +132,9 @@ fn pushing(cpu: &mut Cpu, f: Pair) -> Result<(), Stop> {
         if !signal(cpu, &cx) {
             return Ok(());
         }
-        note_range(cpu, pair.is_some());
+        if has_range {
+            note_range(cpu, pair.is_some());
+        }
         pair
     };
     if let Some((replaced, pushed)) = pair {
@@ -174,9 +177,9 @@ pub(super) fn select(ins: &Instruction, insn: &mut Insn) -> Option<()> {
         Mnemonic::Fpatan => |cpu, _, _| popping(cpu, transcendental::fpatan),
         Mnemonic::Fsin => |cpu, _, _| circular(cpu, transcendental::fsin),
         Mnemonic::Fcos => |cpu, _, _| circular(cpu, transcendental::fcos),
-        Mnemonic::Fsincos => |cpu, _, _| pushing(cpu, sincos),
-        Mnemonic::Fptan => |cpu, _, _| pushing(cpu, ptan),
-        Mnemonic::Fxtract => |cpu, _, _| pushing(cpu, xtract),
+        Mnemonic::Fsincos => |cpu, _, _| pushing(cpu, true, sincos),
+        Mnemonic::Fptan => |cpu, _, _| pushing(cpu, true, ptan),
+        Mnemonic::Fxtract => |cpu, _, _| pushing(cpu, false, xtract),
         _ => return None,
     };
     insn.exec = handler;
