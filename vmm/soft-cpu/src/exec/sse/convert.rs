@@ -95,35 +95,29 @@ fn to_mm(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, f: LaneOp) -> Result<(), Stop>
     Ok(())
 }
 
-/// The source of CVTPI2PS and CVTPI2PD.
+/// The source of CVTPI2PS and CVTPI2PD, which have nothing to do with the MM registers when it is in memory.
 #[inline(always)]
 fn load_mm(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<u128, Stop> {
     guard(cpu)?;
-    mmx::check(cpu)?;
-    Ok(if i.src < 8 { mmx::get(cpu, i.src).into() } else { load_source(cpu, ram, i)? })
+    if i.src >= 8 {
+        return load_source(cpu, ram, i);
+    }
+    mmx::guard(cpu)?;
+    Ok(mmx::get(cpu, i.src).into())
 }
 
 /// CVTPI2PS leaves the high half.
 fn cvtpi2ps(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
     let b = load_mm(cpu, ram, i)?;
-    mmx::enter(cpu);
     let value = with_mxcsr(cpu, |cx| int_to::<F32>(b, 0, cx) | int_to::<F32>(b, 1, cx))?;
     let a = xmm(cpu, i.dst);
     *a = F64::low(value).merged(*a);
     Ok(())
 }
 
-/// CVTPI2PD is the only one that, with a memory operand, has nothing to do with the MM registers.
 fn cvtpi2pd(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
-    guard(cpu)?;
-    let from_register = i.src < 8;
-    let b = if from_register { load_mm(cpu, ram, i)? } else { load_source(cpu, ram, i)? };
-    if from_register {
-        mmx::enter(cpu);
-    }
-    // Every 32-bit integer is a double: no exceptions.
-    let mut cx = Context::from_mxcsr(cpu.mxcsr);
-    *xmm(cpu, i.dst) = int_to::<F64>(b, 0, &mut cx) | int_to::<F64>(b, 1, &mut cx);
+    let b = load_mm(cpu, ram, i)?;
+    *xmm(cpu, i.dst) = with_mxcsr(cpu, |cx| int_to::<F64>(b, 0, cx) | int_to::<F64>(b, 1, cx))?;
     Ok(())
 }
 

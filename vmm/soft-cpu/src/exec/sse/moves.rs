@@ -8,6 +8,7 @@ use super::{
 use crate::exec::mmx;
 use crate::exit::Stop;
 use crate::insn::{Handler, Insn, Int};
+use crate::paging::is_canonical;
 use crate::state::{Cpu, reg};
 
 const LOW: u128 = u64::MAX as u128;
@@ -139,29 +140,22 @@ fn maskmovdqu(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
 }
 
 fn maskmovq(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
-    mmx::check(cpu)?;
+    mmx::guard(cpu)?;
     let (bytes, mask) = (mmx::get(cpu, i.dst), mmx::get(cpu, i.src));
-    masked_store(cpu, ram, i, &bytes.to_le_bytes(), &mask.to_le_bytes())?;
-    mmx::enter(cpu);
-    Ok(())
+    masked_store(cpu, ram, i, &bytes.to_le_bytes(), &mask.to_le_bytes())
 }
 
 /// Stores the chosen bytes. Faults are as on Intel's CPUs: it is a store of eight bytes, or two with the higher first,
-/// which touches only the pages of chosen bytes but reports its own start, or the page's, as the address.
-
+/// to addresses that have to be canonical and writable whichever bytes are chosen.
 fn masked_store(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, bytes: &[u8], mask: &[u8]) -> Result<(), Stop> {
     let addr = cpu.ea(i);
-    let chosen = |k: &usize| mask[*k] & 0x80 != 0;
-    for start in (0..mask.len()).step_by(8).rev() {
-        let first_page = 4096 - (addr.wrapping_add(start as u64) & 4095) as usize;
-        let split = start + first_page.min(8);
-        for part in [start..split, split..start + 8] {
-            if part.clone().any(|k| chosen(&k)) {
-                cpu.probe_write(ram, addr.wrapping_add(part.start as u64), 1)?;
-            }
-        }
+    if !is_canonical(addr) || !is_canonical(addr.wrapping_add(mask.len() as u64 - 1)) {
+        return cpu.general_protection(0);
     }
-    for k in (0..mask.len()).filter(chosen) {
+    for start in (0..mask.len()).step_by(8).rev() {
+        cpu.probe_write(ram, addr.wrapping_add(start as u64), 8)?;
+    }
+    for k in (0..mask.len()).filter(|k| mask[*k] & 0x80 != 0) {
         cpu.store(ram, addr.wrapping_add(k as u64), bytes[k])?;
     }
     Ok(())
@@ -178,6 +172,8 @@ fn mm_from_mm(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
 fn mm_store<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
     mmx::check(cpu)?;
     let value = mmx::get(cpu, i.src);
+    // A store that faults has changed TOP and not the tags.
+    cpu.x87.top = 0;
     cpu.store_operand(ram, i, T::from_u64(value))?;
     mmx::enter(cpu);
     Ok(())

@@ -18,10 +18,11 @@ fn load_ten(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<u128, Stop> {
     Ok(u128::from_le_bytes(bytes))
 }
 
-/// Writes ten bytes.
+/// Writes ten bytes: eight, then two, so that the first may be written when the others fault, as on hardware.
 fn store_ten(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, value: u128) -> Result<(), Stop> {
-    let addr = cpu.ea(i);
-    cpu.store_bytes(ram, addr, &value.to_le_bytes()[..10]).map_err(|stop| cpu.operand_fault(i, stop))
+    let behind = cpu.ea(i).wrapping_add(8);
+    cpu.store_operand(ram, i, value as u64)?;
+    cpu.store(ram, behind, (value >> 64) as u16).map_err(|stop| cpu.operand_fault(i, stop))
 }
 
 /// Pushes a value that came without exceptions.
@@ -67,7 +68,7 @@ fn load_bcd(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
 
 fn load_register(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
     guard(cpu)?;
-    if is_empty(cpu, 7) && is_empty(cpu, i.dst) {
+    if is_empty(cpu, i.dst) {
         if stack_fault(cpu, false) {
             push(cpu, F80::DEFAULT_NAN);
         }

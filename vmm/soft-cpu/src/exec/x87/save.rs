@@ -94,7 +94,7 @@ fn fnstenv<const LEN: usize>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<
     guard_no_wait(cpu)?;
     let mut bytes = [0; LEN];
     store_environment(cpu, &mut bytes);
-    store(cpu, ram, i, &bytes)?;
+    store(cpu, ram, i, &bytes, &ends(LEN, LEN))?;
     cpu.x87.control |= EXCEPTIONS;
     super::summarise(cpu);
     Ok(())
@@ -103,7 +103,7 @@ fn fnstenv<const LEN: usize>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<
 fn fldenv<const LEN: usize>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
     guard(cpu)?;
     let mut bytes = [0; LEN];
-    load(cpu, ram, i, &mut bytes)?;
+    load(cpu, ram, i, &mut bytes, &ends(LEN, LEN))?;
     load_environment(cpu, &bytes);
     Ok(())
 }
@@ -117,7 +117,7 @@ fn fnsave<const LEN: usize>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(
     for n in 0..8 {
         put(bytes, LEN + 10 * n, extended(get(cpu, n as u8)), 10);
     }
-    store(cpu, ram, i, bytes)?;
+    store(cpu, ram, i, bytes, &ends(LEN, LEN + 80))?;
     initialise(cpu);
     Ok(())
 }
@@ -126,7 +126,7 @@ fn frstor<const LEN: usize>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(
     guard(cpu)?;
     let mut bytes = [0; LONG + 80];
     let bytes = &mut bytes[..LEN + 80];
-    load(cpu, ram, i, bytes)?;
+    load(cpu, ram, i, bytes, &ends(LEN, LEN + 80))?;
     load_environment(cpu, &bytes[..LEN]);
     for n in 0..8 {
         load_register(cpu, n, &bytes[LEN + 10 * n..]);
@@ -141,14 +141,35 @@ fn load_register(cpu: &mut Cpu, n: usize, bytes: &[u8]) {
     cpu.x87.sign_exponent[r] = word(bytes, 8);
 }
 
-fn load(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, bytes: &mut [u8]) -> Result<(), Stop> {
-    let addr = cpu.ea(i);
-    cpu.load_bytes(ram, addr, bytes).map_err(|stop| cpu.operand_fault(i, stop))
+/// Offset and length of bytes.
+type Touch = (usize, usize);
+
+/// What hardware touches first of an environment and what follows it: the control word's field, then the last byte.
+const fn ends(environment: usize, len: usize) -> [Touch; 2] {
+    [(0, if environment == SHORT { 2 } else { 4 }), (len - 1, 1)]
 }
 
-fn store(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, bytes: &[u8]) -> Result<(), Stop> {
+/// What hardware touches first of FXSAVE's operand.
+const FXSAVE_END: [Touch; 1] = [(511, 1)];
+
+/// Reads the operand, touching `first` before anything else: this decides which address a fault reports.
+fn load(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, bytes: &mut [u8], first: &[Touch]) -> Result<(), Stop> {
     let addr = cpu.ea(i);
-    cpu.store_bytes(ram, addr, bytes).map_err(|stop| cpu.operand_fault(i, stop))
+    first
+        .iter()
+        .try_for_each(|(at, len)| cpu.load_bytes(ram, addr.wrapping_add(*at as u64), &mut [0; 4][..*len]))
+        .and_then(|()| cpu.load_bytes(ram, addr, bytes))
+        .map_err(|stop| cpu.operand_fault(i, stop))
+}
+
+/// Writes the operand in the same way.
+fn store(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, bytes: &[u8], first: &[Touch]) -> Result<(), Stop> {
+    let addr = cpu.ea(i);
+    first
+        .iter()
+        .try_for_each(|(at, len)| cpu.probe_write(ram, addr.wrapping_add(*at as u64), *len))
+        .and_then(|()| cpu.store_bytes(ram, addr, bytes))
+        .map_err(|stop| cpu.operand_fault(i, stop))
 }
 
 fn check_alignment(cpu: &mut Cpu, i: &Insn) -> Result<(), Stop> {
@@ -175,16 +196,14 @@ fn fxsave<const WIDE: bool>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(
     for (n, x) in cpu.xmm.into_iter().enumerate() {
         put(&mut bytes, 160 + 16 * n, x, 16);
     }
-    let addr = cpu.ea(i);
-    cpu.probe_write(ram, addr, 512).map_err(|stop| cpu.operand_fault(i, stop))?;
-    store(cpu, ram, i, &bytes)
+    store(cpu, ram, i, &bytes, &FXSAVE_END)
 }
 
 fn fxrstor<const WIDE: bool>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
     guard_no_wait(cpu)?;
     check_alignment(cpu, i)?;
     let mut bytes = [0; 512];
-    load(cpu, ram, i, &mut bytes)?;
+    load(cpu, ram, i, &mut bytes, &FXSAVE_END)?;
     let mxcsr = number(&bytes, 24, 4) as u32;
     if mxcsr & !MXCSR_MASK != 0 {
         return cpu.general_protection(0);
