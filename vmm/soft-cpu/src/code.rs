@@ -4,7 +4,7 @@
 //! decoded bytes of that page, through whatever alias. Instructions that cross a page are found by their bytes,
 //! for where their second half lies depends on the linear address.
 
-use crate::decode::{Decoded, LENGTH_MAX, Place, decode};
+use crate::decode::{BlockDecoder, Decoded, LENGTH_MAX, Place};
 use crate::insn::Insn;
 
 /// Slots of the direct-mapped table of blocks.
@@ -65,10 +65,10 @@ impl CodeCache {
         }
         let page_end = ((start | 4095) + 1).min(ram.len());
         let first = self.insns.len();
+        let mut decoder = BlockDecoder::new(&ram[start..page_end]);
         let mut at = start;
         while self.insns.len() - first < BLOCK_MAX {
-            let bytes = &ram[at..page_end.min(at + LENGTH_MAX)];
-            let Decoded::Insn(insn, place) = decode(bytes, (at - start) as u16) else { break };
+            let Decoded::Insn(insn, place) = decoder.decode() else { break };
             if place == Place::Alone && at != start {
                 break;
             }
@@ -109,7 +109,7 @@ impl CodeCache {
         match kept {
             Some((of, insn)) if of == bytes => *insn,
             _ => {
-                let Decoded::Insn(insn, _) = decode(bytes, 0) else {
+                let Decoded::Insn(insn, _) = BlockDecoder::new(bytes).decode() else {
                     unreachable!("15 bytes are never too few")
                 };
                 *kept = Some((*bytes, insn));

@@ -29,25 +29,37 @@ pub enum Decoded {
     Cut,
 }
 
-/// Decodes the instruction at the start of `bytes`, which is `offset` bytes into its block.
-pub fn decode(bytes: &[u8], offset: u16) -> Decoded {
-    // Hints of extensions that we do not have (CET, MPX, CLDEMOTE) are NOPs.
-    let mut decoder = Decoder::with_ip(64, bytes, offset as u64, DecoderOptions::FORCE_RESERVED_NOP);
-    let ins = decoder.decode();
-    if ins.code() == Code::INVALID {
-        if bytes.len() < LENGTH_MAX && decoder.last_error() == iced_x86::DecoderError::NoMoreBytes {
-            return Decoded::Cut;
-        }
-        // An instruction that is longer than one can be is #GP(0).
-        return match ins.len() {
-            LENGTH_MAX.. => faulting(offset, LENGTH_MAX, |cpu, _, _| cpu.general_protection(0)),
-            len => faulting(offset, len, |cpu, _, _| cpu.undefined()),
-        };
+/// Decodes one instruction after another, the first of a block first.
+pub struct BlockDecoder<'a>(Decoder<'a>);
+
+impl<'a> BlockDecoder<'a> {
+    /// A decoder of the block that starts with `bytes`.
+    pub fn new(bytes: &'a [u8]) -> BlockDecoder<'a> {
+        // Hints of extensions that we do not have (CET, MPX, CLDEMOTE) are NOPs.
+        BlockDecoder(Decoder::with_ip(64, bytes, 0, DecoderOptions::FORCE_RESERVED_NOP))
     }
-    let mut insn = operands(&ins, offset);
-    match exec::select(&ins, &mut insn) {
-        Some(place) => Decoded::Insn(insn, place),
-        None => faulting(offset, ins.len(), |cpu, _, _| cpu.undefined()),
+
+    /// The next instruction.
+    pub fn decode(&mut self) -> Decoded {
+        let offset = self.0.position();
+        let left = self.0.max_position() - offset;
+        let offset = offset as u16;
+        let ins = self.0.decode();
+        if ins.code() == Code::INVALID {
+            if left < LENGTH_MAX && self.0.last_error() == iced_x86::DecoderError::NoMoreBytes {
+                return Decoded::Cut;
+            }
+            // An instruction that is longer than one can be is #GP(0).
+            return match ins.len() {
+                LENGTH_MAX.. => faulting(offset, LENGTH_MAX, |cpu, _, _| cpu.general_protection(0)),
+                len => faulting(offset, len, |cpu, _, _| cpu.undefined()),
+            };
+        }
+        let mut insn = operands(&ins, offset);
+        match exec::select(&ins, &mut insn) {
+            Some(place) => Decoded::Insn(insn, place),
+            None => faulting(offset, ins.len(), |cpu, _, _| cpu.undefined()),
+        }
     }
 }
 

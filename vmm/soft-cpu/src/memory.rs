@@ -298,12 +298,7 @@ impl Cpu {
         if access == Access::Write {
             self.mark_written(ram);
         }
-        let e = self.fast.get_mut(user as usize, page);
-        e.ram = ram;
-        e.read = page;
-        if access == Access::Write && plain {
-            e.write = page;
-        }
+        self.fast.fill(user, page, ram, access == Access::Write && plain);
     }
 
     fn read_place(&mut self, ram: &[u8], place: Place, out: &mut [u8]) -> Result<(), Stop> {

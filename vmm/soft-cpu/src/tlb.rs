@@ -206,54 +206,72 @@ pub(crate) struct FastEntry {
     pub(crate) ram: usize,
 }
 
+const NOWHERE: FastEntry = FastEntry { read: NO_PAGE, write: NO_PAGE, ram: 0 };
+
+/// Entries noted as filled before all are forgotten: a bound on [`FastTlb::filled`].
+const FILLED_MAX: usize = 4 * DATA_ENTRIES;
+
 /// A shadow of the data TLB for each of supervisor and user mode; the other two modes ([`crate::state::WATCHED`])
 /// have empty ones.
-pub(crate) struct FastTlb(Box<[[FastEntry; DATA_ENTRIES]; 4]>);
+pub(crate) struct FastTlb {
+    entries: Box<[[FastEntry; DATA_ENTRIES]; 4]>,
+    /// Which entries may be filled, as mode and slot, so that a flush costs what was used since the last.
+    filled: Vec<(u16, u16)>,
+}
 
 impl Default for FastTlb {
     fn default() -> FastTlb {
-        FastTlb(Box::new([[FastEntry { read: NO_PAGE, write: NO_PAGE, ram: 0 }; DATA_ENTRIES]; 4]))
+        FastTlb { entries: Box::new([[NOWHERE; DATA_ENTRIES]; 4]), filled: Vec::with_capacity(FILLED_MAX) }
     }
 }
 
 impl FastTlb {
     #[inline(always)]
     pub(crate) fn get(&self, mode: usize, page: u64) -> &FastEntry {
-        &self.0[mode & 3][page as usize % DATA_ENTRIES]
+        &self.entries[mode & 3][page as usize % DATA_ENTRIES]
     }
 
-    #[inline(always)]
-    pub(crate) fn get_mut(&mut self, mode: usize, page: u64) -> &mut FastEntry {
-        &mut self.0[mode & 3][page as usize % DATA_ENTRIES]
+    /// The page at RAM offset `ram` may be read, and written if so said.
+    pub(crate) fn fill(&mut self, user: bool, page: u64, ram: usize, writable: bool) {
+        if self.filled.len() == FILLED_MAX {
+            self.flush();
+        }
+        let slot = page as usize % DATA_ENTRIES;
+        let e = &mut self.entries[user as usize][slot];
+        if e.read != page {
+            *e = FastEntry { read: page, ram, ..NOWHERE };
+            self.filled.push((user as u16, slot as u16));
+        }
+        if writable {
+            e.write = page;
+        }
     }
 
     /// Forgets everything.
     pub(crate) fn flush(&mut self) {
-        for e in self.0[..2].iter_mut().flatten() {
-            e.read = NO_PAGE;
-            e.write = NO_PAGE;
+        for (mode, slot) in self.filled.drain(..) {
+            self.entries[mode as usize][slot as usize] = NOWHERE;
         }
     }
 
     /// Forgets one slot of both modes, because its TLB entry changes.
     pub(crate) fn forget(&mut self, page: u64) {
-        for mode in 0..2 {
-            let e = self.get_mut(mode, page);
-            e.read = NO_PAGE;
-            e.write = NO_PAGE;
+        for entries in &mut self.entries[..2] {
+            entries[page as usize % DATA_ENTRIES] = NOWHERE;
         }
     }
 
     /// Makes every write take the slow path again.
     pub(crate) fn forget_writes(&mut self) {
-        for e in self.0[..2].iter_mut().flatten() {
-            e.write = NO_PAGE;
+        for (mode, slot) in &self.filled {
+            self.entries[*mode as usize][*slot as usize].write = NO_PAGE;
         }
     }
 
     /// Makes writes to the RAM page at `ram` take the slow path again, whatever its linear address.
     pub(crate) fn forget_writes_to(&mut self, ram: usize) {
-        for e in self.0[..2].iter_mut().flatten() {
+        for (mode, slot) in &self.filled {
+            let e = &mut self.entries[*mode as usize][*slot as usize];
             if e.ram == ram {
                 e.write = NO_PAGE;
             }
