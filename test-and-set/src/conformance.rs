@@ -1,0 +1,232 @@
+//! What every store must do, whoever implements it: [`run`] checks it and panics at the first difference.
+//!
+//! For tests; it uses VM names of its own making, so it may run against a store in use.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::names::{CopyId, DiskName, Generation, Incarnation, VmName};
+use crate::record::{Member, Members, Phase, Record};
+use crate::store::{Outcome, TestAndSet, Verdict};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+fn soon() -> Instant {
+    Instant::now() + PATIENCE
+}
+
+fn new_vm(what: &str) -> VmName {
+    format!("{what}-{}", &Incarnation::random().to_string()[..16]).parse().expect("a valid name")
+}
+
+fn pair(primary: Incarnation, backup: Incarnation) -> Members {
+    Members { primary: Member::new(primary), backup: Some(Member::new(backup)) }
+}
+
+/// One VM, and the store that it is in.
+struct Case {
+    store: Arc<dyn TestAndSet>,
+    vm: VmName,
+}
+
+impl Case {
+    fn new(store: &Arc<dyn TestAndSet>, what: &str) -> Self {
+        Self { store: store.clone(), vm: new_vm(what) }
+    }
+
+    async fn take(&self, generation: u64, who: Incarnation) -> Verdict {
+        self.store.take(&self.vm, Generation(generation), who, soon()).await
+    }
+
+    async fn open(&self, generation: u64, members: &Members) -> Outcome {
+        self.store.open(&self.vm, Generation(generation), members, soon()).await.expect("open")
+    }
+
+    async fn forget(&self, generation: u64) -> Outcome {
+        self.store.forget(&self.vm, Generation(generation), soon()).await.expect("forget")
+    }
+
+    async fn get(&self) -> Option<Record> {
+        self.store.get(&self.vm, soon()).await.expect("get")
+    }
+}
+
+macro_rules! expect {
+    ($got:expr, $want:pat $(if $guard:expr)?) => {
+        let got = $got;
+        assert!(matches!(got, $want $(if $guard)?), "{} is {got:?}, not {}", stringify!($got), stringify!($want));
+    };
+}
+
+/// Runs the whole suite.
+pub async fn run(store: Arc<dyn TestAndSet>) {
+    first_take_wins(&Case::new(&store, "first")).await;
+    strangers_and_old_generations_are_stale(&Case::new(&store, "stale")).await;
+    only_the_holder_opens_the_next(&Case::new(&store, "next")).await;
+    generations_survive_forgetting(&Case::new(&store, "forget")).await;
+    newest_disks_follow_the_holder(&Case::new(&store, "disks")).await;
+    impossible_members_are_refused(&Case::new(&store, "refuse")).await;
+    lists_in_order(&store).await;
+    one_of_many_wins(&store).await;
+    an_elapsed_deadline_is_unknown(&Case::new(&store, "late")).await;
+}
+
+async fn first_take_wins(case: &Case) {
+    let [a, b] = [Incarnation::random(), Incarnation::random()];
+    assert_eq!(case.get().await, None);
+    assert_eq!(case.open(1, &pair(a, b)).await, Outcome::Done);
+    assert_eq!(case.get().await.and_then(|r| r.holder()), None);
+    expect!(case.take(1, b).await, Verdict::Won);
+    expect!(case.take(1, a).await, Verdict::Lost(holder) if holder == b);
+    // Repeats have the same answers.
+    expect!(case.take(1, b).await, Verdict::Won);
+    expect!(case.take(1, a).await, Verdict::Lost(holder) if holder == b);
+    assert_eq!(case.open(1, &pair(a, b)).await, Outcome::Done);
+    let record = case.get().await.expect("a record");
+    assert_eq!((record.generation, record.holder()), (Generation(1), Some(b)));
+}
+
+async fn strangers_and_old_generations_are_stale(case: &Case) {
+    let [a, b, c] = [Incarnation::random(), Incarnation::random(), Incarnation::random()];
+    expect!(case.take(1, a).await, Verdict::Stale);
+    assert_eq!(case.get().await, None, "a stale take must create nothing");
+    assert_eq!(case.open(2, &pair(a, b)).await, Outcome::Stale);
+    assert_eq!(case.open(0, &pair(a, b)).await, Outcome::Stale);
+    assert_eq!(case.forget(1).await, Outcome::Stale);
+    assert_eq!(case.get().await, None, "a stale open must create nothing");
+    assert_eq!(case.open(1, &pair(a, b)).await, Outcome::Done);
+    let opened = case.get().await;
+    expect!(case.take(1, c).await, Verdict::Stale);
+    expect!(case.take(0, a).await, Verdict::Stale);
+    expect!(case.take(2, a).await, Verdict::Stale);
+    assert_eq!(case.open(1, &pair(a, c)).await, Outcome::Stale);
+    assert_eq!(case.get().await, opened, "a stale command must change nothing");
+}
+
+async fn only_the_holder_opens_the_next(case: &Case) {
+    let [a, b, c, d] = [(); 4].map(|()| Incarnation::random());
+    assert_eq!(case.open(1, &pair(a, b)).await, Outcome::Done);
+    assert_eq!(case.open(2, &pair(a, c)).await, Outcome::Stale, "nobody holds generation 1 yet");
+    expect!(case.take(1, a).await, Verdict::Won);
+    assert_eq!(case.open(2, &pair(b, c)).await, Outcome::Stale, "b does not hold it");
+    assert_eq!(case.open(3, &pair(a, c)).await, Outcome::Stale, "3 does not follow 1");
+    assert_eq!(case.open(2, &pair(a, c)).await, Outcome::Done);
+    assert_eq!(case.open(2, &pair(a, c)).await, Outcome::Done);
+    assert_eq!(case.open(2, &pair(a, d)).await, Outcome::Stale);
+    expect!(case.take(1, a).await, Verdict::Stale);
+    expect!(case.take(1, b).await, Verdict::Stale);
+    expect!(case.take(2, b).await, Verdict::Stale);
+    expect!(case.take(2, c).await, Verdict::Won);
+    // Unprotected: alone in its generation.
+    let alone = Members { primary: Member::new(c), backup: None };
+    assert_eq!(case.open(3, &alone).await, Outcome::Done);
+    expect!(case.take(3, c).await, Verdict::Won);
+}
+
+async fn generations_survive_forgetting(case: &Case) {
+    let [a, b, c, d] = [(); 4].map(|()| Incarnation::random());
+    assert_eq!(case.open(1, &pair(a, b)).await, Outcome::Done);
+    assert_eq!(case.forget(2).await, Outcome::Stale);
+    assert_eq!(case.forget(1).await, Outcome::Done);
+    assert_eq!(case.forget(1).await, Outcome::Done);
+    expect!(case.take(1, a).await, Verdict::Stale);
+    assert_eq!(case.open(1, &pair(a, b)).await, Outcome::Stale);
+    let record = case.get().await.expect("the number of a forgotten VM");
+    assert_eq!((record.generation, &record.phase), (Generation(1), &Phase::Forgotten));
+    // As if new: whoever comes first, but with the next number.
+    assert_eq!(case.open(2, &pair(c, d)).await, Outcome::Done);
+    assert_eq!(case.open(2, &pair(d, c)).await, Outcome::Stale);
+    assert_eq!(case.forget(1).await, Outcome::Stale);
+    expect!(case.take(2, d).await, Verdict::Won);
+}
+
+async fn newest_disks_follow_the_holder(case: &Case) {
+    let disk: DiskName = "root".parse().expect("a valid name");
+    let with_disk = || {
+        let mut member = Member::new(Incarnation::random());
+        member.disks.insert(disk.clone(), CopyId::random());
+        member
+    };
+    let [a, b, c] = [(); 3].map(|()| with_disk());
+    let newest = |members: &[&Member]| members.iter().map(|m| m.disks[&disk]).collect();
+    let disks = async || case.get().await.expect("a record").disks.remove(&disk).expect("its disk");
+    assert_eq!(case.open(1, &Members { primary: a.clone(), backup: Some(b.clone()) }).await, Outcome::Done);
+    assert_eq!(disks().await, newest(&[&a, &b]));
+    expect!(case.take(1, b.incarnation).await, Verdict::Won);
+    assert_eq!(disks().await, newest(&[&b]));
+    assert_eq!(case.open(2, &Members { primary: b.clone(), backup: Some(c.clone()) }).await, Outcome::Done);
+    assert_eq!(disks().await, newest(&[&b, &c]));
+    expect!(case.take(2, c.incarnation).await, Verdict::Won);
+    assert_eq!(case.forget(2).await, Outcome::Done);
+    assert_eq!(disks().await, newest(&[&c]), "the newest disks must survive forgetting");
+}
+
+async fn impossible_members_are_refused(case: &Case) {
+    let a = Incarnation::random();
+    let refused = case.store.open(&case.vm, Generation(1), &pair(a, a), soon()).await;
+    expect!(refused, Err(crate::store::StoreError::Refused(_)));
+    let mut many = Member::new(a);
+    for i in 0..=crate::names::DISKS_MAX {
+        many.disks.insert(format!("d{i}").parse().expect("a valid name"), CopyId::random());
+    }
+    let members = Members { primary: many, backup: None };
+    expect!(
+        case.store.open(&case.vm, Generation(1), &members, soon()).await,
+        Err(crate::store::StoreError::Refused(_))
+    );
+    assert_eq!(case.get().await, None);
+}
+
+async fn lists_in_order(store: &Arc<dyn TestAndSet>) {
+    let cases: Vec<_> = (0..5).map(|i| Case::new(store, &format!("list{i}"))).collect();
+    for case in &cases {
+        let members = pair(Incarnation::random(), Incarnation::random());
+        assert_eq!(case.open(1, &members).await, Outcome::Done);
+    }
+    assert_eq!(cases[3].forget(1).await, Outcome::Done);
+    let mut seen = vec![];
+    loop {
+        let page = store.list(seen.last(), soon()).await.expect("list");
+        if page.is_empty() {
+            break;
+        }
+        seen.extend(page.into_iter().map(|(vm, _)| vm));
+    }
+    assert!(seen.is_sorted(), "the list must be in the order of the names");
+    for (i, case) in cases.iter().enumerate() {
+        assert_eq!(seen.contains(&case.vm), i != 3, "{} in the list", case.vm);
+    }
+}
+
+async fn one_of_many_wins(store: &Arc<dyn TestAndSet>) {
+    for round in 0..20 {
+        let case = Arc::new(Case::new(store, "race"));
+        let [a, b] = [Incarnation::random(), Incarnation::random()];
+        assert_eq!(case.open(1, &pair(a, b)).await, Outcome::Done);
+        let tasks = [a, b, a, b].map(|who| {
+            let case = case.clone();
+            tokio::spawn(async move { (who, case.take(1, who).await) })
+        });
+        let mut winners = vec![];
+        for task in tasks {
+            match task.await.expect("the task") {
+                (who, Verdict::Won) => winners.push(who),
+                (who, Verdict::Lost(holder)) => assert_ne!(who, holder),
+                (_, other) => panic!("round {round}: {other:?}"),
+            }
+        }
+        winners.dedup();
+        assert_eq!(winners.len(), 1, "round {round}: the winners are {winners:?}");
+        assert_eq!(case.get().await.and_then(|r| r.holder()), Some(winners[0]));
+    }
+}
+
+async fn an_elapsed_deadline_is_unknown(case: &Case) {
+    let [a, b] = [Incarnation::random(), Incarnation::random()];
+    assert_eq!(case.open(1, &pair(a, b)).await, Outcome::Done);
+    let begun = Instant::now();
+    let verdict = case.store.take(&case.vm, Generation(1), a, Instant::now()).await;
+    assert!(matches!(verdict, Verdict::Won | Verdict::Unknown(_)), "{verdict:?}");
+    assert!(begun.elapsed() < Duration::from_secs(5), "a call must end at its deadline");
+    expect!(case.take(1, a).await, Verdict::Won);
+}

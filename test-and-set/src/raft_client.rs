@@ -1,0 +1,234 @@
+//! The client of `raft://`: our own store.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, Weak};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+
+use crate::keys::Keys;
+use crate::link::{Dialer, Link, LinkError};
+use crate::names::{ClusterName, VmName};
+use crate::record::{Command, Record, Reply};
+use crate::store::{NodeError, StoreError, TestAndSet};
+use crate::wire::{Answer, Ask, Failure, Status};
+
+/// How long one node may take before another is asked. A repeated command does no harm.
+const NODE_PATIENCE: Duration = Duration::from_millis(400);
+/// How long connecting to one node may take.
+const CONNECT_PATIENCE: Duration = Duration::from_millis(400);
+/// How often the warm connection is tried when nothing is asked.
+const PING_INTERVAL: Duration = Duration::from_secs(1);
+/// Pause before the first repeat; it doubles with every round over all nodes, up to [`PAUSE_MAX`], and a random part of it is waited.
+const PAUSE_FIRST: Duration = Duration::from_millis(10);
+const PAUSE_MAX: Duration = Duration::from_millis(160);
+
+/// A client of our own store. It keeps one connection to the leader, so that a verdict costs one round trip.
+pub struct RaftStore {
+    inner: Arc<Inner>,
+    pinger: tokio::task::AbortHandle,
+}
+
+struct Inner {
+    dialer: Dialer,
+    /// The connection in use, with its node's address. Held while connecting, so that one connection is made for all askers.
+    link: tokio::sync::Mutex<Option<(Arc<Link>, String)>>,
+    /// Which node to ask next; the first is the most promising.
+    order: Mutex<Vec<String>>,
+}
+
+impl Drop for RaftStore {
+    fn drop(&mut self) {
+        self.pinger.abort();
+    }
+}
+
+impl RaftStore {
+    /// Makes a client and begins to connect, without waiting for it. Must be called inside a tokio runtime.
+    pub fn new(nodes: Vec<String>, keys: Keys, cluster: ClusterName) -> Result<Self, StoreError> {
+        let keys = Arc::new(keys);
+        let dialer = Dialer { tls: crate::tls::connector(&keys)?, keys, cluster };
+        let inner = Arc::new(Inner { dialer, link: Default::default(), order: Mutex::new(nodes) });
+        let pinger = tokio::spawn(keep_warm(Arc::downgrade(&inner))).abort_handle();
+        Ok(Self { inner, pinger })
+    }
+
+    /// Asks one node for its view of the cluster.
+    pub async fn status(&self, node: &str, deadline: Instant) -> Result<Status, NodeError> {
+        let patience = deadline.saturating_duration_since(Instant::now());
+        let (link, _) = self.inner.dialer.connect(node, None, patience).await?;
+        match link.ask(&Ask::Status, patience).await? {
+            Answer::Status(status) => Ok(*status),
+            Answer::Failed(failure) => Err(from_failure(failure)),
+            _ => Err(NodeError::Failed),
+        }
+    }
+
+    /// Adds a member that is started with `--join`, or removes one.
+    pub async fn change_members(&self, ask: Ask, deadline: Instant) -> Result<(), StoreError> {
+        match self.inner.ask(&ask, deadline.saturating_duration_since(Instant::now()), deadline).await? {
+            Answer::MembersChanged => Ok(()),
+            answer => Err(StoreError::Unfitting(Box::new(answer))),
+        }
+    }
+}
+
+fn from_failure(failure: Failure) -> NodeError {
+    match failure {
+        Failure::NotLeader(leader) => NodeError::NotLeader(leader),
+        Failure::NoQuorum => NodeError::NoQuorum,
+        Failure::DiskFull => NodeError::DiskFull,
+        Failure::Stopped => NodeError::Failed,
+        Failure::Members(why) => NodeError::Members(why),
+    }
+}
+
+/// Keeps the connection alive and at the leader while nothing is asked.
+async fn keep_warm(inner: Weak<Inner>) {
+    loop {
+        let Some(strong) = inner.upgrade() else { return };
+        // What goes wrong here goes wrong again when something is asked, and is told then.
+        strong.ask(&Ask::Ping, NODE_PATIENCE, Instant::now() + 2 * NODE_PATIENCE).await.ok();
+        drop(strong);
+        tokio::time::sleep(PING_INTERVAL).await;
+    }
+}
+
+impl Inner {
+    fn order(&self) -> std::sync::MutexGuard<'_, Vec<String>> {
+        self.order.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Puts a node behind all others.
+    fn demote(&self, node: &str) {
+        let mut order = self.order();
+        if let Some(at) = order.iter().position(|n| n == node) {
+            let node = order.remove(at);
+            order.push(node);
+        }
+    }
+
+    /// Puts a node before all others; one that the URL does not name has been added since.
+    fn promote(&self, node: String) {
+        let mut order = self.order();
+        order.retain(|n| *n != node);
+        order.insert(0, node);
+    }
+
+    async fn link(&self, patience: Duration) -> Result<(Arc<Link>, String), (String, LinkError)> {
+        let mut kept = self.link.lock().await;
+        if let Some((link, node)) = kept.as_ref().filter(|(link, _)| link.is_open()) {
+            return Ok((link.clone(), node.clone()));
+        }
+        let node = self.order().first().cloned().unwrap_or_default();
+        match self.dialer.connect(&node, None, CONNECT_PATIENCE.min(patience)).await {
+            Ok((link, _)) => {
+                let link = Arc::new(link);
+                *kept = Some((link.clone(), node.clone()));
+                Ok((link, node))
+            }
+            Err(error) => Err((node, error)),
+        }
+    }
+
+    /// Leaves the connection, unless another has taken its place.
+    async fn leave(&self, link: &Arc<Link>) {
+        let mut kept = self.link.lock().await;
+        if kept.as_ref().is_some_and(|(now, _)| Arc::ptr_eq(now, link)) {
+            *kept = None;
+        }
+    }
+
+    /// Asks one node once; a node that does not answer well is left and goes to the end of the order.
+    async fn ask_one(
+        &self,
+        ask: &Ask,
+        patience: Duration,
+        deadline: Instant,
+    ) -> Result<Answer, (String, NodeError)> {
+        let left = || deadline.saturating_duration_since(Instant::now());
+        let (link, node) = match self.link(left()).await {
+            Ok(linked) => linked,
+            Err((node, error)) => {
+                self.demote(&node);
+                return Err((node, error.into()));
+            }
+        };
+        let error = match link.ask(ask, patience.min(left())).await {
+            Ok(Answer::Failed(failure)) => from_failure(failure),
+            // A follower that is pinged names the leader: go there now, not when a verdict is needed.
+            Ok(Answer::Leader(Some(leader))) if leader != node => NodeError::NotLeader(Some(leader)),
+            Ok(Answer::Leader(None)) => NodeError::NotLeader(None),
+            Ok(answer) => return Ok(answer),
+            Err(error) => error.into(),
+        };
+        if !matches!(error, NodeError::Members(_) | NodeError::DiskFull) {
+            self.leave(&link).await;
+            self.demote(&node);
+        }
+        if let NodeError::NotLeader(Some(leader)) = &error {
+            self.promote(leader.clone());
+        }
+        Err((node, error))
+    }
+
+    async fn ask(&self, ask: &Ask, patience: Duration, deadline: Instant) -> Result<Answer, StoreError> {
+        let begun = Instant::now();
+        let mut said = BTreeMap::new();
+        let mut pause = PAUSE_FIRST;
+        for tries in 1.. {
+            let (node, error) = match self.ask_one(ask, patience, deadline).await {
+                Ok(answer) => return Ok(answer),
+                Err(failed) => failed,
+            };
+            let follow = matches!(error, NodeError::NotLeader(Some(_)));
+            match error {
+                NodeError::DiskFull => return Err(StoreError::DiskFull(node)),
+                NodeError::Members(why) => return Err(StoreError::Members(why)),
+                _ => drop(said.insert(node, error)),
+            }
+            let all_lasting = self.order().iter().all(|n| said.get(n).is_some_and(NodeError::is_lasting));
+            if all_lasting {
+                return Err(StoreError::Unusable(said.into_iter().collect()));
+            }
+            if tries % self.order().len().max(1) == 0 || !follow {
+                let wait = pause.mul_f64(rand::random_range(0.5..1.0));
+                tokio::time::sleep(wait.min(deadline.saturating_duration_since(Instant::now()))).await;
+                pause = (pause * 2).min(PAUSE_MAX);
+            }
+            if Instant::now() >= deadline {
+                break;
+            }
+        }
+        Err(StoreError::NoAnswer { waited: begun.elapsed(), nodes: said.into_iter().collect() })
+    }
+}
+
+#[async_trait]
+impl TestAndSet for RaftStore {
+    async fn command(&self, vm: &VmName, command: &Command, deadline: Instant) -> Result<Reply, StoreError> {
+        let ask = Ask::Command(vm.clone(), command.clone());
+        match self.inner.ask(&ask, NODE_PATIENCE, deadline).await? {
+            Answer::Reply(reply) => Ok(reply),
+            answer => Err(StoreError::Unfitting(Box::new(answer))),
+        }
+    }
+
+    async fn get(&self, vm: &VmName, deadline: Instant) -> Result<Option<Record>, StoreError> {
+        match self.inner.ask(&Ask::Get(vm.clone()), NODE_PATIENCE, deadline).await? {
+            Answer::Record(record) => Ok(record),
+            answer => Err(StoreError::Unfitting(Box::new(answer))),
+        }
+    }
+
+    async fn list(
+        &self,
+        after: Option<&VmName>,
+        deadline: Instant,
+    ) -> Result<Vec<(VmName, Record)>, StoreError> {
+        match self.inner.ask(&Ask::List(after.cloned()), NODE_PATIENCE, deadline).await? {
+            Answer::Page(page) => Ok(page),
+            answer => Err(StoreError::Unfitting(Box::new(answer))),
+        }
+    }
+}

@@ -1,0 +1,55 @@
+//! `GET /metrics` for Prometheus, over plain HTTP on an address of its own.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+
+use crate::server::Node;
+
+/// Scrapes at once; more are closed unheard.
+const SCRAPES_MAX: usize = 8;
+const REQUEST_BYTES_MAX: usize = 4096;
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Answers scrapes for ever.
+pub async fn serve(node: Arc<Node>, listener: TcpListener) {
+    let slots = Arc::new(Semaphore::new(SCRAPES_MAX));
+    loop {
+        let Ok((tcp, _)) = listener.accept().await else {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            continue;
+        };
+        let Ok(slot) = slots.clone().try_acquire_owned() else { continue };
+        let node = node.clone();
+        tokio::spawn(async move {
+            // A scrape that fails is the scraper's to repeat.
+            tokio::time::timeout(PATIENCE, answer(&node, tcp)).await.ok();
+            drop(slot);
+        });
+    }
+}
+
+async fn answer(node: &Node, mut tcp: TcpStream) -> std::io::Result<()> {
+    let mut request = vec![];
+    while !request.windows(4).any(|w| w == b"\r\n\r\n") {
+        if request.len() > REQUEST_BYTES_MAX || tcp.read_buf(&mut request).await? == 0 {
+            return Ok(());
+        }
+    }
+    let (status, body) = if request.starts_with(b"GET /metrics ") {
+        let (free, used) = node.disk.space();
+        ("200 OK", node.stats.prometheus(&node.raft.view(), free, used))
+    } else {
+        ("404 Not Found", "only GET /metrics is here\n".into())
+    };
+    let head = format!(
+        "HTTP/1.1 {status}\r\nContent-Type: text/plain; version=0.0.4\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
+        body.len()
+    );
+    tcp.write_all(head.as_bytes()).await?;
+    tcp.write_all(body.as_bytes()).await?;
+    tcp.shutdown().await
+}

@@ -1,0 +1,259 @@
+//! Stores that a test starts on loopback ports of its own, and stops at its end.
+#![allow(dead_code, reason = "each test uses its part")]
+
+use std::fs::{self, File};
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+use test_and_set::keys;
+use test_and_set::store::TestAndSet;
+
+/// A port that was free a moment ago.
+pub fn free_port() -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a loopback port");
+    listener.local_addr().expect("its address").port()
+}
+
+/// A process that ends with its owner.
+pub struct Running(pub Child);
+
+impl Running {
+    /// Starts a program with its output in a file.
+    pub fn start(command: &mut Command, log: &Path) -> Self {
+        let file = File::options().create(true).append(true).open(log).expect("a log file");
+        command.stdin(Stdio::null()).stdout(file.try_clone().expect("the log file")).stderr(file);
+        Self(command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}")))
+    }
+
+    /// Ends it as a power cut would.
+    pub fn kill(&mut self) {
+        self.0.kill().expect("to kill the process");
+        self.0.wait().expect("its end");
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        self.0.kill().ok();
+        self.0.wait().ok();
+    }
+}
+
+/// Members of our own store.
+pub struct Cluster {
+    pub dir: TempDir,
+    pub ports: Vec<u16>,
+    pub nodes: Vec<Option<Running>>,
+    pub extra: Vec<String>,
+}
+
+impl Cluster {
+    /// Starts so many members.
+    pub fn start(members: usize) -> Self {
+        Self::start_with(members, &[])
+    }
+
+    /// Starts so many members with more arguments for each.
+    pub fn start_with(members: usize, extra: &[&str]) -> Self {
+        let dir = tempfile::tempdir().expect("a directory");
+        let ids: Vec<u64> = (1..=members as u64 + 1).collect();
+        keys::make_set(&dir.path().join("keys"), &ids, &["client".into()]).expect("keys");
+        let ports = ids.iter().map(|_| free_port()).collect();
+        let extra = extra.iter().map(|s| s.to_string()).collect();
+        let mut cluster = Self { dir, ports, nodes: ids.iter().map(|_| None).collect(), extra };
+        (1..=members).for_each(|id| cluster.start_node(id));
+        cluster
+    }
+
+    /// How many members it was started with.
+    pub fn first_members(&self) -> usize {
+        self.nodes.len() - 1
+    }
+
+    pub fn address(&self, id: usize) -> String {
+        format!("127.0.0.1:{}", self.ports[id - 1])
+    }
+
+    pub fn keys(&self, name: &str) -> PathBuf {
+        self.dir.path().join("keys").join(name)
+    }
+
+    pub fn data(&self, id: usize) -> PathBuf {
+        self.dir.path().join(format!("data{id}"))
+    }
+
+    /// Starts a member, or starts it again with its data.
+    pub fn start_node(&mut self, id: usize) {
+        let peers: Vec<_> = (1..=self.first_members()).map(|i| format!("{i}={}", self.address(i))).collect();
+        self.start_node_as(id, &["--peers", &peers.join(",")]);
+    }
+
+    /// Starts a member with these arguments for how it comes into the cluster.
+    pub fn start_node_as(&mut self, id: usize, how: &[&str]) {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vmft-store"));
+        command
+            .args(["serve", "--id", &id.to_string(), "--listen", &self.address(id)])
+            .args(how)
+            .args(&self.extra);
+        command.arg("--data").arg(self.data(id)).arg("--keys").arg(self.keys(&id.to_string()));
+        self.nodes[id - 1] = Some(Running::start(&mut command, &self.log(id)));
+    }
+
+    pub fn log(&self, id: usize) -> PathBuf {
+        self.dir.path().join(format!("{id}.log"))
+    }
+
+    /// Ends a member as a power cut would.
+    pub fn kill(&mut self, id: usize) {
+        self.nodes[id - 1].take().expect("a running member").kill();
+    }
+
+    pub fn url(&self) -> String {
+        let nodes: Vec<_> = (1..=self.first_members()).map(|i| self.address(i)).collect();
+        format!("raft://{}?keys={}", nodes.join(","), self.keys("client").display())
+    }
+
+    /// What `vmft-store` says to a command for this store.
+    pub fn tool(&self, args: &[&str]) -> std::process::Output {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vmft-store"));
+        command.args(args).args(["--store", &self.url()]);
+        command.output().expect("vmft-store")
+    }
+
+    /// `vmft-store status --json`, parsed.
+    pub fn status(&self) -> serde_json::Value {
+        serde_json::from_slice(&self.tool(&["status", "--json", "--patience", "2"]).stdout).expect("JSON")
+    }
+
+    /// Which member leads; waits for one.
+    pub fn leader(&self) -> usize {
+        wait_for("a leader", || {
+            let status = self.status();
+            let rows = status.as_array()?.iter().map(|row| &row["answer"]["status"]);
+            let leader = rows.filter(|s| s["role"] == "leader").max_by_key(|s| s["term"].as_u64());
+            leader?["id"].as_u64().map(|id| id as usize)
+        })
+    }
+}
+
+/// Waits up to 20 s for something.
+pub fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let begun = Instant::now();
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(20), "no {what} within 20 s");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// A client, made inside the current runtime.
+pub fn client(url: &str) -> std::sync::Arc<dyn TestAndSet> {
+    test_and_set::connect(&url.parse().expect("a URL")).expect("a client")
+}
+
+/// Where a program is, if it is installed.
+pub fn find_program(name: &str) -> Option<PathBuf> {
+    let places = ["/usr/bin", "/usr/sbin", "/usr/local/bin", "/bin", "/sbin"];
+    places.iter().map(|dir| Path::new(dir).join(name)).find(|path| path.exists())
+}
+
+/// Members of etcd.
+pub struct Etcd {
+    pub url: String,
+    pub clients: Vec<String>,
+    _dir: TempDir,
+    _nodes: Vec<Running>,
+}
+
+impl Etcd {
+    /// Why it cannot be started here.
+    pub fn missing() -> Option<&'static str> {
+        find_program("etcd")
+            .is_none()
+            .then_some("etcd is not installed, run test-and-set/tests/install-peers")
+    }
+
+    pub fn start(members: usize) -> Self {
+        let dir = tempfile::tempdir().expect("a directory");
+        let ports: Vec<_> = (0..members).map(|_| (free_port(), free_port())).collect();
+        let peer = |i: usize| format!("http://127.0.0.1:{}", ports[i].1);
+        let cluster: Vec<_> = (0..members).map(|i| format!("n{i}={}", peer(i))).collect();
+        let nodes = (0..members).map(|i| {
+            let client = format!("http://127.0.0.1:{}", ports[i].0);
+            let mut command = Command::new("etcd");
+            command.args(["--name", &format!("n{i}"), "--initial-cluster", &cluster.join(",")]);
+            command.args(["--listen-client-urls", &client, "--advertise-client-urls", &client]);
+            command.args(["--listen-peer-urls", &peer(i), "--initial-advertise-peer-urls", &peer(i)]);
+            command.arg("--data-dir").arg(dir.path().join(format!("data{i}")));
+            Running::start(&mut command, &dir.path().join(format!("{i}.log")))
+        });
+        let nodes = nodes.collect();
+        let clients: Vec<_> = ports.iter().map(|(client, _)| format!("127.0.0.1:{client}")).collect();
+        Self { url: format!("etcd://{}", clients.join(",")), clients, _dir: dir, _nodes: nodes }
+    }
+}
+
+/// One ZooKeeper server.
+pub struct ZooKeeper {
+    pub url: String,
+    _dir: TempDir,
+    node: Running,
+}
+
+const ZOOKEEPER_JAR: &str = "/usr/share/java/zookeeper.jar";
+
+impl ZooKeeper {
+    /// Why it cannot be started here.
+    pub fn missing() -> Option<&'static str> {
+        let there = Path::new(ZOOKEEPER_JAR).exists() && find_program("java").is_some();
+        (!there).then_some("ZooKeeper is not installed, run test-and-set/tests/install-peers")
+    }
+
+    pub fn start() -> Self {
+        let dir = tempfile::tempdir().expect("a directory");
+        let port = free_port();
+        let data = dir.path().join("data");
+        let config = format!(
+            "tickTime=500\ndataDir={}\nclientPort={port}\nclientPortAddress=127.0.0.1\nadmin.enableServer=false\n",
+            data.display()
+        );
+        fs::create_dir(&data).expect("a directory");
+        fs::write(dir.path().join("zoo.cfg"), config).expect("a configuration");
+        let mut command = Command::new("java");
+        command.args(["-Xmx128m", "-cp", "/etc/zookeeper/conf:/usr/share/java/*"]);
+        command.arg("org.apache.zookeeper.server.quorum.QuorumPeerMain").arg(dir.path().join("zoo.cfg"));
+        let node = Running::start(&mut command, &dir.path().join("log"));
+        Self { url: format!("zookeeper://127.0.0.1:{port}"), _dir: dir, node }
+    }
+
+    /// Ends it as a power cut would.
+    pub fn kill(&mut self) {
+        self.node.kill();
+    }
+}
+
+/// The part of the store that a plain thread uses.
+pub fn blocking_suite(store: &test_and_set::blocking::Blocking) {
+    use test_and_set::names::{Generation, Incarnation};
+    use test_and_set::record::{Member, Members};
+    use test_and_set::store::{Outcome, Verdict};
+    let patience = Duration::from_secs(10);
+    let [a, b] = [Incarnation::random(), Incarnation::random()];
+    let members = Members { primary: Member::new(a), backup: Some(Member::new(b)) };
+    let vm = "plain".parse().expect("a name");
+    let first = Generation::FIRST;
+    assert_eq!(store.open(&vm, first, &members, patience).expect("open"), Outcome::Done);
+    let (tell, told) = std::sync::mpsc::channel();
+    store.begin_take(vm.clone(), first, a, patience, move |verdict| tell.send(verdict).expect("a receiver"));
+    assert!(matches!(told.recv_timeout(patience), Ok(Verdict::Won)));
+    assert!(matches!(store.take(&vm, first, b, patience), Verdict::Lost(holder) if holder == a));
+    assert_eq!(store.get(&vm, patience).expect("get").and_then(|r| r.holder()), Some(a));
+    assert_eq!(store.list(None, patience).expect("list").len(), 1);
+    assert_eq!(store.forget(&vm, first, patience).expect("forget"), Outcome::Done);
+}
