@@ -126,6 +126,18 @@ impl EtcdStore {
         format!("{}/vm/{vm}", self.prefix).into_bytes()
     }
 
+    /// One transaction of etcd: sets a VM's key if it still has this modification revision (0: if it is absent).
+    /// `false` if it has another.
+    pub async fn compare_and_put(
+        &self,
+        vm: &VmName,
+        value: Vec<u8>,
+        revision: i64,
+        deadline: Instant,
+    ) -> Result<bool, StoreError> {
+        cas::until(deadline, || self.write(vm, value.clone(), revision)).await
+    }
+
     async fn request<Q, A>(&self, path: &'static str, request: Q) -> Result<A, CasError>
     where
         Q: Message + Send + Sync + 'static,

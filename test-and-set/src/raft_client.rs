@@ -21,7 +21,7 @@ const CONNECT_PATIENCE: Duration = Duration::from_millis(400);
 const PING_INTERVAL: Duration = Duration::from_secs(1);
 /// Pause before the first repeat; it doubles with every round over all nodes, up to [`PAUSE_MAX`], and a random part of it is waited.
 const PAUSE_FIRST: Duration = Duration::from_millis(10);
-const PAUSE_MAX: Duration = Duration::from_millis(160);
+const PAUSE_MAX: Duration = Duration::from_millis(50);
 
 /// A client of our own store. It keeps one connection to the leader, so that a verdict costs one round trip.
 pub struct RaftStore {

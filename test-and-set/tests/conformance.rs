@@ -5,6 +5,7 @@ mod support;
 use std::sync::Arc;
 
 use libtest_mimic::{Arguments, Failed, Trial};
+use support::with_need;
 use test_and_set::blocking::Blocking;
 use test_and_set::conformance;
 use test_and_set::fake::FakeStore;
@@ -18,18 +19,6 @@ fn run(make: impl FnOnce() -> Arc<dyn TestAndSet>) -> Result<(), Failed> {
 
 fn run_at(url: &str) -> Result<(), Failed> {
     run(|| support::client(url))
-}
-
-/// A test that is ignored, and says why, where something that it needs is missing.
-fn with_need(
-    name: &str,
-    missing: Option<&str>,
-    test: impl FnOnce() -> Result<(), Failed> + Send + 'static,
-) -> Trial {
-    match missing {
-        None => Trial::test(name, test),
-        Some(why) => Trial::test(format!("{name} SKIPPED: {why}"), test).with_ignored_flag(true),
-    }
 }
 
 fn main() {

@@ -45,6 +45,12 @@ pub enum DiskError {
         /// Who asks.
         wanted: String,
     },
+    /// The thread that writes the log cannot be started.
+    #[error("the thread that writes the log cannot be started")]
+    Thread(#[source] io::Error),
+    /// An earlier write of the log has failed, as was said then.
+    #[error("an earlier write of the log has failed")]
+    NotFlushed,
     /// A stored value cannot be decoded.
     #[error("the stored {what} cannot be decoded")]
     Decode {
@@ -61,6 +67,14 @@ impl<E: Into<redb::Error>> From<E> for DiskError {
     }
 }
 
+/// A snapshot as it is stored.
+pub struct StoredSnapshot {
+    /// Its description.
+    pub meta: Vec<u8>,
+    /// The state.
+    pub state: Vec<u8>,
+}
+
 /// A member's data.
 pub struct Disk {
     log: Database,
@@ -70,7 +84,19 @@ pub struct Disk {
     data: CopyId,
 }
 
-fn open<B: StorageBackend>(backend: B) -> Result<Database, DiskError> {
+/// The first bytes of a database; redb writes them last when it makes one.
+const MAGIC_BYTES: usize = 9;
+
+fn open(backend: impl StorageBackend) -> Result<Database, DiskError> {
+    let failed = |error| DiskError::from(redb::StorageError::Io(error));
+    // A database without its magic was never finished, so nothing was ever in it.
+    let mut magic = [0; MAGIC_BYTES];
+    let len = backend.len().map_err(failed)?;
+    let readable = magic.len().min(usize::try_from(len).unwrap_or(usize::MAX));
+    backend.read(0, &mut magic[..readable]).map_err(failed)?;
+    if len > 0 && magic == [0; MAGIC_BYTES] {
+        backend.set_len(0).map_err(failed)?;
+    }
     Ok(Builder::new().set_cache_size(CACHE_BYTES).create_with_backend(backend)?)
 }
 
@@ -224,11 +250,14 @@ impl Disk {
         Ok(write.commit()?)
     }
 
-    /// The snapshot, as (meta, state).
-    pub fn snapshot(&self) -> Result<Option<(Vec<u8>, Vec<u8>)>, DiskError> {
+    /// The snapshot.
+    pub fn snapshot(&self) -> Result<Option<StoredSnapshot>, DiskError> {
         let table = self.snapshots.begin_read()?.open_table(META)?;
         let (meta, state) = (table.get("meta")?, table.get("state")?);
-        Ok(meta.zip(state).map(|(meta, state)| (meta.value().to_vec(), state.value().to_vec())))
+        Ok(meta.zip(state).map(|(meta, state)| StoredSnapshot {
+            meta: meta.value().to_vec(),
+            state: state.value().to_vec(),
+        }))
     }
 
     /// Free bytes for this node's data, and the bytes that its files have.

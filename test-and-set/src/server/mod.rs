@@ -1,13 +1,16 @@
 //! The server behind `raft://`: one member of the store.
 //!
 //! ```text
-//! connections ──> Node ──> raft (the only file that names openraft) ──> disk (redb, fsync)
+//! connections ──> Node ──> raft (the only file that names openraft) ──> log ──> disk (redb, fsync)
 //!   TLS, bounds     |        |
 //! metrics ──────────┘        └──> peers ──> link (the same bytes, to the other members)
 //! ```
 
 pub mod connections;
+#[cfg(test)]
+mod crash_tests;
 pub mod disk;
+pub mod log;
 pub mod metrics;
 pub mod peers;
 pub mod raft;

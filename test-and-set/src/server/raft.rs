@@ -1,12 +1,14 @@
 //! The only file that names openraft: our types in its traits, and a small handle that hides it again.
 //!
 //! The entries, votes and messages of openraft are bytes to all other files. What Raft needs on the disk is there before its
-//! call returns: openraft 0.9 waits for each.
+//! call returns, but for what a leader appends: see [`crate::server::log`].
+#![allow(clippy::result_large_err, reason = "openraft's errors are what they are")]
 
 use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::io::{self, Cursor};
 use std::ops::RangeBounds;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
@@ -32,6 +34,7 @@ use crate::link::LinkError;
 use crate::names::VmName;
 use crate::record::{Command, Reply, State};
 use crate::server::disk::{Disk, DiskError};
+use crate::server::log::Log;
 use crate::server::peers::{Peer, Peers};
 use crate::wire::{self, CHUNK_BYTES, Failure, MemberStatus, NodeId, PeerAnswer, PeerAsk};
 
@@ -54,7 +57,7 @@ type Failed = StorageError<NodeId>;
 type CallError = RPCError<NodeId, BasicNode, RaftError<NodeId>>;
 
 /// How long the leader waits for a majority before it says that there is none.
-const QUORUM_PATIENCE: Duration = Duration::from_millis(450);
+const QUORUM_PATIENCE: Duration = Duration::from_millis(350);
 /// How long adding or removing a member may take.
 const MEMBERS_PATIENCE: Duration = Duration::from_secs(20);
 /// How long one part of a snapshot may take, its installation included.
@@ -78,13 +81,19 @@ fn writing(error: DiskError) -> Failed {
     StorageIOError::write(&error).into()
 }
 
-/// The log and the vote of this member, on the disk.
+/// The log and the vote of this member.
 #[derive(Clone)]
-struct LogStore(Arc<Disk>, NodeId);
+struct LogStore {
+    id: NodeId,
+    log: Arc<Log>,
+    disk: Arc<Disk>,
+    /// Whether the vote is that of a leader, this member.
+    leads: Arc<AtomicBool>,
+}
 
 impl LogStore {
     fn read<T: DeserializeOwned>(&self, name: &'static str) -> Result<Option<T>, Failed> {
-        let bytes = self.0.get(name).map_err(reading)?;
+        let bytes = self.disk.get(name).map_err(reading)?;
         bytes.map(|bytes| decode(name, &bytes)).transpose().map_err(reading)
     }
 }
@@ -94,7 +103,7 @@ impl RaftLogReader<Types> for LogStore {
     where
         B: RangeBounds<u64> + Clone + Debug + OptionalSend,
     {
-        let entries = self.0.read(range).map_err(reading)?;
+        let entries = self.log.read(range).map_err(reading)?;
         entries.iter().map(|bytes| decode("entry", bytes).map_err(reading)).collect()
     }
 }
@@ -104,7 +113,7 @@ impl RaftLogStorage<Types> for LogStore {
 
     async fn get_log_state(&mut self) -> Result<LogState<Types>, Failed> {
         let last_purged_log_id = self.read("purged")?;
-        let last = self.0.last().map_err(reading)?;
+        let last = self.disk.last().map_err(reading)?;
         let last: Option<Entry> = last.map(|bytes| decode("entry", &bytes)).transpose().map_err(reading)?;
         Ok(LogState {
             last_purged_log_id,
@@ -117,8 +126,10 @@ impl RaftLogStorage<Types> for LogStore {
     }
 
     async fn save_vote(&mut self, vote: &Vote<NodeId>) -> Result<(), Failed> {
-        let saved = encode(vote).and_then(|bytes| self.0.put("vote", &bytes));
-        saved.map_err(|error| StorageIOError::write_vote(&error).into())
+        let save = async { self.log.settle().await?.put("vote", &encode(vote)?) };
+        save.await.map_err(|error| StorageIOError::write_vote(&error))?;
+        self.leads.store(vote.committed && vote.leader_id.voted_for() == Some(self.id), Relaxed);
+        Ok(())
     }
 
     /// A leader's vote is read as a candidate's. openraft 0.9 would resume the leadership of a member that restarts within its
@@ -127,7 +138,7 @@ impl RaftLogStorage<Types> for LogStore {
     async fn read_vote(&mut self) -> Result<Option<Vote<NodeId>>, Failed> {
         let vote: Option<Vote<NodeId>> = self.read("vote")?;
         Ok(vote.map(|vote| Vote {
-            committed: vote.committed && vote.leader_id.voted_for() != Some(self.1),
+            committed: vote.committed && vote.leader_id.voted_for() != Some(self.id),
             ..vote
         }))
     }
@@ -140,17 +151,23 @@ impl RaftLogStorage<Types> for LogStore {
         I::IntoIter: OptionalSend,
     {
         let encoded = entries.into_iter().map(|entry| Ok((entry.log_id.index, encode(&entry)?)));
-        let written = encoded.collect::<Result<Vec<_>, _>>().and_then(|entries| self.0.append(&entries));
+        let encoded = encoded.collect::<Result<Vec<_>, _>>().map_err(writing)?;
+        let written = if self.leads.load(Relaxed) {
+            self.log.append_soon(encoded)
+        } else {
+            self.log.append(encoded).await
+        };
         flushed.log_io_completed(written.map_err(io::Error::other));
         Ok(())
     }
 
     async fn truncate(&mut self, log_id: LogId<NodeId>) -> Result<(), Failed> {
-        self.0.truncate(log_id.index).map_err(writing)
+        self.log.settle().await.and_then(|disk| disk.truncate(log_id.index)).map_err(writing)
     }
 
     async fn purge(&mut self, log_id: LogId<NodeId>) -> Result<(), Failed> {
-        encode(&log_id).and_then(|purged| self.0.purge(log_id.index, &purged)).map_err(writing)
+        let purge = async { self.log.settle().await?.purge(log_id.index, &encode(&log_id)?) };
+        purge.await.map_err(writing)
     }
 }
 
@@ -166,22 +183,23 @@ struct Applied {
 #[derive(Clone)]
 struct Machine {
     applied: Arc<RwLock<Applied>>,
+    log: Arc<Log>,
     disk: Arc<Disk>,
     peers: Arc<Peers>,
 }
 
 impl Machine {
-    fn load(disk: Arc<Disk>, peers: Arc<Peers>) -> Result<Self, DiskError> {
+    fn load(log: Arc<Log>, disk: Arc<Disk>, peers: Arc<Peers>) -> Result<Self, DiskError> {
         let mut applied = Applied::default();
-        if let Some((meta, state)) = disk.snapshot()? {
-            let meta: Meta = decode("snapshot's description", &meta)?;
+        if let Some(stored) = disk.snapshot()? {
+            let meta: Meta = decode("snapshot's description", &stored.meta)?;
             applied = Applied {
-                state: decode("snapshot", &state)?,
+                state: decode("snapshot", &stored.state)?,
                 last: meta.last_log_id,
                 membership: meta.last_membership,
             };
         }
-        Ok(Self { applied: Arc::new(RwLock::new(applied)), disk, peers })
+        Ok(Self { applied: Arc::new(RwLock::new(applied)), log, disk, peers })
     }
 
     fn applied(&self) -> std::sync::RwLockReadGuard<'_, Applied> {
@@ -212,6 +230,10 @@ impl RaftStateMachine<Types> for Machine {
         I: IntoIterator<Item = Entry> + OptionalSend,
         I::IntoIter: OptionalSend,
     {
+        let entries: Vec<_> = entries.into_iter().collect();
+        if let Some(last) = entries.last() {
+            self.log.flushed_to(last.log_id.index).await.map_err(writing)?;
+        }
         let mut applied = self.applied_mut();
         let mut replies = vec![];
         for entry in entries {
@@ -247,9 +269,9 @@ impl RaftStateMachine<Types> for Machine {
     }
 
     async fn get_current_snapshot(&mut self) -> Result<Option<Snapshot<Types>>, Failed> {
-        let Some((meta, state)) = self.disk.snapshot().map_err(reading)? else { return Ok(None) };
-        let meta = decode("snapshot's description", &meta).map_err(reading)?;
-        Ok(Some(Snapshot { meta, snapshot: Box::new(Cursor::new(state)) }))
+        let Some(stored) = self.disk.snapshot().map_err(reading)? else { return Ok(None) };
+        let meta = decode("snapshot's description", &stored.meta).map_err(reading)?;
+        Ok(Some(Snapshot { meta, snapshot: Box::new(Cursor::new(stored.state)) }))
     }
 }
 
@@ -272,19 +294,26 @@ impl RaftSnapshotBuilder<Types> for Machine {
 }
 
 /// Makes the callers for other members.
-struct Callers(Arc<Peers>);
+struct Callers {
+    peers: Arc<Peers>,
+    log: Arc<Log>,
+}
 
 /// Calls one other member.
 struct Caller {
     peers: Arc<Peers>,
     peer: Arc<Peer>,
+    log: Arc<Log>,
+    /// The last committed id that the member was told.
+    told: Option<LogId<NodeId>>,
 }
 
 impl RaftNetworkFactory<Types> for Callers {
     type Network = Caller;
 
     async fn new_client(&mut self, to: NodeId, node: &BasicNode) -> Caller {
-        Caller { peers: self.0.clone(), peer: self.0.get(to, &node.addr) }
+        let (peers, log) = (self.peers.clone(), self.log.clone());
+        Caller { peer: self.peers.get(to, &node.addr), peers, log, told: None }
     }
 }
 
@@ -307,9 +336,15 @@ fn bytes_for(body: &impl Serialize) -> Result<Vec<u8>, Unreachable> {
 impl RaftNetwork<Types> for Caller {
     async fn append_entries(
         &mut self,
-        rpc: AppendEntriesRequest<Types>,
+        mut rpc: AppendEntriesRequest<Types>,
         option: RPCOption,
     ) -> Result<AppendEntriesResponse<NodeId>, CallError> {
+        // openraft counts this member's own copy at once; the others hear of it when it is on the disk.
+        let flushed = |index| self.log.first_unflushed().is_none_or(|first| first > index);
+        if rpc.leader_commit.is_some_and(|commit| flushed(commit.index)) {
+            self.told = rpc.leader_commit;
+        }
+        rpc.leader_commit = self.told;
         // openraft gives up at its own time, in which case this call's end is never seen: so it ends a little before.
         let patience = option.hard_ttl().mul_f64(0.9);
         Ok(self.call(&PeerAsk::Append(bytes_for(&rpc)?), patience).await?)
@@ -376,7 +411,7 @@ pub struct Timing {
 
 impl Default for Timing {
     fn default() -> Self {
-        Self { heartbeat_ms: 60, snapshot_every: 10_000 }
+        Self { heartbeat_ms: 40, snapshot_every: 10_000 }
     }
 }
 
@@ -421,10 +456,10 @@ impl Raft {
             ..Config::default()
         };
         let config = Arc::new(config.validate().map_err(|e| StartError::Raft(e.to_string()))?);
-        let machine = Machine::load(disk.clone(), peers.clone())?;
-        let raft =
-            openraft::Raft::new(id, config, Callers(peers), LogStore(disk.clone(), id), machine.clone())
-                .await;
+        let log = Arc::new(Log::new(disk.clone())?);
+        let machine = Machine::load(log.clone(), disk.clone(), peers.clone())?;
+        let store = LogStore { id, log: log.clone(), disk: disk.clone(), leads: Arc::default() };
+        let raft = openraft::Raft::new(id, config, Callers { peers, log }, store, machine.clone()).await;
         Ok(Self { raft: raft.map_err(|e| StartError::Raft(e.to_string()))?, machine, disk })
     }
 
@@ -641,4 +676,47 @@ pub struct View {
     pub snapshot_index: Option<u64>,
     pub purged_index: Option<u64>,
     pub vms: u64,
+}
+
+/// What other members would send, for tests of one member.
+#[cfg(test)]
+pub mod testing {
+    use super::*;
+
+    impl Raft {
+        /// The member stays what it is.
+        pub fn never_elect(&self) {
+            self.raft.runtime_config().elect(false);
+        }
+    }
+
+    fn at(term: u64, leader: NodeId, index: u64) -> LogId<NodeId> {
+        LogId::new(openraft::CommittedLeaderId::new(term, leader), index)
+    }
+
+    /// A candidate that has a log up to this index asks for a vote.
+    pub fn vote_ask(term: u64, candidate: NodeId, index: u64) -> PeerAsk {
+        let rpc = VoteRequest::new(Vote::new(term, candidate), Some(at(term - 1, candidate, index)));
+        PeerAsk::Vote(wire::encode(&rpc).unwrap())
+    }
+
+    /// Whether an answer to [`vote_ask`] grants the vote.
+    pub fn is_granted(answer: &[u8]) -> bool {
+        wire::decode::<VoteResponse<NodeId>>(answer).unwrap().vote_granted
+    }
+
+    /// A leader sends the entry of this index, at most 1 behind the last; the first follows the cluster's own at 0.
+    pub fn append_ask(term: u64, leader: NodeId, index: u64, (vm, command): (VmName, Command)) -> PeerAsk {
+        let previous = if index == 1 { LogId::default() } else { at(term, leader, index - 1) };
+        let entry =
+            Entry { log_id: at(term, leader, index), payload: EntryPayload::Normal(Write { vm, command }) };
+        let vote = Vote::new_committed(term, leader);
+        let rpc = AppendEntriesRequest::<Types> {
+            vote,
+            prev_log_id: Some(previous),
+            entries: vec![entry],
+            leader_commit: None,
+        };
+        PeerAsk::Append(wire::encode(&rpc).unwrap())
+    }
 }

@@ -1,12 +1,19 @@
 //! Stores that a test starts on loopback ports of its own, and stops at its end.
 #![allow(dead_code, reason = "each test uses its part")]
 
+pub mod hostile;
+pub mod latency;
+pub mod nemesis;
+pub mod net;
+pub mod scale;
+
 use std::fs::{self, File};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use libtest_mimic::{Failed, Trial};
 use tempfile::TempDir;
 use test_and_set::keys;
 use test_and_set::store::TestAndSet;
@@ -256,4 +263,16 @@ pub fn blocking_suite(store: &test_and_set::blocking::Blocking) {
     assert_eq!(store.get(&vm, patience).expect("get").and_then(|r| r.holder()), Some(a));
     assert_eq!(store.list(None, patience).expect("list").len(), 1);
     assert_eq!(store.forget(&vm, first, patience).expect("forget"), Outcome::Done);
+}
+
+/// A test that is ignored, and says why, where something that it needs is missing.
+pub fn with_need(
+    name: &str,
+    missing: Option<&str>,
+    test: impl FnOnce() -> Result<(), Failed> + Send + 'static,
+) -> Trial {
+    match missing {
+        None => Trial::test(name, test),
+        Some(why) => Trial::test(format!("{name} SKIPPED: {why}"), test).with_ignored_flag(true),
+    }
 }

@@ -1,0 +1,79 @@
+//! What is measured and tried for long: `cargo bench -p test-and-set --bench store -- COMMAND`.
+
+#[path = "../tests/support/mod.rs"]
+mod support;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+struct Bench {
+    #[command(subcommand)]
+    what: What,
+    /// Cargo says so.
+    #[arg(long, global = true, hide = true)]
+    bench: bool,
+}
+
+#[derive(Subcommand)]
+enum What {
+    /// Verdicts of three local members beside etcd's transactions.
+    Latency {
+        #[arg(long, default_value_t = 10_000)]
+        verdicts: usize,
+    },
+    /// The time to the next verdict after the leader is killed.
+    Failover {
+        #[arg(long, default_value_t = 100)]
+        kills: usize,
+    },
+    /// Clients under a nemesis in network namespaces; what they saw is checked.
+    Nemesis {
+        #[arg(long, default_value_t = 300)]
+        rounds: usize,
+        #[arg(long, default_value_t = 16)]
+        workers: usize,
+        /// Milliseconds between two calls of one worker, on average.
+        #[arg(long, default_value_t = 40)]
+        pause_ms: u64,
+        /// Of the faults and of the calls; random unless given.
+        #[arg(long)]
+        seed: Option<u64>,
+    },
+    /// Garbage, oversized and slow clients.
+    Hostile {
+        #[arg(long, default_value_t = 10_000)]
+        clients: usize,
+    },
+    /// Many VMs: memory, disk, restart.
+    Scale {
+        #[arg(long, default_value_t = 100_000)]
+        vms: usize,
+    },
+}
+
+fn main() {
+    match Bench::parse().what {
+        What::Latency { verdicts } => {
+            if let Some(why) = support::Etcd::missing() {
+                return println!("SKIPPED: {why}");
+            }
+            let (ours, etcd) = support::latency::beside_etcd(verdicts);
+            println!("verdict of three members:        {ours}");
+            println!("transaction of three etcd nodes: {etcd}");
+        }
+        What::Failover { kills } => {
+            println!("leader killed to next verdict:   {}", support::latency::failover(kills));
+        }
+        What::Nemesis { rounds, workers, pause_ms, seed } => {
+            if let Some(why) = support::net::Net::missing() {
+                return println!("SKIPPED: {why}");
+            }
+            let seed = seed.unwrap_or_else(rand::random);
+            println!("seed {seed}");
+            let pause = std::time::Duration::from_millis(pause_ms);
+            println!("{}", support::nemesis::run(&support::nemesis::Plan { rounds, workers, pause, seed }));
+        }
+        What::Hostile { clients } => println!("{}", support::hostile::run(clients)),
+        What::Scale { vms } => println!("{}", support::scale::run(vms)),
+    }
+}

@@ -1,0 +1,279 @@
+//! A member that is stopped at the k-th write or fsync, for every k of a session, comes back with all that it has acknowledged.
+//!
+//! The disk is a simulated one, harder than a real process kill: what was not synced may be lost, in any part and any order.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+use redb::StorageBackend;
+
+use crate::names::{Generation, Incarnation, VmName};
+use crate::record::{Command, Member, Members, Reply};
+use crate::server::disk::{Disk, DiskError};
+use crate::server::peers::Peers;
+use crate::server::raft::testing::{append_ask, is_granted, vote_ask};
+use crate::server::raft::{Raft, Timing};
+use crate::wire::{NodeId, PeerAnswer, PeerAsk};
+
+const SECTOR: usize = 512;
+
+/// A file: its bytes as the process sees them and as they are surely on the disk, and the writes between the two.
+#[derive(Debug, Default, Clone)]
+struct File {
+    seen: Vec<u8>,
+    synced: Vec<u8>,
+    since: Vec<(usize, Vec<u8>)>,
+}
+
+#[derive(Debug)]
+struct Sim {
+    files: [File; 2],
+    steps: u64,
+    stop_at: u64,
+}
+
+impl Sim {
+    /// Counts a write or an fsync; from the one that it stops at on, all fail.
+    fn step(&mut self) -> io::Result<()> {
+        self.steps += 1;
+        if self.steps >= self.stop_at { Err(io::Error::other("the power is off")) } else { Ok(()) }
+    }
+
+    /// What is on the disk afterwards: all that was synced, and any sectors of what was not.
+    fn survivors(&self, random: &mut StdRng) -> [File; 2] {
+        self.files.clone().map(|file| {
+            let mut disk = file.synced;
+            for (at, bytes) in file.since {
+                for (i, sector) in bytes.chunks(SECTOR).enumerate().filter(|_| random.random_bool(0.5)) {
+                    write_at(&mut disk, at + i * SECTOR, sector);
+                }
+            }
+            File { seen: disk.clone(), synced: disk, since: vec![] }
+        })
+    }
+}
+
+fn write_at(bytes: &mut Vec<u8>, at: usize, data: &[u8]) {
+    let end = at + data.len();
+    bytes.resize(bytes.len().max(end), 0);
+    bytes[at..end].copy_from_slice(data);
+}
+
+#[derive(Debug, Clone)]
+struct Backend {
+    sim: Arc<Mutex<Sim>>,
+    file: usize,
+}
+
+impl Backend {
+    fn with<T>(&self, use_file: impl FnOnce(&mut File) -> T) -> T {
+        use_file(&mut self.sim.lock().unwrap().files[self.file])
+    }
+}
+
+impl StorageBackend for Backend {
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.with(|f| f.seen.len() as u64))
+    }
+
+    fn read(&self, at: u64, out: &mut [u8]) -> io::Result<()> {
+        let at = at as usize;
+        self.with(|f| {
+            let bytes = f.seen.get(at..at + out.len()).ok_or(io::ErrorKind::UnexpectedEof)?;
+            out.copy_from_slice(bytes);
+            Ok(())
+        })
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.sim.lock().unwrap().step()?;
+        // As on a journalling file system the size is kept at once; new bytes are zero.
+        self.with(|f| {
+            f.seen.resize(len as usize, 0);
+            f.synced.resize(len as usize, 0);
+            f.since.retain(|(at, bytes)| at + bytes.len() <= len as usize);
+        });
+        Ok(())
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        self.sim.lock().unwrap().step()?;
+        self.with(|f| {
+            for (at, bytes) in std::mem::take(&mut f.since) {
+                write_at(&mut f.synced, at, &bytes);
+            }
+        });
+        Ok(())
+    }
+
+    fn write(&self, at: u64, data: &[u8]) -> io::Result<()> {
+        let stopped = self.sim.lock().unwrap().step();
+        self.with(|f| {
+            // The write that the power fails in may be on the disk in part.
+            f.since.push((at as usize, data.to_vec()));
+            write_at(&mut f.seen, at as usize, data);
+        });
+        stopped
+    }
+}
+
+/// Counts from `stop_at` down on these files.
+fn sim(files: [File; 2], stop_at: u64) -> Arc<Mutex<Sim>> {
+    Arc::new(Mutex::new(Sim { files, steps: 0, stop_at }))
+}
+
+/// Starts member 1 of these on a simulated disk.
+async fn start(
+    sim: &Arc<Mutex<Sim>>,
+    members: &[NodeId],
+    timing: Timing,
+) -> Result<(Raft, Arc<Disk>), String> {
+    let backend = |file| Backend { sim: sim.clone(), file };
+    let opened = Disk::open_on(backend(0), backend(1), &"crash".parse().unwrap(), 1);
+    let disk = Arc::new(opened.map_err(|e: DiskError| e.to_string())?);
+    let peers = Arc::new(Peers::new(1, disk.clone(), None).map_err(|e| e.to_string())?);
+    let raft = Raft::start(1, disk.clone(), peers, timing).await.map_err(|e| e.to_string())?;
+    let members: BTreeMap<_, _> = members.iter().map(|id| (*id, format!("nowhere:{id}"))).collect();
+    match raft.form(&members).await {
+        Ok(()) => Ok((raft, disk)),
+        Err(error) => {
+            raft.stop().await;
+            Err(error.to_string())
+        }
+    }
+}
+
+/// Runs a session against a disk that stops at each step, until one is not stopped; then what survived is checked.
+fn at_every_step<S: Default>(
+    session: impl AsyncFn(&Arc<Mutex<Sim>>, &mut S),
+    check: impl AsyncFn(&Arc<Mutex<Sim>>, &S),
+) -> u64 {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    for k in 1.. {
+        let stopped = sim(Default::default(), k);
+        let mut acknowledged = S::default();
+        runtime.block_on(session(&stopped, &mut acknowledged));
+        let ended = stopped.lock().unwrap().steps < k;
+        let survivors = stopped.lock().unwrap().survivors(&mut StdRng::seed_from_u64(k));
+        runtime.block_on(check(&sim(survivors, u64::MAX), &acknowledged));
+        if ended {
+            return k - 1;
+        }
+    }
+    unreachable!("a session ends")
+}
+
+const QUICK: Timing = Timing { heartbeat_ms: 10, snapshot_every: 8 };
+
+fn members_of(who: Incarnation) -> Members {
+    Members { primary: Member::new(who), backup: None }
+}
+
+/// A command, as long as there is no leader again and again.
+async fn command(raft: &Raft, vm: &VmName, command: Command) -> Option<Reply> {
+    let begun = Instant::now();
+    while begun.elapsed() < Duration::from_secs(20) {
+        match raft.command(vm.clone(), command.clone()).await {
+            Ok(reply) => return Some(reply),
+            Err(crate::wire::Failure::NotLeader(_) | crate::wire::Failure::NoQuorum) => {
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+            Err(_) => return None,
+        }
+    }
+    panic!("no leader within 20 s");
+}
+
+#[test]
+fn no_committed_verdict_is_lost() {
+    let session = async |sim: &Arc<Mutex<Sim>>, won: &mut Vec<(VmName, Incarnation)>| {
+        let Ok((raft, _)) = start(sim, &[1], QUICK).await else { return };
+        for i in 0..12 {
+            let (vm, who): (VmName, _) = (format!("vm-{i}").parse().unwrap(), Incarnation::random());
+            let open = Command::Open { generation: Generation::FIRST, members: members_of(who) };
+            let take = Command::Take { generation: Generation::FIRST, who };
+            if command(&raft, &vm, open).await.is_none() || command(&raft, &vm, take).await.is_none() {
+                break;
+            }
+            won.push((vm, who));
+        }
+        raft.stop().await;
+    };
+    let check = async |sim: &Arc<Mutex<Sim>>, won: &Vec<(VmName, Incarnation)>| {
+        let (raft, _) = start(sim, &[1], QUICK).await.expect("the member must come back");
+        for (vm, who) in won {
+            let other = Incarnation::random();
+            let again = command(&raft, vm, Command::Take { generation: Generation::FIRST, who: *who }).await;
+            assert_eq!(again, Some(Reply::Won), "{vm} of {} verdicts", won.len());
+            let stale = command(&raft, vm, Command::Take { generation: Generation::FIRST, who: other }).await;
+            assert_eq!(stale, Some(Reply::Stale));
+        }
+        raft.stop().await;
+    };
+    let steps = at_every_step(session, check);
+    assert!(steps > 100, "the session has only {steps} steps");
+    println!("stopped at each of {steps} writes and fsyncs");
+}
+
+/// What a follower has acknowledged: in which terms it voted for member 3, and up to which index it holds member 3's log.
+///
+/// To openraft a term is a number and a candidate: a vote for member 3 may follow one for member 2 of the same number, as one
+/// of a later term; a vote for member 2 after one for member 3 would be the second in a term.
+#[derive(Default)]
+struct Promises {
+    votes: Vec<u64>,
+    index: u64,
+}
+
+#[test]
+fn no_vote_is_given_twice_and_no_acknowledged_entry_is_lost() {
+    let ask = async |raft: &Raft, ask: PeerAsk| match raft.answer(ask, &Default::default()).await {
+        PeerAnswer::Done(bytes) => Some(bytes),
+        PeerAnswer::Failed(_) => None,
+    };
+    let timing = Timing { heartbeat_ms: 10, snapshot_every: 1000 };
+    let session = async |sim: &Arc<Mutex<Sim>>, promised: &mut Promises| {
+        let Ok((raft, _)) = start(sim, &[1, 2, 3], timing).await else { return };
+        raft.never_elect();
+        for term in 2..8 {
+            let Some(answer) = ask(&raft, vote_ask(term, 3, 1000)).await else { break };
+            assert!(is_granted(&answer), "term {term}");
+            promised.votes.push(term);
+            let other = ask(&raft, vote_ask(term, 2, 1000)).await;
+            assert!(!other.is_some_and(|answer| is_granted(&answer)), "a second vote in term {term}");
+        }
+        for index in 1..6 {
+            let write =
+                (format!("vm-{index}").parse().unwrap(), Command::Forget { generation: Generation::FIRST });
+            if ask(&raft, append_ask(7, 3, index, write)).await.is_none() {
+                break;
+            }
+            promised.index = index;
+        }
+        raft.stop().await;
+    };
+    let check = async |sim: &Arc<Mutex<Sim>>, promised: &Promises| {
+        let (raft, disk) = start(sim, &[1, 2, 3], timing).await.expect("the member must come back");
+        raft.never_elect();
+        let entries = disk.read(1..).unwrap().len() as u64;
+        assert!(entries >= promised.index, "{entries} entries are left of {}", promised.index);
+        for term in &promised.votes {
+            let answer = ask(&raft, vote_ask(*term, 2, 1000)).await.expect("an answer");
+            assert!(!is_granted(&answer), "a second vote in term {term}");
+        }
+        // It is not that it refuses everybody.
+        let begun = Instant::now();
+        while !is_granted(&ask(&raft, vote_ask(100, 3, 1000)).await.expect("an answer")) {
+            assert!(begun.elapsed() < Duration::from_secs(20), "no vote in a new term");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        raft.stop().await;
+    };
+    let steps = at_every_step(session, check);
+    assert!(steps > 50, "the session has only {steps} steps");
+    println!("stopped at each of {steps} writes and fsyncs");
+}

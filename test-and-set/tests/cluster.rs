@@ -1,0 +1,345 @@
+//! What our own store does when something is wrong, or is changed, or dies. Quick versions of what `benches/store.rs` tries for long.
+
+mod support;
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use libtest_mimic::{Arguments, Failed, Trial};
+use support::{Cluster, latency, wait_for, with_need};
+use test_and_set::blocking::Blocking;
+use test_and_set::keys::{self, Keys};
+use test_and_set::names::{Generation, Incarnation, VmName};
+use test_and_set::record::{Member, Members};
+use test_and_set::store::{Outcome, StoreError, Verdict};
+
+const PATIENCE: Duration = Duration::from_secs(15);
+
+fn vm(name: &str) -> VmName {
+    name.parse().expect("a name")
+}
+
+/// Opens a VM for one incarnation.
+fn open(store: &Blocking, name: &str) -> Result<Incarnation, StoreError> {
+    let who = Incarnation::random();
+    let members = Members { primary: Member::new(who), backup: None };
+    assert_eq!(store.open(&vm(name), Generation::FIRST, &members, PATIENCE)?, Outcome::Done);
+    Ok(who)
+}
+
+/// Opens a VM and wins it.
+fn win(store: &Blocking, name: &str) -> Incarnation {
+    let who = open(store, name).expect("open");
+    let verdict = store.take(&vm(name), Generation::FIRST, who, PATIENCE);
+    assert!(matches!(verdict, Verdict::Won), "{verdict:?}");
+    who
+}
+
+fn holder(store: &Blocking, name: &str) -> Option<Incarnation> {
+    store.get(&vm(name), PATIENCE).expect("get").expect("a record").holder()
+}
+
+/// What a store that cannot be used says.
+fn complaint(url: &str, patience: Duration) -> String {
+    let store = Blocking::connect(url).expect("a client");
+    let asked = Instant::now();
+    match store.take(&vm("any"), Generation::FIRST, Incarnation::random(), patience) {
+        Verdict::Unknown(error) => {
+            assert!(asked.elapsed() < patience + Duration::from_secs(2), "it must keep its deadline");
+            error.to_string()
+        }
+        verdict => panic!("{verdict:?}"),
+    }
+}
+
+fn expect_complaint(url: &str, words: &[&str]) {
+    let said = complaint(url, Duration::from_secs(2));
+    words.iter().for_each(|word| assert!(said.contains(word), "{said:?} does not say {word:?}"));
+}
+
+fn wrong_store_is_named() -> Result<(), Failed> {
+    let cluster = Cluster::start(1);
+    win(&Blocking::connect(&cluster.url())?, "vm");
+    expect_complaint(&format!("{}&cluster=other", cluster.url()), &["cluster vmft", &cluster.address(1)]);
+    // Nobody listens.
+    let nowhere =
+        format!("raft://127.0.0.1:{}?keys={}", support::free_port(), cluster.keys("client").display());
+    expect_complaint(&nowhere, &["cannot connect", "refused"]);
+    // A server that we do not know, and one that does not know us.
+    let others = tempfile::tempdir()?;
+    keys::make_set(others.path(), &[1], &["client".into()])?;
+    let strange = format!("raft://{}?keys={}", cluster.address(1), others.path().join("client").display());
+    expect_complaint(&strange, &["certificates do not fit"]);
+    std::fs::copy(cluster.keys("client").join("members/1.crt"), others.path().join("client/members/1.crt"))?;
+    expect_complaint(&strange, &["certificates do not fit"]);
+    Ok(())
+}
+
+/// A server of a later version, as far as a client can tell.
+fn wrong_version_is_named() -> Result<(), Failed> {
+    let dir = tempfile::tempdir()?;
+    keys::make_set(dir.path(), &[1], &["client".into()])?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    let tls = test_and_set::tls::acceptor(&Arc::new(Keys::load(&dir.path().join("1"))?))?;
+    let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0"))?;
+    let address = listener.local_addr()?;
+    runtime.spawn(async move {
+        use tokio::io::AsyncWriteExt;
+        while let Ok((tcp, _)) = listener.accept().await {
+            if let Ok(mut stream) = tls.accept(tcp).await {
+                stream.write_all(b"VMTS\x02\x00\x00\x00").await.ok();
+                stream.shutdown().await.ok();
+            }
+        }
+    });
+    let url = format!("raft://{address}?keys={}", dir.path().join("client").display());
+    expect_complaint(&url, &["version 2", "the same release"]);
+    Ok(())
+}
+
+fn no_majority_is_unknown() -> Result<(), Failed> {
+    let mut cluster = Cluster::start(3);
+    let store = Blocking::connect(&cluster.url())?;
+    let who = open(&store, "vm")?;
+    let leader = cluster.leader();
+    (1..=3).filter(|id| *id != leader).for_each(|id| cluster.kill(id));
+    let verdict = store.take(&vm("vm"), Generation::FIRST, who, Duration::from_secs(2));
+    assert!(matches!(verdict, Verdict::Unknown(StoreError::NoAnswer { .. })), "{verdict:?}");
+    (1..=3).filter(|id| *id != leader).for_each(|id| cluster.start_node(id));
+    let verdict = store.take(&vm("vm"), Generation::FIRST, who, PATIENCE);
+    assert!(matches!(verdict, Verdict::Won), "{verdict:?}");
+    Ok(())
+}
+
+fn members_come_and_go() -> Result<(), Failed> {
+    let mut cluster = Cluster::start(3);
+    let store = Blocking::connect(&cluster.url())?;
+    let who = win(&store, "before");
+    cluster.start_node_as(4, &["--join"]);
+    let run = |cluster: &Cluster, args: &[&str]| {
+        let output = cluster.tool(args);
+        assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    };
+    run(&cluster, &["member", "add", "4", &cluster.address(4), "--patience", "20"]);
+    win(&store, "between");
+    run(&cluster, &["member", "remove", "1", "--patience", "20"]);
+    cluster.kill(1);
+    // Two of the three that are left, one of them new.
+    cluster.kill(2);
+    win(&store, "after");
+    assert_eq!(holder(&store, "before"), Some(who));
+    let status = cluster.status();
+    let members = status[2]["answer"]["status"]["members"].as_object().expect("members").keys().cloned();
+    assert_eq!(members.collect::<Vec<_>>(), ["2", "3", "4"]);
+    Ok(())
+}
+
+/// A member that has lost its data has lost its vote: it must not be taken for the one it was.
+fn replaced_data_is_refused() -> Result<(), Failed> {
+    let mut cluster = Cluster::start(3);
+    let store = Blocking::connect(&cluster.url())?;
+    win(&store, "before");
+    cluster.kill(3);
+    std::fs::remove_dir_all(cluster.data(3))?;
+    cluster.start_node(3);
+    std::thread::sleep(Duration::from_secs(1));
+    let status = cluster.status()[2]["answer"]["status"].clone();
+    assert_eq!((&status["vms"], &status["leader"]), (&0.into(), &serde_json::Value::Null), "{status}");
+    // Removed and added anew it is welcome.
+    let run = |args: &[&str]| assert!(cluster.tool(args).status.success(), "{args:?}");
+    run(&["member", "remove", "3", "--patience", "20"]);
+    cluster.kill(3);
+    std::fs::remove_dir_all(cluster.data(3))?;
+    cluster.start_node_as(3, &["--join"]);
+    let output = cluster.tool(&["member", "add", "3", &cluster.address(3), "--patience", "20"]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    wait_for("data on the new member", || {
+        (cluster.status()[2]["answer"]["status"]["vms"] == serde_json::json!(1)).then_some(())
+    });
+    Ok(())
+}
+
+/// Commands do not pile up: snapshots are taken, the log is purged, and a member that comes late gets the snapshot.
+fn disk_stays_bounded() -> Result<(), Failed> {
+    let mut cluster = Cluster::start_with(3, &["--snapshot-every", "50"]);
+    let store = Blocking::connect(&cluster.url())?;
+    cluster.leader();
+    cluster.kill(3);
+    for i in 0..200 {
+        win(&store, &format!("vm-{i}"));
+    }
+    cluster.start_node(3);
+    wait_for("a snapshot on the late member", || {
+        let status = cluster.status()[2]["answer"]["status"].clone();
+        (status["vms"] == serde_json::json!(200) && status["purged_index"].as_u64()? > 200).then_some(())
+    });
+    let status = cluster.status();
+    for row in status.as_array().expect("rows") {
+        let status = &row["answer"]["status"];
+        let log = status["last_log_index"].as_u64().zip(status["purged_index"].as_u64());
+        let (last, purged) = log.expect("indexes");
+        assert!(last - purged <= 250, "{status}");
+        assert!(status["data_bytes"].as_u64().expect("bytes") < 8 << 20, "{status}");
+    }
+    Ok(())
+}
+
+/// Why no small file system can be mounted here.
+fn no_mount() -> Option<&'static str> {
+    (!rustix::process::geteuid().is_root()).then_some("a small file system can be mounted by root only")
+}
+
+/// A file system that is unmounted at the end.
+struct Small(std::path::PathBuf);
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        std::process::Command::new("umount").arg("-l").arg(&self.0).status().ok();
+    }
+}
+
+fn full_disk_is_named_and_loses_nothing() -> Result<(), Failed> {
+    let mut cluster = Cluster::start(1);
+    cluster.kill(1);
+    let data = cluster.data(1);
+    std::fs::remove_dir_all(&data).ok();
+    std::fs::create_dir(&data)?;
+    let mounted = std::process::Command::new("mount")
+        .args(["-t", "tmpfs", "-o", "size=64m", "tmpfs"])
+        .arg(&data)
+        .status()?;
+    assert!(mounted.success());
+    let _small = Small(data.clone());
+    cluster.start_node(1);
+    let store = Blocking::connect(&cluster.url())?;
+    let who = win(&store, "before");
+    let waiting = open(&store, "waiting")?;
+    // To the last byte.
+    let mut ballast = std::fs::File::create(data.join("ballast"))?;
+    while ballast.write_all(&[1; 1 << 16]).is_ok() {}
+    let verdict = store.take(&vm("waiting"), Generation::FIRST, waiting, Duration::from_secs(2));
+    let Verdict::Unknown(StoreError::DiskFull(node)) = verdict else { panic!("{verdict:?}") };
+    assert_eq!(node, cluster.address(1));
+    assert_eq!(holder(&store, "before"), Some(who));
+    cluster.kill(1);
+    drop(ballast);
+    std::fs::remove_file(data.join("ballast"))?;
+    cluster.start_node(1);
+    assert_eq!(holder(&store, "before"), Some(who));
+    let verdict = store.take(&vm("waiting"), Generation::FIRST, waiting, PATIENCE);
+    assert!(matches!(verdict, Verdict::Won), "{verdict:?}");
+    Ok(())
+}
+
+fn status_and_metrics_show_the_cluster() -> Result<(), Failed> {
+    let at = format!("127.0.0.1:{}", support::free_port());
+    let cluster = Cluster::start_with(1, &["--metrics", &at]);
+    win(&Blocking::connect(&cluster.url())?, "vm");
+    let text = String::from_utf8(cluster.tool(&["status"]).stdout)?;
+    for words in ["member 1 of vmft: leader", "1 VMs; 2 commands", "votes"] {
+        assert!(text.contains(words), "{words:?} is not in\n{text}");
+    }
+    let mut http = TcpStream::connect(&at)?;
+    http.write_all(b"GET /metrics HTTP/1.1\r\n\r\n")?;
+    let mut page = String::new();
+    http.read_to_string(&mut page)?;
+    for line in ["vmft_store_is_leader 1", "vmft_store_vms 1", "vmft_store_command_seconds_count 2"] {
+        assert!(page.lines().any(|l| l == line), "{line:?} is not in\n{page}");
+    }
+    Ok(())
+}
+
+/// The data of one member is not for another, nor for two at once.
+fn data_has_one_owner() -> Result<(), Failed> {
+    let mut cluster = Cluster::start(1);
+    win(&Blocking::connect(&cluster.url())?, "vm");
+    cluster.kill(1);
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_vmft-store"))
+        .args(["serve", "--id", "2", "--listen", &cluster.address(2), "--peers", "2=127.0.0.1:1"])
+        .arg("--data")
+        .arg(cluster.data(1))
+        .arg("--keys")
+        .arg(cluster.keys("2"))
+        .output()?;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success() && said.contains("belongs to node 1 of cluster vmft"), "{said}");
+    Ok(())
+}
+
+fn zookeeper_that_dies_is_unknown() -> Result<(), Failed> {
+    let mut zookeeper = support::ZooKeeper::start();
+    let store = Blocking::connect(&zookeeper.url)?;
+    let who = open(&store, "vm")?;
+    zookeeper.kill();
+    let verdict = store.take(&vm("vm"), Generation::FIRST, who, Duration::from_secs(2));
+    assert!(matches!(verdict, Verdict::Unknown(_)), "{verdict:?}");
+    Ok(())
+}
+
+fn etcd_that_is_not_there_is_named() -> Result<(), Failed> {
+    // A port that somebody else has, so that nobody answers in etcd's protocol.
+    let taken = TcpListener::bind("127.0.0.1:0")?;
+    let said = complaint(&format!("etcd://{}", taken.local_addr()?), Duration::from_secs(2));
+    assert!(said.contains("no answer from the store"), "{said}");
+    expect_complaint(&format!("etcd://127.0.0.1:{}", support::free_port()), &["etcd"]);
+    Ok(())
+}
+
+fn next_verdict_after_the_leader_is_killed() -> Result<(), Failed> {
+    let took = latency::failover(3);
+    // The bench shows the times; here they must only be of the right size on a busy machine.
+    assert!(took.quantile(1.0) < Duration::from_secs(5), "{took}");
+    Ok(())
+}
+
+fn nemesis() -> Result<(), Failed> {
+    let seed = rand::random();
+    let plan = support::nemesis::Plan { rounds: 6, workers: 8, pause: Duration::from_millis(20), seed };
+    let outcome = support::nemesis::run(&plan);
+    println!("seed {seed}: {outcome}");
+    assert!(outcome.won > 20, "{outcome}");
+    Ok(())
+}
+
+fn hostile_clients() -> Result<(), Failed> {
+    let outcome = support::hostile::run(450);
+    println!("{outcome}");
+    let (before, most) = outcome.memory_kib;
+    assert!(most < before + 64 * 1024, "{outcome}");
+    Ok(())
+}
+
+fn many_vms() -> Result<(), Failed> {
+    let outcome = support::scale::run(2000);
+    println!("{outcome}");
+    assert!(outcome.restarted_in < Duration::from_secs(10), "{outcome}");
+    Ok(())
+}
+
+fn main() {
+    let net = support::net::Net::missing();
+    let trials = vec![
+        Trial::test("wrong_store_is_named", wrong_store_is_named),
+        Trial::test("wrong_version_is_named", wrong_version_is_named),
+        Trial::test("no_majority_is_unknown", no_majority_is_unknown),
+        Trial::test("members_come_and_go", members_come_and_go),
+        Trial::test("replaced_data_is_refused", replaced_data_is_refused),
+        Trial::test("disk_stays_bounded", disk_stays_bounded),
+        with_need("full_disk_is_named_and_loses_nothing", no_mount(), full_disk_is_named_and_loses_nothing),
+        Trial::test("status_and_metrics_show_the_cluster", status_and_metrics_show_the_cluster),
+        Trial::test("data_has_one_owner", data_has_one_owner),
+        with_need(
+            "zookeeper_that_dies_is_unknown",
+            support::ZooKeeper::missing(),
+            zookeeper_that_dies_is_unknown,
+        ),
+        Trial::test("etcd_that_is_not_there_is_named", etcd_that_is_not_there_is_named),
+        Trial::test("next_verdict_after_the_leader_is_killed", next_verdict_after_the_leader_is_killed),
+        with_need("nemesis", net, nemesis),
+        Trial::test("hostile_clients", hostile_clients),
+        Trial::test("many_vms", many_vms),
+    ];
+    libtest_mimic::run(&Arguments::from_args(), trials).exit();
+}

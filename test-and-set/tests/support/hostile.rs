@@ -1,0 +1,221 @@
+//! Garbage, oversized and slow clients, strangers and friends, while a good client goes on working.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+use test_and_set::keys::{self, Keys};
+use test_and_set::names::{Generation, VmName};
+use test_and_set::store::Verdict;
+use test_and_set::tls;
+use test_and_set::wire::{self, Hello, Welcome};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::sync::Semaphore;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+
+use super::latency::{Sample, open};
+use super::{Cluster, client};
+
+/// Hostile clients that are connected at once.
+const AT_ONCE: usize = 600;
+
+/// What the server went through.
+pub struct Outcome {
+    pub clients: usize,
+    pub kinds: Vec<(&'static str, usize)>,
+    pub verdicts: Sample,
+    /// Resident memory in KiB: before, and the most there ever was.
+    pub memory_kib: (u64, u64),
+    pub took: Duration,
+}
+
+impl std::fmt::Display for Outcome {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (before, most) = self.memory_kib;
+        writeln!(f, "{} hostile clients in {:.0?}: {:?}", self.clients, self.took, self.kinds)?;
+        write!(
+            f,
+            "meanwhile verdicts: {}; server memory {before} KiB before, {most} KiB at most",
+            self.verdicts
+        )
+    }
+}
+
+/// A number of /proc/PID/status, in KiB.
+pub fn memory_kib(pid: u32, field: &str) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("the server runs");
+    let line = status.lines().find(|line| line.starts_with(field)).expect("the field");
+    line.split_whitespace().nth(1).and_then(|kib| kib.parse().ok()).expect("a number")
+}
+
+const KINDS: [&str; 9] = [
+    "silent",
+    "garbage",
+    "half a handshake",
+    "unknown certificate",
+    "wrong magic",
+    "wrong version",
+    "oversized frame",
+    "garbage frame",
+    "slow frame",
+];
+
+struct Attack {
+    address: String,
+    friend: TlsConnector,
+    stranger: TlsConnector,
+}
+
+impl Attack {
+    async fn connect(&self, tls: &TlsConnector) -> std::io::Result<TlsStream<TcpStream>> {
+        let tcp = TcpStream::connect(&self.address).await?;
+        tls.connect("vmft-store".try_into().expect("a name"), tcp).await
+    }
+
+    /// A client with a good certificate, behind its greeting.
+    async fn greeted(&self) -> std::io::Result<TlsStream<TcpStream>> {
+        let mut stream = self.connect(&self.friend).await?;
+        let hello = Hello { cluster: "vmft".parse().expect("a name"), member: None };
+        let greet = async {
+            wire::write_greeting(&mut stream, &hello).await?;
+            wire::read_greeting::<Welcome>(&mut stream).await
+        };
+        greet.await.map_err(std::io::Error::other)?;
+        Ok(stream)
+    }
+
+    /// One hostile client, until the server or its patience ends it. What becomes of it is all the same.
+    async fn once(&self, kind: &str, garbage: &[u8]) -> std::io::Result<()> {
+        let hold = Duration::from_millis(500);
+        match kind {
+            "silent" => {
+                let _tcp = TcpStream::connect(&self.address).await?;
+                tokio::time::sleep(hold).await;
+            }
+            "garbage" => {
+                let mut tcp = TcpStream::connect(&self.address).await?;
+                tcp.write_all(garbage).await?;
+                tcp.read_to_end(&mut vec![]).await?;
+            }
+            "half a handshake" => {
+                let mut tcp = TcpStream::connect(&self.address).await?;
+                // A TLS record header that promises more than comes.
+                tcp.write_all(&[22, 3, 1, 64, 0, 1]).await?;
+                tokio::time::sleep(hold).await;
+            }
+            "unknown certificate" => {
+                let mut stream = self.connect(&self.stranger).await?;
+                stream.read_to_end(&mut vec![]).await?;
+            }
+            "wrong magic" | "wrong version" => {
+                let mut stream = self.connect(&self.friend).await?;
+                let head: &[u8] =
+                    if kind == "wrong magic" { b"GET / HTTP/1.1\r\n\r\n" } else { b"VMTS\xff\xff\0\0" };
+                stream.write_all(head).await?;
+                stream.read_to_end(&mut vec![]).await?;
+            }
+            "oversized frame" => {
+                let mut stream = self.greeted().await?;
+                stream.write_all(&u32::MAX.to_le_bytes()).await?;
+                stream.write_all(garbage).await?;
+                stream.read_to_end(&mut vec![]).await?;
+            }
+            "garbage frame" => {
+                let mut stream = self.greeted().await?;
+                stream.write_all(&(garbage.len() as u32).to_le_bytes()).await?;
+                stream.write_all(garbage).await?;
+                stream.read_to_end(&mut vec![]).await?;
+            }
+            _ => {
+                let mut stream = self.greeted().await?;
+                stream.write_all(&60_000u32.to_le_bytes()).await?;
+                for byte in garbage.iter().take(5) {
+                    stream.write_all(&[*byte]).await?;
+                    tokio::time::sleep(hold / 5).await;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Sends so many hostile clients against one member, and measures what a good client sees of it.
+pub fn run(clients: usize) -> Outcome {
+    let cluster = Cluster::start(1);
+    let strangers = tempfile::tempdir().expect("a directory");
+    keys::make_set(strangers.path(), &[1], &["stranger".into()]).expect("keys");
+    // The stranger knows the server; the server does not know the stranger.
+    let known = strangers.path().join("stranger/members/1.crt");
+    std::fs::copy(cluster.keys("client").join("members/1.crt"), known).expect("a copy");
+    let connector = |dir| tls::connector(&Arc::new(Keys::load(dir).expect("keys"))).expect("TLS");
+    let attack = Arc::new(Attack {
+        address: cluster.address(1),
+        friend: connector(&cluster.keys("client")),
+        stranger: connector(&strangers.path().join("stranger")),
+    });
+    let pid = cluster.nodes[0].as_ref().expect("a member").0.id();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .expect("a runtime");
+    let begun = Instant::now();
+    let (counts, verdicts, before) = runtime.block_on(async {
+        let store = client(&cluster.url());
+        let done = Arc::new(AtomicBool::new(false));
+        let first: VmName = "good".parse().expect("a name");
+        open(&*store, &first).await;
+        let before = memory_kib(pid, "VmRSS:");
+        let good = tokio::spawn({
+            let done = done.clone();
+            async move {
+                let mut took = vec![];
+                while !done.load(Relaxed) {
+                    let vm = format!("good-{}", took.len()).parse().expect("a name");
+                    let who = open(&*store, &vm).await;
+                    let asked = Instant::now();
+                    let verdict =
+                        store.take(&vm, Generation::FIRST, who, asked + Duration::from_secs(10)).await;
+                    assert!(matches!(verdict, Verdict::Won), "{verdict:?}");
+                    took.push(asked.elapsed());
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+                took
+            }
+        });
+        let (slots, counts) =
+            (Arc::new(Semaphore::new(AT_ONCE)), Arc::new([const { AtomicUsize::new(0) }; KINDS.len()]));
+        for i in 0..clients {
+            let slot = slots.clone().acquire_owned().await.expect("a slot");
+            let (attack, counts) = (attack.clone(), counts.clone());
+            tokio::spawn(async move {
+                let kind = i % KINDS.len();
+                let garbage: [u8; 64] = rand::random();
+                let once = attack.once(KINDS[kind], &garbage);
+                // How it ends is the server's business; that it ends is ours.
+                tokio::time::timeout(Duration::from_secs(15), once)
+                    .await
+                    .expect("the server ends bad connections")
+                    .ok();
+                counts[kind].fetch_add(1, Relaxed);
+                drop(slot);
+            });
+        }
+        drop(slots.acquire_many(AT_ONCE as u32).await.expect("all slots"));
+        done.store(true, Relaxed);
+        let took = good.await.expect("the good client");
+        let counts = counts.iter().map(|count| count.load(Relaxed)).collect::<Vec<_>>();
+        (counts, Sample::new(took), before)
+    });
+    assert_eq!(counts.iter().sum::<usize>(), clients, "every hostile client must have come to its end");
+    let kinds = KINDS.into_iter().zip(counts).collect();
+    Outcome {
+        clients,
+        kinds,
+        verdicts,
+        memory_kib: (before, memory_kib(pid, "VmHWM:")),
+        took: begun.elapsed(),
+    }
+}

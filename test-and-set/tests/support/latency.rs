@@ -1,0 +1,132 @@
+//! How long a verdict takes: beside etcd's transaction, and when the leader dies.
+
+use std::time::{Duration, Instant};
+
+use test_and_set::etcd::EtcdStore;
+use test_and_set::names::{Generation, Incarnation, VmName};
+use test_and_set::record::{Member, Members};
+use test_and_set::store::{TestAndSet, Verdict};
+
+use super::{Cluster, Etcd, client};
+
+/// Sorted durations.
+pub struct Sample(Vec<Duration>);
+
+impl Sample {
+    pub fn new(mut took: Vec<Duration>) -> Self {
+        took.sort();
+        Self(took)
+    }
+
+    pub fn quantile(&self, part: f64) -> Duration {
+        self.0[((self.0.len() - 1) as f64 * part).round() as usize]
+    }
+}
+
+impl std::fmt::Display for Sample {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let us = |part| self.quantile(part).as_micros();
+        write!(f, "p50 {} us, p99 {} us, max {} us of {}", us(0.5), us(0.99), us(1.0), self.0.len())
+    }
+}
+
+fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(10)
+}
+
+/// Opens a VM, so that it can be taken.
+pub async fn open(store: &dyn TestAndSet, vm: &VmName) -> Incarnation {
+    let who = Incarnation::random();
+    let members = Members { primary: Member::new(who), backup: Some(Member::new(Incarnation::random())) };
+    store.open(vm, Generation::FIRST, &members, soon()).await.expect("open");
+    who
+}
+
+/// Takes, and says how long the verdict took.
+async fn timed_take(store: &dyn TestAndSet, vm: &VmName, who: Incarnation) -> Duration {
+    let asked = Instant::now();
+    let verdict = store.take(vm, Generation::FIRST, who, soon()).await;
+    assert!(matches!(verdict, Verdict::Won), "{verdict:?}");
+    asked.elapsed()
+}
+
+/// One transaction of etcd that sets an absent key to as many bytes as a record has.
+async fn timed_transaction(etcd: &EtcdStore, vm: &VmName) -> Duration {
+    let asked = Instant::now();
+    assert!(etcd.compare_and_put(vm, vec![7; 60], 0, soon()).await.expect("a transaction"));
+    asked.elapsed()
+}
+
+/// Of etcd's nodes the one that answers fastest: its leader, in general.
+async fn fastest(etcd: &Etcd) -> EtcdStore {
+    let mut best: Option<(Duration, EtcdStore)> = None;
+    for (i, node) in etcd.clients.iter().enumerate() {
+        let store = EtcdStore::new(std::slice::from_ref(node), "/vmft", None).expect("a client");
+        let mut took = vec![];
+        for n in 0..300 {
+            took.push(timed_transaction(&store, &format!("warm-{i}-{n}").parse().expect("a name")).await);
+        }
+        let median = Sample::new(took).quantile(0.5);
+        if best.as_ref().is_none_or(|(least, _)| median < *least) {
+            best = Some((median, store));
+        }
+    }
+    best.expect("a node").1
+}
+
+/// Verdicts of three of our members and transactions of three of etcd's, in turns of 100 on the same machine.
+pub fn beside_etcd(verdicts: usize) -> (Sample, Sample) {
+    let (cluster, etcd) = (Cluster::start(3), Etcd::start(3));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    runtime.block_on(async {
+        let ours = client(&cluster.url());
+        let theirs = fastest(&etcd).await;
+        let (mut took, mut beside) = (vec![], vec![]);
+        for turn in 0..verdicts.div_ceil(100) {
+            let vms: Vec<VmName> =
+                (0..100).map(|i| format!("vm-{turn}-{i}").parse().expect("a name")).collect();
+            let mut opened = vec![];
+            for vm in &vms {
+                opened.push(open(&*ours, vm).await);
+            }
+            for (vm, who) in vms.iter().zip(opened) {
+                took.push(timed_take(&*ours, vm, who).await);
+            }
+            for vm in &vms {
+                beside.push(timed_transaction(&theirs, vm).await);
+            }
+        }
+        (Sample::new(took), Sample::new(beside))
+    })
+}
+
+/// How long after the leader is killed the next verdict is there, again and again; asked at once, on a warm connection.
+pub fn failover(kills: usize) -> Sample {
+    let mut cluster = Cluster::start(3);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .expect("a runtime");
+    let store = runtime.block_on(async { client(&cluster.url()) });
+    let mut took = vec![];
+    for kill in 0..kills {
+        let vm: VmName = format!("vm-{kill}").parse().expect("a name");
+        let who = runtime.block_on(open(&*store, &vm));
+        let leader = cluster.leader();
+        cluster.kill(leader);
+        took.push(runtime.block_on(timed_take(&*store, &vm, who)));
+        cluster.start_node(leader);
+        // Until the member is back, another one killed would leave no majority.
+        super::wait_for("caught up member", || {
+            let status = cluster.status();
+            let all: Vec<_> = status
+                .as_array()?
+                .iter()
+                .map(|row| row["answer"]["status"]["applied_index"].as_u64())
+                .collect();
+            (all[0].is_some() && all.iter().all(|index| *index == all[0])).then_some(())
+        });
+    }
+    Sample::new(took)
+}

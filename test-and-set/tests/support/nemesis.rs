@@ -1,0 +1,386 @@
+//! Concurrent clients of three members, and a nemesis that kills, pauses, restarts and cuts; what the clients saw is checked.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::process::Command as Process;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use rand::rngs::StdRng;
+use rand::seq::IndexedRandom;
+use rand::{RngExt, SeedableRng};
+use rustix::process::{Pid, Signal, kill_process};
+use test_and_set::checker::{self, Call, Operation, Seen};
+use test_and_set::keys;
+use test_and_set::names::{Generation, Incarnation, VmName};
+use test_and_set::record::{Command, Member, Members, Phase, Record, Reply};
+use test_and_set::store::TestAndSet;
+
+use super::net::Net;
+use super::{Running, client};
+
+const MEMBERS: [u8; 3] = [1, 2, 3];
+const CLIENT: u8 = 100;
+const PORT: u16 = 7000;
+/// VMs in use at once; each is left for a new one after so many calls, because checking is the harder the longer a history is.
+const VMS: usize = 6;
+const CALLS_PER_VM: usize = 30;
+/// How long a call may take before its outcome is unknown.
+const PATIENCE: Duration = Duration::from_millis(700);
+
+/// How hard to try.
+pub struct Plan {
+    pub rounds: usize,
+    pub workers: usize,
+    /// Between two calls of one worker, on average.
+    pub pause: Duration,
+    pub seed: u64,
+}
+
+/// What happened.
+pub struct Outcome {
+    pub calls: usize,
+    pub unknown: usize,
+    pub vms: usize,
+    pub won: usize,
+    pub faults: BTreeMap<&'static str, usize>,
+    pub took: Duration,
+}
+
+impl std::fmt::Display for Outcome {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { calls, unknown, vms, won, took, .. } = self;
+        writeln!(
+            f,
+            "{calls} calls on {vms} VMs in {took:.0?}, {unknown} without an answer, {won} answered Won; linearizable"
+        )?;
+        write!(f, "{} rounds: {:?}", self.faults.values().sum::<usize>(), self.faults)
+    }
+}
+
+/// Three members, each in a network namespace of its own.
+struct Members3<'n> {
+    net: &'n Net,
+    dir: PathBuf,
+    nodes: BTreeMap<u8, Running>,
+}
+
+impl Members3<'_> {
+    fn start(&mut self, id: u8) {
+        let peers: Vec<_> = MEMBERS.iter().map(|i| format!("{i}={}:{PORT}", Net::address(*i))).collect();
+        let mut command = Process::new("ip");
+        command.args(["netns", "exec", &self.net.namespace(id), env!("CARGO_BIN_EXE_vmft-store"), "serve"]);
+        command.args(["--id", &id.to_string(), "--listen", &format!("{}:{PORT}", Net::address(id))]);
+        // Snapshots and purges belong to the trial.
+        command.args(["--peers", &peers.join(","), "--snapshot-every", "500"]);
+        command
+            .arg("--data")
+            .arg(self.dir.join(format!("data{id}")))
+            .arg("--keys")
+            .arg(self.dir.join(format!("keys/{id}")));
+        self.nodes.insert(id, Running::start(&mut command, &self.dir.join(format!("{id}.log"))));
+    }
+
+    fn signal(&self, id: u8, signal: Signal) {
+        let pid = Pid::from_child(&self.nodes[&id].0);
+        kill_process(pid, signal).expect("to signal a member");
+    }
+
+    fn kill(&mut self, id: u8) {
+        self.nodes.remove(&id).expect("a running member").kill();
+    }
+
+    /// Does one thing for a while and undoes it.
+    fn round(&mut self, random: &mut StdRng, wait: impl Fn(Duration)) -> &'static str {
+        let hold = Duration::from_millis(random.random_range(200..1500));
+        let mut order = MEMBERS;
+        rand::seq::SliceRandom::shuffle(&mut order[..], random);
+        let [a, b, c] = order;
+        let cut_both = |x, y| {
+            self.net.cut(x, y);
+            self.net.cut(y, x);
+        };
+        match random.random_range(0..10) {
+            0 => self.kill_for(&[a], hold, wait, "kill one"),
+            1 => self.kill_for(&[a, b], hold, wait, "kill two"),
+            2 => self.kill_for(&[a, b, c], hold, wait, "kill all"),
+            3 => self.pause_for(&[a], hold, wait, "pause one"),
+            4 => self.pause_for(&[a, b], hold, wait, "pause two"),
+            5 => {
+                self.signal(a, Signal::STOP);
+                self.kill_for(&[b], hold, wait, "");
+                self.signal(a, Signal::CONT);
+                "pause one, kill another"
+            }
+            6 => {
+                [b, c].into_iter().for_each(|other| cut_both(a, other));
+                self.healed_after(hold, wait, "one from the others")
+            }
+            7 => {
+                self.net.cut(a, b);
+                self.healed_after(hold, wait, "one link one way")
+            }
+            8 => {
+                // It is heard but does not hear, or the other way round.
+                let deaf = random.random_bool(0.5);
+                [b, c]
+                    .into_iter()
+                    .for_each(|other| if deaf { self.net.cut(other, a) } else { self.net.cut(a, other) });
+                self.healed_after(hold, wait, "one from the others, one way")
+            }
+            _ => {
+                // The client reaches only one that the others do not reach, and a third link is one way.
+                [(a, b), (a, c), (b, CLIENT)].into_iter().for_each(|(x, y)| cut_both(x, y));
+                self.net.cut(c, CLIENT);
+                self.healed_after(hold, wait, "client and leader apart")
+            }
+        }
+    }
+
+    fn kill_for(
+        &mut self,
+        ids: &[u8],
+        hold: Duration,
+        wait: impl Fn(Duration),
+        name: &'static str,
+    ) -> &'static str {
+        ids.iter().for_each(|id| self.kill(*id));
+        wait(hold);
+        ids.iter().for_each(|id| self.start(*id));
+        name
+    }
+
+    fn pause_for(
+        &self,
+        ids: &[u8],
+        hold: Duration,
+        wait: impl Fn(Duration),
+        name: &'static str,
+    ) -> &'static str {
+        ids.iter().for_each(|id| self.signal(*id, Signal::STOP));
+        wait(hold);
+        ids.iter().for_each(|id| self.signal(*id, Signal::CONT));
+        name
+    }
+
+    fn healed_after(&self, hold: Duration, wait: impl Fn(Duration), name: &'static str) -> &'static str {
+        wait(hold);
+        self.net.heal();
+        name
+    }
+}
+
+/// What the workers know of a VM, from what they saw.
+#[derive(Clone)]
+struct Known {
+    vm: VmName,
+    record: Option<Record>,
+    calls: usize,
+}
+
+impl Known {
+    fn new(number: usize) -> Self {
+        Self { vm: format!("vm-{number}").parse().expect("a name"), record: None, calls: 0 }
+    }
+}
+
+struct Workload {
+    store: Arc<dyn TestAndSet>,
+    known: Mutex<(Vec<Known>, usize)>,
+    history: Mutex<BTreeMap<VmName, Vec<Operation>>>,
+    begun: Instant,
+    stop: AtomicBool,
+}
+
+impl Workload {
+    fn now(&self) -> u64 {
+        self.begun.elapsed().as_nanos() as u64
+    }
+
+    /// Calls, and notes what was seen and when.
+    async fn call(&self, vm: &VmName, call: Call) -> Option<Seen> {
+        let deadline = Instant::now() + PATIENCE;
+        let begun = self.now();
+        let seen = match &call {
+            Call::Command(command) => self.store.command(vm, command, deadline).await.ok().map(Seen::Reply),
+            Call::Get => self.store.get(vm, deadline).await.ok().map(Seen::Record),
+        };
+        let ended = seen.clone().map(|seen| (self.now(), seen));
+        // A get without an answer says nothing.
+        if ended.is_some() || call != Call::Get {
+            let mut history = self.history.lock().expect("the history");
+            history.entry(vm.clone()).or_default().push(Operation { begun, ended, call });
+        }
+        seen
+    }
+
+    /// One call that makes sense for what is known of some VM. Takes are never of a generation that is not open yet: a repeat
+    /// of one that was answered Stale may be done later, when it is, and no agent asks so.
+    async fn step(&self, random: &mut StdRng) {
+        let at = random.random_range(0..VMS);
+        let Known { vm, record, .. } = self.use_vm(at);
+        let fresh = Incarnation::random;
+        let opening = |generation, primary| {
+            let members = Members { primary: Member::new(primary), backup: Some(Member::new(fresh())) };
+            Call::Command(Command::Open { generation, members })
+        };
+        let call = match &record {
+            None => opening(Generation::FIRST, fresh()),
+            Some(Record { generation, phase: Phase::Forgotten, .. }) => {
+                opening(generation.next().expect("a next generation"), fresh())
+            }
+            Some(Record { generation, phase: Phase::Open { members, holder }, .. }) => {
+                let backup = members.backup.as_ref().expect("a backup").incarnation;
+                let member = *[members.primary.incarnation, backup].choose(random).expect("two");
+                match random.random_range(0..100) {
+                    0..45 => Call::Command(Command::Take { generation: *generation, who: member }),
+                    45..52 => Call::Command(Command::Take { generation: *generation, who: fresh() }),
+                    52..58 => {
+                        Call::Command(Command::Take { generation: Generation(generation.0 - 1), who: member })
+                    }
+                    58..61 => Call::Command(Command::Forget { generation: *generation }),
+                    61..85 => match holder {
+                        // By the holder, or by the one who lost.
+                        Some(holder) => {
+                            let primary = if random.random_bool(0.8) { *holder } else { member };
+                            opening(generation.next().expect("a next generation"), primary)
+                        }
+                        None => Call::Get,
+                    },
+                    _ => Call::Get,
+                }
+            }
+        };
+        let seen = self.call(&vm, call).await;
+        let record = match seen {
+            Some(Seen::Record(record)) => record,
+            // Everything else is learned by looking.
+            _ => match self.call(&vm, Call::Get).await {
+                Some(Seen::Record(record)) => record,
+                _ => return,
+            },
+        };
+        self.learn(at, &vm, record);
+    }
+
+    fn use_vm(&self, at: usize) -> Known {
+        let mut known = self.known.lock().expect("what is known");
+        let (vms, next) = &mut *known;
+        vms[at].calls += 1;
+        if vms[at].calls > CALLS_PER_VM {
+            *next += 1;
+            vms[at] = Known::new(*next);
+        }
+        vms[at].clone()
+    }
+
+    fn learn(&self, at: usize, vm: &VmName, record: Option<Record>) {
+        let mut known = self.known.lock().expect("what is known");
+        let known = &mut known.0[at];
+        let age = |record: &Option<Record>| {
+            let record = record.as_ref()?;
+            Some((record.generation, record.phase == Phase::Forgotten, record.holder().is_some()))
+        };
+        if known.vm == *vm && age(&record) > age(&known.record) {
+            known.record = record;
+        }
+    }
+}
+
+/// Runs the trial, and checks it. Panics with the seed if what was seen cannot be.
+pub fn run(plan: &Plan) -> Outcome {
+    let begun = Instant::now();
+    let net = Net::new(&[MEMBERS[0], MEMBERS[1], MEMBERS[2], CLIENT]);
+    let dir = tempfile::tempdir().expect("a directory");
+    keys::make_set(&dir.path().join("keys"), &MEMBERS.map(u64::from), &["client".into()]).expect("keys");
+    let mut members = Members3 { net: &net, dir: dir.path().into(), nodes: BTreeMap::new() };
+    MEMBERS.iter().for_each(|id| members.start(*id));
+    let nodes: Vec<_> = MEMBERS.iter().map(|id| format!("{}:{PORT}", Net::address(*id))).collect();
+    let url = format!("raft://{}?keys={}", nodes.join(","), dir.path().join("keys/client").display());
+    let mut faults = BTreeMap::new();
+    let history = std::thread::scope(|scope| {
+        let (ready, workload) = std::sync::mpsc::channel();
+        let net = &net;
+        let clients = scope.spawn(move || {
+            net.enter(CLIENT);
+            let runtime =
+                tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+            runtime.block_on(async {
+                let known = Mutex::new(((0..VMS).map(Known::new).collect(), VMS));
+                let history = Mutex::default();
+                let (begun, stop) = (Instant::now(), AtomicBool::new(false));
+                let workload = Arc::new(Workload { store: client(&url), known, history, begun, stop });
+                ready.send(workload.clone()).expect("the nemesis");
+                work(workload, plan).await
+            })
+        });
+        let workload: Arc<Workload> = workload.recv().expect("the workload");
+        let mut random = StdRng::seed_from_u64(plan.seed);
+        for _ in 0..plan.rounds {
+            std::thread::sleep(Duration::from_millis(random.random_range(300..1200)));
+            let fault = members.round(&mut random, std::thread::sleep);
+            *faults.entry(fault).or_default() += 1;
+        }
+        // In the end all is well, and everybody looks once more.
+        std::thread::sleep(Duration::from_secs(3));
+        workload.stop.store(true, Relaxed);
+        clients.join().expect("the clients")
+    });
+    let calls: Vec<_> = history.values().flatten().collect();
+    let outcome = Outcome {
+        calls: calls.len(),
+        unknown: calls.iter().filter(|c| c.ended.is_none()).count(),
+        vms: history.len(),
+        won: calls.iter().filter(|c| matches!(c.ended, Some((_, Seen::Reply(Reply::Won))))).count(),
+        faults,
+        took: begun.elapsed(),
+    };
+    if let Err(violation) = checker::check(&history) {
+        let mut calls = history[&violation.vm].clone();
+        calls.sort_by_key(|call| call.begun);
+        calls.iter().for_each(|call| eprintln!("{call:?}"));
+        panic!("seed {}: {violation}", plan.seed);
+    }
+    one_winner_of_each_generation(&history);
+    outcome
+}
+
+async fn work(workload: Arc<Workload>, plan: &Plan) -> BTreeMap<VmName, Vec<Operation>> {
+    let mut workers = vec![];
+    for worker in 0..plan.workers {
+        let (workload, pause) = (workload.clone(), plan.pause);
+        let mut random = StdRng::seed_from_u64(plan.seed ^ (worker as u64 + 1) << 32);
+        workers.push(tokio::spawn(async move {
+            while !workload.stop.load(Relaxed) {
+                workload.step(&mut random).await;
+                tokio::time::sleep(pause.mul_f64(random.random_range(0.0..2.0))).await;
+            }
+        }));
+    }
+    for worker in workers {
+        worker.await.expect("a worker");
+    }
+    let vms: Vec<_> = workload.history.lock().expect("the history").keys().cloned().collect();
+    for vm in vms {
+        assert!(workload.call(&vm, Call::Get).await.is_some(), "{vm} cannot be read when all is well");
+    }
+    std::mem::take(&mut *workload.history.lock().expect("the history"))
+}
+
+/// What the checker says in its way, said again in plain words.
+fn one_winner_of_each_generation(history: &BTreeMap<VmName, Vec<Operation>>) {
+    let mut winners: BTreeMap<(&VmName, Generation), BTreeSet<Incarnation>> = BTreeMap::new();
+    for (vm, calls) in history {
+        for call in calls {
+            if let (Call::Command(Command::Take { generation, who }), Some((_, Seen::Reply(Reply::Won)))) =
+                (&call.call, &call.ended)
+            {
+                winners.entry((vm, *generation)).or_default().insert(*who);
+            }
+        }
+    }
+    for (generation, winners) in winners {
+        assert!(winners.len() == 1, "{generation:?} has the winners {winners:?}");
+    }
+}
