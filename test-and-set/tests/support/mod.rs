@@ -8,6 +8,7 @@ pub mod net;
 pub mod scale;
 
 use std::fs::{self, File};
+use std::io::Write;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -265,14 +266,17 @@ pub fn blocking_suite(store: &test_and_set::blocking::Blocking) {
     assert_eq!(store.forget(&vm, first, patience).expect("forget"), Outcome::Done);
 }
 
-/// A test that is ignored, and says why, where something that it needs is missing.
+/// A test that is skipped, and says why, where something that it needs is missing: in the file named by VMFT_SKIPPED
+/// if there is one, whose keeper takes it out of those that passed; otherwise as an ignored test with the reason in its name.
 pub fn with_need(
     name: &str,
-    missing: Option<&str>,
+    missing: Option<&'static str>,
     test: impl FnOnce() -> Result<(), Failed> + Send + 'static,
 ) -> Trial {
-    match missing {
-        None => Trial::test(name, test),
-        Some(why) => Trial::test(format!("{name} SKIPPED: {why}"), test).with_ignored_flag(true),
-    }
+    let Some(why) = missing else { return Trial::test(name, test) };
+    let Some(list) = std::env::var_os("VMFT_SKIPPED") else {
+        return Trial::test(format!("{name} SKIPPED: {why}"), test).with_ignored_flag(true);
+    };
+    let line = format!("test-and-set {name}: {why}\n");
+    Trial::test(name, move || Ok(File::options().append(true).open(list)?.write_all(line.as_bytes())?))
 }
