@@ -14,11 +14,22 @@
 //! - an instruction that leaves the CPU for a port or for memory outside RAM counts when
 //!   [`SoftCpu::complete`] has finished it.
 //!
+//! # Where it is not like hardware
+//!
+//! - There is 64-bit mode and nothing else: entering compatibility mode is #GP, whatever the way (far transfer,
+//!   IRET, SYSRET, SYSEXIT), and CR0.PG and CR4.PAE cannot be cleared. Call gates are #GP.
+//! - Descriptor tables, task segment and the stacks of handlers have to be in RAM: in device memory they are a
+//!   triple fault. Page tables outside RAM read as all ones.
+//! - Memory types have no effect. Instructions of device memory are not fetched: #UD.
+//! - Data breakpoints do not see the accesses of event delivery; a trap of an instruction that loads SS is lost.
+//! - The x87's external error reporting (CR0.NE = 0) does not exist; neither do machine checks and NMIs.
+//!
 //! # Layout
 //!
 //! [`state`] and [`flags`] hold registers; [`memory`], [`tlb`] and [`paging`] are the way to RAM; [`decode`]
 //! turns guest bytes into [`insn::Insn`]s, [`code`] caches them by physical page, [`run`] executes them.
-//! [`exec`] has one function for each instruction form, [`exception`] delivers faults and interrupts.
+//! [`exec`] has one function for each instruction form, [`exception`] delivers faults and interrupts through
+//! descriptors that [`segment`] reads, [`debug`] has single steps and breakpoints.
 //! A translating tier would replace [`run`] and use the same state, memory and decoder.
 #![forbid(unsafe_code)]
 
