@@ -10,6 +10,7 @@ mod device;
 mod exceptions;
 mod io;
 mod paging;
+mod random;
 mod registers;
 mod segments;
 mod stops;
