@@ -148,15 +148,16 @@ fn maskmovq(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
 /// Stores the chosen bytes. Faults are as on Intel's CPUs: it is a store of eight bytes, or two with the higher first,
 /// to addresses that have to be canonical and writable whichever bytes are chosen.
 fn masked_store(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, bytes: &[u8], mask: &[u8]) -> Result<(), Stop> {
-    let addr = cpu.ea(i);
-    if !is_canonical(addr) || !is_canonical(addr.wrapping_add(mask.len() as u64 - 1)) {
+    // A 32-bit address wraps between the halves.
+    let addr = |cpu: &Cpu, k: usize| cpu.ea(&Insn { disp: k as i32 & 8, ..*i }).wrapping_add(k as u64 & 7);
+    if !is_canonical(addr(cpu, 0)) || !is_canonical(addr(cpu, mask.len() - 1)) {
         return cpu.general_protection(0);
     }
     for start in (0..mask.len()).step_by(8).rev() {
-        cpu.probe_write(ram, addr.wrapping_add(start as u64), 8)?;
+        cpu.probe_write(ram, addr(cpu, start), 8)?;
     }
     for k in (0..mask.len()).filter(|k| mask[*k] & 0x80 != 0) {
-        cpu.store(ram, addr.wrapping_add(k as u64), bytes[k])?;
+        cpu.store(ram, addr(cpu, k), bytes[k])?;
     }
     Ok(())
 }
