@@ -22,13 +22,15 @@ const TIME: Duration = Duration::from_secs(2);
 type Program = fn(&mut CodeAssembler) -> Result<(), IcedError>;
 
 /// Endless loops.
-const PROGRAMS: [(&str, Program); 6] = [
+const PROGRAMS: [(&str, Program); 8] = [
     ("register", register_loop),
     ("branch", branch_loop),
     ("memory", memory_loop),
     ("call", call_loop),
     ("sha256", sha256_rounds),
     ("string", string_loop),
+    ("vector", vector_loop),
+    ("double", double_loop),
 ];
 
 fn register_loop(a: &mut CodeAssembler) -> Result<(), IcedError> {
@@ -148,6 +150,36 @@ fn string_loop(a: &mut CodeAssembler) -> Result<(), IcedError> {
     a.mov(rdi, DATA + 0x1_0000)?;
     a.mov(ecx, 32)?;
     a.rep().stosq()?;
+    a.jmp(top)
+}
+
+/// What memcpy and strlen do with SSE2.
+fn vector_loop(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    let mut top = a.create_label();
+    a.mov(rsi, DATA)?;
+    a.pxor(xmm1, xmm1)?;
+    a.set_label(&mut top)?;
+    a.movdqu(xmm0, xmmword_ptr(rsi + 8))?;
+    a.movups(xmmword_ptr(rsi + 0x100), xmm0)?;
+    a.movdqa(xmm2, xmmword_ptr(rsi + 0x20))?;
+    a.pminub(xmm2, xmm0)?;
+    a.pcmpeqb(xmm2, xmm1)?;
+    a.pmovmskb(eax, xmm2)?;
+    a.movaps(xmmword_ptr(rsi + 0x200), xmm2)?;
+    a.jmp(top)
+}
+
+fn double_loop(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    let mut top = a.create_label();
+    a.mov(ecx, 3)?;
+    a.cvtsi2sd(xmm1, ecx)?;
+    a.set_label(&mut top)?;
+    a.movapd(xmm0, xmm1)?;
+    a.mulsd(xmm0, xmm1)?;
+    a.addsd(xmm0, xmm1)?;
+    a.divsd(xmm0, xmm1)?;
+    a.ucomisd(xmm0, xmm1)?;
+    a.cvttsd2si(rax, xmm0)?;
     a.jmp(top)
 }
 

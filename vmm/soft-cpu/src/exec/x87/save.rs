@@ -173,7 +173,11 @@ fn store(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, bytes: &[u8], first: &[Touch])
 }
 
 fn check_alignment(cpu: &mut Cpu, i: &Insn) -> Result<(), Stop> {
-    if cpu.ea(i) & 15 != 0 { cpu.general_protection(0) } else { Ok(()) }
+    match cpu.ea(i) & 15 {
+        0 => Ok(()),
+        _ if cpu.checks_alignment() => cpu.raise(17, Some(0)),
+        _ => cpu.general_protection(0),
+    }
 }
 
 /// FXSAVE; `WIDE` is FXSAVE64, with pointers of 64 bits.
