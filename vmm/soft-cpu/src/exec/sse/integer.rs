@@ -2,7 +2,10 @@
 
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
-use super::lanes::{horizontal, interleave, map, narrow, widen, zip};
+use super::lanes::{
+    equal, halves, horizontal, interleave, less, map, narrow, select as choose, sums, widen,
+    wrapping_differences, zip,
+};
 use super::{guard, load_aligned, load_source, note_source, xmm};
 use crate::exec::mmx;
 use crate::exit::Stop;
@@ -161,6 +164,9 @@ fn mask<T>(condition: bool, ones: T, zero: T) -> T {
     if condition { ones } else { zero }
 }
 
+/// The signs of bytes: without them, signed bytes have the order of unsigned ones.
+const SIGNS: u128 = u128::MAX / 255 * 128;
+
 /// The shift count: all 64 low bits count, and anything too large shifts everything out.
 #[inline(always)]
 fn count(b: u128) -> u32 {
@@ -173,13 +179,13 @@ ops! {
     Por | Orps | Orpd = |a, b| a | b;
     Pxor | Xorps | Xorpd = |a, b| a ^ b;
 
-    Paddb = |a, b| zip(a, b, u8::wrapping_add);
-    Paddw = |a, b| zip(a, b, u16::wrapping_add);
-    Paddd = |a, b| zip(a, b, u32::wrapping_add);
+    Paddb = |a, b| halves(a, b, sums::<8>);
+    Paddw = |a, b| halves(a, b, sums::<16>);
+    Paddd = |a, b| halves(a, b, sums::<32>);
     Paddq = |a, b| zip(a, b, u64::wrapping_add);
-    Psubb = |a, b| zip(a, b, u8::wrapping_sub);
-    Psubw = |a, b| zip(a, b, u16::wrapping_sub);
-    Psubd = |a, b| zip(a, b, u32::wrapping_sub);
+    Psubb = |a, b| halves(a, b, wrapping_differences::<8>);
+    Psubw = |a, b| halves(a, b, wrapping_differences::<16>);
+    Psubd = |a, b| halves(a, b, wrapping_differences::<32>);
     Psubq = |a, b| zip(a, b, u64::wrapping_sub);
     Paddsb = |a, b| zip(a, b, i8::saturating_add);
     Paddsw = |a, b| zip(a, b, i16::saturating_add);
@@ -212,23 +218,23 @@ ops! {
     Pavgb = |a, b| zip(a, b, |x: u8, y| ((u16::from(x) + u16::from(y) + 1) >> 1) as u8);
     Pavgw = |a, b| zip(a, b, |x: u16, y| ((u32::from(x) + u32::from(y) + 1) >> 1) as u16);
 
-    Pminub = |a, b| zip(a, b, u8::min);
+    Pminub = |a, b| halves(a, b, |a, b| choose(less::<8>(a, b), a, b));
     Pminuw = |a, b| zip(a, b, u16::min);
     Pminud = |a, b| zip(a, b, u32::min);
     Pminsb = |a, b| zip(a, b, i8::min);
     Pminsw = |a, b| zip(a, b, i16::min);
     Pminsd = |a, b| zip(a, b, i32::min);
-    Pmaxub = |a, b| zip(a, b, u8::max);
+    Pmaxub = |a, b| halves(a, b, |a, b| choose(less::<8>(a, b), b, a));
     Pmaxuw = |a, b| zip(a, b, u16::max);
     Pmaxud = |a, b| zip(a, b, u32::max);
     Pmaxsb = |a, b| zip(a, b, i8::max);
     Pmaxsw = |a, b| zip(a, b, i16::max);
     Pmaxsd = |a, b| zip(a, b, i32::max);
-    Pcmpeqb = |a, b| zip(a, b, |x: u8, y| mask(x == y, u8::MAX, 0));
-    Pcmpeqw = |a, b| zip(a, b, |x: u16, y| mask(x == y, u16::MAX, 0));
-    Pcmpeqd = |a, b| zip(a, b, |x: u32, y| mask(x == y, u32::MAX, 0));
+    Pcmpeqb = |a, b| halves(a, b, equal::<8>);
+    Pcmpeqw = |a, b| halves(a, b, equal::<16>);
+    Pcmpeqd = |a, b| halves(a, b, equal::<32>);
     Pcmpeqq = |a, b| zip(a, b, |x: u64, y| mask(x == y, u64::MAX, 0));
-    Pcmpgtb = |a, b| zip(a, b, |x: i8, y| mask(x > y, -1, 0));
+    Pcmpgtb = |a, b| halves(a ^ SIGNS, b ^ SIGNS, |a, b| less::<8>(b, a));
     Pcmpgtw = |a, b| zip(a, b, |x: i16, y| mask(x > y, -1, 0));
     Pcmpgtd = |a, b| zip(a, b, |x: i32, y| mask(x > y, -1, 0));
     Pcmpgtq = |a, b| zip(a, b, |x: i64, y| mask(x > y, -1, 0));

@@ -1,4 +1,5 @@
-//! 128 bits as lanes. The loops are over arrays of fixed size, which the compiler turns into vector instructions.
+//! 128 bits as lanes: in loops over arrays of fixed size, and for the operations that memcmp, strlen and the like are
+//! made of, all lanes of 64 bits at once in a general register.
 
 use std::array::from_fn;
 
@@ -97,4 +98,62 @@ pub(super) fn interleave<T: Lane>(a: u128, b: u128) -> u128 {
         r[1] = *y;
     }
     T::join(r)
+}
+
+/// `f` of both halves.
+#[inline(always)]
+pub(super) fn halves(a: u128, b: u128, f: impl Fn(u64, u64) -> u64) -> u128 {
+    u128::from(f(a as u64, b as u64)) | u128::from(f((a >> 64) as u64, (b >> 64) as u64)) << 64
+}
+
+/// The highest bit of each lane of `bits` bits.
+const fn tops(bits: u32) -> u64 {
+    (u64::MAX / (u64::MAX >> (64 - bits))) << (bits - 1)
+}
+
+/// Lanes full of ones where their highest bit is set; the other bits of `x` are zero.
+#[inline(always)]
+fn fill<const BITS: u32>(x: u64) -> u64 {
+    (x >> (BITS - 1)).wrapping_mul(u64::MAX >> (64 - BITS))
+}
+
+/// Ones where the lanes are equal.
+#[inline(always)]
+pub(super) fn equal<const BITS: u32>(a: u64, b: u64) -> u64 {
+    let (x, low) = (a ^ b, !tops(BITS));
+    // The highest bit of a lane of `x | sum` is set unless all of the lane is zero; sums do not leave their lanes.
+    let sum = (x & low) + low;
+    fill::<BITS>(!(x | sum) & tops(BITS))
+}
+
+/// Differences of the low bits of each lane, the highest bit telling that nothing was borrowed.
+#[inline(always)]
+fn differences<const BITS: u32>(a: u64, b: u64) -> u64 {
+    (a | tops(BITS)) - (b & !tops(BITS))
+}
+
+/// Wrapping sums of lanes.
+#[inline(always)]
+pub(super) fn sums<const BITS: u32>(a: u64, b: u64) -> u64 {
+    let low = !tops(BITS);
+    ((a & low) + (b & low)) ^ (a ^ b) & !low
+}
+
+/// Wrapping differences of lanes.
+#[inline(always)]
+pub(super) fn wrapping_differences<const BITS: u32>(a: u64, b: u64) -> u64 {
+    differences::<BITS>(a, b) ^ !(a ^ b) & tops(BITS)
+}
+
+/// Ones where the lane of `a` is less than that of `b`, both without signs.
+#[inline(always)]
+pub(super) fn less<const BITS: u32>(a: u64, b: u64) -> u64 {
+    let borrows = !differences::<BITS>(a, b);
+    fill::<BITS>((!a & b | !(a ^ b) & borrows) & tops(BITS))
+}
+
+/// The lanes of `a` where `mask` has ones, else those of `b`.
+#[inline(always)]
+pub(super) fn select(mask: u64, a: u64, b: u64) -> u64 {
+    a & mask | b & !mask
 }
