@@ -25,6 +25,7 @@ pub mod inbox;
 pub mod machine;
 pub mod ram;
 pub mod source;
+pub mod state;
 pub mod vcpu;
 
 pub use boot::{BootError, BootFile, BootFiles, BootPlan};

@@ -406,6 +406,15 @@ impl Machine {
         Ok(())
     }
 
+    /// Takes over the part of a saved state that is neither RAM nor vCPU.
+    pub(crate) fn adopt(&mut self, clock: Clock, devices: Devices) {
+        self.clock = clock;
+        self.devices = devices;
+        self.effects = Effects::default();
+        self.unfinished = None;
+        self.halted = false;
+    }
+
     /// Digest of the whole state. RAM costs what was written since the last one.
     ///
     /// To be called at a whole boundary: not while a question waits.

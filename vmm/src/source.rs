@@ -127,12 +127,14 @@ pub struct Live<O> {
     gate: Gate,
     /// What follows the clock's input that announces it.
     announced: Option<Input>,
+    /// The clock was raised and the guest has not run since, so that it takes its tick before the next.
+    raised: bool,
 }
 
 impl<O: Outside> Live<O> {
     /// Inputs from `outside` for a machine whose positions are in `unit`.
     pub fn new(outside: O, unit: PositionUnit, stops: Stops) -> Live<O> {
-        Live { outside, unit, stops, gate: Gate::default(), announced: None }
+        Live { outside, unit, stops, gate: Gate::default(), announced: None, raised: false }
     }
 
     /// Moves the position at which the loop pauses.
@@ -200,10 +202,12 @@ impl<O: Outside> Source for Live<O> {
                     _ => self.outside.wait(deadline)?,
                 }
             } else {
-                let behind = time_ns.is_some_and(|now| now > machine.time_ns().saturating_add(LAG_MAX_NS));
-                if let Some(time_ns) = time_ns.filter(|_| behind) {
+                let behind = |now: &u64| *now > machine.time_ns().saturating_add(LAG_MAX_NS);
+                if let Some(time_ns) = time_ns.filter(|now| behind(now) && !self.raised) {
+                    self.raised = true;
                     return Ok(Next::Apply(Input::Clock { time_ns: up_to_deadline(machine, time_ns) }));
                 }
+                self.raised = false;
                 return Ok(Next::Run { until: self.run_until(machine) });
             }
         }

@@ -96,6 +96,13 @@ impl Devices {
         self.wire();
     }
 
+    /// Whether these are the same kinds of devices in the same slots, and hold only what a device can hold.
+    pub fn has_shape_of(&self, other: &Devices) -> bool {
+        let sane = self.pic.is_sane() && self.pit.is_sane() && self.rtc.is_sane() && self.serial.is_sane();
+        sane && self.virtio.len() == other.virtio.len()
+            && self.virtio.iter().zip(&other.virtio).all(|(a, b)| a.has_shape_of(b))
+    }
+
     /// Interrupt lines after power-on: virtio's are levels, the timer's is high.
     fn wire(&mut self) {
         for irq in &VIRTIO_IRQS[..self.virtio.len()] {

@@ -226,6 +226,11 @@ impl Pic {
         Pic { chips: [Chip::new(), Chip::new()] }
     }
 
+    /// Whether a state that was read is one that the controllers can be in.
+    pub fn is_sane(&self) -> bool {
+        self.chips.iter().all(|chip| chip.lowest < 8)
+    }
+
     /// Makes a line level-triggered, as firmware does for devices that share or hold their line.
     pub fn set_level_triggered(&mut self, line: u8) {
         let chip = (line >> 3 & 1) as usize;

@@ -305,6 +305,14 @@ impl Pit {
         Pit { counters, reported: 0, speaker: false }
     }
 
+    /// Whether a state that was read is one that the timer can be in.
+    pub fn is_sane(&self) -> bool {
+        let run = |run: &Run| {
+            (1..=0x10000).contains(&run.count) && run.since.unwrap_or(0).max(run.counted) < 1 << 62
+        };
+        self.counters.iter().all(|c| c.mode < 6 && c.run.iter().chain(&c.before).all(run))
+    }
+
     /// Guest time of the next rise of interrupt line 0 that was not reported.
     pub fn deadline_ns(&self) -> Option<u64> {
         self.counters[0].next_rise(self.reported).map(time_of)

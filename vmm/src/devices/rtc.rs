@@ -59,6 +59,15 @@ impl Rtc {
         Rtc { index: 0, epoch_s, held: None, memory, seen_ns: 0 }
     }
 
+    /// Whether a state that was read is one that the clock can be in.
+    pub fn is_sane(&self) -> bool {
+        let held = |time: &Calendar| (1..=12).contains(&time.month) && time.year < 10_000;
+        self.memory.len() == 128
+            && self.index < 128
+            && self.held.iter().all(held)
+            && self.epoch_s.unsigned_abs() < 1 << 48
+    }
+
     /// After a reset of the machine: the battery keeps clock and memory, interrupts are off.
     pub fn reset(&mut self) {
         self.memory[0x0b] &= !(b::PERIODIC | b::ALARM | b::UPDATED);

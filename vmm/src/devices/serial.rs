@@ -63,6 +63,11 @@ impl Serial {
         }
     }
 
+    /// Whether a state that was read is one that the port can be in.
+    pub fn is_sane(&self) -> bool {
+        self.received.len() <= FIFO && self.printed.len() <= LINE_MAX
+    }
+
     /// Level of the interrupt line.
     pub fn irq(&self) -> bool {
         self.cause() != 1

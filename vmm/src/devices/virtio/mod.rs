@@ -167,6 +167,13 @@ impl VirtioMmio {
         }
     }
 
+    /// Whether this is the same kind of device, with the same queues, in the same slot.
+    pub fn has_shape_of(&self, other: &VirtioMmio) -> bool {
+        let sizes =
+            |device: &VirtioMmio| device.queues.iter().map(|queue| queue.max_size()).collect::<Vec<_>>();
+        (self.slot, self.device_id(), sizes(self)) == (other.slot, other.device_id(), sizes(other))
+    }
+
     /// What kind of device it is, for messages.
     pub fn name(&self) -> &'static str {
         match self.device {

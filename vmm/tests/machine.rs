@@ -1,0 +1,422 @@
+//! The machine with a small guest: determinism whatever stops it, recording and replaying by the same loop, saving and
+//! restoring, reset.
+
+mod guest;
+
+use std::collections::VecDeque;
+use std::convert::Infallible;
+
+use entry::{Answer, Console, Digest, DiskRequest, End, Input, Output, Position, PositionUnit, Question};
+use proptest::prelude::*;
+use vmft_vmm::guest_loop::{GuestLoop, Turn};
+use vmft_vmm::machine::{Machine, StateDigest, Stop};
+use vmft_vmm::source::{After, Live, Next, Outside, Source, Stops};
+
+use guest::{assemble, image, machine_of, out};
+
+fn machine() -> Machine {
+    machine_of(&image(), Vec::new())
+}
+
+/// Runs to a position whatever it stops for on the way; guest time is virtual. Returns what was printed.
+fn run_to(machine: &mut Machine, until: Option<Position>) -> (Option<End>, Vec<u8>) {
+    let mut printed = Vec::new();
+    loop {
+        let stop = machine.run(until).unwrap();
+        for output in machine.take_outputs() {
+            let Output::Console { bytes, .. } = output else { panic!("{output:?}") };
+            printed.extend(bytes);
+        }
+        match stop {
+            Stop::Reached => return (None, printed),
+            Stop::End(end) => return (Some(end), printed),
+            Stop::Kicked | Stop::Halted | Stop::Outputs => {}
+            Stop::Question(question) => panic!("{question:?}"),
+        }
+    }
+}
+
+fn total(machine: &mut Machine) -> Digest {
+    let digest = machine.digest().unwrap();
+    assert_eq!(digest, machine.full_digest().unwrap(), "what was written is what was reported");
+    digest.total()
+}
+
+const POSITIONS: [u64; 6] = [1, 100_003, 1_000_000, 3_000_001, 7_654_321, 9_999_999];
+
+/// Digests of an undisturbed run at [`POSITIONS`].
+fn reference() -> Vec<Digest> {
+    let mut machine = machine();
+    let at = |count| {
+        assert_eq!(run_to(&mut machine, Some(Position::exact(count))).0, None);
+        assert_eq!(machine.position().count, count);
+        total(&mut machine)
+    };
+    POSITIONS.map(at).to_vec()
+}
+
+#[test]
+fn the_guest_ticks_halts_and_switches_itself_off() {
+    let mut machine = machine();
+    let (end, printed) = run_to(&mut machine, None);
+    assert_eq!(end, Some(End::PowerOff));
+    assert_eq!(String::from_utf8(printed).unwrap(), "bcdefgha\n".repeat(5));
+    // 40 ticks of 10 ms, the last of which it slept for.
+    assert_eq!(machine.time_ns() / 10_000_000, 40);
+    assert_eq!(machine.counts().interrupts, 40);
+    assert!(machine.counts().idle_ns > 100_000_000);
+}
+
+#[test]
+fn stops_leave_no_trace() {
+    let reference = reference();
+    let mut machine = machine();
+    let kicker = machine.kicker();
+    let mut random = 12345u64;
+    for (count, digest) in POSITIONS.into_iter().zip(reference) {
+        while machine.position().count < count {
+            random = random.wrapping_mul(6364136223846793005).wrapping_add(1);
+            let step = (random >> 33) % 40_000;
+            let until = Position::exact((machine.position().count + step).min(count));
+            if random >> 60 < 6 {
+                kicker.kick();
+            }
+            machine.run(Some(until)).unwrap();
+            machine.take_outputs();
+        }
+        assert_eq!(total(&mut machine), digest, "at {count}");
+    }
+}
+
+#[test]
+fn a_restored_machine_goes_on_alike() {
+    let reference = reference();
+    let mut saved = Vec::new();
+    for (i, count) in POSITIONS.into_iter().enumerate() {
+        let mut machine = machine();
+        if i > 0 {
+            machine.restore(&mut &saved[..]).unwrap();
+        }
+        run_to(&mut machine, Some(Position::exact(count)));
+        assert_eq!(total(&mut machine), reference[i], "at {count}");
+        saved.clear();
+        machine.save(&mut saved).unwrap();
+    }
+    // What is restored over a machine that ran elsewhere is the same.
+    let mut other = machine();
+    run_to(&mut other, Some(Position::exact(5_000_000)));
+    other.restore(&mut &saved[..]).unwrap();
+    assert_eq!(total(&mut other), reference[POSITIONS.len() - 1]);
+    let mut again = Vec::new();
+    other.save(&mut again).unwrap();
+    assert_eq!(saved, again);
+}
+
+#[test]
+fn a_damaged_or_foreign_file_is_refused() {
+    let mut first = machine();
+    run_to(&mut first, Some(Position::exact(50_000)));
+    let mut saved = Vec::new();
+    first.save(&mut saved).unwrap();
+    let mut target = machine();
+    let mut message = |bytes: &[u8]| target.restore(&mut &bytes[..]).unwrap_err().to_string();
+    for at in (0..saved.len()).step_by(97).chain(0..300) {
+        let mut damaged = saved.clone();
+        damaged[at] ^= 0x10;
+        message(&damaged);
+    }
+    for length in (0..saved.len()).step_by(131) {
+        let error = message(&saved[..length]);
+        assert!(error.contains("ends early") || error.contains("another section"), "{error}");
+    }
+    let mut version = saved.clone();
+    version[8] = 9;
+    assert!(message(&version).contains("version 9"));
+    let mut other = machine_of(&image(), vec![vmft_vmm::Slot::Entropy]);
+    let error = other.restore(&mut &saved[..]).unwrap_err().to_string();
+    assert_eq!(error, "the saved machine differs from the configured one in: devices");
+}
+
+#[test]
+fn a_reset_boots_again_and_time_goes_on() {
+    // The battery-backed memory tells the second boot from the first.
+    let code = assemble(guest::BASE, |a| {
+        use iced_x86::code_asm::*;
+        let mut second = a.create_label();
+        out(a, 0x70, 0x40)?;
+        a.in_(al, 0x71)?;
+        a.cmp(al, 7)?;
+        a.je(second)?;
+        out(a, 0x71, 7)?;
+        a.mov(qword_ptr(0x30_0000), 1)?;
+        out(a, 0x64, 0xfe)?;
+        a.set_label(&mut second)?;
+        a.mov(rbx, qword_ptr(0x30_0000))?;
+        out(a, 0x604, 0x34)
+    });
+    let mut machine = machine_of(&code, Vec::new());
+    assert_eq!(run_to(&mut machine, None).0, Some(End::Reboot));
+    let at = machine.position();
+    machine.reset().unwrap();
+    assert_eq!(machine.position(), at);
+    assert_eq!(run_to(&mut machine, None).0, Some(End::PowerOff));
+    assert!(machine.position() > at && machine.time_ns() == machine.position().count);
+    let vmft_vmm::vcpu::VcpuState::Soft(state) = machine.vcpu_state().unwrap();
+    assert_eq!(state.gpr[3], 0, "memory was cleared");
+    total(&mut machine);
+}
+
+#[test]
+fn nobody_answers_with_ones_and_a_triple_fault_ends_the_run() {
+    let code = assemble(guest::BASE, |a| {
+        use iced_x86::code_asm::*;
+        a.mov(edx, 0x1234)?;
+        a.in_(eax, dx)?;
+        a.mov(r8d, eax)?;
+        a.mov(rax, 0xfee0_0000u64)?;
+        a.mov(r9, qword_ptr(rax))?;
+        a.mov(r10w, word_ptr(rax))?;
+        a.mov(qword_ptr(rax), r9)?;
+        a.ud2()
+    });
+    let mut machine = machine_of(&code, Vec::new());
+    assert_eq!(run_to(&mut machine, None).0, Some(End::TripleFault));
+    let vmft_vmm::vcpu::VcpuState::Soft(state) = machine.vcpu_state().unwrap();
+    assert_eq!((state.gpr[8], state.gpr[9], state.gpr[10]), (0xffff_ffff, u64::MAX, 0xffff));
+}
+
+/// A world that types and whose clock moves on each time it is looked at.
+#[derive(Default)]
+struct World {
+    typing: VecDeque<(u32, Vec<u8>)>,
+    looks: u32,
+    now_ns: u64,
+    clock_step_ns: u64,
+    printed: Vec<u8>,
+}
+
+impl Outside for World {
+    type Error = Infallible;
+
+    fn poll(&mut self, takes: &mut dyn FnMut(&Input) -> bool) -> Result<Option<Input>, Infallible> {
+        self.looks += 1;
+        if self.typing.front().is_none_or(|(look, _)| *look > self.looks) {
+            return Ok(None);
+        }
+        let bytes = self.typing[0].1.clone();
+        let input = Input::Console { console: Console::Serial, bytes };
+        Ok(takes(&input).then(|| {
+            self.typing.pop_front();
+            input
+        }))
+    }
+
+    fn stop_requested(&mut self) -> bool {
+        false
+    }
+
+    fn time_ns(&mut self) -> Option<u64> {
+        self.now_ns += self.clock_step_ns;
+        (self.clock_step_ns > 0).then_some(self.now_ns)
+    }
+
+    fn wait(&mut self, until_ns: Option<u64>) -> Result<(), Infallible> {
+        // Wakes early, as a wait may.
+        let until_ns = until_ns.expect("the timer of this guest always runs");
+        self.now_ns += (until_ns - self.now_ns).div_ceil(2);
+        Ok(())
+    }
+
+    fn answer(&mut self, question: &Question) -> Result<Answer, Infallible> {
+        panic!("{question:?}")
+    }
+
+    fn send(&mut self, output: Output) -> Result<(), Infallible> {
+        let Output::Console { bytes, .. } = output else { panic!("{output:?}") };
+        self.printed.extend(bytes);
+        Ok(())
+    }
+
+    fn disk(&mut self, request: DiskRequest) -> Result<(), Infallible> {
+        panic!("{request:?}")
+    }
+
+    fn digest(&mut self, _at: Position, _digest: StateDigest) -> Result<(), Infallible> {
+        Ok(())
+    }
+}
+
+/// What a log would hold.
+#[derive(Debug, Clone, PartialEq)]
+enum Record {
+    Input(Input),
+    Output(Output),
+    Digest(StateDigest),
+    End(End),
+}
+
+/// Records what goes through a live source: append first, apply second. Takes a digest now and then.
+struct Recorder {
+    live: Live<World>,
+    log: Vec<(Position, Record)>,
+    turns: u32,
+}
+
+impl Source for Recorder {
+    type Error = Infallible;
+
+    fn next(&mut self, machine: &Machine) -> Result<Next, Infallible> {
+        self.turns += 1;
+        if self.turns % 7 == 0 {
+            return Ok(Next::Digest);
+        }
+        let next = self.live.next(machine)?;
+        if let Next::Apply(input) = &next {
+            self.log.push((machine.position(), Record::Input(input.clone())));
+        }
+        Ok(next)
+    }
+
+    fn answer(&mut self, _at: Position, question: &Question) -> Result<Answer, Infallible> {
+        self.live.outside().answer(question)
+    }
+
+    fn output(&mut self, at: Position, output: Output) -> Result<(), Infallible> {
+        self.log.push((at, Record::Output(output.clone())));
+        self.live.output(at, output)
+    }
+
+    fn disk(&mut self, at: Position, request: DiskRequest) -> Result<(), Infallible> {
+        self.live.disk(at, request)
+    }
+
+    fn digest(&mut self, at: Position, digest: StateDigest) -> Result<(), Infallible> {
+        self.log.push((at, Record::Digest(digest)));
+        Ok(())
+    }
+
+    fn ended(&mut self, at: Position, end: End) -> Result<After, Infallible> {
+        self.log.push((at, Record::End(end)));
+        self.live.ended(at, end)
+    }
+}
+
+/// Replays a log and checks everything that the machine says against it.
+struct Replayer {
+    log: VecDeque<(Position, Record)>,
+}
+
+impl Replayer {
+    fn check(&mut self, at: Position, record: Record) {
+        assert_eq!(self.log.pop_front(), Some((at, record)));
+    }
+}
+
+impl Source for Replayer {
+    type Error = Infallible;
+
+    fn next(&mut self, machine: &Machine) -> Result<Next, Infallible> {
+        let at = machine.position();
+        // Outputs and the end come by themselves; the machine must not run past what is to be done from here.
+        let due = self.log.iter().find(|(_, record)| matches!(record, Record::Input(_) | Record::Digest(_)));
+        match (self.log.front(), due) {
+            (Some((here, Record::Input(input))), _) if *here == at => {
+                let input = input.clone();
+                self.log.pop_front();
+                Ok(Next::Apply(input))
+            }
+            (Some((here, Record::Digest(_))), _) if *here == at => Ok(Next::Digest),
+            (_, due) => {
+                assert!(due.is_none_or(|(position, _)| *position >= at), "{at:?} is past {due:?}");
+                Ok(Next::Run { until: due.map(|(position, _)| *position) })
+            }
+        }
+    }
+
+    fn answer(&mut self, _at: Position, question: &Question) -> Result<Answer, Infallible> {
+        panic!("{question:?}")
+    }
+
+    fn output(&mut self, at: Position, output: Output) -> Result<(), Infallible> {
+        self.check(at, Record::Output(output));
+        Ok(())
+    }
+
+    fn disk(&mut self, _at: Position, request: DiskRequest) -> Result<(), Infallible> {
+        panic!("{request:?}")
+    }
+
+    fn digest(&mut self, at: Position, digest: StateDigest) -> Result<(), Infallible> {
+        self.check(at, Record::Digest(digest));
+        Ok(())
+    }
+
+    fn ended(&mut self, at: Position, end: End) -> Result<After, Infallible> {
+        self.check(at, Record::End(end));
+        Ok(After::Finish)
+    }
+}
+
+fn record_and_replay(world: World) -> usize {
+    let live = Live::new(world, PositionUnit::Instructions, Stops::default());
+    let mut recording =
+        GuestLoop { machine: machine(), source: Recorder { live, log: Vec::new(), turns: 0 } };
+    let kicker = recording.machine.kicker();
+    let mut turn = Turn::Again;
+    while turn == Turn::Again {
+        if recording.source.turns.is_multiple_of(3) {
+            kicker.kick();
+        }
+        turn = recording.turn().unwrap();
+    }
+    assert_eq!(turn, Turn::Finished(End::PowerOff));
+    let log = recording.source.log;
+    let inputs = log.iter().filter(|(_, record)| matches!(record, Record::Input(_))).count();
+    let mut replay = GuestLoop { machine: machine(), source: Replayer { log: log.into() } };
+    assert_eq!(replay.run().unwrap(), Turn::Finished(End::PowerOff));
+    assert_eq!(replay.source.log, []);
+    assert_eq!(total(&mut replay.machine), total(&mut recording.machine));
+    inputs
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    /// Inputs at any moment, the host's clock fast or slow: the log alone makes the same run.
+    #[test]
+    fn what_is_recorded_replays(
+        typing in prop::collection::vec((1u32..60, prop::collection::vec(any::<u8>(), 1..20)), 0..8),
+        clock_step_ns in prop_oneof![Just(0u64), 1u64..100_000, 1_000_000u64..30_000_000],
+    ) {
+        let mut look = 0;
+        let typing: VecDeque<_> = typing.into_iter().map(|(after, bytes)| { look += after; (look, bytes) }).collect();
+        let typed = typing.len();
+        let inputs = record_and_replay(World { typing, clock_step_ns, ..World::default() });
+        prop_assert!(inputs >= typed.min(1) || typed == 0);
+    }
+}
+
+#[test]
+fn the_host_clock_pulls_a_slow_guest_along() {
+    let live = Live::new(
+        World { clock_step_ns: 2_000_000, ..World::default() },
+        PositionUnit::Instructions,
+        Stops::default(),
+    );
+    let mut guest = GuestLoop { machine: machine(), source: live };
+    assert_eq!(guest.run().unwrap(), Turn::Finished(End::PowerOff));
+    // It sees each of its ticks although it had the time for few of its own.
+    assert_eq!(guest.machine.counts().interrupts, 40);
+    assert!(guest.machine.position().count < 20_000_000);
+    assert_eq!(guest.source.outside().printed, "bcdefgha\n".repeat(5).as_bytes());
+}
+
+#[test]
+fn stops_asked_for_are_taken() {
+    let stops =
+        Stops { digests: [7, 1_000].map(Position::exact).into(), pause: Some(Position::exact(2_000)) };
+    let live = Live::new(World::default(), PositionUnit::Instructions, stops);
+    let mut guest = GuestLoop { machine: machine(), source: live };
+    assert_eq!(guest.run().unwrap(), Turn::Paused);
+    assert_eq!(guest.machine.position(), Position::exact(2_000));
+}
