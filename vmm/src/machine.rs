@@ -189,22 +189,24 @@ impl Machine {
         std::mem::take(&mut self.effects.disk)
     }
 
-    /// Runs the guest until there is something to tell, or exactly to `until`.
+    /// Runs the guest until there is something to tell, or exactly to `until`. What timers do at a position is done
+    /// when it returns there, before any input is applied.
     pub fn run(&mut self, until: Option<Position>) -> Result<Stop, MachineError> {
-        let mut halt_is_known = std::mem::take(&mut self.halted);
         if let Some(stop) = self.finish()? {
             return Ok(stop);
         }
+        let stop = self.run_guest(until)?;
+        self.fire_timers();
+        Ok(stop)
+    }
+
+    fn run_guest(&mut self, until: Option<Position>) -> Result<Stop, MachineError> {
+        let mut halt_is_known = std::mem::take(&mut self.halted);
         loop {
-            let at = self.position();
-            if until.is_some_and(|until| at >= until) {
+            self.fire_timers();
+            if self.has_outputs() || until.is_some_and(|until| self.position() >= until) {
                 self.halted = halt_is_known;
-                return Ok(Stop::Reached);
-            }
-            self.fire_timers(at);
-            if self.has_outputs() {
-                self.halted = halt_is_known;
-                return Ok(Stop::Outputs);
+                return Ok(if self.has_outputs() { Stop::Outputs } else { Stop::Reached });
             }
             let limit = self.limit(until);
             match self.vcpu.run(&mut self.ram, &limit)? {
@@ -250,8 +252,8 @@ impl Machine {
     }
 
     /// What timers do now. Nothing is touched before a deadline, so how often this is called leaves no trace.
-    fn fire_timers(&mut self, at: Position) {
-        let now_ns = self.clock.time_ns(at);
+    fn fire_timers(&mut self) {
+        let now_ns = self.time_ns();
         if self.devices.deadline_ns().is_some_and(|deadline| deadline <= now_ns) {
             self.devices.advance(now_ns);
             self.flush_console();
@@ -296,11 +298,13 @@ impl Machine {
             return Ok(Some(Stop::Question(question.clone())));
         }
         let Some(value) = self.unfinished.take() else { return Ok(None) };
-        match self.vcpu.complete(&mut self.ram, value)? {
-            None => Ok(self.after_access()),
-            Some(Exit::Shutdown) => Ok(Some(Stop::End(End::TripleFault))),
-            Some(next) => self.access(next),
-        }
+        let stop = match self.vcpu.complete(&mut self.ram, value)? {
+            None => self.after_access(),
+            Some(Exit::Shutdown) => Some(Stop::End(End::TripleFault)),
+            Some(next) => self.access(next)?,
+        };
+        self.fire_timers();
+        Ok(stop)
     }
 
     fn after_access(&mut self) -> Option<Stop> {
@@ -375,7 +379,7 @@ impl Machine {
             let time_ns = time_ns.min(self.time_ns().saturating_add(CLOCK_STEP_MAX_NS));
             while let Some(deadline) = self.devices.deadline_ns().filter(|deadline| *deadline <= time_ns) {
                 self.clock.raise(at, deadline);
-                self.fire_timers(at);
+                self.fire_timers();
             }
             self.clock.raise(at, time_ns);
             return;

@@ -41,7 +41,8 @@ pub trait Source {
     type Error: std::error::Error;
 
     /// What to do at the machine's position. A halted guest that is run skips to its next deadline, so a source that
-    /// paces waits here until that is due. At one position inputs come before running on.
+    /// paces waits here until that is due. At one position inputs come before running on, so whatever else is done
+    /// while the guest is halted needs an [`Input::Clock`] before it that says how far time has moved there.
     fn next(&mut self, machine: &Machine) -> Result<Next, Self::Error>;
 
     /// The guest asks.

@@ -158,7 +158,10 @@ impl Blk {
         let (outward, inward) = (total(&chain.readable) - 16, total(&chain.writable) - 1);
         let inside = |len: u64| {
             let end = sector.checked_add(len / SECTOR);
-            len % SECTOR == 0 && len > 0 && len <= REQUEST_MAX && end.is_some_and(|end| end <= self.sectors)
+            len.is_multiple_of(SECTOR)
+                && len > 0
+                && len <= REQUEST_MAX
+                && end.is_some_and(|end| end <= self.sectors)
         };
         Ok(match kind {
             kind::IN if inside(inward) => Ok(Work::Read { offset: sector * SECTOR, len: inward as u32 }),
