@@ -227,3 +227,22 @@ fn general_detect_protects_the_debug_registers() {
     assert_eq!((g.state.sys.dr6 & BD, g.state.sys.dr7), (BD, 0x400));
     assert_eq!(pushed_rflags(&g) & RF, RF);
 }
+
+#[test]
+fn what_passes_a_breakpoint_lasts_until_the_device_has_answered() {
+    let load = |a: &mut CodeAssembler| a.mov(rcx, qword_ptr(DEVICE + 0x2000));
+    // After a load of SS: MOV SS has 2 bytes.
+    let mut g = Guest::asm(|a| {
+        a.mov(ss, eax)?;
+        load(a)
+    })
+    .reg(0, KERNEL_DATA as u64);
+    g.state.sys.dr[0] = CODE + 2;
+    g.state.sys.dr7 = enable(0, 0, 0);
+    assert_eq!(g.talk().len(), 1);
+    // With RF.
+    let mut g = Guest::asm(load).flags(RF);
+    g.state.sys.dr[0] = CODE;
+    g.state.sys.dr7 = enable(0, 0, 0);
+    assert_eq!(g.talk().len(), 1);
+}
