@@ -2,6 +2,7 @@
 
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
+use super::operand::{Mem, Near, Target, is_near, log_size, widths};
 use crate::decode::Place;
 use crate::exit::Stop;
 use crate::flags::Flags;
@@ -107,8 +108,8 @@ fn reg_imm<O: Op, T: Int>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), S
     Ok(())
 }
 
-fn reg_mem<O: Op, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
-    let b = cpu.load_operand::<T>(ram, i)?;
+fn reg_mem<O: Op, M: Target, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    let b = M::load::<T>(cpu, ram, i)?;
     let a = cpu.reg::<T>(i.dst);
     let r = O::run(&mut cpu.flags, a, b);
     if O::STORES {
@@ -117,23 +118,23 @@ fn reg_mem<O: Op, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(),
     Ok(())
 }
 
-fn mem_reg<O: Op, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn mem_reg<O: Op, M: Target, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
     let b = cpu.reg::<T>(i.src);
-    mem_value::<O, T>(cpu, ram, i, b)
+    mem_value::<O, M, T>(cpu, ram, i, b)
 }
 
-fn mem_imm<O: Op, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
-    mem_value::<O, T>(cpu, ram, i, T::from_u64(i.imm))
+fn mem_imm<O: Op, M: Target, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    mem_value::<O, M, T>(cpu, ram, i, T::from_u64(i.imm))
 }
 
 #[inline(always)]
-fn mem_value<O: Op, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, b: T) -> Result<(), Stop> {
+fn mem_value<O: Op, M: Target, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, b: T) -> Result<(), Stop> {
     if !O::STORES {
-        let a = cpu.load_operand::<T>(ram, i)?;
+        let a = M::load::<T>(cpu, ram, i)?;
         O::run(&mut cpu.flags, a, b);
         return Ok(());
     }
-    cpu.modify_operand::<T>(ram, i, |cpu, a| {
+    M::modify::<T>(cpu, ram, i, |cpu, a| {
         let mut flags = cpu.flags;
         let r = O::run(&mut flags, a, b);
         (r, flags)
@@ -141,38 +142,35 @@ fn mem_value<O: Op, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, b: T) -> Re
 }
 
 /// The handler of `O` for the operand kinds and width of `ins`.
-fn form<O: Op>(ins: &Instruction) -> Option<Handler> {
+fn form<O: Op>(ins: &Instruction, insn: &Insn) -> Option<Handler> {
     use OpKind::{Memory as M, Register as R};
-    macro_rules! widths {
-        ($f:ident) => {
-            [$f::<O, u8>, $f::<O, u16>, $f::<O, u32>, $f::<O, u64>]
-        };
-    }
-    let (a, b) = (ins.op0_kind(), ins.op1_kind());
-    let table: [Handler; 4] = match (a, b) {
-        (R, R) => widths!(reg_reg),
-        (R, M) => widths!(reg_mem),
-        (M, R) => widths!(mem_reg),
-        (R, _) => widths!(reg_imm),
-        (M, _) => widths!(mem_imm),
+    let near = is_near(insn);
+    let table = match (ins.op0_kind(), ins.op1_kind()) {
+        (R, R) => widths!(reg_reg, O),
+        (R, M) if near => widths!(reg_mem, O, Near),
+        (R, M) => widths!(reg_mem, O, Mem),
+        (M, R) if near => widths!(mem_reg, O, Near),
+        (M, R) => widths!(mem_reg, O, Mem),
+        (R, _) => widths!(reg_imm, O),
+        (M, _) if near => widths!(mem_imm, O, Near),
+        (M, _) => widths!(mem_imm, O, Mem),
         _ => return None,
     };
-    let bytes = if a == R { ins.op0_register().size() } else { ins.memory_size().size() };
-    Some(table[bytes.trailing_zeros() as usize])
+    Some(table[log_size(ins, 0)])
 }
 
 /// Handlers of this family.
 pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
     insn.exec = match ins.mnemonic() {
-        Mnemonic::Add => form::<Add>(ins)?,
-        Mnemonic::Or => form::<Or>(ins)?,
-        Mnemonic::Adc => form::<Adc>(ins)?,
-        Mnemonic::Sbb => form::<Sbb>(ins)?,
-        Mnemonic::And => form::<And>(ins)?,
-        Mnemonic::Sub => form::<Sub>(ins)?,
-        Mnemonic::Xor => form::<Xor>(ins)?,
-        Mnemonic::Cmp => form::<Cmp>(ins)?,
-        Mnemonic::Test => form::<Test>(ins)?,
+        Mnemonic::Add => form::<Add>(ins, insn)?,
+        Mnemonic::Or => form::<Or>(ins, insn)?,
+        Mnemonic::Adc => form::<Adc>(ins, insn)?,
+        Mnemonic::Sbb => form::<Sbb>(ins, insn)?,
+        Mnemonic::And => form::<And>(ins, insn)?,
+        Mnemonic::Sub => form::<Sub>(ins, insn)?,
+        Mnemonic::Xor => form::<Xor>(ins, insn)?,
+        Mnemonic::Cmp => form::<Cmp>(ins, insn)?,
+        Mnemonic::Test => form::<Test>(ins, insn)?,
         _ => return None,
     };
     Some(Place::Middle)

@@ -4,7 +4,8 @@
 use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 
 use super::operand::{
-    Dst, Imm, Mem, Moffs, Source, Src, Target, condition, conditions, is_memory, log_size, widths,
+    Dst, Imm, Mem, Moffs, Near, Source, Src, Target, condition, conditions, is_memory, is_near, log_size,
+    widths,
 };
 use crate::decode::Place;
 use crate::exit::Stop;
@@ -87,7 +88,7 @@ fn sign_to_rdx<T: Int>(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop
     Ok(())
 }
 
-fn select_mov(ins: &Instruction) -> Option<Handler> {
+fn select_mov(ins: &Instruction, insn: &Insn) -> Option<Handler> {
     use OpKind::{Memory as M, Register as R};
     let (a, b) = (ins.op0_kind(), ins.op1_kind());
     // Segment, control and debug registers are another family's.
@@ -111,9 +112,12 @@ fn select_mov(ins: &Instruction) -> Option<Handler> {
         }
         _ => match (a, b) {
             (R, R) => widths!(mov, Dst, Src),
+            (R, M) if is_near(insn) => widths!(mov, Dst, Near),
             (R, M) => widths!(mov, Dst, Mem),
+            (M, R) if is_near(insn) => widths!(mov, Near, Src),
             (M, R) => widths!(mov, Mem, Src),
             (R, _) => widths!(mov, Dst, Imm),
+            (M, _) if is_near(insn) => widths!(mov, Near, Imm),
             (M, _) => widths!(mov, Mem, Imm),
             _ => return None,
         },
@@ -156,7 +160,7 @@ fn select_conditional(ins: &Instruction) -> Option<Handler> {
 /// Handlers of this family.
 pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
     insn.exec = match ins.mnemonic() {
-        Mnemonic::Mov => select_mov(ins)?,
+        Mnemonic::Mov => select_mov(ins, insn)?,
         Mnemonic::Movzx => select_extend(ins, false),
         Mnemonic::Movsx | Mnemonic::Movsxd => select_extend(ins, true),
         Mnemonic::Lea => widths!(lea)[log_size(ins, 0)],

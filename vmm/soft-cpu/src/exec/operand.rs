@@ -4,8 +4,8 @@ use iced_x86::{Instruction, OpKind};
 
 use crate::exit::Stop;
 use crate::flags::Flags;
-use crate::insn::{Insn, Int};
-use crate::state::Cpu;
+use crate::insn::{ADDR32, Insn, Int};
+use crate::state::{Cpu, ZERO};
 
 /// An operand that can be read.
 pub(super) trait Source {
@@ -32,6 +32,9 @@ pub(super) struct Dst;
 pub(super) struct Src;
 /// The memory operand.
 pub(super) struct Mem;
+/// The memory operand, where it is only a base register and a displacement: the most frequent form has the
+/// shortest way.
+pub(super) struct Near;
 /// The immediate.
 pub(super) struct Imm;
 /// Memory at the 64-bit address in the immediate (MOV moffs).
@@ -95,6 +98,50 @@ impl Target for Mem {
     ) -> Result<(), Stop> {
         cpu.modify_operand(ram, i, f)
     }
+}
+
+impl Source for Near {
+    #[inline(always)]
+    fn load<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<T, Stop> {
+        match cpu.load(ram, near(cpu, i)) {
+            Ok(v) => Ok(v),
+            Err(stop) => Err(cpu.operand_fault(i, stop)),
+        }
+    }
+}
+
+impl Target for Near {
+    #[inline(always)]
+    fn store<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, value: T) -> Result<(), Stop> {
+        match cpu.store(ram, near(cpu, i), value) {
+            Ok(()) => Ok(()),
+            Err(stop) => Err(cpu.operand_fault(i, stop)),
+        }
+    }
+
+    #[inline(always)]
+    fn modify<T: Int>(
+        cpu: &mut Cpu,
+        ram: &mut [u8],
+        i: &Insn,
+        f: impl FnOnce(&mut Cpu, T) -> (T, Flags),
+    ) -> Result<(), Stop> {
+        match cpu.modify(ram, near(cpu, i), f) {
+            Ok(()) => Ok(()),
+            Err(stop) => Err(cpu.operand_fault(i, stop)),
+        }
+    }
+}
+
+/// Address of a [`Near`] operand.
+#[inline(always)]
+fn near(cpu: &Cpu, i: &Insn) -> u64 {
+    cpu.reg::<u64>(i.base).wrapping_add(i.disp as i64 as u64)
+}
+
+/// Is the memory operand a [`Near`] one?
+pub(super) fn is_near(i: &Insn) -> bool {
+    i.index == ZERO && i.seg == ZERO && i.scale & ADDR32 == 0
 }
 
 impl Source for Imm {

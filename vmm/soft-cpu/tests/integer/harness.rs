@@ -51,3 +51,41 @@ fn a_run_stops_exactly_at_its_limit() {
         assert_eq!(g.state.gpr[0], limit.div_ceil(3));
     }
 }
+
+#[test]
+fn a_run_that_is_cut_and_restored_anywhere_ends_alike() {
+    let program = assemble(|a| {
+        let mut top = a.create_label();
+        let mut function = a.create_label();
+        let mut end = a.create_label();
+        a.set_label(&mut top)?;
+        a.call(function)?;
+        a.mov(rsi, DATA)?;
+        a.mov(rdi, DATA + 0xff0)?;
+        a.mov(ecx, 50)?;
+        a.rep().movsb()?;
+        a.add(byte_ptr(DATA), 3)?;
+        a.dec(rbx)?;
+        a.jne(top)?;
+        a.jmp(end)?;
+        a.set_label(&mut function)?;
+        a.push(rbx)?;
+        a.imul_2(rax, rbx)?;
+        a.rol(rax, 7)?;
+        a.mov(qword_ptr(rsp - 64), rax)?;
+        a.adc(rdx, qword_ptr(rsp - 64))?;
+        a.pop(rbx)?;
+        a.ret()?;
+        a.set_label(&mut end)?;
+        a.nop()
+    });
+    let start = || Guest::new(&program).reg(0, 12345).reg(3, 20);
+    let mut whole = start();
+    whole.done();
+    for piece in [1, 2, 3, 7, 64] {
+        let mut g = start();
+        while g.run_to(g.state.retired + piece) == Outcome::Exit(Exit::Reached) {}
+        assert_eq!(g.state, whole.state, "in pieces of {piece}");
+        assert!(g.ram == whole.ram, "in pieces of {piece}");
+    }
+}
