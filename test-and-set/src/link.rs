@@ -8,17 +8,15 @@ use std::time::{Duration, Instant};
 use rustls::pki_types::ServerName;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncWriteExt, WriteHalf};
 use tokio::net::TcpStream;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::oneshot;
 use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
 
 use crate::keys::Keys;
 use crate::names::ClusterName;
 use crate::wire::{self, FRAME_BYTES_MAX, Hello, MemberHello, Unwelcome, Welcome, WireError};
-
-/// Questions that may wait to be sent on one connection.
-const QUEUE_FRAMES: usize = 256;
 
 /// Why a connection cannot be made or used.
 #[derive(Debug, thiserror::Error)]
@@ -116,8 +114,8 @@ impl Shared {
 pub struct Link {
     shared: Arc<Shared>,
     next: AtomicU64,
-    send: mpsc::Sender<Vec<u8>>,
-    tasks: [tokio::task::AbortHandle; 2],
+    write: tokio::sync::Mutex<WriteHalf<TlsStream<TcpStream>>>,
+    reader: tokio::task::AbortHandle,
 }
 
 impl Drop for Link {
@@ -175,21 +173,11 @@ impl Dialer {
 }
 
 impl Link {
-    fn start(stream: tokio_rustls::client::TlsStream<TcpStream>) -> Self {
-        let (mut read, mut write) = tokio::io::split(stream);
-        let (send, mut queue) = mpsc::channel::<Vec<u8>>(QUEUE_FRAMES);
+    fn start(stream: TlsStream<TcpStream>) -> Self {
+        let (mut read, write) = tokio::io::split(stream);
         let shared = Arc::new(Shared {
             waiting: Mutex::new(Some(HashMap::new())),
             last_heard: Mutex::new(Instant::now()),
-        });
-        let ended = shared.clone();
-        let writer = tokio::spawn(async move {
-            while let Some(frame) = queue.recv().await {
-                if write.write_all(&frame).await.is_err() || write.flush().await.is_err() {
-                    break;
-                }
-            }
-            ended.waiting().take();
         });
         let heard = shared.clone();
         let reader = tokio::spawn(async move {
@@ -205,7 +193,17 @@ impl Link {
             }
             heard.waiting().take();
         });
-        Link { shared, next: AtomicU64::new(1), send, tasks: [writer.abort_handle(), reader.abort_handle()] }
+        Link { shared, next: AtomicU64::new(1), write: write.into(), reader: reader.abort_handle() }
+    }
+
+    /// Sends a frame at once, without a task in between. An asker that is dropped in the middle of it ends the connection,
+    /// because half a frame cannot be taken back.
+    async fn send(&self, frame: &[u8]) -> Result<(), LinkError> {
+        let mut write = self.write.lock().await;
+        let half_sent = CloseOnDrop(self);
+        write.write_all(frame).await.and(write.flush().await).map_err(|_| LinkError::Ended)?;
+        std::mem::forget(half_sent);
+        Ok(())
     }
 
     /// Whether the connection still stands, as far as is known.
@@ -220,7 +218,7 @@ impl Link {
 
     /// Ends the connection; every question under way ends with [`LinkError::Ended`].
     pub fn close(&self) {
-        self.tasks.iter().for_each(|task| task.abort());
+        self.reader.abort();
         self.shared.waiting().take();
     }
 
@@ -236,12 +234,21 @@ impl Link {
         self.shared.waiting().as_mut().ok_or(LinkError::Ended)?.insert(number, tell);
         let forget = Forget { shared: &self.shared, number };
         let answer = tokio::time::timeout(patience, async {
-            self.send.send(frame).await.map_err(|_| LinkError::Ended)?;
+            self.send(&frame).await?;
             told.await.map_err(|_| LinkError::Ended)
         });
         let body = answer.await.unwrap_or(Err(LinkError::Silent))?;
         drop(forget);
         Ok(wire::decode(&body)?)
+    }
+}
+
+/// Ends the connection unless it is forgotten.
+struct CloseOnDrop<'l>(&'l Link);
+
+impl Drop for CloseOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.close();
     }
 }
 

@@ -137,8 +137,8 @@ fn main() -> ExitCode {
 }
 
 fn run(verb: Verb) -> Result<(), Box<dyn Error>> {
-    // Few threads wait in fsync; more than the cores are needed so that they do not hold up the others.
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(4).enable_all().build()?;
+    // One may wait in a follower's fsync while the other goes on; more would only wake each other.
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(async {
         match verb {
             Verb::Serve(serve) => {

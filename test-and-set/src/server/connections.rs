@@ -5,14 +5,14 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::time::Duration;
 
 use rustls::pki_types::CertificateDer;
 use serde::Serialize;
 use tokio::io::{AsyncRead, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Mutex, Semaphore, mpsc};
+use tokio::sync::{Mutex, Semaphore};
 use tokio::task::AbortHandle;
 use tokio::time::timeout;
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
@@ -146,17 +146,19 @@ impl Door {
         most: u32,
         asker: Asker,
     ) -> Result<(), WireError> {
-        let (send, queue) = mpsc::channel(QUESTIONS_MAX);
-        let _writer = AbortOnDrop(tokio::spawn(write_answers(queue, write)).abort_handle());
+        let answers = Arc::new(Answers { write: Mutex::new(write), broken: AtomicBool::new(false) });
         let (slots, asker) = (Arc::new(Semaphore::new(QUESTIONS_MAX)), Arc::new(asker));
         while let Some((number, body)) = next_frame(&mut read, most).await? {
             let Ok(slot) = slots.clone().acquire_owned().await else { break };
             let question = asker.decode(&body)?;
-            let (node, asker, send) = (self.node.clone(), asker.clone(), send.clone());
+            if answers.broken.load(Relaxed) {
+                break;
+            }
+            let (node, asker, answers) = (self.node.clone(), asker.clone(), answers.clone());
             tokio::spawn(async move {
                 // An answer that cannot be sent goes with its connection.
                 if let Ok(frame) = asker.answer(&node, question, number).await {
-                    send.send(frame).await.ok();
+                    answers.send(&frame).await;
                 }
                 drop(slot);
             });
@@ -176,15 +178,24 @@ async fn next_frame(
     timeout(FRAME_PATIENCE, wire::read_rest(read, length)).await.map_err(late)?.map(Some)
 }
 
-async fn write_answers(mut queue: mpsc::Receiver<Vec<u8>>, mut write: WriteHalf<TlsStream<TcpStream>>) {
-    while let Some(frame) = queue.recv().await {
-        let written = timeout(FRAME_PATIENCE, async {
-            write.write_all(&frame).await?;
-            write.flush().await
-        });
-        if !matches!(written.await, Ok(Ok(()))) {
+/// The way back to the asker. Each answer is written by the task that made it.
+struct Answers {
+    write: Mutex<WriteHalf<TlsStream<TcpStream>>>,
+    broken: AtomicBool,
+}
+
+impl Answers {
+    /// Sends an answer; if that fails or takes too long, it is the last.
+    async fn send(&self, frame: &[u8]) {
+        let mut write = self.write.lock().await;
+        if self.broken.load(Relaxed) {
             return;
         }
+        let written = timeout(FRAME_PATIENCE, async {
+            write.write_all(frame).await?;
+            write.flush().await
+        });
+        self.broken.store(!matches!(written.await, Ok(Ok(()))), Relaxed);
     }
 }
 
@@ -242,14 +253,6 @@ impl Stranger {
 
     fn become_known(&self) {
         self.0.store(1, Relaxed);
-    }
-}
-
-struct AbortOnDrop(AbortHandle);
-
-impl Drop for AbortOnDrop {
-    fn drop(&mut self) {
-        self.0.abort();
     }
 }
 
