@@ -139,7 +139,7 @@ impl Blk {
         sector.copy_from_slice(&header[8..]);
         let work = match self.work(kind, u64::from_le_bytes(sector), &chain, io)? {
             Ok(work) => work,
-            Err(code) => return finish(io, chain.head, &chain.writable, 0, code),
+            Err((code, written)) => return finish(io, chain.head, &chain.writable, written, code),
         };
         let request = DiskRequest { slot: io.slot, id: self.next_id, work: outside(&work) };
         io.effects.disk.push(request);
@@ -153,8 +153,14 @@ impl Blk {
         Ok(())
     }
 
-    /// What a request asks of the outside, or the status with which it ends here.
-    fn work(&self, kind: u32, sector: u64, chain: &Chain, io: &Io<'_>) -> Result<Result<Work, u8>, Broken> {
+    /// What a request asks of the outside, or the status and the bytes written with which it ends here.
+    fn work(
+        &self,
+        kind: u32,
+        sector: u64,
+        chain: &Chain,
+        io: &Io<'_>,
+    ) -> Result<Result<Work, (u8, u32)>, Broken> {
         let (outward, inward) = (total(&chain.readable) - 16, total(&chain.writable) - 1);
         let inside = |len: u64| {
             let end = sector.checked_add(len / SECTOR);
@@ -172,11 +178,10 @@ impl Blk {
             }
             kind::FLUSH => Ok(Work::Flush),
             kind::GET_ID if inward >= ID.len() as u64 => {
-                scatter(io.memory, &chain.writable, ID)?;
-                Err(status::OK)
+                Err((status::OK, scatter(io.memory, &chain.writable, ID)?))
             }
-            kind::IN | kind::OUT | kind::GET_ID => Err(status::IOERR),
-            _ => Err(status::UNSUPP),
+            kind::IN | kind::OUT | kind::GET_ID => Err((status::IOERR, 0)),
+            _ => Err((status::UNSUPP, 0)),
         })
     }
 
