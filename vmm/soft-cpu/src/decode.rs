@@ -1,6 +1,6 @@
 //! From guest bytes to [`Insn`]s: iced-x86 decodes, [`crate::exec`] chooses the handler.
 
-use iced_x86::{Code, Decoder, DecoderOptions, Instruction, OpKind, Register};
+use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction, OpKind, Register};
 
 use crate::exec;
 use crate::insn::{ADDR32, HIGH_BYTE, Handler, Insn, flag};
@@ -30,30 +30,27 @@ pub enum Decoded {
 }
 
 /// Decodes one instruction after another, the first of a block first.
-pub struct BlockDecoder<'a>(Decoder<'a>);
+pub struct BlockDecoder<'a> {
+    decoder: Decoder<'a>,
+    bytes: &'a [u8],
+}
+
+/// Hints of extensions that we do not have (CET, MPX, CLDEMOTE) are NOPs.
+const OPTIONS: u32 = DecoderOptions::FORCE_RESERVED_NOP;
 
 impl<'a> BlockDecoder<'a> {
     /// A decoder of the block that starts with `bytes`.
     pub fn new(bytes: &'a [u8]) -> BlockDecoder<'a> {
-        // Hints of extensions that we do not have (CET, MPX, CLDEMOTE) are NOPs.
-        BlockDecoder(Decoder::with_ip(64, bytes, 0, DecoderOptions::FORCE_RESERVED_NOP))
+        BlockDecoder { decoder: Decoder::with_ip(64, bytes, 0, OPTIONS), bytes }
     }
 
     /// The next instruction.
     pub fn decode(&mut self) -> Decoded {
-        let offset = self.0.position();
-        let left = self.0.max_position() - offset;
-        let offset = offset as u16;
-        let ins = self.0.decode();
+        let at = self.decoder.position();
+        let offset = at as u16;
+        let ins = self.decoder.decode();
         if ins.code() == Code::INVALID {
-            if left < LENGTH_MAX && self.0.last_error() == iced_x86::DecoderError::NoMoreBytes {
-                return Decoded::Cut;
-            }
-            // An instruction that is longer than one can be is #GP(0).
-            return match ins.len() {
-                LENGTH_MAX.. => faulting(offset, LENGTH_MAX, |cpu, _, _| cpu.general_protection(0)),
-                len => faulting(offset, len, |cpu, _, _| cpu.undefined()),
-            };
+            return undefined(&self.bytes[at..], offset);
         }
         let mut insn = operands(&ins, offset);
         match exec::select(&ins, &mut insn) {
@@ -61,6 +58,22 @@ impl<'a> BlockDecoder<'a> {
             None => faulting(offset, ins.len(), |cpu, _, _| cpu.undefined()),
         }
     }
+}
+
+/// What begins `bytes` and is no instruction.
+fn undefined(bytes: &[u8], offset: u16) -> Decoded {
+    let longest = &bytes[..bytes.len().min(LENGTH_MAX)];
+    // A LOCK where none may be takes nothing from the length.
+    let mut decoder = Decoder::new(64, longest, OPTIONS | DecoderOptions::NO_INVALID_CHECK);
+    let ins = decoder.decode();
+    if decoder.last_error() == DecoderError::NoMoreBytes {
+        return Decoded::Cut;
+    }
+    // An instruction that is longer than one can be is #GP(0).
+    if ins.code() == Code::INVALID && ins.len() >= LENGTH_MAX {
+        return faulting(offset, LENGTH_MAX, |cpu, _, _| cpu.general_protection(0));
+    }
+    faulting(offset, ins.len(), |cpu, _, _| cpu.undefined())
 }
 
 fn faulting(offset: u16, len: usize, exec: Handler) -> Decoded {

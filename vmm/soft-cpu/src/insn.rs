@@ -190,6 +190,14 @@ impl Cpu {
         self.ea_offset(i).wrapping_add(self.regs[slot(i.seg)])
     }
 
+    /// Linear address `n` bytes into the memory operand, where a part of it is accessed on its own: a 32-bit offset
+    /// wraps in between.
+    pub fn ea_at(&self, i: &Insn, n: usize) -> u64 {
+        let offset = self.ea_offset(i).wrapping_add(n as u64);
+        let offset = if i.scale & ADDR32 != 0 { offset as u32 as u64 } else { offset };
+        offset.wrapping_add(self.regs[slot(i.seg)])
+    }
+
     /// The memory operand's offset in its segment: what LEA gives.
     #[inline(always)]
     pub fn ea_offset(&self, i: &Insn) -> u64 {

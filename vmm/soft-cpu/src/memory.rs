@@ -151,6 +151,7 @@ impl Cpu {
         addr: u64,
         f: impl FnOnce(&mut Cpu, T) -> (T, Flags),
     ) -> Result<(), Stop> {
+        self.check_alignment(addr, T::SIZE)?;
         self.probe_write(ram, addr, T::SIZE)?;
         let old = self.load(ram, addr)?;
         let (new, flags) = f(self, old);
@@ -205,10 +206,19 @@ impl Cpu {
         self.write_linear(ram, addr, &value.to_u64().to_le_bytes()[..T::SIZE], false)
     }
 
-    /// #AC: integers have to lie at multiples of their size in user mode when CR0.AM and RFLAGS.AC say so.
-    fn check_alignment(&mut self, addr: u64, len: usize) -> Result<(), Stop> {
-        let checked = matches!(len, 2 | 4 | 8) && addr & (len as u64 - 1) != 0 && self.checks_alignment();
-        if checked { self.raise(17, Some(0)) } else { Ok(()) }
+    /// #AC: numbers have to lie at multiples of their size (80-bit ones of 8) in user mode when CR0.AM and RFLAGS.AC
+    /// say so.
+    pub(crate) fn check_alignment(&mut self, addr: u64, len: usize) -> Result<(), Stop> {
+        let align = match len {
+            2 | 4 | 8 => len as u64,
+            10 => 8,
+            _ => return Ok(()),
+        };
+        if addr & (align - 1) != 0 && self.checks_alignment() {
+            self.check_canonical(addr, len)?;
+            return self.raise(17, Some(0));
+        }
+        Ok(())
     }
 
     /// Checks that a byte at `addr` could be read now.

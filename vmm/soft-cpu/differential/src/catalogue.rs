@@ -1,6 +1,9 @@
 //! Which instructions are tried, and which the comparison leaves out, with the reason.
 
+use std::sync::OnceLock;
+
 use iced_x86::{Code, CpuidFeature, EncodingKind, Instruction, Mnemonic};
+use soft_cpu::exec::cpuid::cpuid;
 
 /// The register file that an instruction mainly works on; cases prefer to stay within one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -15,37 +18,20 @@ pub enum Class {
     Sse,
 }
 
-/// What the soft CPU's CPUID offers. The last lines are hints in the space of NOPs (SDM 2, opcode 0F 18 to 0F
-/// 1F), which every CPU runs; and shadow stacks, which no operating system has switched on for this process.
-pub const OFFERED: &[CpuidFeature] = &[
+/// What every x86-64 CPU has. The last line are hints in the space of NOPs (0F 0D and 0F 18 to 0F 1F), which
+/// run everywhere.
+const BASE: &[CpuidFeature] = &[
     CpuidFeature::INTEL8086,
     CpuidFeature::INTEL186,
     CpuidFeature::INTEL286,
     CpuidFeature::INTEL386,
     CpuidFeature::INTEL486,
     CpuidFeature::X64,
-    CpuidFeature::CMOV,
-    CpuidFeature::CX8,
-    CpuidFeature::CMPXCHG16B,
-    CpuidFeature::CLFSH,
     CpuidFeature::CPUID,
-    CpuidFeature::FPU,
     CpuidFeature::FPU287,
     CpuidFeature::FPU387,
-    CpuidFeature::FXSR,
-    CpuidFeature::MMX,
-    CpuidFeature::MSR,
     CpuidFeature::MULTIBYTENOP,
     CpuidFeature::PAUSE,
-    CpuidFeature::POPCNT,
-    CpuidFeature::SSE,
-    CpuidFeature::SSE2,
-    CpuidFeature::SSE3,
-    CpuidFeature::SSSE3,
-    CpuidFeature::SSE4_1,
-    CpuidFeature::SSE4_2,
-    CpuidFeature::SYSCALL,
-    CpuidFeature::TSC,
     CpuidFeature::PREFETCHW,
     CpuidFeature::CLDEMOTE,
     CpuidFeature::CET_IBT,
@@ -53,10 +39,72 @@ pub const OFFERED: &[CpuidFeature] = &[
     CpuidFeature::PREFETCHITI,
 ];
 
+/// EAX to EDX, as CPUID gives them.
+#[derive(Clone, Copy)]
+enum Word {
+    B = 1,
+    C = 2,
+    D = 3,
+}
+
+/// Where CPUID says that a feature is there: leaf, register, bit.
+const OPTIONAL: &[(CpuidFeature, u32, Word, u32)] = &[
+    (CpuidFeature::FPU, 1, Word::D, 0),
+    (CpuidFeature::TSC, 1, Word::D, 4),
+    (CpuidFeature::MSR, 1, Word::D, 5),
+    (CpuidFeature::CX8, 1, Word::D, 8),
+    (CpuidFeature::SEP, 1, Word::D, 11),
+    (CpuidFeature::CMOV, 1, Word::D, 15),
+    (CpuidFeature::CLFSH, 1, Word::D, 19),
+    (CpuidFeature::MMX, 1, Word::D, 23),
+    (CpuidFeature::FXSR, 1, Word::D, 24),
+    (CpuidFeature::SSE, 1, Word::D, 25),
+    (CpuidFeature::SSE2, 1, Word::D, 26),
+    (CpuidFeature::SSE3, 1, Word::C, 0),
+    (CpuidFeature::PCLMULQDQ, 1, Word::C, 1),
+    (CpuidFeature::SSSE3, 1, Word::C, 9),
+    (CpuidFeature::CMPXCHG16B, 1, Word::C, 13),
+    (CpuidFeature::SSE4_1, 1, Word::C, 19),
+    (CpuidFeature::SSE4_2, 1, Word::C, 20),
+    (CpuidFeature::MOVBE, 1, Word::C, 22),
+    (CpuidFeature::POPCNT, 1, Word::C, 23),
+    (CpuidFeature::AES, 1, Word::C, 25),
+    (CpuidFeature::LZCNT, 0x8000_0001, Word::C, 5),
+    (CpuidFeature::SYSCALL, 0x8000_0001, Word::D, 11),
+    (CpuidFeature::RDTSCP, 0x8000_0001, Word::D, 27),
+    (CpuidFeature::BMI1, 7, Word::B, 3),
+    (CpuidFeature::ADX, 7, Word::B, 19),
+    (CpuidFeature::CLFLUSHOPT, 7, Word::B, 23),
+    (CpuidFeature::CLWB, 7, Word::B, 24),
+    (CpuidFeature::SHA, 7, Word::B, 29),
+];
+
+/// What the soft CPU's CPUID offers.
+fn offered() -> &'static [CpuidFeature] {
+    static OFFERED: OnceLock<Vec<CpuidFeature>> = OnceLock::new();
+    OFFERED.get_or_init(|| {
+        let has =
+            |(_, leaf, word, bit): &&(_, u32, Word, u32)| cpuid(*leaf, 0)[*word as usize] >> bit & 1 != 0;
+        BASE.iter().copied().chain(OPTIONAL.iter().filter(has).map(|o| o.0)).collect()
+    })
+}
+
+/// Features that this host lacks of those offered: cases with their instructions cannot be compared.
+pub fn missing_on_host() -> Vec<CpuidFeature> {
+    let host = |leaf, word| {
+        let r = std::arch::x86_64::__cpuid_count(leaf, 0);
+        [r.eax, r.ebx, r.ecx, r.edx][word as usize]
+    };
+    let lacks = |(f, leaf, word, bit): &&(_, u32, Word, u32)| {
+        offered().contains(f) && host(*leaf, *word) >> bit & 1 == 0
+    };
+    OPTIONAL.iter().filter(lacks).map(|o| o.0).collect()
+}
+
 /// Why an instruction is not compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Excluded {
-    /// Its feature is not in [`OFFERED`]: the soft CPU has #UD where this host may execute it.
+    /// The soft CPU's CPUID does not offer it: it is #UD there, and this host may execute it.
     NotOffered,
     /// It answers with this host's identity, time or configuration.
     HostSpecific,
@@ -66,13 +114,11 @@ pub enum Excluded {
     SystemCall,
     /// Its result is an approximation; ours is defined by golden vectors (float module).
     Approximate,
-    /// It stores x87 instruction and data pointers, which differ between models of CPU.
-    X87Pointers,
 }
 
 /// Instructions that are not compared.
 pub const EXCLUDED: &[(Excluded, &[Mnemonic])] = &[
-    (Excluded::HostSpecific, &[Mnemonic::Cpuid, Mnemonic::Rdtsc, Mnemonic::Rdpmc]),
+    (Excluded::HostSpecific, &[Mnemonic::Cpuid, Mnemonic::Rdtsc, Mnemonic::Rdtscp, Mnemonic::Rdpmc]),
     (
         Excluded::Descriptors,
         &[
@@ -110,17 +156,6 @@ pub const EXCLUDED: &[(Excluded, &[Mnemonic])] = &[
             Mnemonic::F2xm1,
             Mnemonic::Fyl2x,
             Mnemonic::Fyl2xp1,
-        ],
-    ),
-    (
-        Excluded::X87Pointers,
-        &[
-            Mnemonic::Fnstenv,
-            Mnemonic::Fstenv,
-            Mnemonic::Fnsave,
-            Mnemonic::Fsave,
-            Mnemonic::Fxsave,
-            Mnemonic::Fxsave64,
         ],
     ),
 ];
@@ -164,7 +199,7 @@ pub fn vet(ins: &Instruction) -> Result<(), Excluded> {
 }
 
 fn vet_code(code: Code) -> Result<(), Excluded> {
-    if !code.cpuid_features().iter().all(|f| OFFERED.contains(f)) {
+    if !code.cpuid_features().iter().all(|f| offered().contains(f)) {
         return Err(Excluded::NotOffered);
     }
     let excluded = EXCLUDED.iter().find(|(_, list)| list.contains(&code.mnemonic())).map(|(why, _)| *why);
@@ -173,9 +208,13 @@ fn vet_code(code: Code) -> Result<(), Excluded> {
     excluded.map_or(Ok(()), Err)
 }
 
-/// All encodings of 64-bit mode that are compared.
+/// All encodings of 64-bit mode that are compared, but MPX, which is NOPs with operands of its own.
 pub fn entries() -> Vec<Entry> {
-    all_codes().filter(|c| vet_code(*c).is_ok()).map(|code| Entry { code, class: class(code) }).collect()
+    all_codes()
+        .filter(|c| !c.cpuid_features().contains(&CpuidFeature::MPX))
+        .filter(|c| vet_code(*c).is_ok())
+        .map(|code| Entry { code, class: class(code) })
+        .collect()
 }
 
 /// All encodings of 64-bit mode that the soft CPU offers and the comparison leaves out.
@@ -190,7 +229,8 @@ fn all_codes() -> impl Iterator<Item = Code> {
     Code::values().filter(|c| {
         let op = c.op_code();
         let real = op.is_instruction() && op.encoding() == EncodingKind::Legacy;
-        real && op.mode64() && op.intel_decoder64() && *c != Code::INVALID
+        // Those with a WAIT before them are two instructions.
+        real && !op.fwait() && op.mode64() && op.intel_decoder64()
     })
 }
 
@@ -211,17 +251,4 @@ fn class(code: Code) -> Class {
     } else {
         Class::Integer
     }
-}
-
-/// Features that this host lacks of those offered: cases with their instructions cannot be compared.
-pub fn missing_on_host() -> Vec<CpuidFeature> {
-    let host = [
-        (CpuidFeature::SSE3, is_x86_feature_detected!("sse3")),
-        (CpuidFeature::SSSE3, is_x86_feature_detected!("ssse3")),
-        (CpuidFeature::SSE4_1, is_x86_feature_detected!("sse4.1")),
-        (CpuidFeature::SSE4_2, is_x86_feature_detected!("sse4.2")),
-        (CpuidFeature::POPCNT, is_x86_feature_detected!("popcnt")),
-        (CpuidFeature::CMPXCHG16B, is_x86_feature_detected!("cmpxchg16b")),
-    ];
-    host.into_iter().filter(|(_, has)| !has).map(|(f, _)| f).collect()
 }

@@ -4,21 +4,26 @@
 use std::collections::BTreeMap;
 
 use iced_x86::{
-    Code, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register, RflagsBits,
+    Code, CpuidFeature, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register,
+    RflagsBits,
 };
+use soft_cpu::decode::LENGTH_MAX;
 
 use crate::catalogue::{self, Excluded};
 use crate::layout::{CODE, CODE_LEN};
 
 /// The status flags in RFLAGS.
 pub const STATUS: u64 = 0x8d5;
+/// Together with undefined flags: an x87 instruction has run. Which of them leave their address, opcode and
+/// operand behind, and when, differs between models of CPU; ours leave nothing. So nothing may show it.
+const POINTERS: u64 = 1 << 63;
 
 /// An instruction that can be reached.
 #[derive(Clone, Debug)]
 pub struct Node {
     /// The instruction.
     pub ins: Instruction,
-    /// Bits of RFLAGS that are undefined before it.
+    /// Bits of RFLAGS that are undefined before it; bit 63 stands for the x87's pointers.
     pub undefined: u64,
 }
 
@@ -34,8 +39,11 @@ pub struct Flow {
 pub enum Reject {
     /// It contains an instruction that is not compared.
     Excluded(Excluded),
-    /// An undefined flag reaches an instruction that depends on it.
-    UndefinedFlagUsed,
+    /// An undefined flag, or the x87's pointers, reach an instruction that depends on them.
+    UndefinedUsed,
+    /// An undefined instruction reaches the end of all code: how many of its bytes a CPU fetches before #UD is
+    /// its own business, so that it may as well be a page fault.
+    UndefinedAtTheEnd,
     /// It has no encoding (an operand out of reach, too many bytes).
     NotEncodable,
 }
@@ -55,7 +63,7 @@ fn status_bits(iced: u32) -> u64 {
 
 /// Flags that an instruction leaves undefined, for some of its operands' values at least.
 pub fn undefined_flags(ins: &Instruction) -> u64 {
-    let iced = status_bits(ins.rflags_undefined());
+    let iced = status_bits(ins.rflags_undefined()) | if leaves_pointers(ins) { POINTERS } else { 0 };
     let by_cl =
         (0..ins.op_count()).any(|n| ins.op_kind(n) == OpKind::Register && ins.op_register(n) == Register::CL);
     match ins.mnemonic() {
@@ -66,6 +74,31 @@ pub fn undefined_flags(ins: &Instruction) -> u64 {
         Mnemonic::Shld | Mnemonic::Shrd => iced | if ins.op0_register().size() == 2 { STATUS } else { 0x810 },
         _ => iced,
     }
+}
+
+/// x87 instructions but those that control it (SDM 1, 8.1.8).
+fn leaves_pointers(ins: &Instruction) -> bool {
+    use CpuidFeature::{FPU, FPU287, FPU387};
+    let x87 = ins.cpuid_features().iter().any(|f| matches!(f, FPU | FPU287 | FPU387));
+    let control = shows_pointers(ins)
+        || matches!(
+            ins.mnemonic(),
+            Mnemonic::Fninit
+                | Mnemonic::Fnclex
+                | Mnemonic::Fldcw
+                | Mnemonic::Fnstcw
+                | Mnemonic::Fnstsw
+                | Mnemonic::Fldenv
+                | Mnemonic::Frstor
+                | Mnemonic::Wait
+        );
+    x87 && !control
+}
+
+/// Stores the x87's pointers.
+fn shows_pointers(ins: &Instruction) -> bool {
+    use Mnemonic::{Fnsave, Fnstenv, Fxsave, Fxsave64};
+    matches!(ins.mnemonic(), Fnsave | Fnstenv | Fxsave | Fxsave64)
 }
 
 /// Flags that an instruction defines whatever its operands are.
@@ -104,6 +137,14 @@ fn may_be_an_extension(bytes: &[u8]) -> bool {
     matches!(bytes.iter().find(|b| !is_prefix(b)), Some(0x62 | 0x8f | 0xc4 | 0xc5 | 0xd5))
 }
 
+/// Would what does not decode, and is cut off, still not decode with more bytes?
+fn is_cut_and_undefined(bytes: &[u8]) -> bool {
+    let mut longer = bytes.to_vec();
+    longer.resize(bytes.len().max(LENGTH_MAX), 0);
+    let whole = bytes.len() >= LENGTH_MAX;
+    !whole && Decoder::new(64, &longer, DecoderOptions::NONE).decode().code() == Code::INVALID
+}
+
 /// Follows all paths from `roots` through `code`, which lies at `at` and is followed by INT3s. `roots` are also
 /// where indirect branches may lead.
 pub fn analyse(code: &[u8], at: u64, roots: &[u64]) -> Result<Flow, Reject> {
@@ -128,11 +169,15 @@ pub fn analyse(code: &[u8], at: u64, roots: &[u64]) -> Result<Flow, Reject> {
             if may_be_an_extension(rest) {
                 return Err(Reject::Excluded(Excluded::NotOffered));
             }
+            if is_cut_and_undefined(rest) {
+                return Err(Reject::UndefinedAtTheEnd);
+            }
             continue;
         }
         catalogue::vet(&ins).map_err(Reject::Excluded)?;
-        if status_bits(ins.rflags_read()) & before != 0 {
-            return Err(Reject::UndefinedFlagUsed);
+        let uses = status_bits(ins.rflags_read()) | if shows_pointers(&ins) { POINTERS } else { 0 };
+        if uses & before != 0 {
+            return Err(Reject::UndefinedUsed);
         }
         let after = before & !defined_flags(&ins) | undefined_flags(&ins);
         let next = ins.next_ip();

@@ -97,8 +97,9 @@ fn draw_start(rng: &mut Rng) -> (Start, Vec<usize>) {
     if rng.chance(15) {
         rflags |= 0x400;
     }
+    // TF, and AC, which has unaligned accesses fault.
     if rng.chance(1) {
-        rflags |= 0x100;
+        rflags |= rng.pick(&[0x100, 0x4_0000]);
     }
     let fx = draw_fx(rng);
     (Start { gpr, rflags, fx, rip: 0, code: Vec::new(), planted: Vec::new() }, no_pointers)

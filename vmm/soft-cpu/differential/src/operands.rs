@@ -1,6 +1,6 @@
 //! Draws operands.
 
-use iced_x86::{Instruction, MemorySize, OpCodeOperandKind as Kind, OpKind, Register};
+use iced_x86::{Instruction, MemorySize, Mnemonic, OpCodeOperandKind as Kind, OpKind, Register};
 
 use crate::generate::{Draft, location};
 use crate::layout::{self, FS_BASE, GS_BASE};
@@ -208,11 +208,16 @@ fn plant(d: &mut Draft, ins: &Instruction, at: u64) {
     if d.rng.chance(80) {
         let len = size.size().clamp(1, 16) as u8;
         let mut bytes = values::lanes(d.rng, lane);
-        if ins.mnemonic() == iced_x86::Mnemonic::Ldmxcsr && d.rng.chance(85) {
+        if ins.mnemonic() == Mnemonic::Ldmxcsr && d.rng.chance(85) {
             bytes[2] = 0;
             bytes[3] = 0;
         }
         d.plant(at, len, bytes);
+    }
+    if matches!(ins.mnemonic(), Mnemonic::Fxrstor | Mnemonic::Fxrstor64) && d.rng.chance(85) {
+        // Reserved bits of MXCSR, at offset 24, are #GP.
+        let mxcsr = d.rng.below(1 << 16);
+        d.plant(at.wrapping_add(24), 8, (mxcsr as u128).to_le_bytes());
     }
 }
 

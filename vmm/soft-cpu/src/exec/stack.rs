@@ -118,7 +118,8 @@ fn enter_frame<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), St
     }
     let rsp = cpu.regs[RSP].wrapping_sub(i.imm & 0xffff);
     // The new top of the stack must be writable (SDM 2, ENTER: #PF).
-    if let Err(stop) = cpu.probe_write(ram, rsp, 1) {
+    let top = cpu.check_alignment(rsp, T::SIZE).and_then(|()| cpu.probe_write(ram, rsp, 1));
+    if let Err(stop) = top {
         return Err(cpu.stack_fault(stop));
     }
     cpu.regs[RSP] = rsp;

@@ -7,7 +7,7 @@ use super::{
 };
 use crate::exec::mmx;
 use crate::exit::Stop;
-use crate::insn::{Handler, Insn, Int};
+use crate::insn::{ADDR32, Handler, Insn, Int, flag};
 use crate::paging::is_canonical;
 use crate::state::{Cpu, reg};
 
@@ -146,18 +146,21 @@ fn maskmovq(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
 }
 
 /// Stores the chosen bytes. Faults are as on Intel's CPUs: it is a store of eight bytes, or two with the higher first,
-/// to addresses that have to be canonical and writable whichever bytes are chosen.
+/// to addresses that have to be canonical and writable whichever bytes are chosen; a 32-bit offset wraps between
+/// the two.
 fn masked_store(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, bytes: &[u8], mask: &[u8]) -> Result<(), Stop> {
-    // A 32-bit address wraps between the halves.
-    let addr = |cpu: &Cpu, k: usize| cpu.ea(&Insn { disp: k as i32 & 8, ..*i }).wrapping_add(k as u64 & 7);
-    if !is_canonical(addr(cpu, 0)) || !is_canonical(addr(cpu, mask.len() - 1)) {
+    let last = cpu.ea_at(i, mask.len() - 8).wrapping_add(7);
+    if !is_canonical(cpu.ea(i)) || !is_canonical(last) {
         return cpu.general_protection(0);
     }
     for start in (0..mask.len()).step_by(8).rev() {
-        cpu.probe_write(ram, addr(cpu, start), 8)?;
+        let half = cpu.ea_at(i, start);
+        cpu.check_alignment(half, 8)?;
+        cpu.probe_write(ram, half, 8)?;
     }
     for k in (0..mask.len()).filter(|k| mask[*k] & 0x80 != 0) {
-        cpu.store(ram, addr(cpu, k), bytes[k])?;
+        let half = cpu.ea_at(i, k & !7);
+        cpu.store(ram, half.wrapping_add(k as u64 & 7), bytes[k])?;
     }
     Ok(())
 }
@@ -286,8 +289,8 @@ fn maskmov(ins: &Instruction, insn: &mut Insn) -> Option<()> {
     insn.dst = crate::decode::register(ins.op1_register());
     insn.src = crate::decode::register(ins.op2_register());
     insn.base = reg::RDI;
-    if insn.flags & crate::insn::flag::ADDR32 != 0 {
-        insn.scale |= crate::insn::ADDR32;
+    if insn.flags & flag::ADDR32 != 0 {
+        insn.scale |= ADDR32;
     }
     Some(())
 }

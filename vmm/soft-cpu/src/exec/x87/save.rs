@@ -10,6 +10,7 @@ use crate::exec::sse::MXCSR_MASK;
 use crate::exit::Stop;
 use crate::float::{Class, F80};
 use crate::insn::{Handler, Insn};
+use crate::paging::is_canonical;
 use crate::state::Cpu;
 
 /// Size of the environment with a 16-bit operand size.
@@ -157,7 +158,7 @@ fn load(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, bytes: &mut [u8], first: &[Touc
     let addr = cpu.ea(i);
     first
         .iter()
-        .try_for_each(|(at, len)| cpu.load_bytes(ram, addr.wrapping_add(*at as u64), &mut [0; 4][..*len]))
+        .try_for_each(|(at, len)| cpu.load_bytes(ram, cpu.ea_at(i, *at), &mut [0; 4][..*len]))
         .and_then(|()| cpu.load_bytes(ram, addr, bytes))
         .map_err(|stop| cpu.operand_fault(i, stop))
 }
@@ -167,15 +168,25 @@ fn store(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, bytes: &[u8], first: &[Touch])
     let addr = cpu.ea(i);
     first
         .iter()
-        .try_for_each(|(at, len)| cpu.probe_write(ram, addr.wrapping_add(*at as u64), *len))
+        .try_for_each(|(at, len)| {
+            let part = cpu.ea_at(i, *at);
+            cpu.check_alignment(part, *len)?;
+            cpu.probe_write(ram, part, *len)
+        })
         .and_then(|()| cpu.store_bytes(ram, addr, bytes))
         .map_err(|stop| cpu.operand_fault(i, stop))
 }
 
+/// #GP unless the operand is aligned to 16 bytes; #AC where that is asked for and 8 bytes would not be aligned
+/// either. What is not canonical is #SS in the stack segment before that.
 fn check_alignment(cpu: &mut Cpu, i: &Insn) -> Result<(), Stop> {
-    match cpu.ea(i) & 15 {
+    let addr = cpu.ea(i);
+    if !is_canonical(addr) {
+        return cpu.general_protection(0).map_err(|stop| cpu.operand_fault(i, stop));
+    }
+    match addr & 15 {
         0 => Ok(()),
-        _ if cpu.checks_alignment() => cpu.raise(17, Some(0)),
+        n if n % 8 != 0 && cpu.checks_alignment() => cpu.raise(17, Some(0)),
         _ => cpu.general_protection(0),
     }
 }
