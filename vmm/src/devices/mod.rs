@@ -103,11 +103,9 @@ impl Devices {
             && self.virtio.iter().zip(&other.virtio).all(|(a, b)| a.has_shape_of(b))
     }
 
-    /// Interrupt lines after power-on: virtio's are levels, the timer's is high.
+    /// Interrupt lines after power-on: all edges, the timer's is high. A virtio line falls when its interrupt status is
+    /// acknowledged, so edges lose nothing, and a guest may acknowledge after its handler has ended.
     fn wire(&mut self) {
-        for irq in &VIRTIO_IRQS[..self.virtio.len()] {
-            self.pic.set_level_triggered(*irq);
-        }
         self.pic.set_line(0, self.pit.line(0));
     }
 

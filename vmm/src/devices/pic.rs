@@ -231,14 +231,6 @@ impl Pic {
         self.chips.iter().all(|chip| chip.lowest < 8)
     }
 
-    /// Makes a line level-triggered, as firmware does for devices that share or hold their line.
-    pub fn set_level_triggered(&mut self, line: u8) {
-        let chip = (line >> 3 & 1) as usize;
-        let level = self.chips[chip].level | 1 << (line & 7);
-        self.chips[chip].set_level_triggered(level & !ALWAYS_EDGE[chip]);
-        self.cascade();
-    }
-
     /// A device drives its line.
     pub fn set_line(&mut self, line: u8, high: bool) {
         self.chips[(line >> 3 & 1) as usize].set_line(line & 7, high);
@@ -354,7 +346,7 @@ mod tests {
     #[test]
     fn a_level_asks_until_it_falls() {
         let mut pic = linux();
-        pic.set_level_triggered(5);
+        pic.write(0x4d0, 0x20);
         pic.set_line(5, true);
         assert_eq!(pic.acknowledge(), 0x35);
         pic.write(0x20, 0x65);
@@ -411,7 +403,7 @@ mod tests {
     #[test]
     fn a_request_that_vanished_is_spurious() {
         let mut pic = linux();
-        pic.set_level_triggered(5);
+        pic.write(0x4d0, 0x20);
         pic.set_line(5, true);
         pic.set_line(5, false);
         assert_eq!(pic.acknowledge(), 0x37);
