@@ -215,7 +215,7 @@ impl Cpu {
             _ => return Ok(()),
         };
         if addr & (align - 1) != 0 && self.checks_alignment() {
-            self.check_canonical(addr, len)?;
+            self.check_canonical(addr, 1)?;
             return self.raise(17, Some(0));
         }
         Ok(())

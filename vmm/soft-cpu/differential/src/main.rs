@@ -24,8 +24,8 @@ struct Options {
     /// Threads.
     #[arg(long, default_value_t = 1)]
     jobs: usize,
-    /// Runs only the case with this seed, as a mismatch printed it.
-    #[arg(long, value_parser = number, conflicts_with_all = ["cases", "jobs", "class"])]
+    /// Runs only the case with this seed, as a mismatch printed it (with the same --class).
+    #[arg(long, value_parser = number, conflicts_with_all = ["cases", "jobs"])]
     case: Option<u64>,
     /// Only instructions that mainly work on these registers.
     #[arg(long, value_enum)]
@@ -54,7 +54,7 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
         return Ok(ExitCode::SUCCESS);
     }
     if let Some(seed) = options.case {
-        let (text, verdict) = run_one(seed)?;
+        let (text, verdict) = run_one(seed, options.class)?;
         println!("{text}");
         match &verdict {
             Verdict::Different(lines) => println!("differs:\n    {}", lines.join("\n    ")),

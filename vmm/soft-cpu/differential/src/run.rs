@@ -39,8 +39,7 @@ pub fn case_seed(seed: u64, index: u64) -> u64 {
 
 /// Runs a plan. `progress` hears the number of cases done and of mismatches, from any thread.
 pub fn run(plan: &Plan, progress: impl Fn(u64, u64) + Sync) -> Result<Summary, NativeError> {
-    let mut entries = catalogue::entries();
-    entries.retain(|e| plan.class.is_none_or(|c| c == e.class));
+    let entries = entries(plan.class);
     let next = AtomicU64::new(0);
     let total = Mutex::new((Summary::default(), 0));
     std::thread::scope(|scope| {
@@ -64,9 +63,15 @@ pub fn run(plan: &Plan, progress: impl Fn(u64, u64) + Sync) -> Result<Summary, N
     Ok(total.into_inner().expect("no thread panics with the lock").0)
 }
 
-/// Runs the one case of `seed`, and says all about it.
-pub fn run_one(seed: u64) -> Result<(String, Verdict), NativeError> {
-    let entries = catalogue::entries();
+fn entries(class: Option<Class>) -> Vec<Entry> {
+    let mut entries = catalogue::entries();
+    entries.retain(|e| class.is_none_or(|c| c == e.class));
+    entries
+}
+
+/// Runs the one case of `seed` in a run of `class`, and says all about it.
+pub fn run_one(seed: u64, class: Option<Class>) -> Result<(String, Verdict), NativeError> {
+    let entries = entries(class);
     let (mut native, mut soft) = (Native::new()?, Soft::new());
     let (case, built) = generate(seed, &entries, |_| ());
     let verdict = judge(&mut native, &mut soft, &built)?;
