@@ -24,6 +24,8 @@ pub mod guest_loop;
 pub mod inbox;
 pub mod machine;
 pub mod ram;
+pub mod record;
+pub mod replay;
 pub mod source;
 pub mod state;
 pub mod vcpu;

@@ -8,10 +8,12 @@ use crate::codec::{DecodeError, Reader, What, varint};
 /// Longest name of a field, bytes.
 pub const NAME_MAX: usize = 64;
 /// Longest value of a field, bytes.
-pub const VALUE_MAX: usize = 1024;
+pub const VALUE_MAX: usize = 4096;
 /// Longest identity, bytes.
 pub const IDENTITY_MAX: usize = 65_536;
 
+/// Fields with this prefix are not compared: they help to find files.
+pub const HINT: &str = "hint-";
 /// The field that every identity has.
 const POSITION_UNIT: &str = "position-unit";
 
@@ -56,6 +58,11 @@ impl Identity {
         self.unit
     }
 
+    /// The value of a field.
+    pub fn get(&self, name: &str) -> Option<&str> {
+        self.fields.get(name).map(String::as_str)
+    }
+
     /// The fields in ascending order of their names.
     pub fn fields(&self) -> impl Iterator<Item = (&str, &str)> {
         self.fields.iter().map(|(n, v)| (n.as_str(), v.as_str()))
@@ -67,7 +74,8 @@ impl Identity {
     /// The first field that differs.
     pub fn check(&self, theirs: &Identity) -> Result<(), Mismatch> {
         let names = self.fields.keys().chain(theirs.fields.keys());
-        let differing = names.filter(|n| self.fields.get(*n) != theirs.fields.get(*n)).min();
+        let compared = names.filter(|n| !n.starts_with(HINT));
+        let differing = compared.filter(|n| self.fields.get(*n) != theirs.fields.get(*n)).min();
         match differing {
             None => Ok(()),
             Some(field) => {

@@ -1,5 +1,7 @@
 //! What the log says: one [`Entry`] for each thing that happened, at its [`Position`].
 
+use std::fmt;
+
 use crate::{Answer, Console, Digest, End, Position};
 
 /// One record of the log.
@@ -31,6 +33,26 @@ pub enum Entry {
     State(StateDigest),
     /// The run ends, or with [`EndReason::Reboot`] starts over.
     End(EndReason),
+}
+
+impl Entry {
+    /// Name of its kind, as FORMAT.md has it.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Entry::Input(LoggedInput::Frame { .. }) => "frame",
+            Entry::Input(LoggedInput::DiskDone { .. }) => "disk-done",
+            Entry::Input(LoggedInput::Console { .. }) => "console-in",
+            Entry::Input(LoggedInput::Clock { .. }) => "clock",
+            Entry::Interrupt { .. } => "interrupt",
+            Entry::Answer(LoggedAnswer::Device(Answer::Entropy(_))) => "entropy",
+            Entry::Answer(LoggedAnswer::Value(_)) => "value",
+            Entry::Output(LoggedOutput { to: OutputTo::Net(_), .. }) => "frame-out",
+            Entry::Output(LoggedOutput { to: OutputTo::Console(_), .. }) => "console-out",
+            Entry::Mark => "mark",
+            Entry::State(_) => "state",
+            Entry::End(_) => "end",
+        }
+    }
 }
 
 /// An input as the log has it: a disk's data is not in it, for each side reads its own copy.
@@ -124,4 +146,41 @@ pub enum EndReason {
     Guest(End),
     /// By the user.
     Stopped,
+}
+
+impl fmt::Display for Record {
+    /// One line: position, kind, and what matters of the body.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ", self.position.count)?;
+        if self.position.within != 0 {
+            write!(f, "+{} ", self.position.within)?;
+        }
+        write!(f, "{}", self.entry.kind())?;
+        match &self.entry {
+            Entry::Input(LoggedInput::Frame { slot, bytes }) => {
+                write!(f, " slot {slot}, {} bytes", bytes.len())
+            }
+            Entry::Input(LoggedInput::DiskDone { slot, id, status }) => {
+                write!(f, " slot {slot}, request {id}: ")?;
+                match status {
+                    DiskStatus::Done => write!(f, "done"),
+                    DiskStatus::Read(digest) => write!(f, "read {digest}"),
+                    DiskStatus::Failed => write!(f, "failed"),
+                }
+            }
+            Entry::Input(LoggedInput::Console { console, bytes }) => {
+                write!(f, " {console:?} \"{}\"", bytes.escape_ascii())
+            }
+            Entry::Input(LoggedInput::Clock { time_ns }) => write!(f, " {time_ns} ns"),
+            Entry::Interrupt { vector } => write!(f, " vector {vector:#x}"),
+            Entry::Answer(LoggedAnswer::Device(Answer::Entropy(bytes))) => {
+                write!(f, " {} bytes", bytes.len())
+            }
+            Entry::Answer(LoggedAnswer::Value(value)) => write!(f, " {value:#x}"),
+            Entry::Output(LoggedOutput { to, len, digest }) => write!(f, " {to:?}, {len} bytes, {digest}"),
+            Entry::Mark => Ok(()),
+            Entry::State(s) => write!(f, " vcpu {} devices {} ram {}", s.vcpu, s.devices, s.ram),
+            Entry::End(reason) => write!(f, " {reason:?}"),
+        }
+    }
 }

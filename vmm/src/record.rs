@@ -1,0 +1,145 @@
+//! Recording: a live source that appends everything to the log before it takes effect.
+
+use entry::log::{DiskStatus, EndReason, Entry, LoggedAnswer, LoggedInput, LoggedOutput, OutputTo, Record};
+use entry::{Answer, Digest, DiskRequest, DiskResult, End, Input, Output, Position, Question};
+use xxhash_rust::xxh3::xxh3_128;
+
+use crate::machine::{Machine, StateDigest};
+use crate::source::{After, Live, Next, Outside, Source};
+
+/// How many instructions lie at most between two digests of the state in the log.
+pub const INSTRUCTIONS_PER_DIGEST: u64 = 10_000_000;
+
+/// Where records go.
+pub trait Log {
+    /// Why a record could not be taken.
+    type Error;
+
+    /// Takes a record. It need not be durable, or with the backup, when this returns: the gate waits for that.
+    fn append(&mut self, record: &Record) -> Result<(), Self::Error>;
+}
+
+/// [`Live`] with a log: append first, apply second.
+pub struct Recorder<O, L> {
+    live: Live<O>,
+    log: L,
+    next_digest: u64,
+}
+
+impl<O: Outside, L: Log<Error = O::Error>> Recorder<O, L> {
+    /// Records what `live` does.
+    pub fn new(live: Live<O>, log: L) -> Recorder<O, L> {
+        Recorder { live, log, next_digest: 0 }
+    }
+
+    /// The source whose inputs are recorded.
+    pub fn live(&mut self) -> &mut Live<O> {
+        &mut self.live
+    }
+
+    /// The log.
+    pub fn log(&mut self) -> &mut L {
+        &mut self.log
+    }
+
+    /// The user stops the run: the log ends here.
+    ///
+    /// # Errors
+    /// The log's.
+    pub fn stop(&mut self, at: Position) -> Result<(), O::Error> {
+        self.append(at, Entry::End(EndReason::Stopped))
+    }
+
+    fn append(&mut self, position: Position, entry: Entry) -> Result<(), O::Error> {
+        self.log.append(&Record { position, entry })
+    }
+}
+
+impl<O: Outside, L: Log<Error = O::Error>> Source for Recorder<O, L> {
+    type Error = O::Error;
+
+    fn next(&mut self, machine: &Machine) -> Result<Next, O::Error> {
+        let at = machine.position();
+        if at.count >= self.next_digest {
+            self.next_digest = at.count + INSTRUCTIONS_PER_DIGEST;
+            return Ok(Next::Digest);
+        }
+        match self.live.next(machine)? {
+            Next::Apply(input) => {
+                self.append(at, Entry::Input(logged_input(&input)))?;
+                Ok(Next::Apply(input))
+            }
+            Next::Run { until } => {
+                let digest = Position::exact(self.next_digest);
+                Ok(Next::Run { until: Some(until.map_or(digest, |until| until.min(digest))) })
+            }
+            next => Ok(next),
+        }
+    }
+
+    fn answer(&mut self, at: Position, question: &Question) -> Result<Answer, O::Error> {
+        let answer = self.live.answer(at, question)?;
+        self.append(at, Entry::Answer(LoggedAnswer::Device(answer.clone())))?;
+        Ok(answer)
+    }
+
+    fn output(&mut self, at: Position, output: Output) -> Result<(), O::Error> {
+        self.append(at, Entry::Output(logged_output(&output)))?;
+        self.live.output(at, output)
+    }
+
+    fn disk(&mut self, at: Position, request: DiskRequest) -> Result<(), O::Error> {
+        self.live.disk(at, request)
+    }
+
+    fn digest(&mut self, at: Position, digest: StateDigest) -> Result<(), O::Error> {
+        self.append(at, Entry::State(logged_state(&digest)))?;
+        self.live.digest(at, digest)
+    }
+
+    fn ended(&mut self, at: Position, end: End) -> Result<After, O::Error> {
+        self.append(at, Entry::End(EndReason::Guest(end)))?;
+        self.live.ended(at, end)
+    }
+}
+
+fn logged_input(input: &Input) -> LoggedInput {
+    match input {
+        Input::Frame { slot, bytes } => LoggedInput::Frame { slot: *slot, bytes: bytes.clone() },
+        Input::DiskDone { slot, id, result } => {
+            LoggedInput::DiskDone { slot: *slot, id: *id, status: disk_status(result) }
+        }
+        Input::Console { console, bytes } => LoggedInput::Console { console: *console, bytes: bytes.clone() },
+        Input::Clock { time_ns } => LoggedInput::Clock { time_ns: *time_ns },
+    }
+}
+
+/// What the log says of a disk's result: of data its digest.
+pub(crate) fn disk_status(result: &DiskResult) -> DiskStatus {
+    match result {
+        DiskResult::Done => DiskStatus::Done,
+        DiskResult::Read(data) => DiskStatus::Read(Digest(xxh3_128(data))),
+        DiskResult::Failed => DiskStatus::Failed,
+    }
+}
+
+/// What the log says of an output.
+pub(crate) fn logged_output(output: &Output) -> LoggedOutput {
+    let (to, bytes) = match output {
+        Output::Frame { slot, bytes } => (OutputTo::Net(*slot), bytes),
+        Output::Console { console, bytes } => (OutputTo::Console(*console), bytes),
+    };
+    LoggedOutput { to, len: bytes.len() as u32, digest: Digest(xxh3_128(bytes)) }
+}
+
+/// What the log says of a state: vCPU, RAM, and the rest as one.
+pub(crate) fn logged_state(digest: &StateDigest) -> entry::log::StateDigest {
+    let part = |name| digest.parts.iter().find(|(n, _)| *n == name).map_or(Digest(0), |(_, d)| *d);
+    let mut devices = xxhash_rust::xxh3::Xxh3::new();
+    for (name, d) in &digest.parts {
+        if !matches!(*name, "vcpu" | "ram") {
+            devices.update(&d.0.to_le_bytes());
+        }
+    }
+    entry::log::StateDigest { vcpu: part("vcpu"), devices: Digest(devices.digest128()), ram: part("ram") }
+}
