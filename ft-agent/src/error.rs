@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use vmm::guest_loop::LoopError;
+use vmm::replay::Divergence;
 use vmm::{BootError, MachineError};
 
 /// An error that ends the program.
@@ -30,6 +31,9 @@ pub enum Error {
         /// What the system said.
         source: std::io::Error,
     },
+    /// Replay and recording differ.
+    #[error(transparent)]
+    Divergence(Box<Divergence>),
     /// The guest crashed: its CPU shut down (triple fault).
     #[error("the guest crashed (triple fault) after {instructions} instructions")]
     GuestCrash {
@@ -50,13 +54,14 @@ impl Error {
         move |source| Error::Host { what, source }
     }
 
-    /// The process' exit code: 2 configuration, 3 host, 4 guest crash.
+    /// The process' exit code: 2 configuration, 3 host, 4 guest crash, 5 divergence.
     pub fn exit_code(&self) -> ExitCode {
         ExitCode::from(match self {
             Error::Config { .. } | Error::Boot(_) => 2,
             Error::Machine(MachineError::Config(_) | MachineError::Boot(_)) => 2,
             Error::Machine(_) | Error::Host { .. } => 3,
             Error::GuestCrash { .. } => 4,
+            Error::Divergence(_) => 5,
         })
     }
 }

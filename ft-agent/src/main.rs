@@ -1,9 +1,13 @@
 //! vmft: a virtual machine that goes on running when the host under it dies.
 
 mod error;
+mod guest;
 mod images;
+mod log_command;
+mod log_file;
 mod options;
 mod outside;
+mod replay;
 mod run;
 mod summary;
 
@@ -23,6 +27,13 @@ struct Cli {
 enum Command {
     /// Run a guest alone
     Run(run::RunArgs),
+    /// Run a guest and write a log from which it can be replayed
+    Record(run::RecordArgs),
+    /// Replay a log, checking every output and state on the way
+    Replay(replay::ReplayArgs),
+    /// Tell what is in a log
+    #[command(subcommand)]
+    Log(log_command::LogCommand),
 }
 
 fn main() -> ExitCode {
@@ -30,6 +41,9 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match cli.command {
         Command::Run(args) => run::run(args),
+        Command::Record(args) => run::record(args),
+        Command::Replay(args) => replay::run(&args),
+        Command::Log(command) => log_command::run(command),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -2,6 +2,7 @@
 //!
 //! A flag wins over the file. [`RunOptions::check`] turns the wishes into a [`Plan`], or says which field is wrong.
 
+use std::fmt;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -169,7 +170,7 @@ impl RunOptions {
             engine: o.cpu.unwrap_or_default(),
             clock: o.clock,
             net: o.tap.map(|tap| check_tap(tap, mac.unwrap_or(MAC_DEFAULT))).transpose()?,
-            disks: o.disks.iter().map(|d| parse_disk(d)).collect::<Result<_, _>>()?,
+            disks: o.disks.iter().map(|d| d.parse()).collect::<Result<_, _>>()?,
         })
     }
 
@@ -222,15 +223,26 @@ fn check_tap(tap: String, mac: [u8; 6]) -> Result<Net, Error> {
     Ok(Net { tap, mac })
 }
 
-fn parse_disk(text: &str) -> Result<Disk, Error> {
-    let (path, read_only) = match text.rsplit_once(',') {
-        Some((path, "ro")) => (path, true),
-        _ => (text, false),
-    };
-    if path.is_empty() {
-        return Err(Error::config("disk", "the file name is empty"));
+impl FromStr for Disk {
+    type Err = Error;
+
+    /// `FILE` or `FILE,ro`.
+    fn from_str(text: &str) -> Result<Disk, Error> {
+        let (path, read_only) = match text.rsplit_once(',') {
+            Some((path, "ro")) => (path, true),
+            _ => (text, false),
+        };
+        if path.is_empty() {
+            return Err(Error::config("disk", "the file name is empty"));
+        }
+        Ok(Disk { path: path.into(), read_only })
     }
-    Ok(Disk { path: path.into(), read_only })
+}
+
+impl fmt::Display for Disk {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}{}", self.path.display(), if self.read_only { ",ro" } else { "" })
+    }
 }
 
 /// `ADDRESS/PREFIX[,GATEWAY]` as the kernel's `ip=` parameter.

@@ -1,8 +1,8 @@
-//! `vmft run`: a machine alone, neither recorded nor protected.
+//! `vmft run` and `vmft record`: a machine that is not protected, alone or with a log of what came into it.
 
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::io::Read;
+use std::io::{BufReader, BufWriter};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -12,21 +12,44 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::{Handle, Signals};
 use vmm::guest_loop::Turn;
 use vmm::inbox::{Inbox, InboxSender};
-use vmm::source::{Live, Stops};
-use vmm::{BootFile, BootFiles, BootPlan, Engine as VmmEngine, GuestLoop, Machine, MachineConfig, Slot};
+use vmm::record::Recorder;
+use vmm::source::{Live, Source, Stops};
+use vmm::{GuestLoop, Machine};
 
 use crate::error::Error;
-use crate::options::{ClockMode, Engine, Plan, RunOptions};
+use crate::guest::Guest;
+use crate::log_file::LogWriter;
+use crate::options::{ClockMode, Plan, RunOptions};
+use crate::outside::Host;
 use crate::outside::console::{Printer, read_keys};
 use crate::outside::disk::Image;
 use crate::outside::tap::Tap;
 use crate::outside::terminal::RawMode;
-use crate::outside::{Host, Traffic};
 use crate::summary::Summary;
 
 /// What `vmft run` takes beside the machine itself.
 #[derive(Args, Debug)]
 pub struct RunArgs {
+    #[command(flatten)]
+    options: Options,
+    /// Go on from a machine that was saved; its kernel, initrd, cmdline and devices must be given as they were
+    #[arg(long, value_name = "FILE")]
+    restore: Option<PathBuf>,
+}
+
+/// What `vmft record` takes beside the machine itself.
+#[derive(Args, Debug)]
+pub struct RecordArgs {
+    #[command(flatten)]
+    options: Options,
+    /// The log; must not exist yet
+    #[arg(long, value_name = "FILE")]
+    log: PathBuf,
+}
+
+/// What both take.
+#[derive(Args, Debug)]
+struct Options {
     #[command(flatten)]
     machine: RunOptions,
     /// End with success once the console has printed this
@@ -38,6 +61,12 @@ pub struct RunArgs {
     /// Print the digest of the whole machine exactly there; implies --clock virtual
     #[arg(long, value_name = "COUNT,...", value_delimiter = ',')]
     digest_at: Vec<u64>,
+    /// Write the machine to --save exactly there, and go on; implies --clock virtual
+    #[arg(long, value_name = "COUNT", requires = "save")]
+    save_at: Option<u64>,
+    /// File for --save-at
+    #[arg(long, value_name = "FILE", requires = "save_at")]
+    save: Option<PathBuf>,
     /// Write the summary to this file as JSON
     #[arg(long, value_name = "FILE")]
     summary_json: Option<PathBuf>,
@@ -47,119 +76,144 @@ pub struct RunArgs {
 const INBOX_CAPACITY: usize = 1024;
 
 /// Runs the guest to its end.
+///
+/// # Errors
+/// The options, this host, or the guest's crash.
 pub fn run(args: RunArgs) -> Result<(), Error> {
-    let plan = args.machine.clone().check()?;
-    let exact = args.stop_at.is_some() || !args.digest_at.is_empty();
-    let clock = match plan.clock {
-        None if exact => ClockMode::Virtual,
-        Some(ClockMode::Host) if exact => {
-            return Err(Error::config("clock", "--stop-at and --digest-at need --clock virtual"));
-        }
-        given => given.unwrap_or_default(),
-    };
-    let (machine, images) = build(&plan, clock)?;
-    let (inbox, sender) = Inbox::new(machine.kicker(), INBOX_CAPACITY);
-    let mut host = Host::new(inbox, Printer::new(args.until.clone()), clock, machine.time_ns())?;
-    attach(&mut host, &plan, images, &sender)?;
-    let signals = stop_on_signals(&sender)?;
-    let terminal = RawMode::enter().map_err(Error::host("terminal"))?;
-    std::thread::spawn(move || read_keys(sender));
-
-    let started = Instant::now();
-    let from = machine.position().count;
-    // What a restored machine has behind it cannot be had again.
-    let digests: BTreeSet<u64> = args.digest_at.iter().copied().filter(|count| *count >= from).collect();
-    let digests = digests.into_iter().map(Position::exact).collect();
-    let stops = Stops { digests, pause: None };
-    let mut guest = GuestLoop { source: Live::new(host, VmmEngine::Soft.unit(), stops), machine };
-    let ended = drive(&mut guest, &args);
-    drop(terminal);
-    signals.close();
-    let traffic = guest.source.outside().traffic();
-    finish(&guest.machine, from, started, traffic, ended, &args)
-}
-
-/// Prints the summary and turns the run's end into the command's.
-fn finish(
-    machine: &Machine,
-    from: u64,
-    started: Instant,
-    traffic: Traffic,
-    ended: Result<Option<End>, Error>,
-    args: &RunArgs,
-) -> Result<(), Error> {
-    let summary = Summary::new(machine, from, started.elapsed(), traffic);
-    eprint!("{summary}");
-    if let Some(path) = &args.summary_json {
-        let file = File::create(path).map_err(Error::host(path.display().to_string()))?;
-        serde_json::to_writer_pretty(file, &summary)
-            .map_err(std::io::Error::from)
-            .map_err(Error::host(path.display().to_string()))?;
+    let plan = args.options.machine.clone().check()?;
+    let clock = args.options.clock(&plan)?;
+    // A saved machine was made with the virtual clock (--save-at implies it): the one that goes on from it must have
+    // the same epoch and seed.
+    let origin = if args.restore.is_some() { ClockMode::Virtual } else { clock };
+    let (guest, images) = Guest::new(&plan, origin)?;
+    let mut machine = guest.boot()?;
+    if let Some(path) = &args.restore {
+        restore(&mut machine, path)?;
     }
-    match ended? {
-        Some(End::TripleFault) => Err(Error::GuestCrash { instructions: machine.position().count }),
-        _ => Ok(()),
-    }
+    let session = Session::start(&args.options, &plan, clock, &machine, images)?;
+    session.run(machine, |live| live)
 }
 
-/// The machine of a plan, new or restored, and the images of its disks.
-fn build(plan: &Plan, clock: ClockMode) -> Result<(Machine, Vec<Image>), Error> {
-    let images = plan.disks.iter().map(Image::open).collect::<Result<Vec<_>, _>>()?;
-    let config = MachineConfig {
-        engine: engine(plan.engine),
-        memory_bytes: plan.memory,
-        epoch_s: epoch_s(clock),
-        slots: slots(plan, &images),
-    };
-    let files = BootFiles {
-        kernel: read_file("kernel", &plan.kernel)?,
-        initrd: plan.initrd.as_deref().map(|f| read_file("initrd", f)).transpose()?,
-        command_line: plan.cmdline.clone(),
-        seed: Some(seed(clock)?),
-    };
-    let boot = BootPlan::new(&files, &config)?;
-    let machine = Machine::new(config, boot)?;
-    Ok((machine, images))
+/// Runs the guest to its end and logs what comes into it.
+///
+/// # Errors
+/// As [`run`], or the log cannot be written.
+pub fn record(args: RecordArgs) -> Result<(), Error> {
+    let plan = args.options.machine.clone().check()?;
+    let clock = args.options.clock(&plan)?;
+    let (guest, images) = Guest::new(&plan, clock)?;
+    let machine = guest.boot()?;
+    let log = LogWriter::create(&args.log, &guest.identity()?)?;
+    let session = Session::start(&args.options, &plan, clock, &machine, images)?;
+    session.run(machine, |live| Recorder::new(live, log))
 }
 
-/// Says which engine runs the guest, and why.
-fn engine(asked: Engine) -> VmmEngine {
-    match asked {
-        Engine::Auto => eprintln!("engine: soft (the only one that lands exactly on every host)"),
-        Engine::Soft => eprintln!("engine: soft"),
-    }
-    VmmEngine::Soft
-}
-
-/// Seconds since 1970 at guest time 0.
-fn epoch_s(clock: ClockMode) -> i64 {
-    /// 2000-01-01.
-    const FIXED: i64 = 946_684_800;
-    match clock {
-        ClockMode::Virtual => FIXED,
-        ClockMode::Host => {
-            let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-            now.map_or(FIXED, |d| d.as_secs() as i64)
+impl Options {
+    fn clock(&self, plan: &Plan) -> Result<ClockMode, Error> {
+        let exact = self.stop_at.is_some() || !self.digest_at.is_empty() || self.save_at.is_some();
+        match plan.clock {
+            None if exact => Ok(ClockMode::Virtual),
+            Some(ClockMode::Host) if exact => {
+                Err(Error::config("clock", "--stop-at, --digest-at and --save-at need --clock virtual"))
+            }
+            given => Ok(given.unwrap_or_default()),
         }
     }
 }
 
-/// Seed of the guest's random numbers.
-fn seed(clock: ClockMode) -> Result<[u8; 32], Error> {
-    let mut seed = [0x5a; 32];
-    if clock == ClockMode::Host {
-        let random = File::open("/dev/urandom").and_then(|mut f| f.read_exact(&mut seed));
-        random.map_err(Error::host("/dev/urandom"))?;
-    }
-    Ok(seed)
+/// A source whose inputs come from this host, recorded or not.
+trait FromHost: Source<Error = Error> {
+    fn live(&mut self) -> &mut Live<Host>;
+
+    /// The run is over though the guest is not.
+    fn stop(&mut self, at: Position) -> Result<(), Error>;
+
+    /// Nothing comes any more.
+    fn finish(&mut self) -> Result<(), Error>;
 }
 
-/// Network first, then disks, then entropy: the numbers of the slots follow from the options alone.
-fn slots(plan: &Plan, images: &[Image]) -> Vec<Slot> {
-    let net = plan.net.iter().map(|n| Slot::Net { mac: n.mac });
-    let disks = plan.disks.iter().zip(images);
-    let disks = disks.map(|(d, image)| Slot::Disk { bytes: image.bytes(), read_only: d.read_only });
-    net.chain(disks).chain([Slot::Entropy]).collect()
+impl FromHost for Live<Host> {
+    fn live(&mut self) -> &mut Live<Host> {
+        self
+    }
+
+    fn stop(&mut self, _at: Position) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn finish(&mut self) -> Result<(), Error> {
+        Ok(())
+    }
+}
+
+impl FromHost for Recorder<Host, LogWriter> {
+    fn live(&mut self) -> &mut Live<Host> {
+        Recorder::live(self)
+    }
+
+    fn stop(&mut self, at: Position) -> Result<(), Error> {
+        Recorder::stop(self, at)
+    }
+
+    fn finish(&mut self) -> Result<(), Error> {
+        self.log().finish()
+    }
+}
+
+/// A host that is ready to run a guest: devices open, terminal raw, signals caught.
+struct Session<'a> {
+    options: &'a Options,
+    live: Live<Host>,
+    terminal: Option<RawMode>,
+    signals: Handle,
+}
+
+impl<'a> Session<'a> {
+    fn start(
+        options: &'a Options,
+        plan: &Plan,
+        clock: ClockMode,
+        machine: &Machine,
+        images: Vec<Image>,
+    ) -> Result<Session<'a>, Error> {
+        let (inbox, sender) = Inbox::new(machine.kicker(), INBOX_CAPACITY);
+        let mut host = Host::new(inbox, Printer::new(options.until.clone()), clock, machine.time_ns())?;
+        attach(&mut host, plan, images, &sender)?;
+        let signals = stop_on_signals(&sender)?;
+        let terminal = RawMode::enter().map_err(Error::host("terminal"))?;
+        std::thread::spawn(move || read_keys(sender));
+        // What a restored machine has behind it cannot be had again.
+        let from = machine.position().count;
+        let digests: BTreeSet<u64> =
+            options.digest_at.iter().copied().filter(|count| *count >= from).collect();
+        let stops = Stops { digests: digests.into_iter().map(Position::exact).collect(), pause: None };
+        let live = Live::new(host, vmm::Engine::Soft.unit(), stops);
+        Ok(Session { options, live, terminal, signals })
+    }
+
+    /// Runs the machine to its end, prints the summary, and turns the end into the command's.
+    fn run<S: FromHost>(self, machine: Machine, source: impl FnOnce(Live<Host>) -> S) -> Result<(), Error> {
+        let Session { options, live, terminal, signals } = self;
+        let started = Instant::now();
+        let from = machine.position().count;
+        let mut guest = GuestLoop { source: source(live), machine };
+        let ended = drive(&mut guest, options).and_then(|end| {
+            guest.source.finish()?;
+            Ok(end)
+        });
+        drop(terminal);
+        signals.close();
+        let traffic = guest.source.live().outside().traffic();
+        let summary = Summary::new(&guest.machine, from, started.elapsed(), traffic);
+        eprint!("{summary}");
+        if let Some(path) = &options.summary_json {
+            summary.write(path)?;
+        }
+        match ended? {
+            Some(End::TripleFault) => Err(Error::GuestCrash { instructions: guest.machine.position().count }),
+            _ => Ok(()),
+        }
+    }
 }
 
 fn attach(host: &mut Host, plan: &Plan, images: Vec<Image>, sender: &InboxSender) -> Result<(), Error> {
@@ -175,12 +229,6 @@ fn attach(host: &mut Host, plan: &Plan, images: Vec<Image>, sender: &InboxSender
     Ok(())
 }
 
-fn read_file(field: &str, path: &Path) -> Result<BootFile, Error> {
-    let name = path.display().to_string();
-    let bytes = std::fs::read(path).map_err(|e| Error::config(field, format!("{name}: {e}")))?;
-    Ok(BootFile { name, bytes: bytes.into() })
-}
-
 /// SIGINT and SIGTERM end the run in an orderly way.
 fn stop_on_signals(sender: &InboxSender) -> Result<Handle, Error> {
     let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(Error::host("signal handlers"))?;
@@ -194,36 +242,48 @@ fn stop_on_signals(sender: &InboxSender) -> Result<Handle, Error> {
     Ok(handle)
 }
 
-/// Positions at which the guest pauses: to be saved, and to stop.
-fn pauses(args: &RunArgs) -> BTreeSet<u64> {
-    args.stop_at.into_iter().collect()
+/// Runs the guest until its end, `None` when it was stopped before.
+fn drive<S: FromHost>(guest: &mut GuestLoop<S>, options: &Options) -> Result<Option<End>, Error> {
+    let pauses: BTreeSet<u64> = options.save_at.into_iter().chain(options.stop_at).collect();
+    let mut pauses = pauses.into_iter();
+    loop {
+        let pause = pauses.next();
+        guest.source.live().pause_at(pause.map(Position::exact));
+        if let Turn::Finished(end) = run_to_pause(guest)? {
+            return Ok(Some(end));
+        }
+        let at = guest.machine.position();
+        if let (Some(path), true) = (&options.save, options.save_at == Some(at.count)) {
+            save(&mut guest.machine, path)?;
+        }
+        if pause != Some(at.count) || options.stop_at == pause {
+            guest.source.stop(at)?;
+            return Ok(None);
+        }
+    }
 }
 
 /// Runs the guest until it pauses or ends, and says how far it is as long as it says nothing itself.
-fn run_to_pause(guest: &mut GuestLoop<Live<Host>>) -> Result<Turn, Error> {
+fn run_to_pause<S: FromHost>(guest: &mut GuestLoop<S>) -> Result<Turn, Error> {
     loop {
         match guest.turn()? {
-            Turn::Again => guest.source.outside().show_progress(guest.machine.position().count),
+            Turn::Again => guest.source.live().outside().show_progress(guest.machine.position().count),
             turn => return Ok(turn),
         }
     }
 }
 
-/// Runs the guest until its end, `None` when it was stopped before.
-fn drive(guest: &mut GuestLoop<Live<Host>>, args: &RunArgs) -> Result<Option<End>, Error> {
-    let mut pauses = pauses(args).into_iter();
-    loop {
-        let pause = pauses.next();
-        guest.source.pause_at(pause.map(Position::exact));
-        if let Turn::Finished(end) = run_to_pause(guest)? {
-            return Ok(Some(end));
-        }
-        let at = guest.machine.position().count;
-        if pause != Some(at) {
-            return Ok(None);
-        }
-        if args.stop_at == pause {
-            return Ok(None);
-        }
-    }
+fn save(machine: &mut Machine, path: &Path) -> Result<(), Error> {
+    let failed = || Error::host(path.display().to_string());
+    let file = File::create(path).map_err(failed())?;
+    let mut file = BufWriter::new(file);
+    machine.save(&mut file).map_err(std::io::Error::other).map_err(failed())?;
+    let file = file.into_inner().map_err(|e| e.into_error()).map_err(failed())?;
+    file.sync_all().map_err(failed())
+}
+
+fn restore(machine: &mut Machine, path: &Path) -> Result<(), Error> {
+    let unusable = |e: &dyn std::fmt::Display| Error::config("restore", format!("{}: {e}", path.display()));
+    let file = File::open(path).map_err(|e| unusable(&e))?;
+    machine.restore(&mut BufReader::new(file)).map_err(|e| unusable(&e))
 }

@@ -1,11 +1,14 @@
 //! What a run came to, for people and for programs.
 
 use std::fmt;
+use std::fs::File;
+use std::path::Path;
 use std::time::Duration;
 
 use serde::Serialize;
 use vmm::Machine;
 
+use crate::error::Error;
 use crate::outside::Traffic;
 
 /// Figures of one run.
@@ -64,6 +67,18 @@ impl Summary {
             frames_sent: traffic.frames_sent,
             frames_dropped: traffic.frames_dropped,
         }
+    }
+}
+
+impl Summary {
+    /// Writes it as JSON.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn write(&self, path: &Path) -> Result<(), Error> {
+        let failed = || Error::host(path.display().to_string());
+        let file = File::create(path).map_err(failed())?;
+        serde_json::to_writer_pretty(file, self).map_err(std::io::Error::from).map_err(failed())
     }
 }
 

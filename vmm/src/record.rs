@@ -10,6 +10,9 @@ use crate::source::{After, Live, Next, Outside, Source};
 /// How many instructions lie at most between two digests of the state in the log.
 pub const INSTRUCTIONS_PER_DIGEST: u64 = 10_000_000;
 
+/// Guest time between two marks at most, when the guest runs or ticks.
+pub const MARK_INTERVAL_NS: u64 = 1_000_000_000;
+
 /// Where records go.
 pub trait Log {
     /// Why a record could not be taken.
@@ -17,6 +20,9 @@ pub trait Log {
 
     /// Takes a record. It need not be durable, or with the backup, when this returns: the gate waits for that.
     fn append(&mut self, record: &Record) -> Result<(), Self::Error>;
+
+    /// Called at every look at the outside, for what should not wait much longer.
+    fn look(&mut self) -> Result<(), Self::Error>;
 }
 
 /// [`Live`] with a log: append first, apply second.
@@ -24,12 +30,13 @@ pub struct Recorder<O, L> {
     live: Live<O>,
     log: L,
     next_digest: u64,
+    next_mark_ns: u64,
 }
 
 impl<O: Outside, L: Log<Error = O::Error>> Recorder<O, L> {
     /// Records what `live` does.
     pub fn new(live: Live<O>, log: L) -> Recorder<O, L> {
-        Recorder { live, log, next_digest: 0 }
+        Recorder { live, log, next_digest: 0, next_mark_ns: 0 }
     }
 
     /// The source whose inputs are recorded.
@@ -60,6 +67,12 @@ impl<O: Outside, L: Log<Error = O::Error>> Source for Recorder<O, L> {
 
     fn next(&mut self, machine: &Machine) -> Result<Next, O::Error> {
         let at = machine.position();
+        self.log.look()?;
+        let time_ns = machine.time_ns();
+        if time_ns >= self.next_mark_ns {
+            self.next_mark_ns = time_ns + MARK_INTERVAL_NS;
+            self.append(at, Entry::Mark { time_ns })?;
+        }
         if at.count >= self.next_digest {
             self.next_digest = at.count + INSTRUCTIONS_PER_DIGEST;
             return Ok(Next::Digest);

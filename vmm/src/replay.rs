@@ -68,6 +68,8 @@ pub struct Divergence {
 pub enum Difference {
     #[error("the state's {} differ", .0.join(" and "))]
     State(Vec<&'static str>),
+    #[error("guest time is {here} ns, the log has {logged} ns")]
+    Time { logged: u64, here: u64 },
     #[error("an output leaves that the log has not here: {0}")]
     Output(String),
     #[error("the guest asks what the log does not answer here: {0:?}")]
@@ -246,7 +248,10 @@ impl<L: Records, D: Disks> Source for Replayer<L, D> {
             match front.entry.clone() {
                 Entry::Input(input) => return self.input(at, input).map(Next::Apply),
                 Entry::State(_) => return Ok(Next::Digest),
-                Entry::Mark => self.advance()?,
+                Entry::Mark { time_ns } if time_ns == machine.time_ns() => self.advance()?,
+                Entry::Mark { time_ns } => {
+                    return self.diverge(at, Difference::Time { logged: time_ns, here: machine.time_ns() });
+                }
                 Entry::End(EndReason::Stopped) => {
                     self.ended = Some(EndReason::Stopped);
                     self.advance()?;

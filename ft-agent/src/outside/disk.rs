@@ -37,6 +37,23 @@ impl Image {
         Ok(Image { file, path: disk.path.clone(), bytes })
     }
 
+    /// A copy of the image that may be written whatever becomes of it, and is gone with this value.
+    ///
+    /// # Errors
+    /// There is no room beside the image, or it cannot be read.
+    pub fn private_copy(disk: &Disk) -> Result<Image, Error> {
+        let mut name = disk.path.file_name().unwrap_or_default().to_owned();
+        name.push(format!(".replay-{}", std::process::id()));
+        let path = disk.path.with_file_name(name);
+        let failed = || Error::host(format!("private copy {}", path.display()));
+        std::fs::copy(&disk.path, &path).map_err(failed())?;
+        let file = OpenOptions::new().read(true).write(true).open(&path);
+        std::fs::remove_file(&path).map_err(failed())?;
+        let file = file.map_err(failed())?;
+        let bytes = file.metadata().map_err(failed())?.len();
+        Ok(Image { file, path, bytes })
+    }
+
     /// Size in bytes.
     pub fn bytes(&self) -> u64 {
         self.bytes

@@ -142,7 +142,10 @@ fn body(entry: &Entry, out: &mut Vec<u8>) -> u8 {
             digest(&o.digest, out);
             kind
         }
-        Entry::Mark => kind::MARK,
+        Entry::Mark { time_ns } => {
+            varint(*time_ns, out);
+            kind::MARK
+        }
         Entry::State(s) => {
             for d in [&s.vcpu, &s.devices, &s.ram] {
                 digest(d, out);
@@ -246,7 +249,7 @@ impl<'a> Reader<'a> {
                 let console = self.console()?;
                 self.output(OutputTo::Console(console))?
             }
-            kind::MARK => Entry::Mark,
+            kind::MARK => Entry::Mark { time_ns: self.varint("time")? },
             kind::STATE => Entry::State(StateDigest {
                 vcpu: self.digest()?,
                 devices: self.digest()?,

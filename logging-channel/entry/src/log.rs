@@ -28,7 +28,10 @@ pub enum Entry {
     /// Something left the machine.
     Output(LoggedOutput),
     /// The primary got here.
-    Mark,
+    Mark {
+        /// Guest time in ns.
+        time_ns: u64,
+    },
     /// The machine's state here.
     State(StateDigest),
     /// The run ends, or with [`EndReason::Reboot`] starts over.
@@ -48,7 +51,7 @@ impl Entry {
             Entry::Answer(LoggedAnswer::Value(_)) => "value",
             Entry::Output(LoggedOutput { to: OutputTo::Net(_), .. }) => "frame-out",
             Entry::Output(LoggedOutput { to: OutputTo::Console(_), .. }) => "console-out",
-            Entry::Mark => "mark",
+            Entry::Mark { .. } => "mark",
             Entry::State(_) => "state",
             Entry::End(_) => "end",
         }
@@ -178,7 +181,7 @@ impl fmt::Display for Record {
             }
             Entry::Answer(LoggedAnswer::Value(value)) => write!(f, " {value:#x}"),
             Entry::Output(LoggedOutput { to, len, digest }) => write!(f, " {to:?}, {len} bytes, {digest}"),
-            Entry::Mark => Ok(()),
+            Entry::Mark { time_ns } => write!(f, " {time_ns} ns"),
             Entry::State(s) => write!(f, " vcpu {} devices {} ram {}", s.vcpu, s.devices, s.ram),
             Entry::End(reason) => write!(f, " {reason:?}"),
         }

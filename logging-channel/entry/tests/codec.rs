@@ -48,7 +48,7 @@ fn entry() -> impl Strategy<Value = Entry> {
         any::<u8>().prop_map(|vector| Entry::Interrupt { vector }),
         vec(any::<u8>(), 0..100).prop_map(|b| Entry::Answer(LoggedAnswer::Device(Answer::Entropy(b)))),
         any::<u64>().prop_map(|v| Entry::Answer(LoggedAnswer::Value(v))),
-        Just(Entry::Mark),
+        any::<u64>().prop_map(|time_ns| Entry::Mark { time_ns }),
         (digest(), digest(), digest()).prop_map(|(vcpu, devices, ram)| Entry::State(StateDigest {
             vcpu,
             devices,
@@ -254,7 +254,7 @@ fn sample() -> Vec<(Record, bool)> {
         Entry::Answer(LoggedAnswer::Value(0x0123_4567_89ab_cdef)),
         Entry::Output(LoggedOutput { to: OutputTo::Net(0), len: 1514, digest: Digest(u128::MAX / 3) }),
         Entry::Output(LoggedOutput { to: OutputTo::Console(Console::Virtio(3)), len: 1, digest: Digest(7) }),
-        Entry::Mark,
+        Entry::Mark { time_ns: 5_000_000_000 },
         Entry::State(StateDigest { vcpu: Digest(1), devices: Digest(2), ram: Digest(3) }),
         Entry::End(EndReason::Guest(End::Reboot)),
         Entry::End(EndReason::Stopped),

@@ -1,0 +1,243 @@
+//! A guest before it runs: machine, boot files and disks, from the user's options or from a log's identity.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+use entry::identity::{HINT, Identity};
+use vmm::machine::MACHINE_VERSION;
+use vmm::{BootFile, BootFiles, BootPlan, Engine as VmmEngine, Machine, MachineConfig, Slot};
+use xxhash_rust::xxh3::Xxh3;
+
+use crate::error::Error;
+use crate::options::{ClockMode, Disk, Engine, Plan};
+use crate::outside::disk::Image;
+
+/// Everything that a machine starts from, but for what its disks hold.
+pub struct Guest {
+    /// The machine.
+    pub config: MachineConfig,
+    /// What it boots.
+    pub files: BootFiles,
+    /// Where the kernel was read from.
+    kernel: PathBuf,
+    /// Where the initial RAM disk was read from.
+    initrd: Option<PathBuf>,
+    /// The disks, in the order of their slots.
+    pub disks: Vec<Disk>,
+}
+
+impl Guest {
+    /// The guest of checked options, with the open images of its disks. `clock` says whether anything of the host
+    /// (its date, chance) may be in it.
+    ///
+    /// # Errors
+    /// A file cannot be read.
+    pub fn new(plan: &Plan, clock: ClockMode) -> Result<(Guest, Vec<Image>), Error> {
+        let images = plan.disks.iter().map(Image::open).collect::<Result<Vec<_>, _>>()?;
+        let config = MachineConfig {
+            engine: engine(plan.engine),
+            memory_bytes: plan.memory,
+            epoch_s: epoch_s(clock),
+            slots: slots(plan, &images),
+        };
+        let guest = Guest {
+            config,
+            files: boot_files(&plan.kernel, plan.initrd.as_deref(), plan.cmdline.clone(), seed(clock)?)?,
+            kernel: plan.kernel.clone(),
+            initrd: plan.initrd.clone(),
+            disks: plan.disks.clone(),
+        };
+        Ok((guest, images))
+    }
+
+    /// The machine at the start of its boot.
+    ///
+    /// # Errors
+    /// The files cannot be booted on it, or the host has no memory for it.
+    pub fn boot(&self) -> Result<Machine, Error> {
+        let plan = BootPlan::new(&self.files, &self.config)?;
+        Ok(Machine::new(self.config.clone(), plan)?)
+    }
+
+    /// What a log of this guest says at its start. Reads the disks whole.
+    ///
+    /// # Errors
+    /// A disk cannot be read.
+    pub fn identity(&self) -> Result<Identity, Error> {
+        let slots =
+            serde_json::to_string(&self.config.slots).unwrap_or_else(|e| unreachable!("plain data: {e}"));
+        let path = |p: &Path| p.display().to_string();
+        let mut identity = Identity::new(self.config.engine.unit())
+            .field("machine-version", MACHINE_VERSION)
+            .field("engine", engine_name(self.config.engine))
+            .field("memory-bytes", self.config.memory_bytes)
+            .field("epoch-s", self.config.epoch_s)
+            .field("slots", slots)
+            .field("kernel", content(&self.files.kernel.bytes))
+            .field("cmdline", &self.files.command_line)
+            .field("seed", hex(self.files.seed.as_ref().map_or(&[][..], |s| &s[..])))
+            .field(&format!("{HINT}kernel"), path(&self.kernel));
+        if let (Some(file), Some(from)) = (&self.files.initrd, &self.initrd) {
+            identity =
+                identity.field("initrd", content(&file.bytes)).field(&format!("{HINT}initrd"), path(from));
+        }
+        for (n, disk) in self.disks.iter().enumerate() {
+            identity = identity
+                .field(&format!("disk-{n}"), disk_content(&disk.path)?)
+                .field(&format!("{HINT}disk-{n}"), disk.to_string());
+        }
+        Ok(identity)
+    }
+
+    /// The guest that a log was made of, its files found where the log says they were unless told otherwise.
+    ///
+    /// # Errors
+    /// A file is missing, or not the one of the recording: the field is named.
+    pub fn recorded(identity: &Identity, elsewhere: &Elsewhere) -> Result<Guest, Error> {
+        let hint = |name: &str| identity.get(&format!("{HINT}{name}")).map(str::to_owned);
+        let kernel = elsewhere.kernel.clone().or(hint("kernel").map(PathBuf::from));
+        let kernel = kernel.ok_or_else(|| Error::config("kernel", "the log does not say where it was"))?;
+        let initrd = elsewhere.initrd.clone().or(hint("initrd").map(PathBuf::from));
+        let hinted = (0..).map_while(|n| hint(&format!("disk-{n}"))).collect::<Vec<_>>();
+        let disks = if elsewhere.disks.is_empty() { &hinted } else { &elsewhere.disks };
+        let text =
+            |name: &str| identity.get(name).ok_or_else(|| Error::config(name, "the log does not have it"));
+        let cmdline = text("cmdline")?.to_owned();
+        let files = boot_files(&kernel, initrd.as_deref(), cmdline, parse("seed", text("seed")?, unhex)?)?;
+        let guest = Guest {
+            config: MachineConfig {
+                engine: parse("engine", text("engine")?, |e| (e == "soft").then_some(VmmEngine::Soft))?,
+                memory_bytes: parse("memory-bytes", text("memory-bytes")?, |t| t.parse().ok())?,
+                epoch_s: parse("epoch-s", text("epoch-s")?, |t| t.parse().ok())?,
+                slots: parse("slots", text("slots")?, |t| serde_json::from_str(t).ok())?,
+            },
+            files,
+            kernel,
+            initrd,
+            disks: disks.iter().map(|d| d.parse()).collect::<Result<_, _>>()?,
+        };
+        match guest.identity()?.check(identity) {
+            Ok(()) => Ok(guest),
+            Err(difference) => {
+                let why = format!("the recording had another: {difference}");
+                Err(Error::config(&difference.field, why))
+            }
+        }
+    }
+}
+
+/// Where the files of a recording are now.
+#[derive(Clone, Debug, Default, clap::Args)]
+pub struct Elsewhere {
+    /// The recording's kernel, if it is not where it was
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+    /// The recording's initial RAM disk, if it is not where it was
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+    /// The recording's disks as they were at its start, if they are not where they were
+    #[arg(long = "disk", value_name = "FILE[,ro]")]
+    pub disks: Vec<String>,
+}
+
+fn parse<T>(field: &str, text: &str, f: impl FnOnce(&str) -> Option<T>) -> Result<T, Error> {
+    f(text)
+        .ok_or_else(|| Error::config(field, format!("the log has {text:?}, which this vmft does not know")))
+}
+
+/// Says which engine runs the guest, and why.
+fn engine(asked: Engine) -> VmmEngine {
+    match asked {
+        Engine::Auto => eprintln!("engine: soft (the only one that lands exactly on every host)"),
+        Engine::Soft => eprintln!("engine: soft"),
+    }
+    VmmEngine::Soft
+}
+
+fn engine_name(engine: VmmEngine) -> &'static str {
+    match engine {
+        VmmEngine::Soft => "soft",
+    }
+}
+
+/// Seconds since 1970 at guest time 0.
+fn epoch_s(clock: ClockMode) -> i64 {
+    /// 2000-01-01.
+    const FIXED: i64 = 946_684_800;
+    match clock {
+        ClockMode::Virtual => FIXED,
+        ClockMode::Host => {
+            let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+            now.map_or(FIXED, |d| d.as_secs() as i64)
+        }
+    }
+}
+
+/// Seed of the guest's random numbers.
+fn seed(clock: ClockMode) -> Result<[u8; 32], Error> {
+    let mut seed = [0x5a; 32];
+    if clock == ClockMode::Host {
+        let random = File::open("/dev/urandom").and_then(|mut f| f.read_exact(&mut seed));
+        random.map_err(Error::host("/dev/urandom"))?;
+    }
+    Ok(seed)
+}
+
+/// Network first, then disks, then entropy: the numbers of the slots follow from the options alone.
+fn slots(plan: &Plan, images: &[Image]) -> Vec<Slot> {
+    let net = plan.net.iter().map(|n| Slot::Net { mac: n.mac });
+    let disks = plan.disks.iter().zip(images);
+    let disks = disks.map(|(d, image)| Slot::Disk { bytes: image.bytes(), read_only: d.read_only });
+    net.chain(disks).chain([Slot::Entropy]).collect()
+}
+
+fn boot_files(
+    kernel: &Path,
+    initrd: Option<&Path>,
+    command_line: String,
+    seed: [u8; 32],
+) -> Result<BootFiles, Error> {
+    Ok(BootFiles {
+        kernel: read_file("kernel", kernel)?,
+        initrd: initrd.map(|f| read_file("initrd", f)).transpose()?,
+        command_line,
+        seed: Some(seed),
+    })
+}
+
+fn read_file(field: &str, path: &Path) -> Result<BootFile, Error> {
+    let name = path.display().to_string();
+    let bytes = std::fs::read(path).map_err(|e| Error::config(field, format!("{name}: {e}")))?;
+    Ok(BootFile { name, bytes: bytes.into() })
+}
+
+/// Digest of a file's content, as identities have it.
+fn content(bytes: &[u8]) -> String {
+    format!("{:032x}", xxhash_rust::xxh3::xxh3_128(bytes))
+}
+
+fn disk_content(path: &Path) -> Result<String, Error> {
+    let read = || -> io::Result<u128> {
+        let mut file = File::open(path)?;
+        let mut hash = Xxh3::new();
+        let mut buffer = vec![0; 1 << 20];
+        loop {
+            match file.read(&mut buffer)? {
+                0 => return Ok(hash.digest128()),
+                n => hash.update(&buffer[..n]),
+            }
+        }
+    };
+    let digest = read().map_err(Error::host(format!("disk {}", path.display())))?;
+    Ok(format!("{digest:032x}"))
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+fn unhex(text: &str) -> Option<[u8; 32]> {
+    let digits = text.as_bytes().chunks(2).map(|d| u8::from_str_radix(std::str::from_utf8(d).ok()?, 16).ok());
+    digits.collect::<Option<Vec<_>>>()?.try_into().ok()
+}

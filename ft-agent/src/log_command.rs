@@ -1,0 +1,170 @@
+//! `vmft log`: what is in a log.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use clap::Subcommand;
+use entry::PositionUnit;
+use entry::codec::encode;
+use entry::identity::Identity;
+use entry::log::{Entry, LoggedInput};
+use serde::Serialize;
+use vmm::replay::Records;
+
+use crate::error::Error;
+use crate::log_file::LogReader;
+
+/// What to tell of a log.
+#[derive(Subcommand, Debug)]
+pub enum LogCommand {
+    /// Entries and bytes by kind, and per guest second
+    Stat {
+        /// The log
+        file: PathBuf,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// One line an entry
+    Show {
+        /// The log
+        file: PathBuf,
+        /// Only entries of these kinds (names as FORMAT.md has them)
+        #[arg(long, value_delimiter = ',')]
+        kind: Vec<String>,
+        /// Only entries at or behind this position
+        #[arg(long, default_value_t = 0)]
+        from: u64,
+        /// Only entries before this position
+        #[arg(long, default_value_t = u64::MAX)]
+        to: u64,
+    },
+}
+
+#[derive(Default, Serialize)]
+struct Kind {
+    entries: u64,
+    bytes: u64,
+}
+
+#[derive(Serialize)]
+struct Stat {
+    identity: BTreeMap<String, String>,
+    kinds: BTreeMap<&'static str, Kind>,
+    entries: u64,
+    /// Of the whole file, with header and blocks.
+    bytes: u64,
+    /// Bytes behind the last whole block.
+    cut_off_bytes: usize,
+    last_position: u64,
+    guest_s: f64,
+    kbit_per_guest_s: f64,
+    /// Bytes of the frames that came in.
+    frame_bytes: u64,
+}
+
+/// Tells.
+///
+/// # Errors
+/// The log is damaged; what was before the damage is told.
+pub fn run(command: LogCommand) -> Result<(), Error> {
+    match command {
+        LogCommand::Stat { file, json } => {
+            let (reader, identity) = LogReader::open(&file)?;
+            let (stat, damage) = stat(reader, &identity);
+            if json {
+                println!(
+                    "{}",
+                    serde_json::to_string_pretty(&stat).unwrap_or_else(|e| unreachable!("plain data: {e}"))
+                );
+            } else {
+                print_table(&stat);
+            }
+            damage
+        }
+        LogCommand::Show { file, kind, from, to } => {
+            let (mut reader, _) = LogReader::open(&file)?;
+            while let Some(record) = reader.next()? {
+                let wanted = kind.is_empty() || kind.iter().any(|k| k == record.entry.kind());
+                if wanted && (from..to).contains(&record.position.count) {
+                    println!("{record}");
+                }
+            }
+            tell_cut_off(&reader);
+            Ok(())
+        }
+    }
+}
+
+/// Says what a crash of the recorder has cut off.
+pub fn tell_cut_off(reader: &LogReader) {
+    if reader.cut_off() > 0 {
+        let (bytes, offset) = (reader.cut_off(), reader.offset());
+        eprintln!(
+            "the log was cut off: {bytes} bytes behind the last whole block, which ends at {offset}, are left out"
+        );
+    }
+}
+
+fn stat(mut reader: LogReader, identity: &Identity) -> (Stat, Result<(), Error>) {
+    let unit = identity.unit();
+    let mut stat = Stat {
+        identity: identity.fields().map(|(n, v)| (n.to_owned(), v.to_owned())).collect(),
+        kinds: BTreeMap::new(),
+        entries: 0,
+        bytes: reader.bytes(),
+        cut_off_bytes: 0,
+        last_position: 0,
+        guest_s: 0.0,
+        kbit_per_guest_s: 0.0,
+        frame_bytes: 0,
+    };
+    let mut last = entry::Position::default();
+    let mut clock = (0, 0);
+    let mut bytes = Vec::new();
+    let damage = loop {
+        let record = match reader.next() {
+            Ok(Some(record)) => record,
+            Ok(None) => break Ok(()),
+            Err(e) => break Err(e),
+        };
+        bytes.clear();
+        encode(unit, &mut last, &record, &mut bytes);
+        let kind = stat.kinds.entry(record.entry.kind()).or_default();
+        kind.entries += 1;
+        kind.bytes += bytes.len() as u64;
+        stat.entries += 1;
+        match &record.entry {
+            Entry::Input(LoggedInput::Clock { time_ns }) | Entry::Mark { time_ns } => {
+                clock = (record.position.count, *time_ns);
+            }
+            Entry::Input(LoggedInput::Frame { bytes, .. }) => stat.frame_bytes += bytes.len() as u64,
+            _ => {}
+        }
+    };
+    stat.last_position = last.count;
+    stat.cut_off_bytes = reader.cut_off();
+    // Marks come every guest second; behind the last one only the instructions are known.
+    let since = if unit == PositionUnit::Instructions { last.count - clock.0 } else { 0 };
+    stat.guest_s = (clock.1 + since) as f64 / 1e9;
+    stat.kbit_per_guest_s = stat.bytes as f64 * 8.0 / 1000.0 / stat.guest_s.max(1e-9);
+    (stat, damage)
+}
+
+fn print_table(stat: &Stat) {
+    for (name, value) in &stat.identity {
+        println!("{name:20} {value}");
+    }
+    println!("\n{:12} {:>10} {:>12} {:>14}", "kind", "entries", "bytes", "bytes/guest s");
+    for (name, kind) in &stat.kinds {
+        let rate = kind.bytes as f64 / stat.guest_s.max(1e-9);
+        println!("{name:12} {:>10} {:>12} {rate:>14.1}", kind.entries, kind.bytes);
+    }
+    println!(
+        "\n{} entries, {} bytes with header and blocks, to position {}, {:.3} guest s: {:.2} kbit/s",
+        stat.entries, stat.bytes, stat.last_position, stat.guest_s, stat.kbit_per_guest_s
+    );
+    if stat.cut_off_bytes > 0 {
+        println!("cut off: {} bytes behind the last whole block", stat.cut_off_bytes);
+    }
+}

@@ -1,0 +1,201 @@
+//! `vmft replay`: a machine whose inputs come from a log.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use entry::log::EndReason;
+use entry::{DiskRequest, DiskResult, End, Position};
+use vmm::GuestLoop;
+use vmm::guest_loop::{LoopError, Turn};
+use vmm::replay::{Disks, ReplayError, Replayer};
+
+use crate::error::Error;
+use crate::guest::{Elsewhere, Guest};
+use crate::log_command::tell_cut_off;
+use crate::log_file::LogReader;
+use crate::outside::disk::Image;
+
+/// What `vmft replay` takes.
+#[derive(Args, Debug)]
+pub struct ReplayArgs {
+    /// The log
+    file: PathBuf,
+    #[command(flatten)]
+    elsewhere: Elsewhere,
+    /// Replay no further than this position
+    #[arg(long, value_name = "POSITION")]
+    to: Option<u64>,
+    /// Print the digest of the whole machine exactly there
+    #[arg(long, value_name = "POSITION,...", value_delimiter = ',')]
+    digest_at: Vec<u64>,
+    /// Replay again and again until one replay diverges, at most so often
+    #[arg(long, value_name = "TIMES")]
+    until_divergence: Option<u32>,
+}
+
+/// Private copies of a recording's disks, gone when this is.
+struct Copies {
+    /// By slot.
+    images: Vec<(u8, Image)>,
+    /// What requests gave that the log has not ended yet.
+    results: Vec<(u8, u64, DiskResult)>,
+}
+
+impl Copies {
+    fn new(guest: &Guest) -> Result<Copies, Error> {
+        let slots = guest.config.slots.iter().enumerate();
+        let slots = slots.filter(|(_, s)| matches!(s, vmm::Slot::Disk { .. })).map(|(n, _)| n as u8);
+        let copy = |(slot, disk): (u8, &crate::options::Disk)| Ok((slot, Image::private_copy(disk)?));
+        let images = slots.zip(&guest.disks).map(copy).collect::<Result<_, Error>>()?;
+        Ok(Copies { images, results: Vec::new() })
+    }
+}
+
+impl Disks for Copies {
+    type Error = Error;
+
+    fn start(&mut self, request: DiskRequest) -> Result<(), Error> {
+        let image = self.images.iter().find(|(slot, _)| *slot == request.slot);
+        if let Some((_, image)) = image {
+            self.results.push((request.slot, request.id, image.perform(&request)?));
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self, slot: u8, id: u64) -> Result<Option<DiskResult>, Error> {
+        let at = self.results.iter().position(|(s, i, _)| (*s, *i) == (slot, id));
+        Ok(at.map(|at| self.results.swap_remove(at).2))
+    }
+}
+
+/// Replays, once or until it diverges.
+///
+/// # Errors
+/// A divergence, a damaged log, a file that is not the recording's.
+pub fn run(args: &ReplayArgs) -> Result<(), Error> {
+    let times = args.until_divergence.unwrap_or(1);
+    for n in 1..=times {
+        replay(args)?;
+        if times > 1 {
+            eprintln!("replay {n} of {times}: no divergence");
+        }
+    }
+    Ok(())
+}
+
+fn replay(args: &ReplayArgs) -> Result<(), Error> {
+    let (reader, identity) = LogReader::open(&args.file)?;
+    let guest = Guest::recorded(&identity, &args.elsewhere)?;
+    let machine = guest.boot()?;
+    let source = Replayer::new(reader, Copies::new(&guest)?).map_err(error)?;
+    let mut guest = GuestLoop { machine, source };
+    let started = Instant::now();
+    let mut stops: Vec<u64> = args.digest_at.iter().copied().chain(args.to).collect();
+    stops.sort_unstable();
+    stops.dedup();
+    let mut progress = Progress::new(&args.file)?;
+    for stop in stops.into_iter().map(Some).chain([None]) {
+        let stop = stop.filter(|s| args.to.is_none_or(|to| *s <= to));
+        if stop.is_none() && args.to.is_some() {
+            break;
+        }
+        guest.source.pause_at(stop.map(Position::exact));
+        run_to_pause(&mut guest, &mut progress)?;
+        let at = guest.machine.position().count;
+        if stop == Some(at) && args.digest_at.contains(&at) {
+            let digest = guest.machine.digest()?;
+            eprintln!("digest {at} {}", digest.total());
+        }
+        if guest.source.is_done() {
+            break;
+        }
+    }
+    progress.clear();
+    report(&guest, started.elapsed(), args)
+}
+
+type Replay = GuestLoop<Replayer<LogReader, Copies>>;
+
+fn run_to_pause(guest: &mut Replay, progress: &mut Progress) -> Result<(), Error> {
+    loop {
+        match guest.turn() {
+            Ok(Turn::Again) => {
+                let time_ns = guest.machine.time_ns();
+                progress.show(guest.source.records().offset(), time_ns);
+            }
+            Ok(Turn::Paused | Turn::Finished(_)) => return Ok(()),
+            Err(LoopError::Machine(e)) => return Err(e.into()),
+            Err(LoopError::Source(e)) => return Err(error(e)),
+        }
+    }
+}
+
+fn error(e: ReplayError<Error, Error>) -> Error {
+    match e {
+        ReplayError::Log(e) | ReplayError::Disk(e) => e,
+        ReplayError::Divergence(d) => Error::Divergence(d),
+    }
+}
+
+fn report(guest: &Replay, wall: Duration, args: &ReplayArgs) -> Result<(), Error> {
+    let at = guest.machine.position().count;
+    let source = &guest.source;
+    let guest_s = guest.machine.time_ns() as f64 / 1e9;
+    let wall_s = wall.as_secs_f64();
+    eprintln!(
+        "replayed {} entries to position {at} in {wall_s:.3} s: {:.1} MIPS, {:.2} times the speed of the recording",
+        source.applied(),
+        at as f64 / 1e6 / wall_s.max(1e-9),
+        guest_s / wall_s.max(1e-9),
+    );
+    match source.ended() {
+        Some(EndReason::Stopped) => eprintln!("the recording was stopped here"),
+        Some(EndReason::Guest(End::PowerOff)) => eprintln!("the guest powered off"),
+        Some(EndReason::Guest(end)) => eprintln!("the guest ended by {end:?}"),
+        None if source.is_done() => eprintln!("the log says nothing of its end: the recorder died"),
+        None => eprintln!("stopped at --to {}", args.to.unwrap_or(at)),
+    }
+    if source.is_done() {
+        tell_cut_off(source.records());
+    }
+    if let Some(at) = source.equal_until() {
+        eprintln!("every output and every state was equal, the last state at {}", at.count);
+    }
+    Ok(())
+}
+
+/// A line on standard error when it is a terminal.
+struct Progress {
+    bytes: u64,
+    started: Instant,
+    last: Option<Instant>,
+}
+
+impl Progress {
+    fn new(log: &Path) -> Result<Progress, Error> {
+        let bytes =
+            File::open(log).and_then(|f| f.metadata()).map_err(Error::host(log.display().to_string()))?.len();
+        let now = Instant::now();
+        let last = std::io::IsTerminal::is_terminal(&std::io::stderr()).then_some(now);
+        Ok(Progress { bytes, started: now, last })
+    }
+
+    fn show(&mut self, offset: u64, time_ns: u64) {
+        if let Some(last) = &mut self.last
+            && last.elapsed() > Duration::from_millis(500)
+        {
+            *last = Instant::now();
+            let percent = offset * 100 / self.bytes.max(1);
+            let speed = time_ns as f64 / 1e9 / self.started.elapsed().as_secs_f64();
+            eprint!("\rreplaying: {percent} % of the log, {speed:.2} times the speed of the recording");
+        }
+    }
+
+    fn clear(&self) {
+        if self.last.is_some() {
+            eprint!("\r\x1b[K");
+        }
+    }
+}
