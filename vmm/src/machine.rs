@@ -189,8 +189,11 @@ impl Machine {
         std::mem::take(&mut self.effects.disk)
     }
 
-    /// Runs the guest until there is something to tell, or exactly to `until`. What timers do at a position is done
-    /// when it returns there, before any input is applied.
+    /// Runs the guest until there is something to tell, or exactly to `until`.
+    ///
+    /// At a position where it stops the machine is in one state, whatever stopped it: timers that are due have fired,
+    /// and no time was skipped nor an interrupt delivered there without an instruction after it. So an input that was
+    /// applied there in a recording meets the same state in a replay.
     pub fn run(&mut self, until: Option<Position>) -> Result<Stop, MachineError> {
         if let Some(stop) = self.finish()? {
             return Ok(stop);
@@ -202,25 +205,34 @@ impl Machine {
 
     fn run_guest(&mut self, until: Option<Position>) -> Result<Stop, MachineError> {
         let mut halt_is_known = std::mem::take(&mut self.halted);
+        // Where time was skipped or an interrupt delivered: no place for a kick to stop at.
+        let mut changed_at = None;
+        let mut kicked = false;
         loop {
             self.fire_timers();
             if self.has_outputs() || until.is_some_and(|until| self.position() >= until) {
                 self.halted = halt_is_known;
                 return Ok(if self.has_outputs() { Stop::Outputs } else { Stop::Reached });
             }
-            let limit = self.limit(until);
+            let at = self.position();
+            if kicked && changed_at != Some(at) {
+                self.counts.kicks += 1;
+                return Ok(Stop::Kicked);
+            }
+            let limit = self.limit(if kicked { Some(Position::exact(at.count + 1)) } else { until });
             match self.vcpu.run(&mut self.ram, &limit)? {
                 Exit::Reached => {}
-                Exit::Kicked => {
-                    self.counts.kicks += 1;
-                    return Ok(Stop::Kicked);
-                }
+                Exit::Kicked => kicked = true,
                 Exit::InterruptWindow => {
                     self.counts.interrupts += 1;
                     self.vcpu.inject(self.devices.pic.acknowledge())?;
                     halt_is_known = false;
+                    changed_at = Some(self.position());
                 }
-                Exit::Halted if halt_is_known && self.skip_to_deadline() => halt_is_known = false,
+                Exit::Halted if halt_is_known && self.skip_to_deadline() => {
+                    halt_is_known = false;
+                    changed_at = Some(self.position());
+                }
                 Exit::Halted => {
                     self.counts.halts += 1;
                     self.halted = true;
@@ -384,6 +396,8 @@ impl Machine {
             self.clock.raise(at, time_ns);
             return;
         }
+        // It may wake a halted guest: nobody may wait for the next deadline first.
+        self.halted = false;
         let now_ns = self.clock.time_ns(at);
         let mut cx = Context { now_ns, memory: self.ram.memory(), effects: &mut self.effects };
         self.devices.apply(input, &mut cx);

@@ -249,6 +249,10 @@ impl<L: Records, D: Disks> Source for Replayer<L, D> {
                 Entry::Input(input) => return self.input(at, input).map(Next::Apply),
                 Entry::State(_) => return Ok(Next::Digest),
                 Entry::Mark { time_ns } if time_ns == machine.time_ns() => self.advance()?,
+                // Halted with interrupts off, a guest lets deadlines pass where it is.
+                Entry::Mark { time_ns } if machine.is_halted() && machine.time_ns() < time_ns => {
+                    return Ok(Next::Run { until: Some(Position::exact(at.count + 1)) });
+                }
                 Entry::Mark { time_ns } => {
                     return self.diverge(at, Difference::Time { logged: time_ns, here: machine.time_ns() });
                 }

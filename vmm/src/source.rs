@@ -155,11 +155,10 @@ impl<O: Outside> Live<O> {
         }
         let Some(input) = self.outside.poll(&mut |input| machine.takes(input))? else { return Ok(None) };
         // An input that ends an idle wait says when: nothing else tells how far time had moved at this position.
-        if machine.is_halted()
-            && let Some(time_ns) = self.outside.time_ns()
-        {
+        if machine.is_halted() {
             self.announced = Some(input);
-            return Ok(Some(Input::Clock { time_ns: up_to_deadline(machine, time_ns) }));
+            let time_ns = self.outside.time_ns().map_or(0, |time_ns| up_to_deadline(machine, time_ns));
+            return Ok(Some(Input::Clock { time_ns: time_ns.max(machine.time_ns()) }));
         }
         Ok(Some(input))
     }
