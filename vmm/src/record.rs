@@ -31,12 +31,14 @@ pub struct Recorder<O, L> {
     log: L,
     next_digest: u64,
     next_mark_ns: u64,
+    /// The digest under way is the log's own: nobody outside asked for it.
+    own_digest: bool,
 }
 
 impl<O: Outside, L: Log<Error = O::Error>> Recorder<O, L> {
     /// Records what `live` does.
     pub fn new(live: Live<O>, log: L) -> Recorder<O, L> {
-        Recorder { live, log, next_digest: 0, next_mark_ns: 0 }
+        Recorder { live, log, next_digest: 0, next_mark_ns: 0, own_digest: false }
     }
 
     /// The source whose inputs are recorded.
@@ -75,6 +77,7 @@ impl<O: Outside, L: Log<Error = O::Error>> Source for Recorder<O, L> {
         }
         if at.count >= self.next_digest {
             self.next_digest = at.count + INSTRUCTIONS_PER_DIGEST;
+            self.own_digest = true;
             return Ok(Next::Digest);
         }
         match self.live.next(machine)? {
@@ -107,7 +110,7 @@ impl<O: Outside, L: Log<Error = O::Error>> Source for Recorder<O, L> {
 
     fn digest(&mut self, at: Position, digest: StateDigest) -> Result<(), O::Error> {
         self.append(at, Entry::State(logged_state(&digest)))?;
-        self.live.digest(at, digest)
+        if std::mem::take(&mut self.own_digest) { Ok(()) } else { self.live.digest(at, digest) }
     }
 
     fn ended(&mut self, at: Position, end: End) -> Result<After, O::Error> {
