@@ -281,10 +281,7 @@ impl VirtioMmio {
         }
         match offset {
             register::QUEUE_NUM => queue.set_size(value.try_into().unwrap_or(u16::MAX)),
-            register::QUEUE_READY => {
-                queue.set_event_idx(event_idx);
-                queue.set_ready(value & 1 != 0);
-            }
+            register::QUEUE_READY => queue.set_in_use(value & 1 != 0, event_idx),
             register::QUEUE_DESC_LOW => queue.set_desc_table_address(Some(value), None),
             register::QUEUE_DESC_HIGH => queue.set_desc_table_address(None, Some(value)),
             register::QUEUE_DRIVER_LOW => queue.set_avail_ring_address(Some(value), None),

@@ -418,6 +418,32 @@ fn with_event_idx_the_driver_is_told_when_it_asked() {
     assert_eq!(avail_event, [2, 0], "the device wants to hear of the next");
 }
 
+#[test]
+fn what_was_put_before_event_idx_was_agreed_on_does_not_count() {
+    let run = |save: bool| {
+        let mut driver = net();
+        for head in 0..3 {
+            driver.chain(1, head, &[(DATA, 72, false)]);
+        }
+        driver.set(register::INTERRUPT_ACK, 1);
+        if save {
+            let saved = postcard::to_stdvec(&driver.device).unwrap();
+            driver.device = postcard::from_bytes(&saved).unwrap();
+        }
+        // The driver takes its agreement back and makes another without a reset.
+        driver.set(register::STATUS, 3);
+        driver.set(register::DRIVER_FEATURES_SEL, 0);
+        driver.set(register::DRIVER_FEATURES, EVENT_IDX as u32);
+        driver.set(register::QUEUE_SEL, 1);
+        driver.set(register::QUEUE_READY, 0);
+        driver.set(register::QUEUE_READY, 1);
+        driver.set(register::STATUS, 15);
+        driver.chain(1, 3, &[(DATA, 72, false)]);
+        driver.device.irq()
+    };
+    assert_eq!(run(false), run(true));
+}
+
 proptest! {
     /// Whatever lies in the rings: no panic, bounded outputs, the same twice, and it survives saving.
     #[test]
