@@ -113,6 +113,27 @@ fn a_restored_machine_goes_on_alike() {
 }
 
 #[test]
+fn differences_have_names() {
+    let (mut one, mut other) = (machine(), machine());
+    run_to(&mut one, Some(Position::exact(500_000)));
+    run_to(&mut other, Some(Position::exact(500_000)));
+    assert_eq!(one.digest().unwrap(), other.digest().unwrap());
+    let input = Input::Console { console: Console::Serial, bytes: b"x".to_vec() };
+    other.apply(input);
+    other.ram().page(77)[5] ^= 1;
+    other.ram().note_written(77);
+    let differences = one.digest().unwrap().differences(&other.digest().unwrap());
+    assert_eq!(differences, ["pic", "serial", "ram"]);
+    let pages: Vec<u32> = (0..one.ram().pages())
+        .filter(|page| one.ram().page_digest(*page) != other.ram().page_digest(*page))
+        .collect();
+    assert_eq!(pages, [77]);
+    run_to(&mut one, Some(Position::exact(500_001)));
+    let names = one.vcpu_state().unwrap().differences(&other.vcpu_state().unwrap());
+    assert!(names.contains(&"rip") && names.contains(&"retired") && !names.contains(&"cr3"), "{names:?}");
+}
+
+#[test]
 fn a_damaged_or_foreign_file_is_refused() {
     let mut first = machine();
     run_to(&mut first, Some(Position::exact(50_000)));

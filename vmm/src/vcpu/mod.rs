@@ -9,6 +9,7 @@ use entry::{Position, PositionUnit};
 use serde::{Deserialize, Serialize};
 use soft_cpu::CpuState;
 
+use crate::machine::digest_of;
 use crate::ram::Ram;
 
 mod soft;
@@ -91,6 +92,48 @@ pub struct Start {
 pub enum VcpuState {
     /// Of the software CPU.
     Soft(Box<CpuState>),
+}
+
+/// Names of the general registers, in their encoding's order.
+const GENERAL: [&str; 16] = [
+    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14",
+    "r15",
+];
+
+impl VcpuState {
+    /// Registers by name, to say what differs between two states. What is too large to show is a digest of it.
+    pub fn registers(&self) -> Vec<(&'static str, u128)> {
+        let VcpuState::Soft(cpu) = self;
+        let sys = &cpu.sys;
+        let mut registers: Vec<_> = GENERAL.into_iter().zip(cpu.gpr.map(u128::from)).collect();
+        registers.extend([
+            ("rip", cpu.rip.into()),
+            ("rflags", cpu.rflags.into()),
+            ("fs base", cpu.fs_base.into()),
+            ("gs base", cpu.gs_base.into()),
+            ("cr0", sys.cr0.into()),
+            ("cr2", sys.cr2.into()),
+            ("cr3", sys.cr3.into()),
+            ("cr4", sys.cr4.into()),
+            ("efer", sys.efer.into()),
+            ("other system registers", digest_of(sys).0),
+            ("xmm", digest_of(&cpu.xmm).0),
+            ("mxcsr", cpu.mxcsr.into()),
+            ("x87", digest_of(&cpu.x87).0),
+            ("tlb", digest_of(&cpu.tlb).0),
+            ("retired", cpu.retired.into()),
+            ("interrupt shadow", digest_of(&cpu.shadow).0),
+            ("halted", cpu.halted.into()),
+            ("interrupt", cpu.interrupt.map_or(u128::MAX, u128::from)),
+        ]);
+        registers
+    }
+
+    /// Names of the registers that differ.
+    pub fn differences(&self, other: &VcpuState) -> Vec<&'static str> {
+        let (ours, theirs) = (self.registers(), other.registers());
+        ours.iter().zip(&theirs).filter(|(a, b)| a != b).map(|(a, _)| a.0).collect()
+    }
 }
 
 /// An engine failed: the host is out of the pair.
