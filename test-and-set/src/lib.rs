@@ -1,6 +1,6 @@
 //! The test-and-set store of vmft: when primary and backup lose each other, it says which one lives.
 //!
-//! # For users (README)
+//! # For users
 //!
 //! Three small processes, on hosts that do not fail together, hold one verdict for each pair. As long as two of them reach
 //! each other there is an answer, and there is never a second one.
@@ -23,7 +23,7 @@
 //! - **Your own etcd or ZooKeeper** serves as well: `etcd://HOST:PORT,…` or `zookeeper://HOST:PORT,…` in place of `raft://`; see
 //!   [`url::StoreUrl`].
 //!
-//! # How it works (ARCHITECTURE)
+//! # How it works
 //!
 //! ```text
 //!  agent ── blocking ──┐                        ┌─ raft_client ── link ══ TLS 1.3 ══ server: connections ─ raft ─ log ─ disk
