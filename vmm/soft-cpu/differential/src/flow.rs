@@ -92,7 +92,8 @@ fn leaves_pointers(ins: &Instruction) -> bool {
                 | Mnemonic::Frstor
                 | Mnemonic::Wait
         );
-    x87 && !control
+    // The pointers that FXRSTOR64 loads are made canonical, in 48 or in 57 bits.
+    x87 && !control || ins.mnemonic() == Mnemonic::Fxrstor64
 }
 
 /// Stores the x87's pointers.

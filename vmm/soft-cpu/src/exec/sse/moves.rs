@@ -149,13 +149,14 @@ fn maskmovq(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
 /// to addresses that have to be canonical and writable whichever bytes are chosen; a 32-bit offset wraps between
 /// the two.
 fn masked_store(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, bytes: &[u8], mask: &[u8]) -> Result<(), Stop> {
+    let addr = cpu.ea(i);
+    cpu.check_alignment(addr, 8)?;
     let last = cpu.ea_at(i, mask.len() - 8).wrapping_add(7);
-    if !is_canonical(cpu.ea(i)) || !is_canonical(last) {
+    if !is_canonical(addr) || !is_canonical(last) {
         return cpu.general_protection(0);
     }
     for start in (0..mask.len()).step_by(8).rev() {
         let half = cpu.ea_at(i, start);
-        cpu.check_alignment(half, 8)?;
         cpu.probe_write(ram, half, 8)?;
     }
     for k in (0..mask.len()).filter(|k| mask[*k] & 0x80 != 0) {

@@ -61,6 +61,8 @@ fn load_extended(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
 
 fn load_bcd(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
     guard(cpu)?;
+    // Unlike FLD, Intel's processors read the low part first, which matters where the other is not canonical.
+    cpu.load_operand::<u64>(ram, i)?;
     let bits = load_ten(cpu, ram, i)?;
     push_value(cpu, float::from_bcd(bits));
     Ok(())

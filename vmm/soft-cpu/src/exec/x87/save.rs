@@ -177,7 +177,7 @@ fn store(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, bytes: &[u8], first: &[Touch])
         .map_err(|stop| cpu.operand_fault(i, stop))
 }
 
-/// #GP unless the operand is aligned to 16 bytes; #AC where that is asked for and 8 bytes would not be aligned
+/// #GP unless the operand is aligned to 16 bytes; #AC where that is asked for and 4 bytes would not be aligned
 /// either. What is not canonical is #SS in the stack segment before that.
 fn check_alignment(cpu: &mut Cpu, i: &Insn) -> Result<(), Stop> {
     let addr = cpu.ea(i);
@@ -186,7 +186,7 @@ fn check_alignment(cpu: &mut Cpu, i: &Insn) -> Result<(), Stop> {
     }
     match addr & 15 {
         0 => Ok(()),
-        n if n % 8 != 0 && cpu.checks_alignment() => cpu.raise(17, Some(0)),
+        n if n % 4 != 0 && cpu.checks_alignment() => cpu.raise(17, Some(0)),
         _ => cpu.general_protection(0),
     }
 }
