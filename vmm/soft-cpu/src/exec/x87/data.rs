@@ -12,6 +12,8 @@ use crate::state::Cpu;
 
 /// Reads ten bytes.
 fn load_ten(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<u128, Stop> {
+    // The low part comes first, which shows where only the other is not canonical.
+    cpu.load_operand::<u64>(ram, i)?;
     let mut bytes = [0; 16];
     let addr = cpu.ea(i);
     cpu.load_bytes(ram, addr, &mut bytes[..10]).map_err(|stop| cpu.operand_fault(i, stop))?;
@@ -61,8 +63,6 @@ fn load_extended(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
 
 fn load_bcd(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
     guard(cpu)?;
-    // Unlike FLD, Intel's processors read the low part first, which matters where the other is not canonical.
-    cpu.load_operand::<u64>(ram, i)?;
     let bits = load_ten(cpu, ram, i)?;
     push_value(cpu, float::from_bcd(bits));
     Ok(())
