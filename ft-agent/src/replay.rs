@@ -145,7 +145,7 @@ fn report(guest: &Replay, wall: Duration, args: &ReplayArgs) -> Result<(), Error
     let guest_s = guest.machine.time_ns() as f64 / 1e9;
     let wall_s = wall.as_secs_f64();
     eprintln!(
-        "replayed {} entries to position {at} in {wall_s:.3} s: {:.1} MIPS, {:.2} times the speed of the recording",
+        "replayed {} entries to position {at} in {wall_s:.3} s: {:.1} MIPS, {:.2} guest seconds a second",
         source.applied(),
         at as f64 / 1e6 / wall_s.max(1e-9),
         guest_s / wall_s.max(1e-9),
@@ -189,7 +189,7 @@ impl Progress {
             *last = Instant::now();
             let percent = offset * 100 / self.bytes.max(1);
             let speed = time_ns as f64 / 1e9 / self.started.elapsed().as_secs_f64();
-            eprint!("\rreplaying: {percent} % of the log, {speed:.2} times the speed of the recording");
+            eprint!("\rreplaying: {percent} % of the log, {speed:.2} guest seconds a second");
         }
     }
 

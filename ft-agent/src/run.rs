@@ -13,7 +13,7 @@ use signal_hook::iterator::{Handle, Signals};
 use vmm::guest_loop::Turn;
 use vmm::inbox::{Inbox, InboxSender};
 use vmm::record::Recorder;
-use vmm::source::{Live, Source, Stops};
+use vmm::source::{Live, Outside, Source, Stops};
 use vmm::{GuestLoop, Machine};
 
 use crate::error::Error;
@@ -179,6 +179,10 @@ impl<'a> Session<'a> {
         let (inbox, sender) = Inbox::new(machine.kicker(), INBOX_CAPACITY);
         let mut host = Host::new(inbox, Printer::new(options.until.clone()), clock, machine.time_ns())?;
         attach(&mut host, plan, images, &sender)?;
+        // A restored machine may have been saved while its disks were at work.
+        for request in machine.unfinished_disk_requests() {
+            host.disk(request)?;
+        }
         let signals = stop_on_signals(&sender)?;
         let terminal = RawMode::enter().map_err(Error::host("terminal"))?;
         std::thread::spawn(move || read_keys(sender));

@@ -78,8 +78,8 @@ pub trait Outside {
     /// Sleeps until an input may wait, until [`Outside::time_ns`] is `until_ns`, or for a shorter while.
     fn wait(&mut self, until_ns: Option<u64>) -> Result<(), Self::Error>;
 
-    /// Answers a question of the guest.
-    fn answer(&mut self, question: &Question) -> Result<Answer, Self::Error>;
+    /// Answers a question that the guest asks at a position.
+    fn answer(&mut self, at: Position, question: &Question) -> Result<Answer, Self::Error>;
 
     /// Sends what the gate released.
     fn send(&mut self, output: Output) -> Result<(), Self::Error>;
@@ -213,8 +213,8 @@ impl<O: Outside> Source for Live<O> {
         }
     }
 
-    fn answer(&mut self, _at: Position, question: &Question) -> Result<Answer, O::Error> {
-        self.outside.answer(question)
+    fn answer(&mut self, at: Position, question: &Question) -> Result<Answer, O::Error> {
+        self.outside.answer(at, question)
     }
 
     fn output(&mut self, _at: Position, output: Output) -> Result<(), O::Error> {

@@ -248,7 +248,7 @@ impl Outside for World {
         Ok(())
     }
 
-    fn answer(&mut self, question: &Question) -> Result<Answer, Infallible> {
+    fn answer(&mut self, _at: Position, question: &Question) -> Result<Answer, Infallible> {
         panic!("{question:?}")
     }
 
@@ -298,8 +298,8 @@ impl Source for Recorder {
         Ok(next)
     }
 
-    fn answer(&mut self, _at: Position, question: &Question) -> Result<Answer, Infallible> {
-        self.live.outside().answer(question)
+    fn answer(&mut self, at: Position, question: &Question) -> Result<Answer, Infallible> {
+        self.live.outside().answer(at, question)
     }
 
     fn output(&mut self, at: Position, output: Output) -> Result<(), Infallible> {

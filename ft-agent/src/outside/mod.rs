@@ -65,8 +65,9 @@ struct HostClock {
 /// Where random numbers come from.
 enum Entropy {
     Host(File),
-    /// A fixed stream (splitmix64): for runs that let nothing of the host in.
-    Fixed(u64),
+    /// A fixed stream for each position (splitmix64), for runs that let nothing of the host in: what a restored
+    /// machine is told does not depend on what was asked before.
+    Fixed,
 }
 
 impl Host {
@@ -80,7 +81,7 @@ impl Host {
                 let random = File::open("/dev/urandom").map_err(Error::host("/dev/urandom"))?;
                 (Some(HostClock { start: Instant::now(), base_ns: time_ns }), Entropy::Host(random))
             }
-            ClockMode::Virtual => (None, Entropy::Fixed(0)),
+            ClockMode::Virtual => (None, Entropy::Fixed),
         };
         Ok(Host {
             inbox,
@@ -168,11 +169,11 @@ impl Outside for Host {
         Ok(())
     }
 
-    fn answer(&mut self, question: &Question) -> Result<Answer, Error> {
+    fn answer(&mut self, at: Position, question: &Question) -> Result<Answer, Error> {
         match question {
             Question::Entropy { len, .. } => {
                 let mut bytes = vec![0; *len as usize];
-                self.entropy.fill(&mut bytes)?;
+                self.entropy.fill(at, &mut bytes)?;
                 Ok(Answer::Entropy(bytes))
             }
         }
@@ -209,13 +210,14 @@ impl Outside for Host {
 }
 
 impl Entropy {
-    fn fill(&mut self, bytes: &mut [u8]) -> Result<(), Error> {
+    fn fill(&mut self, at: Position, bytes: &mut [u8]) -> Result<(), Error> {
         match self {
             Entropy::Host(file) => file.read_exact(bytes).map_err(Error::host("/dev/urandom")),
-            Entropy::Fixed(state) => {
+            Entropy::Fixed => {
+                let mut state = at.count;
                 for chunk in bytes.chunks_mut(8) {
-                    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-                    let mut z = *state;
+                    state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+                    let mut z = state;
                     z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
                     z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
                     chunk.copy_from_slice(&(z ^ z >> 31).to_le_bytes()[..chunk.len()]);
