@@ -10,7 +10,7 @@ use crate::insn::Insn;
 /// Slots of the direct-mapped table of blocks.
 const SLOTS: usize = 1 << 15;
 /// Instructions kept before everything is dropped and decoded anew: bounds the memory, 32 bytes each.
-const INSNS_MAX: usize = 1 << 19;
+const INSNS_MAX: usize = 1 << 18;
 /// Instructions in a block.
 const BLOCK_MAX: usize = 64;
 /// Decoded instructions that cross a page which are kept.
