@@ -8,7 +8,7 @@ use crate::decode::{BlockDecoder, Decoded, LENGTH_MAX, Place};
 use crate::insn::Insn;
 
 /// Slots of the direct-mapped table of blocks.
-const SLOTS: usize = 1 << 15;
+const SLOTS: usize = 1 << 17;
 /// Instructions kept before everything is dropped and decoded anew: bounds the memory, 32 bytes each.
 const INSNS_MAX: usize = 1 << 18;
 /// Instructions in a block.
@@ -126,5 +126,5 @@ impl CodeCache {
 
 #[inline(always)]
 fn slot(start: usize) -> usize {
-    (start ^ start >> 15) % SLOTS
+    (start ^ start >> 17) % SLOTS
 }
