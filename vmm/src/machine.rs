@@ -192,8 +192,8 @@ impl Machine {
     /// Runs the guest until there is something to tell, or exactly to `until`.
     ///
     /// At a position where it stops the machine is in one state, whatever stopped it: timers that are due have fired,
-    /// and no time was skipped nor an interrupt delivered there without an instruction after it. So an input that was
-    /// applied there in a recording meets the same state in a replay.
+    /// and the engine lets a kick stop it nowhere between a skip of time, or the delivery of an interrupt, and the next
+    /// instruction. So an input that was applied there in a recording meets the same state in a replay.
     pub fn run(&mut self, until: Option<Position>) -> Result<Stop, MachineError> {
         if let Some(stop) = self.finish()? {
             return Ok(stop);
@@ -205,34 +205,25 @@ impl Machine {
 
     fn run_guest(&mut self, until: Option<Position>) -> Result<Stop, MachineError> {
         let mut halt_is_known = std::mem::take(&mut self.halted);
-        // Where time was skipped or an interrupt delivered: no place for a kick to stop at.
-        let mut changed_at = None;
-        let mut kicked = false;
         loop {
             self.fire_timers();
             if self.has_outputs() || until.is_some_and(|until| self.position() >= until) {
                 self.halted = halt_is_known;
                 return Ok(if self.has_outputs() { Stop::Outputs } else { Stop::Reached });
             }
-            let at = self.position();
-            if kicked && changed_at != Some(at) {
-                self.counts.kicks += 1;
-                return Ok(Stop::Kicked);
-            }
-            let limit = self.limit(if kicked { Some(Position::exact(at.count + 1)) } else { until });
+            let limit = self.limit(until);
             match self.vcpu.run(&mut self.ram, &limit)? {
                 Exit::Reached => {}
-                Exit::Kicked => kicked = true,
+                Exit::Kicked => {
+                    self.counts.kicks += 1;
+                    return Ok(Stop::Kicked);
+                }
                 Exit::InterruptWindow => {
                     self.counts.interrupts += 1;
                     self.vcpu.inject(self.devices.pic.acknowledge())?;
                     halt_is_known = false;
-                    changed_at = Some(self.position());
                 }
-                Exit::Halted if halt_is_known && self.skip_to_deadline() => {
-                    halt_is_known = false;
-                    changed_at = Some(self.position());
-                }
+                Exit::Halted if halt_is_known && self.skip_to_deadline() => halt_is_known = false,
                 Exit::Halted => {
                     self.counts.halts += 1;
                     self.halted = true;

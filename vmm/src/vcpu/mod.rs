@@ -21,7 +21,8 @@ pub use soft::SoftVcpu;
 pub enum Exit {
     /// [`Limit::until`] is the position now.
     Reached,
-    /// A [`Kick`] came. The position is a whole boundary at which an input may be applied.
+    /// A [`Kick`] came. The position is a whole boundary at which an input may be applied: an instruction has retired
+    /// since the last fault or interrupt was delivered, so that the position was not reached before.
     Kicked,
     /// [`Limit::interrupt_window`] was set and the guest takes interrupts now: [`Vcpu::inject`] is allowed.
     InterruptWindow,

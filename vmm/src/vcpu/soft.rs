@@ -39,11 +39,15 @@ impl SoftVcpu {
     /// the position was reached before. Going on to the next retired instruction makes it one that can be landed on.
     fn land(&mut self, ram: &mut Ram, window: bool) -> SoftExit {
         let limit = RunLimit { until: self.cpu.retired() + 1, interrupt_window: window };
-        match self.cpu.run(ram.as_mut_slice(), &limit) {
-            SoftExit::Reached | SoftExit::Kicked => SoftExit::Kicked,
-            other => {
-                self.kick.store(true, Ordering::Release);
-                other
+        loop {
+            match self.cpu.run(ram.as_mut_slice(), &limit) {
+                SoftExit::Reached => return SoftExit::Kicked,
+                // Kicked once more before the instruction: still no place to stop.
+                SoftExit::Kicked => {}
+                other => {
+                    self.kick.store(true, Ordering::Release);
+                    return other;
+                }
             }
         }
     }
