@@ -126,7 +126,7 @@ trait FromHost: Source<Error = Error> {
     fn live(&mut self) -> &mut Live<Host>;
 
     /// The run is over though the guest is not.
-    fn stop(&mut self, at: Position) -> Result<(), Error>;
+    fn stop(&mut self, machine: &mut Machine) -> Result<(), Error>;
 
     /// Nothing comes any more.
     fn finish(&mut self) -> Result<(), Error>;
@@ -137,7 +137,7 @@ impl FromHost for Live<Host> {
         self
     }
 
-    fn stop(&mut self, _at: Position) -> Result<(), Error> {
+    fn stop(&mut self, _machine: &mut Machine) -> Result<(), Error> {
         Ok(())
     }
 
@@ -151,8 +151,8 @@ impl FromHost for Recorder<Host, LogWriter> {
         Recorder::live(self)
     }
 
-    fn stop(&mut self, at: Position) -> Result<(), Error> {
-        Recorder::stop(self, at)
+    fn stop(&mut self, machine: &mut Machine) -> Result<(), Error> {
+        Ok(Recorder::stop(self, machine)?)
     }
 
     fn finish(&mut self) -> Result<(), Error> {
@@ -261,7 +261,7 @@ fn drive<S: FromHost>(guest: &mut GuestLoop<S>, options: &Options) -> Result<Opt
             save(&mut guest.machine, path)?;
         }
         if pause != Some(at.count) || options.stop_at == pause {
-            guest.source.stop(at)?;
+            guest.source.stop(&mut guest.machine)?;
             return Ok(None);
         }
     }

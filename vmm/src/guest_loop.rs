@@ -54,10 +54,7 @@ impl<S: Source> GuestLoop<S> {
                 let stop = self.machine.run(until)?;
                 return self.stopped(stop);
             }
-            Next::Digest => {
-                let digest = self.machine.digest()?;
-                self.source.digest(self.machine.position(), digest).map_err(LoopError::Source)?;
-            }
+            Next::Digest => self.digest()?,
             Next::Pause => return Ok(Turn::Paused),
         }
         self.tell()?;
@@ -83,9 +80,18 @@ impl<S: Source> GuestLoop<S> {
             Stop::End(end) => match self.source.ended(at, end).map_err(LoopError::Source)? {
                 After::Reset => self.machine.reset()?,
                 After::Finish => return Ok(Turn::Finished(end)),
+                After::FinishWithDigest => {
+                    self.digest()?;
+                    return Ok(Turn::Finished(end));
+                }
             },
         }
         Ok(Turn::Again)
+    }
+
+    fn digest(&mut self) -> Result<(), LoopError<S::Error>> {
+        let digest = self.machine.digest()?;
+        self.source.digest(self.machine.position(), digest).map_err(LoopError::Source)
     }
 
     /// Tells the source what left the machine.

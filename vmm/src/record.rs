@@ -4,6 +4,7 @@ use entry::log::{DiskStatus, EndReason, Entry, LoggedAnswer, LoggedInput, Logged
 use entry::{Answer, Digest, DiskRequest, DiskResult, End, Input, Output, Position, Question};
 use xxhash_rust::xxh3::xxh3_128;
 
+use crate::guest_loop::LoopError;
 use crate::machine::{Machine, StateDigest};
 use crate::source::{After, Live, Next, Outside, Source};
 
@@ -51,12 +52,16 @@ impl<O: Outside, L: Log<Error = O::Error>> Recorder<O, L> {
         &mut self.log
     }
 
-    /// The user stops the run: the log ends here.
+    /// The user stops the run here: the log ends with the machine's time and state.
     ///
     /// # Errors
     /// The log's.
-    pub fn stop(&mut self, at: Position) -> Result<(), O::Error> {
-        self.append(at, Entry::End(EndReason::Stopped))
+    pub fn stop(&mut self, machine: &mut Machine) -> Result<(), LoopError<O::Error>> {
+        let at = machine.position();
+        let state = logged_state(&machine.digest()?);
+        let last =
+            [Entry::Mark { time_ns: machine.time_ns() }, Entry::State(state), Entry::End(EndReason::Stopped)];
+        last.into_iter().try_for_each(|entry| self.append(at, entry)).map_err(LoopError::Source)
     }
 
     fn append(&mut self, position: Position, entry: Entry) -> Result<(), O::Error> {
@@ -115,7 +120,13 @@ impl<O: Outside, L: Log<Error = O::Error>> Source for Recorder<O, L> {
 
     fn ended(&mut self, at: Position, end: End) -> Result<After, O::Error> {
         self.append(at, Entry::End(EndReason::Guest(end)))?;
-        self.live.ended(at, end)
+        Ok(match self.live.ended(at, end)? {
+            After::Finish => {
+                self.own_digest = true;
+                After::FinishWithDigest
+            }
+            after => after,
+        })
     }
 }
 

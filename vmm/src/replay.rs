@@ -78,6 +78,8 @@ pub enum Difference {
     Disk { slot: u8, id: u64, logged: DiskStatus, here: String },
     #[error("the guest ends by {0:?}")]
     End(End),
+    #[error("the run is over, but the log goes on")]
+    Over,
     #[error("the guest went past the position of the next record")]
     Past,
     #[error("the guest waits for ever, but the log goes on")]
@@ -191,6 +193,11 @@ impl<L: Records, D: Disks> Replayer<L, D> {
         })))
     }
 
+    /// Behind the end of the run there is nothing.
+    fn check_over(&self, at: Position) -> Result<(), Failure<L, D>> {
+        if self.front.is_some() { self.diverge(at, Difference::Over) } else { Ok(()) }
+    }
+
     fn input(&mut self, at: Position, input: LoggedInput) -> Result<Input, Failure<L, D>> {
         let input = match input {
             LoggedInput::Frame { slot, bytes } => Input::Frame { slot, bytes },
@@ -259,6 +266,7 @@ impl<L: Records, D: Disks> Source for Replayer<L, D> {
                 Entry::End(EndReason::Stopped) => {
                     self.ended = Some(EndReason::Stopped);
                     self.advance()?;
+                    self.check_over(at)?;
                 }
                 Entry::Interrupt { .. } => return self.diverge(at, Difference::Unsupported),
                 Entry::Output(_) | Entry::Answer(_) | Entry::End(EndReason::Guest(_)) => {
@@ -312,7 +320,8 @@ impl<L: Records, D: Disks> Source for Replayer<L, D> {
             return self.diverge(at, Difference::State(differing));
         }
         self.equal_until = Some(at);
-        self.advance()
+        self.advance()?;
+        if self.ended.is_some() { self.check_over(at) } else { Ok(()) }
     }
 
     fn ended(&mut self, at: Position, end: End) -> Result<After, Self::Error> {
@@ -320,9 +329,17 @@ impl<L: Records, D: Disks> Source for Replayer<L, D> {
             Some(Record { position, entry: Entry::End(EndReason::Guest(logged)) })
                 if *position == at && *logged == end =>
             {
-                self.ended = Some(EndReason::Guest(end));
                 self.advance()?;
-                Ok(if end == End::Reboot { After::Reset } else { After::Finish })
+                if end == End::Reboot {
+                    return Ok(After::Reset);
+                }
+                self.ended = Some(EndReason::Guest(end));
+                match &self.front {
+                    Some(Record { position, entry: Entry::State(_) }) if *position == at => {
+                        Ok(After::FinishWithDigest)
+                    }
+                    _ => self.check_over(at).map(|()| After::Finish),
+                }
             }
             _ => self.diverge(at, Difference::End(end)),
         }

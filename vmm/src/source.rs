@@ -33,6 +33,8 @@ pub enum After {
     Reset,
     /// The run is over.
     Finish,
+    /// The run is over, and a digest of the machine's last state is told to [`Source::digest`].
+    FinishWithDigest,
 }
 
 /// Where inputs come from. The loop calls it with the machine at a whole boundary.
