@@ -1,0 +1,111 @@
+"""Running guests for the scripts beside this file: two hosts in network namespaces, and a guest with its console."""
+import os
+import re
+import select
+import subprocess
+import time
+
+CACHE = os.environ.get("VMFT_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "vmft")
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+# Another binary to measure: VMFT=/path/to/vmft.
+VMFT = os.environ.get("VMFT") or os.path.join(ROOT, "target/release/vmft")
+HOST, CLIENT, GUEST = f"vmft-q{os.getpid()}", f"vmft-p{os.getpid()}", "10.78.0.2"
+MEMORY_MIB = 256
+
+
+def sh(*command, **kw):
+    return subprocess.run(command, check=True, capture_output=True, text=True, **kw).stdout
+
+
+def prepare(*packages):
+    """Installs packages, builds the Linux guest, and vmft unless another is asked for."""
+    sh(os.path.join(ROOT, "scripts/needs"), "iproute2", *packages)
+    if "VMFT" not in os.environ and subprocess.run(["cargo", "build", "--release", "--bin", "vmft"], cwd=ROOT).returncode:
+        raise SystemExit("the build failed")
+    sh(os.path.join(ROOT, "guest-images/build"), "linux")
+
+
+class Hosts:
+    """A host with a tap `tap0`, and a client on the same network; removed at the end."""
+
+    def __enter__(self):
+        for ns in (HOST, CLIENT):
+            sh("ip", "netns", "add", ns)
+        h = ("ip", "-n", HOST, "link")
+        sh(*h, "add", "br0", "type", "bridge")
+        sh(*h, "set", "br0", "up")
+        sh(*h, "add", "veth0", "type", "veth", "peer", "name", "eth0", "netns", CLIENT)
+        sh(*h, "set", "veth0", "master", "br0", "up")
+        sh("ip", "-n", HOST, "tuntap", "add", "tap0", "mode", "tap")
+        sh(*h, "set", "tap0", "master", "br0", "up")
+        sh("ip", "-n", CLIENT, "address", "add", "10.78.0.1/24", "dev", "eth0")
+        sh("ip", "-n", CLIENT, "link", "set", "eth0", "up")
+        return self
+
+    def __exit__(self, *_):
+        for ns in (HOST, CLIENT):
+            subprocess.run(["ip", "netns", "delete", ns])
+
+
+def on_client(*command):
+    return sh("ip", "netns", "exec", CLIENT, *command)
+
+
+def redis(operation, connections, requests):
+    """Requests a second of redis-benchmark."""
+    out = on_client("redis-benchmark", "-h", GUEST, "-t", operation, "-c", str(connections), "-n", str(requests), "--csv")
+    return float(out.strip().splitlines()[-1].split(",")[1].strip('"'))
+
+
+class Vm:
+    """A running guest; its console is read as it comes."""
+
+    def __init__(self, command):
+        self.start, self.seen = time.monotonic(), ""
+        self.process = subprocess.Popen(["ip", "netns", "exec", HOST, *command], stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    def wait_for(self, text, seconds=180):
+        """Seconds from the start until the console has printed text."""
+        while text not in self.seen:
+            left = self.start + seconds - time.monotonic()
+            ready, _, _ = select.select([self.process.stdout], [], [], max(left, 0))
+            data = os.read(self.process.stdout.fileno(), 65536) if ready else b""
+            if not data:
+                raise SystemExit(f"no {text!r} from {self.process.args[4]}:\n{self.seen}")
+            self.seen += data.decode(errors="replace")
+        return time.monotonic() - self.start
+
+    def type(self, line):
+        self.process.stdin.write(line.encode() + b"\n")
+        self.process.stdin.flush()
+
+    def ended(self):
+        """All that it printed, once it has ended by itself with success."""
+        self.seen += self.process.stdout.read().decode(errors="replace")
+        if self.process.wait():
+            raise SystemExit(f"{self.process.args[4]} failed:\n{self.seen}")
+        return self.seen
+
+    def cpu_s(self):
+        """CPU seconds that the process has used."""
+        fields = open(f"/proc/{self.process.pid}/stat").read().rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def beyond_ram_mib(self):
+        """Resident memory of the process but for its largest mapping, which is the guest's RAM."""
+        kib = [int(k) for k in re.findall(r"^Rss:\s+(\d+)", open(f"/proc/{self.process.pid}/smaps").read(), re.M)]
+        return (sum(kib) - max(kib)) / 1024
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait()
+
+
+def vmft(extra, net, command=("run",)):
+    """vmft's command line for the Linux guest."""
+    line = [VMFT, *command, "--guest", "linux", "--cpu", "soft", "--memory-mib", str(MEMORY_MIB), "--cmdline", extra]
+    return line + (["--tap", "tap0", "--ip", f"{GUEST}/24"] if net else [])
