@@ -5,7 +5,7 @@
 
 use crc32fast::Hasher;
 
-use crate::codec::{DecodeError, Reader, What, encode, varint};
+use crate::codec::{DecodeError, Reader, What, encode};
 use crate::identity::{IDENTITY_MAX, Identity};
 use crate::log::Record;
 use crate::{Position, PositionUnit};
@@ -13,7 +13,7 @@ use crate::{Position, PositionUnit};
 /// First bytes of a log.
 pub const MAGIC: [u8; 8] = *b"VMFTLOG\0";
 /// Version of the format.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 /// Longest block, bytes of its entries.
 pub const BLOCK_MAX: usize = 1 << 20;
 /// Bytes of entries from which on a block is closed: below [`BLOCK_MAX`] by more than the longest entry.
@@ -21,6 +21,10 @@ const BLOCK_FULL: usize = BLOCK_MAX / 2;
 /// Bytes of the header in front of the identity.
 const HEADER_FIXED: usize = 14;
 const CHECKSUM: usize = 4;
+/// Bytes in front of a block's checksum.
+const LENGTH: usize = 4;
+/// Makes four zeros no length.
+const LENGTH_CHECK: u8 = 0xa5;
 
 /// Makes a log's bytes.
 #[derive(Debug)]
@@ -59,8 +63,7 @@ impl Encoder {
         if self.open.is_empty() {
             return;
         }
-        let mut length = Vec::new();
-        varint(self.open.len() as u64, &mut length);
+        let length = length_field(self.open.len());
         self.checksum = continue_checksum(self.checksum, &length, &self.open);
         self.done.extend(length);
         self.done.extend(self.checksum.to_le_bytes());
@@ -182,19 +185,18 @@ impl Decoder {
 
     fn next_block(&mut self, unit: PositionUnit) -> Result<Option<Vec<Record>>, DecodeError> {
         let mut r = Reader::new(&self.buffer, self.base);
-        let len = match r.length("the block's length", 1, BLOCK_MAX) {
-            Ok(len) => len,
-            Err(DecodeError { what: What::Short(_), .. }) => return Ok(None),
-            Err(e) => return Err(e),
-        };
-        let length_bytes = (r.offset() - self.base) as usize;
-        if self.buffer.len() < length_bytes + CHECKSUM + len {
+        if self.buffer.len() < LENGTH {
+            return Ok(None);
+        }
+        let length: [u8; LENGTH] = r.array("the block's length")?;
+        let len = block_length(length).map_err(|what| DecodeError { offset: self.base, what })?;
+        if self.buffer.len() < LENGTH + CHECKSUM + len {
             return Ok(None);
         }
         let stored: [u8; CHECKSUM] = r.array("checksum")?;
         let start = r.offset();
         let entries = r.take(len, "block")?;
-        let checksum = continue_checksum(self.checksum, &self.buffer[..length_bytes], entries);
+        let checksum = continue_checksum(self.checksum, &length, entries);
         if stored != checksum.to_le_bytes() {
             return Err(DecodeError { offset: self.base, what: What::Checksum });
         }
@@ -206,7 +208,7 @@ impl Decoder {
         }
         self.checksum = checksum;
         self.last = last;
-        self.consume(length_bytes + CHECKSUM + len);
+        self.consume(LENGTH + CHECKSUM + len);
         Ok(Some(records))
     }
 
@@ -214,6 +216,25 @@ impl Decoder {
         self.buffer.drain(..n);
         self.base += n as u64;
     }
+}
+
+/// The length with its check byte, which tells a damaged length from a block that is not yet there in full.
+fn length_field(len: usize) -> [u8; LENGTH] {
+    let [a, b, c, _] = (len as u32).to_le_bytes();
+    [a, b, c, a ^ b ^ c ^ LENGTH_CHECK]
+}
+
+fn block_length(field: [u8; LENGTH]) -> Result<usize, What> {
+    let [a, b, c, check] = field;
+    if check != a ^ b ^ c ^ LENGTH_CHECK {
+        return Err(What::Checksum);
+    }
+    let (value, max) = (u32::from_le_bytes([a, b, c, 0]) as usize, BLOCK_MAX);
+    if !(1..=max).contains(&value) {
+        let (value, max) = (value as u64, max as u64);
+        return Err(What::Range { what: "the block's length", value, min: 1, max });
+    }
+    Ok(value)
 }
 
 fn continue_checksum(before: u32, length: &[u8], entries: &[u8]) -> u32 {

@@ -3,7 +3,7 @@
 use proptest::collection::vec;
 use proptest::prelude::*;
 use vmft_entry::block::{BLOCK_MAX, Decoder, Encoder};
-use vmft_entry::codec::{BYTES_MAX, DecodeError, ENTROPY_MAX, What};
+use vmft_entry::codec::{BYTES_MAX, DecodeError, ENTROPY_MAX, Reader, What};
 use vmft_entry::identity::Identity;
 use vmft_entry::log::{
     DiskStatus, EndReason, Entry, LoggedAnswer, LoggedInput, LoggedOutput, OutputTo, Record, StateDigest,
@@ -137,14 +137,13 @@ proptest! {
         let mut bytes = encode(PositionUnit::Instructions, &raw);
         let at = at.index(bytes.len());
         bytes[at] ^= flip;
-        let all: Vec<_> = raw.into_iter().map(|(r, _)| r).collect();
         match decode(&bytes, 4096) {
             // Refused at the start of what the checksum covers, or within it.
             Err(e) => prop_assert!(e.offset <= at as u64, "{e} for a change at {at}"),
-            // A longer length makes the block look cut off: nothing of it is given out.
-            Ok((_, records, rest)) => {
-                prop_assert!(rest > 0 && at >= bytes.len() - rest, "accepted, changed at {at}");
-                prop_assert!(all.starts_with(&records));
+            // A longer identity makes the header look cut off.
+            Ok((identity, records, _)) => {
+                prop_assert!((10..14).contains(&at) && identity.is_none(), "accepted, changed at {at}");
+                prop_assert_eq!(records, []);
             }
         }
     }
@@ -165,14 +164,13 @@ proptest! {
 #[test]
 fn every_byte_of_a_small_log_is_guarded() {
     let bytes = encode(PositionUnit::Instructions, &sample());
-    let (_, records, _) = decode(&bytes, 64).unwrap();
     for at in 0..bytes.len() {
-        for flip in [1, 0x80, 0xff] {
+        for flip in 1..=0xff {
             let mut damaged = bytes.clone();
             damaged[at] ^= flip;
-            if let Ok((_, got, rest)) = decode(&damaged, 64) {
-                assert!(rest > 0 && got.len() < records.len(), "byte {at} ^ {flip:#x} was accepted");
-                assert!(records.starts_with(&got));
+            if let Ok((identity, ..)) = decode(&damaged, 64) {
+                // The identity's length: a header that is not there in full gives no log.
+                assert!((10..14).contains(&at) && identity.is_none(), "byte {at} ^ {flip:#x} was accepted");
             }
         }
     }
@@ -203,18 +201,27 @@ fn errors_name_the_offset() {
     assert!(failure(b"VMFTLOX\0").starts_with("log: byte 0: not a vmft log"));
     let mut newer = log.clone();
     newer[8] = 9;
-    assert_eq!(failure(&newer), "log: byte 8: version 9, this vmft reads version 1");
+    assert_eq!(failure(&newer), "log: byte 8: version 9, this vmft reads version 2");
     let mut huge = log.clone();
     huge[10..14].copy_from_slice(&u32::MAX.to_le_bytes());
     assert!(failure(&huge).starts_with("log: byte 10: the identity's length is 4294967295"));
     let header = encode(PositionUnit::Instructions, &[]);
     let mut long = header.clone();
-    long.extend([0xff, 0xff, 0x7f]);
-    let expected = format!("log: byte {}: the block's length is {}", header.len(), (1 << 21) - 1);
+    long.extend([0xff, 0xff, 0x7f, 0x7f ^ 0xa5]);
+    let expected = format!("log: byte {}: the block's length is {}", header.len(), (1 << 23) - 1);
     assert!(failure(&long).starts_with(&expected), "{}", failure(&long));
     let mut zeros = header.clone();
-    zeros.extend([0x80, 0x00]);
-    assert!(failure(&zeros).contains("number is longer than needed"));
+    zeros.extend([0; 4]);
+    assert!(failure(&zeros).starts_with(&format!("log: byte {}: ", header.len())));
+}
+
+#[test]
+fn a_number_has_one_form() {
+    let read =
+        |bytes: &[u8]| Reader::new(bytes, 7).record(PositionUnit::Instructions, &mut Position::default());
+    assert_eq!(read(&[48, 1, 0]).unwrap().position, Position::exact(1));
+    let error = read(&[48, 0x81, 0]).unwrap_err();
+    assert_eq!(error.to_string(), "log: byte 8: the number is longer than needed or than 64 bits");
 }
 
 #[test]
@@ -269,7 +276,7 @@ fn sample() -> Vec<(Record, bool)> {
 
 #[test]
 fn the_golden_log_has_not_changed() {
-    let golden = include_bytes!("golden/v1.log");
+    let golden = include_bytes!("golden/v2.log");
     let records = sample();
     assert_eq!(
         encode(PositionUnit::Instructions, &records),
@@ -278,4 +285,10 @@ fn the_golden_log_has_not_changed() {
     );
     let (_, got, _) = decode(golden, 4096).unwrap();
     assert_eq!(got, records.into_iter().map(|(r, _)| r).collect::<Vec<_>>());
+}
+
+#[test]
+fn version_1_is_refused() {
+    let error = decode(include_bytes!("golden/v1.log"), 4096).unwrap_err();
+    assert_eq!((error.offset, error.what), (8, What::Version(1)));
 }
