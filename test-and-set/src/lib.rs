@@ -54,15 +54,15 @@ pub mod etcd;
 pub mod fake;
 pub mod keys;
 pub mod link;
-pub mod names;
 pub mod raft_client;
-pub mod record;
 pub mod server;
 pub mod store;
 pub mod tls;
 pub mod url;
 pub mod wire;
 pub mod zookeeper;
+
+pub use store_rule::{names, record};
 
 use std::sync::Arc;
 

@@ -6,7 +6,7 @@
 use crate::log::{
     DiskStatus, EndReason, Entry, LoggedAnswer, LoggedInput, LoggedOutput, OutputTo, Record, StateDigest,
 };
-use crate::{Answer, Console, Digest, End, Position, PositionUnit};
+use crate::{Answer, Console, Digest, Position, PositionUnit};
 
 /// Bytes of an Ethernet frame, console input or output.
 pub const BYTES_MAX: usize = 65_535;
@@ -153,12 +153,7 @@ fn body(entry: &Entry, out: &mut Vec<u8>) -> u8 {
             kind::STATE
         }
         Entry::End(reason) => {
-            out.push(match reason {
-                EndReason::Guest(End::PowerOff) => 0,
-                EndReason::Guest(End::Reboot) => 1,
-                EndReason::Guest(End::TripleFault) => 2,
-                EndReason::Stopped => 3,
-            });
+            out.push(reason.number());
             kind::END
         }
     }
@@ -255,13 +250,10 @@ impl<'a> Reader<'a> {
                 devices: self.digest()?,
                 ram: self.digest()?,
             }),
-            kind::END => Entry::End(match self.byte("reason")? {
-                0 => EndReason::Guest(End::PowerOff),
-                1 => EndReason::Guest(End::Reboot),
-                2 => EndReason::Guest(End::TripleFault),
-                3 => EndReason::Stopped,
-                value => return Err(self.unknown("end reason", value)),
-            }),
+            kind::END => {
+                let number = self.byte("reason")?;
+                Entry::End(EndReason::numbered(number).ok_or_else(|| self.unknown("end reason", number))?)
+            }
             unknown => return Err(self.error(start, What::Kind(unknown))),
         })
     }
@@ -291,7 +283,11 @@ impl<'a> Reader<'a> {
         self.error(self.offset() - 1, What::Value { what, value })
     }
 
-    pub(crate) fn take(&mut self, n: usize, what: &'static str) -> Result<&'a [u8], DecodeError> {
+    /// The next `n` bytes.
+    ///
+    /// # Errors
+    /// There are fewer.
+    pub fn take(&mut self, n: usize, what: &'static str) -> Result<&'a [u8], DecodeError> {
         let rest = &self.bytes[self.at..];
         if n > rest.len() {
             return Err(self.error(self.base + self.bytes.len() as u64, What::Short(what)));
@@ -300,15 +296,27 @@ impl<'a> Reader<'a> {
         Ok(&rest[..n])
     }
 
-    pub(crate) fn array<const N: usize>(&mut self, what: &'static str) -> Result<[u8; N], DecodeError> {
+    /// The next `N` bytes.
+    ///
+    /// # Errors
+    /// There are fewer.
+    pub fn array<const N: usize>(&mut self, what: &'static str) -> Result<[u8; N], DecodeError> {
         self.take(N, what).map(|b| *b.first_chunk().expect("take gives as many as asked for"))
     }
 
-    fn byte(&mut self, what: &'static str) -> Result<u8, DecodeError> {
+    /// The next byte.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn byte(&mut self, what: &'static str) -> Result<u8, DecodeError> {
         self.array::<1>(what).map(|[b]| b)
     }
 
-    pub(crate) fn varint(&mut self, what: &'static str) -> Result<u64, DecodeError> {
+    /// A number as a varint.
+    ///
+    /// # Errors
+    /// It ends early, or is not in its shortest form.
+    pub fn varint(&mut self, what: &'static str) -> Result<u64, DecodeError> {
         let start = self.offset();
         let mut value = 0u64;
         for shift in (0..64).step_by(7) {
@@ -327,12 +335,10 @@ impl<'a> Reader<'a> {
     }
 
     /// A varint length within bounds.
-    pub(crate) fn length(
-        &mut self,
-        what: &'static str,
-        min: usize,
-        max: usize,
-    ) -> Result<usize, DecodeError> {
+    ///
+    /// # Errors
+    /// It ends early, or is out of bounds.
+    pub fn length(&mut self, what: &'static str, min: usize, max: usize) -> Result<usize, DecodeError> {
         let start = self.offset();
         let value = self.varint(what)?;
         if !(min as u64..=max as u64).contains(&value) {
@@ -342,19 +348,18 @@ impl<'a> Reader<'a> {
         Ok(value as usize)
     }
 
-    pub(crate) fn counted(
-        &mut self,
-        what: &'static str,
-        min: usize,
-        max: usize,
-    ) -> Result<Vec<u8>, DecodeError> {
+    /// Bytes behind a varint with their length, which is within bounds.
+    ///
+    /// # Errors
+    /// They end early, or the length is out of bounds.
+    pub fn counted(&mut self, what: &'static str, min: usize, max: usize) -> Result<Vec<u8>, DecodeError> {
         let n = self.length(what, min, max)?;
         self.take(n, what).map(<[u8]>::to_vec)
     }
 }
 
 /// Appends a varint.
-pub(crate) fn varint(mut v: u64, out: &mut Vec<u8>) {
+pub fn varint(mut v: u64, out: &mut Vec<u8>) {
     while v >= 0x80 {
         out.push(v as u8 | 0x80);
         v >>= 7;

@@ -151,6 +151,29 @@ pub enum EndReason {
     Stopped,
 }
 
+impl EndReason {
+    /// Its number in FORMAT.md.
+    pub fn number(self) -> u8 {
+        match self {
+            EndReason::Guest(End::PowerOff) => 0,
+            EndReason::Guest(End::Reboot) => 1,
+            EndReason::Guest(End::TripleFault) => 2,
+            EndReason::Stopped => 3,
+        }
+    }
+
+    /// The reason with this number.
+    pub fn numbered(number: u8) -> Option<EndReason> {
+        Some(match number {
+            0 => EndReason::Guest(End::PowerOff),
+            1 => EndReason::Guest(End::Reboot),
+            2 => EndReason::Guest(End::TripleFault),
+            3 => EndReason::Stopped,
+            _ => return None,
+        })
+    }
+}
+
 impl fmt::Display for Record {
     /// One line: position, kind, and what matters of the body.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -109,6 +109,7 @@ macro_rules! id {
 
         impl $name {
             /// A new random id.
+            #[cfg(feature = "random")]
             pub fn random() -> Self {
                 loop {
                     if let Ok(id) = Self::try_from(rand::random::<u128>()) {
