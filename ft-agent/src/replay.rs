@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use entry::log::EndReason;
-use entry::{DiskRequest, DiskResult, End, Position};
+use entry::{DiskRequest, DiskResult, End, Output, Position};
 use vmm::GuestLoop;
 use vmm::guest_loop::{LoopError, Turn};
-use vmm::replay::{Disks, ReplayError, Replayer};
+use vmm::replay::{ReplayError, Replayer, Standby};
 
 use crate::error::Error;
 use crate::guest::{Elsewhere, Guest};
@@ -53,7 +53,7 @@ impl Copies {
     }
 }
 
-impl Disks for Copies {
+impl Standby for Copies {
     type Error = Error;
 
     fn start(&mut self, request: DiskRequest) -> Result<(), Error> {
@@ -67,6 +67,10 @@ impl Disks for Copies {
     fn finish(&mut self, slot: u8, id: u64) -> Result<Option<DiskResult>, Error> {
         let at = self.results.iter().position(|(s, i, _)| (*s, *i) == (slot, id));
         Ok(at.map(|at| self.results.swap_remove(at).2))
+    }
+
+    fn output(&mut self, _output: Output) -> Result<(), Error> {
+        Ok(())
     }
 }
 
@@ -89,7 +93,7 @@ fn replay(args: &ReplayArgs) -> Result<(), Error> {
     let (reader, identity) = LogReader::open(&args.file)?;
     let guest = Guest::recorded(&identity, &args.elsewhere)?;
     let machine = guest.boot()?;
-    let source = Replayer::new(reader, Copies::new(&guest)?).map_err(error)?;
+    let source = Replayer::new(reader, Copies::new(&guest)?);
     let mut guest = GuestLoop { machine, source };
     let started = Instant::now();
     let mut stops: Vec<u64> = args.digest_at.iter().copied().chain(args.to).collect();
@@ -134,7 +138,7 @@ fn run_to_pause(guest: &mut Replay, progress: &mut Progress) -> Result<(), Error
 
 fn error(e: ReplayError<Error, Error>) -> Error {
     match e {
-        ReplayError::Log(e) | ReplayError::Disk(e) => e,
+        ReplayError::Log(e) | ReplayError::Standby(e) => e,
         ReplayError::Divergence(d) => Error::Divergence(d),
     }
 }

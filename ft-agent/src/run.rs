@@ -12,7 +12,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::{Handle, Signals};
 use vmm::guest_loop::Turn;
 use vmm::inbox::{Inbox, InboxSender};
-use vmm::record::Recorder;
+use vmm::record::{Pace, Recorder};
 use vmm::source::{Live, Outside, Source, Stops};
 use vmm::{GuestLoop, Machine};
 
@@ -105,7 +105,7 @@ pub fn record(args: RecordArgs) -> Result<(), Error> {
     let machine = guest.boot()?;
     let log = LogWriter::create(&args.log, &guest.identity()?)?;
     let session = Session::start(&args.options, &plan, clock, &machine, images)?;
-    session.run(machine, |live| Recorder::new(live, log))
+    session.run(machine, |live| Recorder::new(live, log, Pace::FILE))
 }
 
 impl Options {

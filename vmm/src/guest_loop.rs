@@ -48,6 +48,10 @@ impl<S: Source> GuestLoop<S> {
 
     /// Does the next thing that the source says.
     pub fn turn(&mut self) -> Result<Turn, LoopError<S::Error>> {
+        // A source that had no answer has left the machine in the middle of an instruction.
+        if let Some(stop) = self.machine.finish()? {
+            return self.stopped(stop);
+        }
         match self.source.next(&self.machine).map_err(LoopError::Source)? {
             Next::Apply(input) => self.machine.apply(input),
             Next::Run { until } => {
@@ -68,7 +72,9 @@ impl<S: Source> GuestLoop<S> {
         match stop {
             Stop::Reached | Stop::Kicked | Stop::Halted | Stop::Outputs => {}
             Stop::Question(mut question) => loop {
-                let answer = self.source.answer(at, &question).map_err(LoopError::Source)?;
+                let Some(answer) = self.source.answer(at, &question).map_err(LoopError::Source)? else {
+                    return Ok(Turn::Paused);
+                };
                 self.machine.answer(answer)?;
                 // At one position may be several, and the source sees a whole boundary only.
                 match self.machine.finish()? {

@@ -8,11 +8,25 @@ use crate::guest_loop::LoopError;
 use crate::machine::{Machine, StateDigest};
 use crate::source::{After, Live, Next, Outside, Source};
 
-/// How many instructions lie at most between two digests of the state in the log.
-pub const INSTRUCTIONS_PER_DIGEST: u64 = 10_000_000;
+/// How often the log says how far the machine is, and in which state.
+#[derive(Clone, Copy, Debug)]
+pub struct Pace {
+    /// Instructions between two digests of the state, at most.
+    pub digest_instructions: u64,
+    /// Guest time between two digests, ns, at most, when the guest runs or ticks.
+    pub digest_ns: u64,
+    /// Guest time between two marks, ns, at most, when the guest runs or ticks.
+    pub mark_ns: u64,
+}
 
-/// Guest time between two marks at most, when the guest runs or ticks.
-pub const MARK_INTERVAL_NS: u64 = 1_000_000_000;
+impl Pace {
+    /// For a log that is kept: nobody waits for its marks.
+    pub const FILE: Pace =
+        Pace { digest_instructions: 10_000_000, digest_ns: u64::MAX, mark_ns: 1_000_000_000 };
+    /// For a backup, whose lag is bounded by the marks.
+    pub const BACKUP: Pace =
+        Pace { digest_instructions: 10_000_000, digest_ns: 90_000_000, mark_ns: 5_000_000 };
+}
 
 /// Where records go.
 pub trait Log {
@@ -30,7 +44,9 @@ pub trait Log {
 pub struct Recorder<O, L> {
     live: Live<O>,
     log: L,
+    pace: Pace,
     next_digest: u64,
+    next_digest_ns: u64,
     next_mark_ns: u64,
     /// The digest under way is the log's own: nobody outside asked for it.
     own_digest: bool,
@@ -38,8 +54,8 @@ pub struct Recorder<O, L> {
 
 impl<O: Outside, L: Log<Error = O::Error>> Recorder<O, L> {
     /// Records what `live` does.
-    pub fn new(live: Live<O>, log: L) -> Recorder<O, L> {
-        Recorder { live, log, next_digest: 0, next_mark_ns: 0, own_digest: false }
+    pub fn new(live: Live<O>, log: L, pace: Pace) -> Recorder<O, L> {
+        Recorder { live, log, pace, next_digest: 0, next_digest_ns: 0, next_mark_ns: 0, own_digest: false }
     }
 
     /// The source whose inputs are recorded.
@@ -76,12 +92,15 @@ impl<O: Outside, L: Log<Error = O::Error>> Source for Recorder<O, L> {
         let at = machine.position();
         self.log.look()?;
         let time_ns = machine.time_ns();
-        if time_ns >= self.next_mark_ns {
-            self.next_mark_ns = time_ns + MARK_INTERVAL_NS;
+        let digest = at.count >= self.next_digest || time_ns >= self.next_digest_ns;
+        // A halted guest's time moves at one position: a digest is preceded by a mark that says how far it has.
+        if digest || time_ns >= self.next_mark_ns {
+            self.next_mark_ns = time_ns.saturating_add(self.pace.mark_ns);
             self.append(at, Entry::Mark { time_ns })?;
         }
-        if at.count >= self.next_digest {
-            self.next_digest = at.count + INSTRUCTIONS_PER_DIGEST;
+        if digest {
+            self.next_digest = at.count + self.pace.digest_instructions;
+            self.next_digest_ns = time_ns.saturating_add(self.pace.digest_ns);
             self.own_digest = true;
             return Ok(Next::Digest);
         }
@@ -98,9 +117,11 @@ impl<O: Outside, L: Log<Error = O::Error>> Source for Recorder<O, L> {
         }
     }
 
-    fn answer(&mut self, at: Position, question: &Question) -> Result<Answer, O::Error> {
+    fn answer(&mut self, at: Position, question: &Question) -> Result<Option<Answer>, O::Error> {
         let answer = self.live.answer(at, question)?;
-        self.append(at, Entry::Answer(LoggedAnswer::Device(answer.clone())))?;
+        if let Some(answer) = &answer {
+            self.append(at, Entry::Answer(LoggedAnswer::Device(answer.clone())))?;
+        }
         Ok(answer)
     }
 

@@ -21,8 +21,8 @@ pub trait Records {
     fn next(&mut self) -> Result<Option<Record>, Self::Error>;
 }
 
-/// The replaying side's own copies of the disks.
-pub trait Disks {
+/// The replaying side's own copies of the disks, and where its outputs go.
+pub trait Standby {
     /// A failure of the host.
     type Error: std::error::Error;
 
@@ -31,6 +31,9 @@ pub trait Disks {
 
     /// Waits for a request that was started; `None` when there was none.
     fn finish(&mut self, slot: u8, id: u64) -> Result<Option<DiskResult>, Self::Error>;
+
+    /// Takes what left the machine: what the log has, too, and behind its end what it has not.
+    fn output(&mut self, output: Output) -> Result<(), Self::Error>;
 }
 
 /// The replay cannot go on.
@@ -39,9 +42,9 @@ pub enum ReplayError<L: std::error::Error, D: std::error::Error> {
     /// The log cannot be read on.
     #[error(transparent)]
     Log(L),
-    /// A disk of this host failed.
+    /// This host failed: a disk of its.
     #[error(transparent)]
-    Disk(D),
+    Standby(D),
     /// The machine does not do what the log says.
     #[error(transparent)]
     Divergence(Box<Divergence>),
@@ -109,9 +112,11 @@ impl std::error::Error for Divergence {}
 /// The log as a source.
 pub struct Replayer<L, D> {
     records: L,
-    disks: D,
-    /// The record that comes next, read ahead by one.
+    standby: D,
+    /// The record that comes next, once it was needed.
     front: Option<Record>,
+    /// There are no more records.
+    done: bool,
     before: VecDeque<Record>,
     equal_until: Option<Position>,
     applied: u64,
@@ -120,25 +125,22 @@ pub struct Replayer<L, D> {
     pause: Option<Position>,
 }
 
-type Failure<L, D> = ReplayError<<L as Records>::Error, <D as Disks>::Error>;
+type Failure<L, D> = ReplayError<<L as Records>::Error, <D as Standby>::Error>;
 
-impl<L: Records, D: Disks> Replayer<L, D> {
-    /// Replays `records` with `disks`.
-    ///
-    /// # Errors
-    /// The log cannot be read.
-    pub fn new(mut records: L, disks: D) -> Result<Replayer<L, D>, Failure<L, D>> {
-        let front = records.next().map_err(ReplayError::Log)?;
-        Ok(Replayer {
+impl<L: Records, D: Standby> Replayer<L, D> {
+    /// Replays `records` with the disks of `standby`.
+    pub fn new(records: L, standby: D) -> Replayer<L, D> {
+        Replayer {
             records,
-            disks,
-            front,
+            standby,
+            front: None,
+            done: false,
             before: VecDeque::new(),
             equal_until: None,
             applied: 0,
             ended: None,
             pause: None,
-        })
+        }
     }
 
     /// Pauses at this position too.
@@ -146,9 +148,9 @@ impl<L: Records, D: Disks> Replayer<L, D> {
         self.pause = at;
     }
 
-    /// The log's end was reached: how it ended, if it says.
+    /// The log's end was reached.
     pub fn is_done(&self) -> bool {
-        self.front.is_none()
+        self.done
     }
 
     /// How the log ended, once [`Replayer::is_done`]. `None`: it was cut off.
@@ -171,16 +173,30 @@ impl<L: Records, D: Disks> Replayer<L, D> {
         &self.records
     }
 
-    fn advance(&mut self) -> Result<(), Failure<L, D>> {
-        let next = self.records.next().map_err(ReplayError::Log)?;
-        if let Some(done) = std::mem::replace(&mut self.front, next) {
+    /// The host's side of the replay, for who goes on where the log has ended.
+    pub fn into_standby(self) -> D {
+        self.standby
+    }
+
+    /// The record that comes next: waits for it, `None` at the log's end. It is looked for when it is needed and not
+    /// before: a backup may not wait for what is behind an output while it has not yet told of the output.
+    fn front(&mut self) -> Result<Option<&Record>, Failure<L, D>> {
+        if self.front.is_none() && !self.done {
+            self.front = self.records.next().map_err(ReplayError::Log)?;
+            self.done = self.front.is_none();
+        }
+        Ok(self.front.as_ref())
+    }
+
+    /// The record in front is dealt with.
+    fn advance(&mut self) {
+        if let Some(done) = self.front.take() {
             self.applied += 1;
             if self.before.len() == CONTEXT {
                 self.before.pop_front();
             }
             self.before.push_back(done);
         }
-        Ok(())
     }
 
     fn diverge<T>(&self, position: Position, what: Difference) -> Result<T, Failure<L, D>> {
@@ -194,8 +210,8 @@ impl<L: Records, D: Disks> Replayer<L, D> {
     }
 
     /// Behind the end of the run there is nothing.
-    fn check_over(&self, at: Position) -> Result<(), Failure<L, D>> {
-        if self.front.is_some() { self.diverge(at, Difference::Over) } else { Ok(()) }
+    fn check_over(&mut self, at: Position) -> Result<(), Failure<L, D>> {
+        if self.front()?.is_some() { self.diverge(at, Difference::Over) } else { Ok(()) }
     }
 
     fn input(&mut self, at: Position, input: LoggedInput) -> Result<Input, Failure<L, D>> {
@@ -204,7 +220,7 @@ impl<L: Records, D: Disks> Replayer<L, D> {
             LoggedInput::Console { console, bytes } => Input::Console { console, bytes },
             LoggedInput::Clock { time_ns } => Input::Clock { time_ns },
             LoggedInput::DiskDone { slot, id, status } => {
-                let result = self.disks.finish(slot, id).map_err(ReplayError::Disk)?;
+                let result = self.standby.finish(slot, id).map_err(ReplayError::Standby)?;
                 let here = result.as_ref().map(disk_status);
                 match result {
                     Some(result) if here == Some(status) => Input::DiskDone { slot, id, result },
@@ -216,7 +232,7 @@ impl<L: Records, D: Disks> Replayer<L, D> {
                 }
             }
         };
-        self.advance()?;
+        self.advance();
         Ok(input)
     }
 
@@ -233,7 +249,7 @@ impl<L: Records, D: Disks> Replayer<L, D> {
     }
 }
 
-impl<L: Records, D: Disks> Source for Replayer<L, D> {
+impl<L: Records, D: Standby> Source for Replayer<L, D> {
     type Error = Failure<L, D>;
 
     fn next(&mut self, machine: &Machine) -> Result<Next, Self::Error> {
@@ -242,7 +258,7 @@ impl<L: Records, D: Disks> Source for Replayer<L, D> {
             if self.pause.is_some_and(|pause| at >= pause) {
                 return Ok(Next::Pause);
             }
-            let Some(front) = &self.front else { return Ok(Next::Pause) };
+            let Some(front) = self.front()?.cloned() else { return Ok(Next::Pause) };
             if at > front.position {
                 return self.diverge(at, Difference::Past);
             }
@@ -250,12 +266,12 @@ impl<L: Records, D: Disks> Source for Replayer<L, D> {
                 if machine.is_halted() && machine.deadline_ns().is_none() {
                     return self.diverge(at, Difference::Stuck);
                 }
-                return Ok(Next::Run { until: Some(self.run_until(at, front)) });
+                return Ok(Next::Run { until: Some(self.run_until(at, &front)) });
             }
-            match front.entry.clone() {
+            match front.entry {
                 Entry::Input(input) => return self.input(at, input).map(Next::Apply),
                 Entry::State(_) => return Ok(Next::Digest),
-                Entry::Mark { time_ns } if time_ns == machine.time_ns() => self.advance()?,
+                Entry::Mark { time_ns } if time_ns == machine.time_ns() => self.advance(),
                 // Halted with interrupts off, a guest lets deadlines pass where it is.
                 Entry::Mark { time_ns } if machine.is_halted() && machine.time_ns() < time_ns => {
                     return Ok(Next::Run { until: Some(Position::exact(at.count + 1)) });
@@ -265,45 +281,49 @@ impl<L: Records, D: Disks> Source for Replayer<L, D> {
                 }
                 Entry::End(EndReason::Stopped) => {
                     self.ended = Some(EndReason::Stopped);
-                    self.advance()?;
+                    self.advance();
                     self.check_over(at)?;
                 }
                 Entry::Interrupt { .. } => return self.diverge(at, Difference::Unsupported),
                 Entry::Output(_) | Entry::Answer(_) | Entry::End(EndReason::Guest(_)) => {
-                    return Ok(Next::Run { until: Some(self.run_until(at, front)) });
+                    return Ok(Next::Run { until: Some(self.run_until(at, &front)) });
                 }
             }
         }
     }
 
-    fn answer(&mut self, at: Position, question: &Question) -> Result<Answer, Self::Error> {
-        match &self.front {
+    fn answer(&mut self, at: Position, question: &Question) -> Result<Option<Answer>, Self::Error> {
+        match self.front()? {
             Some(Record { position, entry: Entry::Answer(LoggedAnswer::Device(answer)) })
                 if *position == at =>
             {
                 let answer = answer.clone();
-                self.advance()?;
-                Ok(answer)
+                self.advance();
+                Ok(Some(answer))
             }
+            // Who goes on from here answers it.
+            None => Ok(None),
             _ => self.diverge(at, Difference::Question(question.clone())),
         }
     }
 
     fn output(&mut self, at: Position, output: Output) -> Result<(), Self::Error> {
         let here = logged_output(&output);
-        match &self.front {
+        match self.front()? {
             Some(Record { position, entry: Entry::Output(logged) }) if *position == at && *logged == here => {
-                self.advance()
+                self.advance();
             }
+            None => {}
             _ => {
                 let here = Record { position: at, entry: Entry::Output(here) };
-                self.diverge(at, Difference::Output(here.to_string()))
+                return self.diverge(at, Difference::Output(here.to_string()));
             }
         }
+        self.standby.output(output).map_err(ReplayError::Standby)
     }
 
     fn disk(&mut self, _at: Position, request: DiskRequest) -> Result<(), Self::Error> {
-        self.disks.start(request).map_err(ReplayError::Disk)
+        self.standby.start(request).map_err(ReplayError::Standby)
     }
 
     fn digest(&mut self, at: Position, digest: StateDigest) -> Result<(), Self::Error> {
@@ -320,27 +340,29 @@ impl<L: Records, D: Disks> Source for Replayer<L, D> {
             return self.diverge(at, Difference::State(differing));
         }
         self.equal_until = Some(at);
-        self.advance()?;
+        self.advance();
         if self.ended.is_some() { self.check_over(at) } else { Ok(()) }
     }
 
+    /// An end that the log has not got to any more is the caller's: it finds the replay done.
     fn ended(&mut self, at: Position, end: End) -> Result<After, Self::Error> {
-        match &self.front {
+        match self.front()? {
             Some(Record { position, entry: Entry::End(EndReason::Guest(logged)) })
                 if *position == at && *logged == end =>
             {
-                self.advance()?;
+                self.advance();
                 if end == End::Reboot {
                     return Ok(After::Reset);
                 }
                 self.ended = Some(EndReason::Guest(end));
-                match &self.front {
+                match self.front()? {
                     Some(Record { position, entry: Entry::State(_) }) if *position == at => {
                         Ok(After::FinishWithDigest)
                     }
                     _ => self.check_over(at).map(|()| After::Finish),
                 }
             }
+            None => Ok(After::Finish),
             _ => self.diverge(at, Difference::End(end)),
         }
     }

@@ -7,7 +7,6 @@ use std::collections::VecDeque;
 
 use entry::{Answer, DiskRequest, End, Input, Output, Position, PositionUnit, Question};
 
-use crate::gate::Gate;
 use crate::machine::{Machine, StateDigest};
 
 /// What the loop does next.
@@ -47,8 +46,8 @@ pub trait Source {
     /// while the guest is halted needs an [`Input::Clock`] before it that says how far time has moved there.
     fn next(&mut self, machine: &Machine) -> Result<Next, Self::Error>;
 
-    /// The guest asks.
-    fn answer(&mut self, at: Position, question: &Question) -> Result<Answer, Self::Error>;
+    /// The guest asks. `None`: there is no answer here; the question stays, and the loop pauses.
+    fn answer(&mut self, at: Position, question: &Question) -> Result<Option<Answer>, Self::Error>;
 
     /// Something leaves the machine.
     fn output(&mut self, at: Position, output: Output) -> Result<(), Self::Error>;
@@ -83,7 +82,7 @@ pub trait Outside {
     /// Answers a question that the guest asks at a position.
     fn answer(&mut self, at: Position, question: &Question) -> Result<Answer, Self::Error>;
 
-    /// Sends what the gate released.
+    /// Takes what leaves the machine, to be sent as soon as it may: at once, or when a gate lets it.
     fn send(&mut self, output: Output) -> Result<(), Self::Error>;
 
     /// Starts a request to a disk, whose completion comes as an input. Requests that overlap run in order.
@@ -127,7 +126,6 @@ pub struct Live<O> {
     outside: O,
     unit: PositionUnit,
     stops: Stops,
-    gate: Gate,
     /// What follows the clock's input that announces it.
     announced: Option<Input>,
     /// The clock was raised and the guest has not run since, so that it takes its tick before the next.
@@ -137,7 +135,7 @@ pub struct Live<O> {
 impl<O: Outside> Live<O> {
     /// Inputs from `outside` for a machine whose positions are in `unit`.
     pub fn new(outside: O, unit: PositionUnit, stops: Stops) -> Live<O> {
-        Live { outside, unit, stops, gate: Gate::default(), announced: None, raised: false }
+        Live { outside, unit, stops, announced: None, raised: false }
     }
 
     /// Moves the position at which the loop pauses.
@@ -215,18 +213,12 @@ impl<O: Outside> Source for Live<O> {
         }
     }
 
-    fn answer(&mut self, at: Position, question: &Question) -> Result<Answer, O::Error> {
-        self.outside.answer(at, question)
+    fn answer(&mut self, at: Position, question: &Question) -> Result<Option<Answer>, O::Error> {
+        self.outside.answer(at, question).map(Some)
     }
 
     fn output(&mut self, _at: Position, output: Output) -> Result<(), O::Error> {
-        self.gate.hold(output);
-        // Nobody else has to know of it first.
-        let recorded = self.gate.recorded();
-        while let Some(output) = self.gate.release(recorded) {
-            self.outside.send(output)?;
-        }
-        Ok(())
+        self.outside.send(output)
     }
 
     fn disk(&mut self, _at: Position, request: DiskRequest) -> Result<(), O::Error> {

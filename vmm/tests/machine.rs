@@ -298,8 +298,8 @@ impl Source for Recorder {
         Ok(next)
     }
 
-    fn answer(&mut self, at: Position, question: &Question) -> Result<Answer, Infallible> {
-        self.live.outside().answer(at, question)
+    fn answer(&mut self, at: Position, question: &Question) -> Result<Option<Answer>, Infallible> {
+        self.live.answer(at, question)
     }
 
     fn output(&mut self, at: Position, output: Output) -> Result<(), Infallible> {
@@ -354,7 +354,7 @@ impl Source for Replayer {
         }
     }
 
-    fn answer(&mut self, _at: Position, question: &Question) -> Result<Answer, Infallible> {
+    fn answer(&mut self, _at: Position, question: &Question) -> Result<Option<Answer>, Infallible> {
         panic!("{question:?}")
     }
 
