@@ -7,6 +7,7 @@
 //! DIR/own.crt           its certificate, PEM
 //! DIR/members/ID.crt    the certificate of each member of the store, by its number
 //! DIR/clients/NAME.crt  the certificate of each client; needed on members only
+//! DIR/peers/NAME.crt    the certificate of each host that may form a pair with this one; needed on hosts only
 //! ```
 //!
 //! A certificate that is added while a server runs is found at the next connection that needs it; one that is removed is
@@ -82,6 +83,7 @@ pub struct Keys {
 struct Pins {
     members: BTreeMap<NodeId, CertificateDer<'static>>,
     clients: Vec<CertificateDer<'static>>,
+    peers: Vec<CertificateDer<'static>>,
 }
 
 impl Pins {
@@ -92,9 +94,10 @@ impl Pins {
             let id = id.ok_or_else(|| KeysError::MemberName(path.clone()))?;
             members.insert(id, read_certificate(&path)?);
         }
-        let clients = certificates_in(&dir.join("clients"))?;
-        let clients = clients.iter().map(|path| read_certificate(path)).collect::<Result<_, _>>()?;
-        Ok(Self { members, clients })
+        let all = |kind: &str| {
+            certificates_in(&dir.join(kind))?.iter().map(|path| read_certificate(path)).collect::<Result<_, _>>()
+        };
+        Ok(Self { members, clients: all("clients")?, peers: all("peers")? })
     }
 }
 
@@ -146,6 +149,11 @@ impl Keys {
         self.with_pins(|pins| pins.members.get(&id).is_some_and(|pin| pin == certificate))
     }
 
+    /// Whether this is the certificate of a host that may form a pair with this one.
+    pub(crate) fn is_peer(&self, certificate: &CertificateDer<'_>) -> bool {
+        self.with_pins(|pins| pins.peers.iter().any(|pin| pin == certificate))
+    }
+
     /// Whether this is a member's or a client's certificate.
     pub(crate) fn is_known(&self, certificate: &CertificateDer<'_>) -> bool {
         self.with_pins(|pins| pins.members.values().chain(&pins.clients).any(|pin| pin == certificate))
@@ -153,7 +161,7 @@ impl Keys {
 }
 
 /// Makes the keys for a trial: under `dir` one directory for each member, named by its number, and one for each client,
-/// each complete and ready to be copied to its host. Existing files are an error.
+/// each complete and ready to be copied to its host. The clients are each other's peers. Existing files are an error.
 pub fn make_set(dir: &Path, members: &[NodeId], clients: &[String]) -> Result<(), KeysError> {
     let parties =
         members.iter().map(|id| (id.to_string(), true)).chain(clients.iter().map(|c| (c.clone(), false)));
@@ -168,8 +176,12 @@ pub fn make_set(dir: &Path, members: &[NodeId], clients: &[String]) -> Result<()
         write_new(&own.join("own.key"), &pair.signing_key.serialize_pem(), 0o600)?;
         write_new(&own.join("own.crt"), &pair.cert.pem(), 0o644)?;
         for (other, other_is_member, other_pair) in &made {
-            let kind = if *other_is_member { "members" } else { "clients" };
-            if *is_member || *other_is_member {
+            let kind = match (is_member, other_is_member) {
+                (_, true) => "members",
+                (true, false) => "clients",
+                (false, false) => "peers",
+            };
+            if other != name || *other_is_member {
                 write_new(&own.join(kind).join(format!("{other}.crt")), &other_pair.cert.pem(), 0o644)?;
             }
         }

@@ -15,13 +15,29 @@ use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use crate::keys::{Keys, KeysError};
 
+/// Whose certificates are accepted.
+type Accepts = fn(&Keys, &CertificateDer<'_>) -> bool;
+
 #[derive(Debug)]
 struct Pinned {
     keys: Arc<Keys>,
+    accepts: Accepts,
     provider: Arc<CryptoProvider>,
 }
 
 impl Pinned {
+    fn new(keys: &Arc<Keys>, accepts: Accepts) -> Arc<Pinned> {
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        Arc::new(Pinned { keys: keys.clone(), accepts, provider })
+    }
+
+    fn check(&self, certificate: &CertificateDer<'_>) -> Result<(), Error> {
+        if (self.accepts)(&self.keys, certificate) {
+            return Ok(());
+        }
+        Err(Error::InvalidCertificate(CertificateError::ApplicationVerificationFailure))
+    }
+
     fn signature(
         &self,
         message: &[u8],
@@ -34,10 +50,6 @@ impl Pinned {
     fn schemes(&self) -> Vec<SignatureScheme> {
         self.provider.signature_verification_algorithms.supported_schemes()
     }
-}
-
-fn unknown() -> Error {
-    Error::InvalidCertificate(CertificateError::ApplicationVerificationFailure)
 }
 
 /// TLS 1.2 is not offered, so this is never called; refusing is right in any case.
@@ -54,7 +66,7 @@ impl ServerCertVerifier for Pinned {
         _: &[u8],
         _: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        if self.keys.is_member(certificate) { Ok(ServerCertVerified::assertion()) } else { Err(unknown()) }
+        self.check(certificate).map(|()| ServerCertVerified::assertion())
     }
 
     fn verify_tls12_signature(
@@ -91,7 +103,7 @@ impl ClientCertVerifier for Pinned {
         _: &[CertificateDer<'_>],
         _: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
-        if self.keys.is_known(certificate) { Ok(ClientCertVerified::assertion()) } else { Err(unknown()) }
+        self.check(certificate).map(|()| ClientCertVerified::assertion())
     }
 
     fn verify_tls12_signature(
@@ -118,29 +130,44 @@ impl ClientCertVerifier for Pinned {
 }
 
 /// For the side that connects: accepts members only.
-///
-/// Sessions are never resumed, here or by [`acceptor`]: a resumed one would not look at the certificate again.
 pub fn connector(keys: &Arc<Keys>) -> Result<TlsConnector, KeysError> {
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let pinned = Arc::new(Pinned { keys: keys.clone(), provider: provider.clone() });
-    let mut config = ClientConfig::builder_with_provider(provider)
+    Ok(client(keys, Keys::is_member)?.into())
+}
+
+/// For the side that listens: accepts members and clients.
+pub fn acceptor(keys: &Arc<Keys>) -> Result<TlsAcceptor, KeysError> {
+    Ok(server(keys, Keys::is_known)?.into())
+}
+
+/// For the host that connects to the other one of its pair: accepts peers only.
+pub fn peer_client(keys: &Arc<Keys>) -> Result<Arc<ClientConfig>, KeysError> {
+    client(keys, Keys::is_peer)
+}
+
+/// For the host that listens for the other one of its pair: accepts peers only.
+pub fn peer_server(keys: &Arc<Keys>) -> Result<Arc<ServerConfig>, KeysError> {
+    server(keys, Keys::is_peer)
+}
+
+/// Sessions are never resumed, here or by [`server`]: a resumed one would not look at the certificate again.
+fn client(keys: &Arc<Keys>, accepts: Accepts) -> Result<Arc<ClientConfig>, KeysError> {
+    let pinned = Pinned::new(keys, accepts);
+    let mut config = ClientConfig::builder_with_provider(pinned.provider.clone())
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .dangerous()
         .with_custom_certificate_verifier(pinned)
         .with_client_auth_cert(vec![keys.certificate.clone()], keys.key.clone_key())?;
     config.resumption = rustls::client::Resumption::disabled();
-    Ok(Arc::new(config).into())
+    Ok(Arc::new(config))
 }
 
-/// For the side that listens: accepts members and clients.
-pub fn acceptor(keys: &Arc<Keys>) -> Result<TlsAcceptor, KeysError> {
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let pinned = Arc::new(Pinned { keys: keys.clone(), provider: provider.clone() });
-    let mut config = ServerConfig::builder_with_provider(provider)
+fn server(keys: &Arc<Keys>, accepts: Accepts) -> Result<Arc<ServerConfig>, KeysError> {
+    let pinned = Pinned::new(keys, accepts);
+    let mut config = ServerConfig::builder_with_provider(pinned.provider.clone())
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .with_client_cert_verifier(pinned)
         .with_single_cert(vec![keys.certificate.clone()], keys.key.clone_key())?;
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
-    Ok(Arc::new(config).into())
+    Ok(Arc::new(config))
 }
