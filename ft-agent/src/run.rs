@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{BufReader, BufWriter};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Args;
@@ -20,11 +21,11 @@ use crate::error::Error;
 use crate::guest::Guest;
 use crate::log_file::LogWriter;
 use crate::options::{ClockMode, Plan, RunOptions};
-use crate::outside::Host;
 use crate::outside::console::{Printer, read_keys};
 use crate::outside::disk::Image;
 use crate::outside::tap::Tap;
 use crate::outside::terminal::RawMode;
+use crate::outside::{Host, Inlet, Outlet};
 use crate::summary::Summary;
 
 /// What `vmft run` takes beside the machine itself.
@@ -73,7 +74,7 @@ struct Options {
 }
 
 /// Frames, keys and disk completions that may wait for the guest, of each device.
-const INBOX_CAPACITY: usize = 1024;
+pub const INBOX_CAPACITY: usize = 1024;
 
 /// Runs the guest to its end.
 ///
@@ -176,13 +177,15 @@ impl<'a> Session<'a> {
         machine: &Machine,
         images: Vec<Image>,
     ) -> Result<Session<'a>, Error> {
-        let (inbox, sender) = Inbox::new(machine.kicker(), INBOX_CAPACITY);
-        let mut host = Host::new(inbox, Printer::new(options.until.clone()), clock, machine.time_ns())?;
-        attach(&mut host, plan, images, &sender)?;
+        let inbox = Inbox::new(machine.kicker(), INBOX_CAPACITY);
+        let inlet = Inlet::new(inbox, clock, machine.time_ns(), 0)?;
+        let mut host = Host { inlet, outlet: Outlet::new(Printer::new(options.until.clone())) };
+        attach(&mut host, plan, images)?;
         // A restored machine may have been saved while its disks were at work.
         for request in machine.unfinished_disk_requests() {
             host.disk(request)?;
         }
+        let sender = host.inlet.sender().clone();
         let signals = stop_on_signals(&sender)?;
         let terminal = RawMode::enter().map_err(Error::host("terminal"))?;
         std::thread::spawn(move || read_keys(sender));
@@ -220,15 +223,16 @@ impl<'a> Session<'a> {
     }
 }
 
-fn attach(host: &mut Host, plan: &Plan, images: Vec<Image>, sender: &InboxSender) -> Result<(), Error> {
+fn attach(host: &mut Host, plan: &Plan, images: Vec<Image>) -> Result<(), Error> {
     let mut slot = 0;
     if let Some(net) = &plan.net {
-        let tap = Tap::open(&net.tap).map_err(Error::host(format!("tap {}", net.tap)))?;
-        host.attach_tap(slot, tap, sender.clone());
+        let tap = Arc::new(Tap::open(&net.tap)?);
+        host.inlet.attach_tap(slot, tap.clone());
+        host.outlet.attach_tap(slot, tap);
         slot += 1;
     }
     for (slot, image) in (slot..).zip(images) {
-        host.attach_disk(slot, image, sender.clone());
+        host.inlet.attach_disk(slot, image);
     }
     Ok(())
 }
@@ -271,7 +275,10 @@ fn drive<S: FromHost>(guest: &mut GuestLoop<S>, options: &Options) -> Result<Opt
 fn run_to_pause<S: FromHost>(guest: &mut GuestLoop<S>) -> Result<Turn, Error> {
     loop {
         match guest.turn()? {
-            Turn::Again => guest.source.live().outside().show_progress(guest.machine.position().count),
+            Turn::Again => {
+                let count = guest.machine.position().count;
+                guest.source.live().outside().outlet.printer.show_progress(count);
+            }
             turn => return Ok(turn),
         }
     }

@@ -3,11 +3,13 @@
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
+use std::sync::mpsc::{Sender, channel};
+use std::thread::JoinHandle;
 
 use entry::{DiskRequest, DiskResult, DiskWork};
 
 use crate::error::Error;
-use crate::options::Disk;
+use crate::options;
 
 /// Bytes in a sector.
 const SECTOR: u64 = 512;
@@ -24,7 +26,7 @@ impl Image {
     ///
     /// # Errors
     /// It cannot be opened as asked, or its size is wrong.
-    pub fn open(disk: &Disk) -> Result<Image, Error> {
+    pub fn open(disk: &options::Disk) -> Result<Image, Error> {
         let name = disk.path.display();
         let config = |why: String| Error::config("disk", format!("{name}: {why}"));
         let file = OpenOptions::new().read(true).write(!disk.read_only).open(&disk.path);
@@ -41,7 +43,7 @@ impl Image {
     ///
     /// # Errors
     /// There is no room beside the image, or it cannot be read.
-    pub fn private_copy(disk: &Disk) -> Result<Image, Error> {
+    pub fn private_copy(disk: &options::Disk) -> Result<Image, Error> {
         let mut name = disk.path.file_name().unwrap_or_default().to_owned();
         name.push(format!(".replay-{}", std::process::id()));
         let path = disk.path.with_file_name(name);
@@ -82,6 +84,47 @@ impl Image {
                 Ok(DiskResult::Done)
             }
         }
+    }
+}
+
+/// A thread that does an image's requests one after the other, so that those that overlap run in their order.
+pub struct Disk {
+    requests: Sender<DiskRequest>,
+    thread: JoinHandle<Image>,
+}
+
+impl Disk {
+    /// Starts the thread; `done` takes the result of each request by its id, and says whether to go on.
+    pub fn start(
+        image: Image,
+        mut done: impl FnMut(u64, Result<DiskResult, Error>) -> bool + Send + 'static,
+    ) -> Disk {
+        let (requests, work) = channel::<DiskRequest>();
+        let thread = std::thread::spawn(move || {
+            for request in work {
+                let result = image.perform(&request);
+                let failed = result.is_err();
+                if !done(request.id, result) || failed {
+                    break;
+                }
+            }
+            image
+        });
+        Disk { requests, thread }
+    }
+
+    /// Begins a request. `false`: the disk has failed, as its `done` was told.
+    pub fn request(&self, request: DiskRequest) -> bool {
+        self.requests.send(request).is_ok()
+    }
+
+    /// Lets the requests that have begun end, and gives the image back.
+    ///
+    /// # Panics
+    /// When the thread did.
+    pub fn stop(self) -> Image {
+        drop(self.requests);
+        self.thread.join().expect("the disk's thread does not panic")
     }
 }
 

@@ -9,7 +9,6 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::AsFd;
-use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -22,6 +21,7 @@ use vmm::source::Outside;
 use crate::error::Error;
 use crate::options::ClockMode;
 use console::Printer;
+use disk::{Disk, Image};
 use tap::Tap;
 
 /// The longest frame that a tap gives: 64 KiB.
@@ -43,16 +43,15 @@ pub struct Traffic {
 /// The first failure of a device thread: the run ends with it.
 type Failure = Arc<Mutex<Option<Error>>>;
 
-/// The host as a guest's outside.
-pub struct Host {
+/// Where a guest's inputs come from: the way in from taps, disks and keys, the clock and the entropy.
+pub struct Inlet {
     inbox: Inbox,
-    printer: Printer,
-    taps: BTreeMap<u8, Arc<Tap>>,
-    disks: BTreeMap<u8, Sender<DiskRequest>>,
+    sender: InboxSender,
+    disks: BTreeMap<u8, Disk>,
     clock: Option<HostClock>,
     entropy: Entropy,
     failure: Failure,
-    traffic: Traffic,
+    slept: Duration,
 }
 
 /// Guest time as the host's clock has it.
@@ -60,6 +59,18 @@ struct HostClock {
     start: Instant,
     /// Guest time at `start`, ns.
     base_ns: u64,
+    /// How far guest time was behind then, ns.
+    behind_ns: u64,
+}
+
+/// A guest whose time is behind is slewed by this part: it never jumps.
+const SLEW: u64 = 20;
+
+impl HostClock {
+    fn time_ns(&self, elapsed: Duration) -> u64 {
+        let elapsed = elapsed.as_nanos() as u64;
+        self.base_ns + elapsed + self.behind_ns.min(elapsed / SLEW)
+    }
 }
 
 /// Where random numbers come from.
@@ -70,36 +81,33 @@ enum Entropy {
     Fixed,
 }
 
-impl Host {
-    /// An outside without devices. `time_ns` is the guest time from which the clock goes on.
+impl Inlet {
+    /// A way in without devices. `time_ns` is the guest time from which the clock goes on, `behind_ns` how much later
+    /// it should be.
     ///
     /// # Errors
     /// /dev/urandom cannot be opened.
-    pub fn new(inbox: Inbox, printer: Printer, clock: ClockMode, time_ns: u64) -> Result<Host, Error> {
+    pub fn new(
+        (inbox, sender): (Inbox, InboxSender),
+        clock: ClockMode,
+        time_ns: u64,
+        behind_ns: u64,
+    ) -> Result<Inlet, Error> {
         let (clock, entropy) = match clock {
             ClockMode::Host => {
                 let random = File::open("/dev/urandom").map_err(Error::host("/dev/urandom"))?;
-                (Some(HostClock { start: Instant::now(), base_ns: time_ns }), Entropy::Host(random))
+                let clock = HostClock { start: Instant::now(), base_ns: time_ns, behind_ns };
+                (Some(clock), Entropy::Host(random))
             }
             ClockMode::Virtual => (None, Entropy::Fixed),
         };
-        Ok(Host {
-            inbox,
-            printer,
-            taps: BTreeMap::new(),
-            disks: BTreeMap::new(),
-            clock,
-            entropy,
-            failure: Failure::default(),
-            traffic: Traffic::default(),
-        })
+        let (disks, failure) = Default::default();
+        Ok(Inlet { inbox, sender, disks, clock, entropy, failure, slept: Duration::ZERO })
     }
 
-    /// Connects the network device in `slot` to a tap, whose frames come in through `sender`.
-    pub fn attach_tap(&mut self, slot: u8, tap: Tap, sender: InboxSender) {
-        let tap = Arc::new(tap);
-        self.taps.insert(slot, tap.clone());
-        let failure = self.failure.clone();
+    /// Lets the frames of a tap in, for the network device in `slot`.
+    pub fn attach_tap(&mut self, slot: u8, tap: Arc<Tap>) {
+        let (failure, sender) = (self.failure.clone(), self.sender.clone());
         std::thread::spawn(move || {
             if let Err(e) = receive_frames(slot, &tap, &sender) {
                 fail(&failure, Error::Host { what: "tap".into(), source: e }, &sender);
@@ -108,68 +116,56 @@ impl Host {
     }
 
     /// Connects the disk in `slot` to its image.
-    pub fn attach_disk(&mut self, slot: u8, image: disk::Image, sender: InboxSender) {
-        let (requests, work) = channel();
-        self.disks.insert(slot, requests);
-        let failure = self.failure.clone();
-        std::thread::spawn(move || {
-            // Requests run one after the other, so those that overlap run in their order.
-            for request in work {
-                match image.perform(&request) {
-                    Ok(result) => {
-                        let done = Input::DiskDone { slot, id: request.id, result };
-                        if sender.send(Origin::Disk(slot), done).is_err() {
-                            return;
-                        }
-                    }
-                    Err(e) => return fail(&failure, e, &sender),
-                }
+    pub fn attach_disk(&mut self, slot: u8, image: Image) {
+        let (failure, sender) = (self.failure.clone(), self.sender.clone());
+        let disk = Disk::start(image, move |id, result| match result {
+            Ok(result) => sender.send(Origin::Disk(slot), Input::DiskDone { slot, id, result }).is_ok(),
+            Err(e) => {
+                fail(&failure, e, &sender);
+                false
             }
         });
+        self.disks.insert(slot, disk);
     }
 
-    /// Tells the user how far a silent guest is, now and then.
-    pub fn show_progress(&mut self, instructions: u64) {
-        self.printer.show_progress(instructions);
+    /// The way in for other threads.
+    pub fn sender(&self) -> &InboxSender {
+        &self.sender
     }
 
-    /// What was done so far.
-    pub fn traffic(&self) -> Traffic {
-        self.traffic
-    }
-
-    fn check_failure(&self) -> Result<(), Error> {
-        let failed = self.failure.lock().unwrap_or_else(PoisonError::into_inner).take();
-        failed.map_or(Ok(()), Err)
-    }
-}
-
-impl Outside for Host {
-    type Error = Error;
-
-    fn poll(&mut self, takes: &mut dyn FnMut(&Input) -> bool) -> Result<Option<Input>, Error> {
+    /// The next input that waits and that the machine `takes`.
+    ///
+    /// # Errors
+    /// A device has failed.
+    pub fn poll(&mut self, takes: &mut dyn FnMut(&Input) -> bool) -> Result<Option<Input>, Error> {
         self.check_failure()?;
         Ok(self.inbox.take(takes))
     }
 
-    fn stop_requested(&mut self) -> bool {
-        self.printer.is_satisfied() || self.inbox.stop_requested()
+    /// Somebody asked the run to stop, or a device failed.
+    pub fn stop_requested(&self) -> bool {
+        self.inbox.stop_requested()
     }
 
-    fn time_ns(&mut self) -> Option<u64> {
-        self.clock.as_ref().map(|c| c.base_ns + c.start.elapsed().as_nanos() as u64)
+    /// Guest time by the host's clock, `None` if it is virtual.
+    pub fn time_ns(&self) -> Option<u64> {
+        self.clock.as_ref().map(|c| c.time_ns(c.start.elapsed()))
     }
 
-    fn wait(&mut self, until_ns: Option<u64>) -> Result<(), Error> {
+    /// Sleeps until something arrives or guest time is `until_ns`, at most for `longest`.
+    pub fn wait(&mut self, until_ns: Option<u64>, longest: Option<Duration>) {
         let now = self.time_ns();
-        let timeout = until_ns.zip(now).map(|(until, now)| Duration::from_nanos(until.saturating_sub(now)));
+        let due = until_ns.zip(now).map(|(until, now)| Duration::from_nanos(until.saturating_sub(now)));
         let asleep = Instant::now();
-        self.inbox.wait(timeout);
-        self.traffic.slept += asleep.elapsed();
-        Ok(())
+        self.inbox.wait(due.into_iter().chain(longest).min());
+        self.slept += asleep.elapsed();
     }
 
-    fn answer(&mut self, at: Position, question: &Question) -> Result<Answer, Error> {
+    /// The answer to a question that the guest asks at a position.
+    ///
+    /// # Errors
+    /// The host has no entropy.
+    pub fn answer(&mut self, at: Position, question: &Question) -> Result<Answer, Error> {
         match question {
             Question::Entropy { len, .. } => {
                 let mut bytes = vec![0; *len as usize];
@@ -179,14 +175,54 @@ impl Outside for Host {
         }
     }
 
-    fn send(&mut self, output: Output) -> Result<(), Error> {
+    /// Starts a request to a disk.
+    ///
+    /// # Errors
+    /// The disk has failed.
+    pub fn disk(&mut self, request: DiskRequest) -> Result<(), Error> {
+        let sent = self.disks.get(&request.slot).map(|disk| disk.request(request));
+        // Without its thread there is a failure to tell.
+        if sent == Some(true) { Ok(()) } else { self.check_failure() }
+    }
+
+    fn check_failure(&self) -> Result<(), Error> {
+        let failed = self.failure.lock().unwrap_or_else(PoisonError::into_inner).take();
+        failed.map_or(Ok(()), Err)
+    }
+}
+
+/// Where a guest's outputs go.
+pub struct Outlet {
+    taps: BTreeMap<u8, Arc<Tap>>,
+    /// The console.
+    pub printer: Printer,
+    frames_sent: u64,
+    frames_dropped: u64,
+}
+
+impl Outlet {
+    /// A way out without taps.
+    pub fn new(printer: Printer) -> Outlet {
+        Outlet { taps: BTreeMap::new(), printer, frames_sent: 0, frames_dropped: 0 }
+    }
+
+    /// Lets the frames of the network device in `slot` out through a tap.
+    pub fn attach_tap(&mut self, slot: u8, tap: Arc<Tap>) {
+        self.taps.insert(slot, tap);
+    }
+
+    /// Sends an output.
+    ///
+    /// # Errors
+    /// Standard output is gone.
+    pub fn send(&mut self, output: Output) -> Result<(), Error> {
         match output {
             Output::Frame { slot, bytes } => {
                 if let Some(tap) = self.taps.get(&slot) {
                     match tap.send(&bytes) {
-                        Ok(()) => self.traffic.frames_sent += 1,
+                        Ok(()) => self.frames_sent += 1,
                         // As on a wire, a frame that does not get through is lost; the summary counts it.
-                        Err(_) => self.traffic.frames_dropped += 1,
+                        Err(_) => self.frames_dropped += 1,
                     }
                 }
                 Ok(())
@@ -195,11 +231,54 @@ impl Outside for Host {
             Output::Console { .. } => Ok(()),
         }
     }
+}
+
+/// The host as the outside of a guest that is not protected: outputs leave at once.
+pub struct Host {
+    /// The way in.
+    pub inlet: Inlet,
+    /// The way out.
+    pub outlet: Outlet,
+}
+
+impl Host {
+    /// What was done so far.
+    pub fn traffic(&self) -> Traffic {
+        let Outlet { frames_sent, frames_dropped, .. } = self.outlet;
+        Traffic { frames_sent, frames_dropped, slept: self.inlet.slept }
+    }
+}
+
+impl Outside for Host {
+    type Error = Error;
+
+    fn poll(&mut self, takes: &mut dyn FnMut(&Input) -> bool) -> Result<Option<Input>, Error> {
+        self.inlet.poll(takes)
+    }
+
+    fn stop_requested(&mut self) -> bool {
+        self.outlet.printer.is_satisfied() || self.inlet.stop_requested()
+    }
+
+    fn time_ns(&mut self) -> Option<u64> {
+        self.inlet.time_ns()
+    }
+
+    fn wait(&mut self, until_ns: Option<u64>) -> Result<(), Error> {
+        self.inlet.wait(until_ns, None);
+        Ok(())
+    }
+
+    fn answer(&mut self, at: Position, question: &Question) -> Result<Answer, Error> {
+        self.inlet.answer(at, question)
+    }
+
+    fn send(&mut self, output: Output) -> Result<(), Error> {
+        self.outlet.send(output)
+    }
 
     fn disk(&mut self, request: DiskRequest) -> Result<(), Error> {
-        let sent = self.disks.get(&request.slot).map(|disk| disk.send(request));
-        // Without its thread there is a failure to tell.
-        if sent.is_none_or(|s| s.is_err()) { self.check_failure() } else { Ok(()) }
+        self.inlet.disk(request)
     }
 
     fn digest(&mut self, at: Position, digest: StateDigest) -> Result<(), Error> {
@@ -251,4 +330,16 @@ fn receive_frames(slot: u8, tap: &Tap, sender: &InboxSender) -> std::io::Result<
 fn fail(failure: &Failure, error: Error, sender: &InboxSender) {
     failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
     sender.stop();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn guest_time_that_is_behind_catches_up_without_a_jump() {
+        let clock = HostClock { start: Instant::now(), base_ns: 1_000, behind_ns: 500 };
+        let at = |ns| clock.time_ns(Duration::from_nanos(ns));
+        assert_eq!((at(0), at(20), at(10_000), at(1_000_000)), (1_000, 1_021, 11_500, 1_001_500));
+    }
 }

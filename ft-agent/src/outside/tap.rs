@@ -9,6 +9,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use nix::libc;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
+use crate::error::Error;
+
 /// An open tap. Frames have no header; reads and writes do not block.
 #[derive(Debug)]
 pub struct Tap {
@@ -20,7 +22,11 @@ impl Tap {
     ///
     /// # Errors
     /// No right to (needs CAP_NET_ADMIN unless the tap belongs to this user), or the tap is in use.
-    pub fn open(name: &str) -> io::Result<Tap> {
+    pub fn open(name: &str) -> Result<Tap, Error> {
+        Self::attach(name).map_err(Error::host(format!("tap {name}")))
+    }
+
+    fn attach(name: &str) -> io::Result<Tap> {
         let file =
             OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun")?;
         let mut request = interface_request(name);
