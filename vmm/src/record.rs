@@ -76,7 +76,7 @@ impl<O: Outside, L: Log<Error = O::Error>> Recorder<O, L> {
         let at = machine.position();
         let state = logged_state(&machine.digest()?);
         let last =
-            [Entry::Mark { time_ns: machine.time_ns() }, Entry::State(state), Entry::End(EndReason::Stopped)];
+            [Entry::Mark { time_ns: machine.time_ns() }, Entry::End(EndReason::Stopped), Entry::State(state)];
         last.into_iter().try_for_each(|entry| self.append(at, entry)).map_err(LoopError::Source)
     }
 

@@ -269,8 +269,9 @@ impl<L: Records, D: Standby> Source for Replayer<L, D> {
                 return Ok(Next::Run { until: Some(self.run_until(at, &front)) });
             }
             match front.entry {
-                Entry::Input(input) => return self.input(at, input).map(Next::Apply),
                 Entry::State(_) => return Ok(Next::Digest),
+                _ if self.ended.is_some() => return self.diverge(at, Difference::Over),
+                Entry::Input(input) => return self.input(at, input).map(Next::Apply),
                 Entry::Mark { time_ns } if time_ns == machine.time_ns() => self.advance(),
                 // Halted with interrupts off, a guest lets deadlines pass where it is.
                 Entry::Mark { time_ns } if machine.is_halted() && machine.time_ns() < time_ns => {
@@ -282,7 +283,6 @@ impl<L: Records, D: Standby> Source for Replayer<L, D> {
                 Entry::End(EndReason::Stopped) => {
                     self.ended = Some(EndReason::Stopped);
                     self.advance();
-                    self.check_over(at)?;
                 }
                 Entry::Interrupt { .. } => return self.diverge(at, Difference::Unsupported),
                 Entry::Output(_) | Entry::Answer(_) | Entry::End(EndReason::Guest(_)) => {

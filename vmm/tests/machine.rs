@@ -1,22 +1,14 @@
-//! The machine with a small guest: determinism whatever stops it, recording and replaying by the same loop, saving and
-//! restoring, reset.
+//! The machine with a small guest: determinism whatever stops it, saving and restoring, reset.
 
 mod guest;
 
-use std::collections::VecDeque;
-use std::convert::Infallible;
-
-use entry::{Answer, Console, Digest, DiskRequest, End, Input, Output, Position, PositionUnit, Question};
-use proptest::prelude::*;
+use entry::{Console, Digest, End, Input, Output, Position, PositionUnit};
 use vmft_vmm::guest_loop::{GuestLoop, Turn};
-use vmft_vmm::machine::{Machine, StateDigest, Stop};
-use vmft_vmm::source::{After, Live, Next, Outside, Source, Stops};
+use vmft_vmm::machine::{Machine, Stop};
+use vmft_vmm::source::{Live, Stops};
 
-use guest::{assemble, image, machine_of, out};
-
-fn machine() -> Machine {
-    machine_of(&image(), Vec::new())
-}
+use guest::world::World;
+use guest::{assemble, machine, machine_of, out, total};
 
 /// Runs to a position whatever it stops for on the way; guest time is virtual. Returns what was printed.
 fn run_to(machine: &mut Machine, until: Option<Position>) -> (Option<End>, Vec<u8>) {
@@ -34,12 +26,6 @@ fn run_to(machine: &mut Machine, until: Option<Position>) -> (Option<End>, Vec<u
             Stop::Question(question) => panic!("{question:?}"),
         }
     }
-}
-
-fn total(machine: &mut Machine) -> Digest {
-    let digest = machine.digest().unwrap();
-    assert_eq!(digest, machine.full_digest().unwrap(), "what was written is what was reported");
-    digest.total()
 }
 
 const POSITIONS: [u64; 6] = [1, 100_003, 1_000_000, 3_000_001, 7_654_321, 9_999_999];
@@ -153,7 +139,7 @@ fn a_damaged_or_foreign_file_is_refused() {
     let mut version = saved.clone();
     version[8] = 9;
     assert!(message(&version).contains("version 9"));
-    let mut other = machine_of(&image(), vec![vmft_vmm::Slot::Entropy]);
+    let mut other = machine_of(&guest::image(), vec![vmft_vmm::Slot::Entropy]);
     let error = other.restore(&mut &saved[..]).unwrap_err().to_string();
     assert_eq!(error, "the saved machine differs from the configured one in: devices");
 }
@@ -204,217 +190,6 @@ fn nobody_answers_with_ones_and_a_triple_fault_ends_the_run() {
     assert_eq!(run_to(&mut machine, None).0, Some(End::TripleFault));
     let vmft_vmm::vcpu::VcpuState::Soft(state) = machine.vcpu_state().unwrap();
     assert_eq!((state.gpr[8], state.gpr[9], state.gpr[10]), (0xffff_ffff, u64::MAX, 0xffff));
-}
-
-/// A world that types and whose clock moves on each time it is looked at.
-#[derive(Default)]
-struct World {
-    typing: VecDeque<(u32, Vec<u8>)>,
-    looks: u32,
-    now_ns: u64,
-    clock_step_ns: u64,
-    printed: Vec<u8>,
-}
-
-impl Outside for World {
-    type Error = Infallible;
-
-    fn poll(&mut self, takes: &mut dyn FnMut(&Input) -> bool) -> Result<Option<Input>, Infallible> {
-        self.looks += 1;
-        if self.typing.front().is_none_or(|(look, _)| *look > self.looks) {
-            return Ok(None);
-        }
-        let bytes = self.typing[0].1.clone();
-        let input = Input::Console { console: Console::Serial, bytes };
-        Ok(takes(&input).then(|| {
-            self.typing.pop_front();
-            input
-        }))
-    }
-
-    fn stop_requested(&mut self) -> bool {
-        false
-    }
-
-    fn time_ns(&mut self) -> Option<u64> {
-        self.now_ns += self.clock_step_ns;
-        (self.clock_step_ns > 0).then_some(self.now_ns)
-    }
-
-    fn wait(&mut self, until_ns: Option<u64>) -> Result<(), Infallible> {
-        // Wakes early, as a wait may.
-        let until_ns = until_ns.expect("the timer of this guest always runs");
-        self.now_ns += (until_ns - self.now_ns).div_ceil(2);
-        Ok(())
-    }
-
-    fn answer(&mut self, _at: Position, question: &Question) -> Result<Answer, Infallible> {
-        panic!("{question:?}")
-    }
-
-    fn send(&mut self, output: Output) -> Result<(), Infallible> {
-        let Output::Console { bytes, .. } = output else { panic!("{output:?}") };
-        self.printed.extend(bytes);
-        Ok(())
-    }
-
-    fn disk(&mut self, request: DiskRequest) -> Result<(), Infallible> {
-        panic!("{request:?}")
-    }
-
-    fn digest(&mut self, _at: Position, _digest: StateDigest) -> Result<(), Infallible> {
-        Ok(())
-    }
-}
-
-/// What a log would hold.
-#[derive(Debug, Clone, PartialEq)]
-enum Record {
-    Input(Input),
-    Output(Output),
-    Digest(StateDigest),
-    End(End),
-}
-
-/// Records what goes through a live source: append first, apply second. Takes a digest now and then.
-struct Recorder {
-    live: Live<World>,
-    log: Vec<(Position, Record)>,
-    turns: u32,
-}
-
-impl Source for Recorder {
-    type Error = Infallible;
-
-    fn next(&mut self, machine: &Machine) -> Result<Next, Infallible> {
-        self.turns += 1;
-        if self.turns.is_multiple_of(7) && !machine.is_halted() {
-            return Ok(Next::Digest);
-        }
-        let next = self.live.next(machine)?;
-        if let Next::Apply(input) = &next {
-            self.log.push((machine.position(), Record::Input(input.clone())));
-        }
-        Ok(next)
-    }
-
-    fn answer(&mut self, at: Position, question: &Question) -> Result<Option<Answer>, Infallible> {
-        self.live.answer(at, question)
-    }
-
-    fn output(&mut self, at: Position, output: Output) -> Result<(), Infallible> {
-        self.log.push((at, Record::Output(output.clone())));
-        self.live.output(at, output)
-    }
-
-    fn disk(&mut self, at: Position, request: DiskRequest) -> Result<(), Infallible> {
-        self.live.disk(at, request)
-    }
-
-    fn digest(&mut self, at: Position, digest: StateDigest) -> Result<(), Infallible> {
-        self.log.push((at, Record::Digest(digest)));
-        Ok(())
-    }
-
-    fn ended(&mut self, at: Position, end: End) -> Result<After, Infallible> {
-        self.log.push((at, Record::End(end)));
-        self.live.ended(at, end)
-    }
-}
-
-/// Replays a log and checks everything that the machine says against it.
-struct Replayer {
-    log: VecDeque<(Position, Record)>,
-}
-
-impl Replayer {
-    fn check(&mut self, at: Position, record: Record) {
-        assert_eq!(self.log.pop_front(), Some((at, record)));
-    }
-}
-
-impl Source for Replayer {
-    type Error = Infallible;
-
-    fn next(&mut self, machine: &Machine) -> Result<Next, Infallible> {
-        let at = machine.position();
-        // Outputs and the end come by themselves; the machine must not run past what is to be done from here.
-        let due = self.log.iter().find(|(_, record)| matches!(record, Record::Input(_) | Record::Digest(_)));
-        match (self.log.front(), due) {
-            (Some((here, Record::Input(input))), _) if *here == at => {
-                let input = input.clone();
-                self.log.pop_front();
-                Ok(Next::Apply(input))
-            }
-            (Some((here, Record::Digest(_))), _) if *here == at => Ok(Next::Digest),
-            (_, due) => {
-                assert!(due.is_none_or(|(position, _)| *position >= at), "{at:?} is past {due:?}");
-                Ok(Next::Run { until: due.map(|(position, _)| *position) })
-            }
-        }
-    }
-
-    fn answer(&mut self, _at: Position, question: &Question) -> Result<Option<Answer>, Infallible> {
-        panic!("{question:?}")
-    }
-
-    fn output(&mut self, at: Position, output: Output) -> Result<(), Infallible> {
-        self.check(at, Record::Output(output));
-        Ok(())
-    }
-
-    fn disk(&mut self, _at: Position, request: DiskRequest) -> Result<(), Infallible> {
-        panic!("{request:?}")
-    }
-
-    fn digest(&mut self, at: Position, digest: StateDigest) -> Result<(), Infallible> {
-        self.check(at, Record::Digest(digest));
-        Ok(())
-    }
-
-    fn ended(&mut self, at: Position, end: End) -> Result<After, Infallible> {
-        self.check(at, Record::End(end));
-        Ok(After::Finish)
-    }
-}
-
-fn record_and_replay(world: World) -> usize {
-    let live = Live::new(world, PositionUnit::Instructions, Stops::default());
-    let mut recording =
-        GuestLoop { machine: machine(), source: Recorder { live, log: Vec::new(), turns: 0 } };
-    let kicker = recording.machine.kicker();
-    let mut turn = Turn::Again;
-    while turn == Turn::Again {
-        if recording.source.turns.is_multiple_of(3) {
-            kicker.kick();
-        }
-        turn = recording.turn().unwrap();
-    }
-    assert_eq!(turn, Turn::Finished(End::PowerOff));
-    let log = recording.source.log;
-    let inputs = log.iter().filter(|(_, record)| matches!(record, Record::Input(_))).count();
-    let mut replay = GuestLoop { machine: machine(), source: Replayer { log: log.into() } };
-    assert_eq!(replay.run().unwrap(), Turn::Finished(End::PowerOff));
-    assert_eq!(replay.source.log, []);
-    assert_eq!(total(&mut replay.machine), total(&mut recording.machine));
-    inputs
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(24))]
-
-    /// Inputs at any moment, the host's clock fast or slow: the log alone makes the same run.
-    #[test]
-    fn what_is_recorded_replays(
-        typing in prop::collection::vec((1u32..60, prop::collection::vec(any::<u8>(), 1..20)), 0..8),
-        clock_step_ns in prop_oneof![Just(0u64), 1u64..100_000, 1_000_000u64..30_000_000],
-    ) {
-        let mut look = 0;
-        let typing: VecDeque<_> = typing.into_iter().map(|(after, bytes)| { look += after; (look, bytes) }).collect();
-        let typed = typing.len();
-        let inputs = record_and_replay(World { typing, clock_step_ns, ..World::default() });
-        prop_assert!(inputs >= typed.min(1) || typed == 0);
-    }
 }
 
 #[test]

@@ -1,5 +1,9 @@
 //! A small guest in machine code: it counts timer ticks, computes, halts, and takes bytes from the serial port.
+#![allow(dead_code, reason = "each test binary uses its part")]
 
+pub mod world;
+
+use entry::Digest;
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 use vmft_vmm::{BootFile, BootFiles, BootPlan, Engine, Machine, MachineConfig, Slot};
@@ -149,6 +153,18 @@ pub fn image() -> Vec<u8> {
         put(IDT + 16 * vector, &low.to_le_bytes(), IDT + 0x1000);
     }
     image
+}
+
+/// A machine with this guest.
+pub fn machine() -> Machine {
+    machine_of(&image(), Vec::new())
+}
+
+/// Digest of the whole machine, which is what its parts' changes add up to.
+pub fn total(machine: &mut Machine) -> Digest {
+    let digest = machine.digest().unwrap();
+    assert_eq!(digest, machine.full_digest().unwrap(), "what was written is what was reported");
+    digest.total()
 }
 
 pub fn machine_of(image: &[u8], slots: Vec<Slot>) -> Machine {

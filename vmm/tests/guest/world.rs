@@ -1,0 +1,131 @@
+//! A world around the guest, a log in memory, and the loop around both.
+
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::sync::Arc;
+
+use entry::log::Record;
+use entry::{Answer, Console, DiskRequest, DiskResult, Input, Output, Position, Question};
+use vmft_vmm::GuestLoop;
+use vmft_vmm::machine::{Machine, StateDigest};
+use vmft_vmm::record::Log;
+use vmft_vmm::replay::{Disks, Records, Replayer};
+use vmft_vmm::source::Outside;
+use vmft_vmm::vcpu::Kick;
+
+/// A world that types and whose clock moves on each time it is looked at.
+#[derive(Clone, Default)]
+pub struct World {
+    /// After how many looks, what.
+    pub typing: VecDeque<(u32, Vec<u8>)>,
+    pub looks: u32,
+    pub now_ns: u64,
+    pub clock_step_ns: u64,
+    pub printed: Vec<u8>,
+    /// Kicks the guest at so many looks more.
+    pub kicks: Option<(u32, Arc<dyn Kick>)>,
+}
+
+impl Outside for World {
+    type Error = Infallible;
+
+    fn poll(&mut self, takes: &mut dyn FnMut(&Input) -> bool) -> Result<Option<Input>, Infallible> {
+        self.looks += 1;
+        if let Some((left @ 1.., kicker)) = &mut self.kicks {
+            *left -= 1;
+            kicker.kick();
+        }
+        if self.typing.front().is_none_or(|(look, _)| *look > self.looks) {
+            return Ok(None);
+        }
+        let bytes = self.typing[0].1.clone();
+        let input = Input::Console { console: Console::Serial, bytes };
+        Ok(takes(&input).then(|| {
+            self.typing.pop_front();
+            input
+        }))
+    }
+
+    fn stop_requested(&mut self) -> bool {
+        false
+    }
+
+    fn time_ns(&mut self) -> Option<u64> {
+        self.now_ns += self.clock_step_ns;
+        (self.clock_step_ns > 0).then_some(self.now_ns)
+    }
+
+    fn wait(&mut self, until_ns: Option<u64>) -> Result<(), Infallible> {
+        // Wakes early, as a wait may.
+        let until_ns = until_ns.expect("the timer of this guest always runs");
+        self.now_ns += (until_ns - self.now_ns).div_ceil(2);
+        Ok(())
+    }
+
+    fn answer(&mut self, _at: Position, question: &Question) -> Result<Answer, Infallible> {
+        panic!("{question:?}")
+    }
+
+    fn send(&mut self, output: Output) -> Result<(), Infallible> {
+        let Output::Console { bytes, .. } = output else { panic!("{output:?}") };
+        self.printed.extend(bytes);
+        Ok(())
+    }
+
+    fn disk(&mut self, request: DiskRequest) -> Result<(), Infallible> {
+        panic!("{request:?}")
+    }
+
+    fn digest(&mut self, _at: Position, _digest: StateDigest) -> Result<(), Infallible> {
+        Ok(())
+    }
+}
+
+/// A log in memory.
+#[derive(Default)]
+pub struct Kept(pub Vec<Record>);
+
+impl Log for Kept {
+    type Error = Infallible;
+
+    fn append(&mut self, record: &Record) -> Result<(), Infallible> {
+        self.0.push(record.clone());
+        Ok(())
+    }
+
+    fn look(&mut self) -> Result<(), Infallible> {
+        Ok(())
+    }
+}
+
+/// The records of a log in memory.
+pub struct Played(pub std::vec::IntoIter<Record>);
+
+impl Records for Played {
+    type Error = Infallible;
+
+    fn next(&mut self) -> Result<Option<Record>, Infallible> {
+        Ok(self.0.next())
+    }
+}
+
+/// This guest has no disk.
+pub struct NoDisk;
+
+impl Disks for NoDisk {
+    type Error = Infallible;
+
+    fn start(&mut self, request: DiskRequest) -> Result<(), Infallible> {
+        panic!("{request:?}")
+    }
+
+    fn finish(&mut self, _slot: u8, _id: u64) -> Result<Option<DiskResult>, Infallible> {
+        Ok(None)
+    }
+}
+
+/// A replay of these records.
+pub fn replay(machine: Machine, log: Vec<Record>) -> GuestLoop<Replayer<Played, NoDisk>> {
+    let source = Replayer::new(Played(log.into_iter()), NoDisk).unwrap();
+    GuestLoop { machine, source }
+}
