@@ -57,7 +57,7 @@ proptest! {
         raw in prop::collection::vec((1u32..60, prop::collection::vec(any::<u8>(), 1..20)), 0..8),
         pauses in prop::collection::vec(1u64..400_000, 0..30),
         clock_step_ns in prop_oneof![Just(0u64), 1u64..100_000, 1_000_000u64..30_000_000],
-        // A kick at each of so many looks makes the guest's next stop the next that it may be stopped at.
+        // After a kick the guest stops at the first place where it may.
         kicks in prop_oneof![Just(0u32), 1u32..20_000],
     ) {
         let world = World { typing: typing(raw), clock_step_ns, ..World::default() };
