@@ -16,7 +16,7 @@ use proptest::prelude::*;
 use vmft_vmm::GuestLoop;
 use vmft_vmm::guest_loop::{LoopError, Turn};
 use vmft_vmm::machine::Machine;
-use vmft_vmm::record::Recorder;
+use vmft_vmm::record::{Pace, Recorder};
 use vmft_vmm::replay::{Records, ReplayError, Replayer};
 use vmft_vmm::source::{Live, Stops};
 
@@ -25,9 +25,9 @@ use guest::{machine, total};
 
 type Recording = GuestLoop<Recorder<World, Kept>>;
 
-fn recording(world: World, stops: Stops) -> Recording {
+fn recording(world: World, stops: Stops, pace: Pace) -> Recording {
     let live = Live::new(world, PositionUnit::Instructions, stops);
-    GuestLoop { machine: machine(), source: Recorder::new(live, Kept::default()) }
+    GuestLoop { machine: machine(), source: Recorder::new(live, Kept::default(), pace) }
 }
 
 /// Replays the recording, that must end as it did, and compares the machines.
@@ -57,11 +57,12 @@ proptest! {
         raw in prop::collection::vec((1u32..60, prop::collection::vec(any::<u8>(), 1..20)), 0..8),
         pauses in prop::collection::vec(1u64..400_000, 0..30),
         clock_step_ns in prop_oneof![Just(0u64), 1u64..100_000, 1_000_000u64..30_000_000],
+        pace in prop_oneof![Just(Pace::FILE), Just(Pace::BACKUP)],
         // After a kick the guest stops at the first place where it may.
         kicks in prop_oneof![Just(0u32), 1u32..20_000],
     ) {
         let world = World { typing: typing(raw), clock_step_ns, ..World::default() };
-        let mut recording = recording(world, Stops::default());
+        let mut recording = recording(world, Stops::default(), pace);
         let kicker = recording.machine.kicker();
         recording.source.live().outside().kicks = Some((kicks, kicker));
         let mut pauses = pauses.into_iter();
@@ -86,8 +87,11 @@ fn a_storm_of_kicks_leaves_no_trace() {
     for round in 0..12 {
         let raw = (0..400).map(|n| (1 + (n * 7 + round) % 23, vec![n as u8; 3])).collect();
         let clock_step_ns = [0, 30_000, 400_000][round as usize % 3];
-        let mut recording =
-            recording(World { typing: typing(raw), clock_step_ns, ..World::default() }, Stops::default());
+        let mut recording = recording(
+            World { typing: typing(raw), clock_step_ns, ..World::default() },
+            Stops::default(),
+            Pace::FILE,
+        );
         let kicker = recording.machine.kicker();
         let over = AtomicBool::new(false);
         std::thread::scope(|threads| {
@@ -112,7 +116,8 @@ fn a_storm_of_kicks_leaves_no_trace() {
 fn short() -> (Vec<Record>, Machine) {
     let typing = [(3, b"some".to_vec()), (5, b" bytes".to_vec())].into();
     let stops = Stops { digests: [300_000, 700_000].map(Position::exact).into(), pause: None };
-    let mut recording = recording(World { typing, clock_step_ns: 7_000_000, ..World::default() }, stops);
+    let mut recording =
+        recording(World { typing, clock_step_ns: 7_000_000, ..World::default() }, stops, Pace::FILE);
     while recording.machine.counts().interrupts < 12 {
         assert_eq!(recording.turn().unwrap(), Turn::Again);
     }
@@ -155,7 +160,7 @@ fn replay_bytes(bytes: &[u8]) -> Result<usize, LoopError<Failure>> {
     let identity = decoder.identity().map_err(|e| LoopError::Source(ReplayError::Log(e)))?;
     assert!(identity.is_some(), "without a header no replay begins");
     let source = Replayer::new(Bytes { decoder, block: Vec::new().into_iter() }, NoDisk);
-    let mut replay = GuestLoop { machine: machine(), source: source.map_err(LoopError::Source)? };
+    let mut replay = GuestLoop { machine: machine(), source };
     replay.run()?;
     assert!(replay.source.is_done());
     Ok(replay.source.records().decoder.incomplete())

@@ -9,7 +9,7 @@ use entry::{Answer, Console, DiskRequest, DiskResult, Input, Output, Position, Q
 use vmft_vmm::GuestLoop;
 use vmft_vmm::machine::{Machine, StateDigest};
 use vmft_vmm::record::Log;
-use vmft_vmm::replay::{Disks, Records, Replayer};
+use vmft_vmm::replay::{Records, Replayer, Standby};
 use vmft_vmm::source::Outside;
 use vmft_vmm::vcpu::Kick;
 
@@ -114,7 +114,7 @@ impl Records for Played {
 /// This guest has no disk.
 pub struct NoDisk;
 
-impl Disks for NoDisk {
+impl Standby for NoDisk {
     type Error = Infallible;
 
     fn start(&mut self, request: DiskRequest) -> Result<(), Infallible> {
@@ -124,10 +124,13 @@ impl Disks for NoDisk {
     fn finish(&mut self, _slot: u8, _id: u64) -> Result<Option<DiskResult>, Infallible> {
         Ok(None)
     }
+
+    fn output(&mut self, _output: Output) -> Result<(), Infallible> {
+        Ok(())
+    }
 }
 
 /// A replay of these records.
 pub fn replay(machine: Machine, log: Vec<Record>) -> GuestLoop<Replayer<Played, NoDisk>> {
-    let source = Replayer::new(Played(log.into_iter()), NoDisk).unwrap();
-    GuestLoop { machine, source }
+    GuestLoop { machine, source: Replayer::new(Played(log.into_iter()), NoDisk) }
 }
