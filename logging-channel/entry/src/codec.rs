@@ -84,6 +84,7 @@ pub fn encode(unit: PositionUnit, last: &mut Position, record: &Record, out: &mu
     }
     if unit == PositionUnit::Branches {
         out.extend(at.rip.to_le_bytes());
+        out.extend(at.registers.to_le_bytes());
     }
     *last = at;
     out[start] = body(&record.entry, out);
@@ -198,6 +199,7 @@ impl<'a> Reader<'a> {
         }
         if unit == PositionUnit::Branches {
             position.rip = u64::from_le_bytes(self.array("position")?);
+            position.registers = u64::from_le_bytes(self.array("position")?);
         }
         if position.within < last.within && ascent == 0 {
             return Err(self.error(start + 1, What::Position));

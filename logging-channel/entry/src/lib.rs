@@ -23,12 +23,14 @@ pub struct Position {
     pub within: u64,
     /// RIP where the engine needs it to seek (hardware counters), 0 elsewhere.
     pub rip: u64,
+    /// Digest of the registers where the engine needs it to be sure (hardware counters), 0 elsewhere.
+    pub registers: u64,
 }
 
 impl Position {
     /// The position `count` of a unit that counts exactly.
     pub const fn exact(count: u64) -> Position {
-        Position { count, within: 0, rip: 0 }
+        Position { count, within: 0, rip: 0, registers: 0 }
     }
 }
 

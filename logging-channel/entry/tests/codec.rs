@@ -73,6 +73,7 @@ fn records(unit: PositionUnit) -> impl Strategy<Value = Vec<(Record, bool)>> {
                 PositionUnit::Branches => {
                     at.within = within + if ascent == 0 { at.within } else { 0 };
                     at.rip = rip;
+                    at.registers = rip.rotate_left(17);
                 }
             }
             (Record { position: at, entry }, close)

@@ -29,7 +29,7 @@
 //! [`state`] and [`flags`] hold registers; [`memory`], [`tlb`] and [`paging`] are the way to RAM; [`decode`]
 //! turns guest bytes into [`insn::Insn`]s, [`code`] caches them by physical page, [`run`] executes them.
 //! [`exec`] has one function for each instruction form, [`exception`] delivers faults and interrupts through
-//! descriptors that [`segment`] reads, [`debug`] has single steps and breakpoints.
+//! descriptors that [`segment`] reads, [`debug`] has single steps and breakpoints, [`observe`] looks at a CPU step by step.
 //! A translating tier would replace [`run`] and use the same state, memory and decoder.
 #![forbid(unsafe_code)]
 
@@ -43,6 +43,7 @@ pub mod flags;
 pub mod float;
 pub mod insn;
 pub mod memory;
+pub mod observe;
 pub mod paging;
 pub mod run;
 pub mod segment;

@@ -92,6 +92,35 @@ impl Cpu {
         e.frame & (right::NO_EXECUTE | wanted) == wanted
     }
 
+    /// RAM offset of the code at `addr`, as a fetch would find it, with no trace in TLB or page tables. `None`: the
+    /// fetch would fault, or there is no RAM.
+    pub(crate) fn peek_code(&self, ram: &[u8], addr: u64) -> Option<usize> {
+        let cached = self.tlb.code(addr >> 12);
+        let frame = match cached.holds(addr >> 12) && self.may_fetch(cached) {
+            true => cached.frame,
+            false => self.peek_page(ram, addr)?,
+        };
+        Some(self.ram_offset(frame & pte::ADDRESS)? + (addr as usize & 4095))
+    }
+
+    /// Page-table walk of a fetch that only looks.
+    fn peek_page(&self, ram: &[u8], addr: u64) -> Option<u64> {
+        let wanted = pte::PRESENT | if self.user() { pte::USER } else { 0 };
+        let mut table = self.sys.cr3 & pte::ADDRESS;
+        for level in (0..4u32).rev() {
+            let entry = self.read_physical(ram, table + (addr >> (12 + 9 * level) & 511) * 8);
+            if entry & (wanted | pte::NO_EXECUTE) != wanted || !is_canonical(addr) {
+                return None;
+            }
+            if level == 0 || entry & pte::LARGE != 0 {
+                let inside = (1u64 << (12 + 9 * level)) - 1;
+                return Some(entry & pte::ADDRESS & !inside | addr & inside & !0xfff);
+            }
+            table = entry & pte::ADDRESS;
+        }
+        None
+    }
+
     fn slot(&self, access: Access, page: u64) -> &TlbEntry {
         match access {
             Access::Fetch => self.tlb.code(page),

@@ -26,7 +26,7 @@ pub struct RunLimit {
 
 /// A CPU with its cache of decoded code.
 pub struct SoftCpu {
-    cpu: Cpu,
+    pub(crate) cpu: Cpu,
     code: CodeCache,
     kick: Arc<AtomicBool>,
 }
@@ -40,14 +40,8 @@ impl SoftCpu {
     /// Runs the guest until there is something to tell. `ram` is all of RAM, as long as promised to `new`.
     pub fn run(&mut self, ram: &mut [u8], limit: &RunLimit) -> Exit {
         assert_eq!(ram.len() as u64, self.cpu.ram_len, "RAM has another size than the CPU was made for");
-        if let Some(vector) = self.cpu.interrupt.take() {
-            self.cpu.halted = false;
-            if let Some(exit) = self.deliver(ram, Event::Interrupt(vector)) {
-                return exit;
-            }
-        }
-        if self.cpu.halted {
-            return Exit::Hlt;
+        if let Some(exit) = self.wake(ram) {
+            return exit;
         }
         loop {
             let cpu = &self.cpu;
@@ -71,6 +65,26 @@ impl SoftCpu {
                 return exit;
             }
         }
+    }
+
+    /// Does one thing: executes the next instruction (or one iteration of it), or delivers the fault that it raises.
+    /// Whether it retired, [`SoftCpu::retired`] tells. Slow: for those who watch every step.
+    pub fn step_once(&mut self, ram: &mut [u8]) -> Option<Exit> {
+        match self.wake(ram) {
+            None => self.careful_step(ram, 1),
+            exit => exit,
+        }
+    }
+
+    /// Delivers an interrupt that was injected; says when there is nothing to execute.
+    fn wake(&mut self, ram: &mut [u8]) -> Option<Exit> {
+        if let Some(vector) = self.cpu.interrupt.take() {
+            self.cpu.halted = false;
+            if let Some(exit) = self.deliver(ram, Event::Interrupt(vector)) {
+                return Some(exit);
+            }
+        }
+        self.cpu.halted.then_some(Exit::Hlt)
     }
 
     /// Answers the question that the last [`Exit`] was and finishes its instruction. `None`: it has retired.

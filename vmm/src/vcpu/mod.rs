@@ -12,6 +12,8 @@ use soft_cpu::CpuState;
 use crate::machine::digest_of;
 use crate::ram::Ram;
 
+pub mod landing;
+pub mod simulated;
 mod soft;
 
 pub use soft::SoftVcpu;
@@ -153,6 +155,9 @@ pub enum VcpuError {
         /// Where it is.
         now: Position,
     },
+    /// Landing by a counter failed for another reason.
+    #[error(transparent)]
+    Landing(#[from] landing::LandingError),
 }
 
 /// Makes a running vCPU return [`Exit::Kicked`], from any thread.

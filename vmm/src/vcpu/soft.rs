@@ -16,7 +16,7 @@ pub struct SoftVcpu {
     kick: Arc<AtomicBool>,
 }
 
-struct SoftKick(Arc<AtomicBool>);
+pub(super) struct SoftKick(pub(super) Arc<AtomicBool>);
 
 impl Kick for SoftKick {
     fn kick(&self) {
@@ -29,6 +29,22 @@ impl SoftVcpu {
     pub fn new(ram_len: u64) -> SoftVcpu {
         let cpu = SoftCpu::new(ram_len);
         SoftVcpu { kick: cpu.kicker(), cpu }
+    }
+
+    /// The CPU itself, for who simulates an engine with it.
+    pub(super) fn cpu(&self) -> &SoftCpu {
+        &self.cpu
+    }
+
+    /// See [`SoftVcpu::cpu`].
+    pub(super) fn cpu_mut(&mut self) -> &mut SoftCpu {
+        &mut self.cpu
+    }
+
+    /// What precedes a run.
+    pub(super) fn prepare(&mut self, ram: &mut Ram, time_offset_ns: u64) {
+        self.take_changed(ram);
+        self.cpu.set_tsc_offset(time_offset_ns);
     }
 
     fn take_changed(&mut self, ram: &mut Ram) {
@@ -55,8 +71,7 @@ impl SoftVcpu {
 
 impl Vcpu for SoftVcpu {
     fn run(&mut self, ram: &mut Ram, limit: &Limit) -> Result<Exit, VcpuError> {
-        self.take_changed(ram);
-        self.cpu.set_tsc_offset(limit.time_offset_ns);
+        self.prepare(ram, limit.time_offset_ns);
         let until = limit.until.map_or(u64::MAX, |position| position.count);
         if self.cpu.retired() > until {
             let target = Position::exact(until);

@@ -1,0 +1,265 @@
+//! Recording and replaying small guests with a counter that skids, and the troubles of [`Trap`] one by one.
+
+use std::collections::VecDeque;
+
+use entry::Position;
+use soft_cpu::state::Shadow;
+use xxhash_rust::xxh3::{Xxh3, xxh3_128};
+
+use super::policy::Margin;
+use super::{Lander, Trap, anchor};
+use crate::ram::Ram;
+use crate::vcpu::simulated::{Chance, Quirks, SimulatedCounter, SimulatedVcpu, Skid};
+use crate::vcpu::{Exit, Limit, Vcpu, VcpuError, VcpuState};
+
+mod guest;
+mod properties;
+mod traps;
+
+/// Exits between two snapshots.
+const SNAPSHOT_EVERY: u64 = 8;
+/// Turns of the loop after which a guest goes in circles.
+const TURNS_MAX: u32 = 20_000;
+
+/// An input: a word written to the guest's memory, and an interrupt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Input {
+    at: Position,
+    word: u64,
+    vector: u8,
+}
+
+/// What a guest was and did.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Ending {
+    /// Digest of RAM and of all accesses to devices.
+    digest: (u128, u64),
+    registers: [u64; 16],
+    at: Position,
+}
+
+#[derive(Debug)]
+enum Failure {
+    Vcpu(VcpuError),
+    /// A replayed guest came to where an input had to be applied before.
+    Past,
+    /// It never ends.
+    Circles,
+    Shutdown,
+    /// A kicked guest was stopped where it cannot be stopped again.
+    BadPlace,
+}
+
+impl From<VcpuError> for Failure {
+    fn from(e: VcpuError) -> Failure {
+        Failure::Vcpu(e)
+    }
+}
+
+/// The world around a vCPU: what changes with each exit.
+#[derive(Clone, Debug, Default)]
+struct World {
+    pending: VecDeque<u8>,
+    accesses: u64,
+    next: usize,
+}
+
+/// State to go back to.
+struct Snapshot {
+    cpu: VcpuState,
+    at: Position,
+    ram: Vec<u8>,
+    world: World,
+}
+
+/// A vCPU with RAM that runs one program after the other.
+struct Bench {
+    vcpu: SimulatedVcpu,
+    ram: Ram,
+    world: World,
+    snapshot: Option<Snapshot>,
+    /// The CPU before its first instruction.
+    origin: VcpuState,
+}
+
+impl Bench {
+    fn new() -> Bench {
+        let counter = SimulatedCounter::new(Skid::default(), 0);
+        let mut vcpu = SimulatedVcpu::new(guest::RAM, counter, Quirks::default(), Margin::new(1, 1));
+        let mut ram = Ram::new(guest::RAM).unwrap();
+        vcpu.reset(&guest::load(&mut ram, &[])).unwrap();
+        let origin = vcpu.save().unwrap();
+        Bench { vcpu, ram, world: World::default(), snapshot: None, origin }
+    }
+
+    fn start(&mut self, program: &[u8], setting: &Setting, seed: u64) {
+        guest::load(&mut self.ram, program);
+        let mut counter = SimulatedCounter::new(setting.skid, seed);
+        counter.miscounts_one_in = setting.miscounts_one_in;
+        self.vcpu.host().replace(counter, setting.quirks, seed);
+        self.vcpu.host().kick_at(Vec::new());
+        let mut lander = Lander::new(Margin::new(setting.margin, 1 << 20));
+        lander.without = setting.without;
+        *self.vcpu.lander() = lander;
+        self.vcpu.restore_at(&self.origin, Position::default()).unwrap();
+        self.world = World::default();
+        self.snapshot = None;
+    }
+
+    /// Runs a program whose guest is kicked at these instruction counts, an input each.
+    fn record(
+        &mut self,
+        program: &[u8],
+        kicks: &[u64],
+        setting: &Setting,
+        seed: u64,
+    ) -> Result<(Vec<Input>, Ending), Failure> {
+        self.start(program, setting, seed);
+        let from = self.vcpu.host().retired();
+        self.vcpu.host().kick_at(kicks.iter().map(|at| from + at).collect());
+        let mut inputs = Vec::new();
+        let mut chance = Chance::new(seed);
+        let ending = self.run(&mut inputs, |at, n| {
+            let vector = if chance.one_in(2) { guest::PLAIN } else { guest::LOOPING };
+            Some(Input { at, word: chance.number() ^ n as u64, vector })
+        })?;
+        Ok((inputs, ending))
+    }
+
+    /// Replays; after an overshoot goes back to the last snapshot and tries again with twice the margin.
+    /// Gives the ending and how often it had to.
+    fn replay(
+        &mut self,
+        program: &[u8],
+        inputs: &[Input],
+        setting: &Setting,
+        seed: u64,
+    ) -> Result<(Ending, u32), Failure> {
+        self.start(program, setting, seed);
+        let mut inputs = inputs.to_vec();
+        let mut retries = 0;
+        loop {
+            match self.run(&mut inputs, |_, _| None) {
+                Err(Failure::Vcpu(e @ VcpuError::Overshot { .. })) => {
+                    let wider = self.vcpu.lander().margin().widened().ok_or(e)?;
+                    self.vcpu.lander().set_margin(wider);
+                    self.go_back()?;
+                    retries += 1;
+                }
+                ending => return Ok((ending?, retries)),
+            }
+        }
+    }
+
+    fn take_snapshot(&mut self) -> Result<(), VcpuError> {
+        let (cpu, at) = (self.vcpu.save()?, self.vcpu.position());
+        let (ram, world) = (self.ram.as_mut_slice().to_vec(), self.world.clone());
+        self.snapshot = Some(Snapshot { cpu, at, ram, world });
+        Ok(())
+    }
+
+    fn go_back(&mut self) -> Result<(), VcpuError> {
+        let snapshot = self.snapshot.as_ref().expect("taken at the start");
+        self.ram.as_mut_slice().copy_from_slice(&snapshot.ram);
+        self.world = snapshot.world.clone();
+        self.vcpu.restore_at(&snapshot.cpu, snapshot.at)
+    }
+
+    /// The guest loop of both: `new` makes an input where a guest was kicked, unless its inputs are known.
+    fn run(
+        &mut self,
+        inputs: &mut Vec<Input>,
+        mut new: impl FnMut(Position, usize) -> Option<Input>,
+    ) -> Result<Ending, Failure> {
+        if self.snapshot.is_none() {
+            self.take_snapshot()?;
+        }
+        for _ in 0..TURNS_MAX {
+            let at = self.vcpu.position();
+            if let Some(input) = inputs.get(self.world.next).copied() {
+                if at > input.at {
+                    return Err(Failure::Past);
+                }
+                if at == input.at {
+                    self.apply(input);
+                    continue;
+                }
+            }
+            let until = inputs.get(self.world.next).map(|i| i.at);
+            let limit = Limit { until, interrupt_window: !self.world.pending.is_empty(), time_offset_ns: 0 };
+            match self.vcpu.run(&mut self.ram, &limit)? {
+                Exit::Reached => {}
+                Exit::Kicked => {
+                    if let Some(input) = new(self.vcpu.position(), inputs.len()) {
+                        self.check()?;
+                        inputs.push(input);
+                    }
+                }
+                Exit::InterruptWindow => {
+                    let vector = self.world.pending.pop_front().expect("asked for with one pending");
+                    self.vcpu.inject(vector)?;
+                }
+                Exit::Halted if self.world.pending.is_empty() => self.world.pending.push_back(guest::LOOPING),
+                Exit::Halted => {}
+                Exit::PioOut { port: guest::END_PORT, .. } => return Ok(self.ending()),
+                Exit::Shutdown => return Err(Failure::Shutdown),
+                exit => self.access(exit)?,
+            }
+        }
+        Err(Failure::Circles)
+    }
+
+    fn apply(&mut self, input: Input) {
+        self.ram.as_mut_slice()[guest::INPUT as usize..][..8].copy_from_slice(&input.word.to_le_bytes());
+        self.world.pending.push_back(input.vector);
+        self.world.next += 1;
+    }
+
+    fn access(&mut self, mut exit: Exit) -> Result<(), Failure> {
+        loop {
+            let mut hash = Xxh3::with_seed(self.world.accesses);
+            hash.update(format!("{exit:?}").as_bytes());
+            self.world.accesses = hash.digest();
+            match self.vcpu.complete(&mut self.ram, self.world.accesses & 0xffff)? {
+                None => break,
+                Some(Exit::Shutdown) => return Err(Failure::Shutdown),
+                Some(next) => exit = next,
+            }
+        }
+        if self.vcpu.position().count.is_multiple_of(SNAPSHOT_EVERY) {
+            self.take_snapshot()?;
+        }
+        Ok(())
+    }
+
+    /// A position is no place inside REP, in a shadow, or with something in flight.
+    fn check(&mut self) -> Result<(), Failure> {
+        let at = self.vcpu.position();
+        let ram = &mut self.ram;
+        let cpu = self.vcpu.host.cpu();
+        let mut code = |at: u64, bytes: &mut anchor::Code| {
+            bytes.copy_from_slice(&ram.as_mut_slice()[at as usize..][..15]);
+            15
+        };
+        let branch = anchor::decode(&mut code, cpu.rip).is_some_and(|i| anchor::is_conditional_branch(&i));
+        let calm = (cpu.shadow, cpu.interrupt) == (Shadow::None, None);
+        let good = at.rip == 0 || calm && branch && cpu.rip == at.rip;
+        if good { Ok(()) } else { Err(Failure::BadPlace) }
+    }
+
+    fn ending(&mut self) -> Ending {
+        let digest = (xxh3_128(self.ram.as_mut_slice()), self.world.accesses);
+        let registers = *self.vcpu.host().cpu().regs.first_chunk().unwrap();
+        Ending { digest, registers, at: self.vcpu.position() }
+    }
+}
+
+/// What a run is made of beside the program.
+#[derive(Clone, Copy, Debug, Default)]
+struct Setting {
+    margin: u64,
+    skid: Skid,
+    quirks: Quirks,
+    miscounts_one_in: u64,
+    without: Option<Trap>,
+}

@@ -1,0 +1,124 @@
+//! A counter that is exact and whose overflows are not.
+
+use crate::vcpu::landing::{LandingError, TickCounter};
+
+/// Numbers that look random and are the same for the same seed (xorshift64*).
+#[derive(Clone, Copy, Debug)]
+pub struct Chance(u64);
+
+impl Chance {
+    /// The numbers of this seed.
+    pub fn new(seed: u64) -> Chance {
+        // Seeds that differ little give numbers that do not (splitmix64); zero would stay zero.
+        let mixed = (seed.wrapping_add(0x9e37_79b9_7f4a_7c15)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        Chance(mixed ^ mixed >> 31 | 1)
+    }
+
+    /// Any number.
+    pub fn number(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    /// Less than `end`; 0 when that is 0.
+    pub fn below(&mut self, end: u64) -> u64 {
+        ((u128::from(self.number()) * u128::from(end)) >> 64) as u64
+    }
+
+    /// True in one of `n` cases, never when `n` is 0.
+    pub fn one_in(&mut self, n: u64) -> bool {
+        n != 0 && self.below(n) == 0
+    }
+}
+
+/// How an overflow comes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Skid {
+    /// At most so many ticks late, each as likely as the other.
+    pub late_max: u64,
+    /// One in so many is early, by anything up to all of it.
+    pub early_one_in: u64,
+    /// One in so many never comes.
+    pub lost_one_in: u64,
+    /// One in so many comes a second time, up to 100 ticks later, whatever was disarmed or armed meanwhile.
+    pub twice_one_in: u64,
+}
+
+/// See the module.
+#[derive(Clone, Debug)]
+pub struct SimulatedCounter {
+    /// How its overflows come.
+    pub skid: Skid,
+    /// One branch in so many is counted twice: a counter that cannot be used.
+    pub miscounts_one_in: u64,
+    /// Fails as a counter does that had to share its hardware.
+    pub broken: bool,
+    ticks: u64,
+    chance: Chance,
+    armed_for: Option<u64>,
+    /// Comes even when nothing is armed.
+    stray: Option<u64>,
+    signal: bool,
+}
+
+impl SimulatedCounter {
+    /// A counter that begins somewhere.
+    pub fn new(skid: Skid, seed: u64) -> SimulatedCounter {
+        let mut chance = Chance::new(seed);
+        SimulatedCounter {
+            skid,
+            miscounts_one_in: 0,
+            broken: false,
+            ticks: chance.below(1 << 40),
+            chance,
+            armed_for: None,
+            stray: None,
+            signal: false,
+        }
+    }
+
+    /// A branch retired.
+    pub fn tick(&mut self) {
+        self.ticks += 1 + u64::from(self.chance.one_in(self.miscounts_one_in));
+        for due in [&mut self.armed_for, &mut self.stray] {
+            if due.is_some_and(|at| self.ticks >= at) {
+                *due = None;
+                self.signal = true;
+            }
+        }
+    }
+
+    /// Takes the signal that came.
+    pub fn take_signal(&mut self) -> bool {
+        std::mem::take(&mut self.signal)
+    }
+}
+
+impl TickCounter for SimulatedCounter {
+    fn read(&mut self) -> Result<u64, LandingError> {
+        if self.broken {
+            return Err(LandingError::Counter("it did not count all the time"));
+        }
+        Ok(self.ticks)
+    }
+
+    fn arm(&mut self, ticks: u64) -> Result<(), LandingError> {
+        let skid = self.skid;
+        let early = self.chance.one_in(skid.early_one_in);
+        let after =
+            if early { self.chance.below(ticks) } else { ticks + self.chance.below(skid.late_max + 1) };
+        let at = self.ticks + after.max(1);
+        self.armed_for = (!self.chance.one_in(skid.lost_one_in)).then_some(at);
+        if self.chance.one_in(skid.twice_one_in) {
+            self.stray = Some(at + self.chance.below(100));
+        }
+        Ok(())
+    }
+
+    fn disarm(&mut self) -> Result<(), LandingError> {
+        self.armed_for = None;
+        Ok(())
+    }
+}

@@ -1,0 +1,227 @@
+//! The software CPU, one instruction at a time, with what KVM and the hardware under it do at a stop.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use soft_cpu::state::{Cpu, Shadow};
+use xxhash_rust::xxh3::Xxh3;
+
+use super::counter::{Chance, SimulatedCounter};
+use crate::ram::Ram;
+use crate::vcpu::landing::{Go, LandingError, Place, Steered, Stop, TickCounter, anchor};
+use crate::vcpu::soft::SoftKick;
+use crate::vcpu::{Exit, Kick, SoftVcpu, VcpuError};
+
+const TF: u64 = 1 << 8;
+const RF: u64 = 1 << 16;
+/// DR7 without breakpoints.
+const HIDDEN: u64 = 0x400;
+
+/// What the host does that a guest should not be able to tell.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Quirks {
+    /// RF has no effect on the host's breakpoint (KVM's instruction emulator).
+    pub ignores_resume_flag: bool,
+    /// One stop at a breakpoint in so many leaves RF set.
+    pub leaves_resume_flag_one_in: u64,
+    /// One instruction in so many is followed by a signal for no reason.
+    pub signals_one_in: u64,
+}
+
+/// See the module.
+pub struct SimulatedHost {
+    pub(super) soft: SoftVcpu,
+    counter: SimulatedCounter,
+    quirks: Quirks,
+    chance: Chance,
+    kick: Arc<AtomicBool>,
+    /// Instruction counts at which somebody kicks, descending.
+    kicks: Vec<u64>,
+    stops_left: u32,
+}
+
+/// Stops after which somebody goes in circles.
+const STOPS_MAX: u32 = 200_000;
+
+impl SimulatedHost {
+    pub(super) fn new(ram_len: u64, counter: SimulatedCounter, quirks: Quirks) -> SimulatedHost {
+        let soft = SoftVcpu::new(ram_len);
+        let (kick, chance) = (Arc::default(), Chance::new(ram_len));
+        SimulatedHost { soft, counter, quirks, chance, kick, kicks: Vec::new(), stops_left: STOPS_MAX }
+    }
+
+    /// Another counter, and other troubles from here on.
+    pub fn replace(&mut self, counter: SimulatedCounter, quirks: Quirks, seed: u64) {
+        (self.counter, self.quirks, self.chance) = (counter, quirks, Chance::new(seed));
+        self.stops_left = STOPS_MAX;
+    }
+
+    /// Somebody kicks when so many instructions have retired, for each of `at`.
+    pub fn kick_at(&mut self, mut at: Vec<u64>) {
+        at.sort_unstable_by(|a, b| b.cmp(a));
+        self.kicks = at;
+    }
+
+    /// The counter.
+    pub fn simulated_counter(&mut self) -> &mut SimulatedCounter {
+        &mut self.counter
+    }
+
+    /// Instructions retired: what nobody has on hardware, for tests.
+    pub fn retired(&self) -> u64 {
+        self.soft.cpu().retired()
+    }
+
+    /// The CPU's registers.
+    pub fn cpu(&self) -> &Cpu {
+        self.soft.cpu().cpu()
+    }
+
+    pub(super) fn set_time(&mut self, ram: &mut Ram, offset_ns: u64) {
+        self.soft.prepare(ram, offset_ns);
+    }
+
+    pub(super) fn kicker(&self) -> Arc<dyn Kick> {
+        Arc::new(SoftKick(self.kick.clone()))
+    }
+
+    /// What stops the guest before its next instruction.
+    fn stop_before(&mut self, go: &Go) -> Option<Stop> {
+        while self.kicks.last().is_some_and(|at| *at <= self.retired()) {
+            self.kicks.pop();
+            self.kick.store(true, Ordering::Release);
+        }
+        if self.kick.swap(false, Ordering::Acquire) {
+            return Some(Stop::Kicked);
+        }
+        if self.counter.take_signal() || self.chance.one_in(self.quirks.signals_one_in) {
+            return Some(Stop::Signal);
+        }
+        let cpu = self.cpu();
+        if go.window && cpu.interruptible() {
+            return Some(Stop::Exit(Exit::InterruptWindow));
+        }
+        let passes = cpu.flags.rest() & RF != 0 && !self.quirks.ignores_resume_flag;
+        let hit = go.breakpoint == Some(cpu.rip) && !passes && !self.in_flight();
+        if !hit || cpu.shadow == Shadow::Everything || cpu.halted {
+            return None;
+        }
+        let left = self.chance.one_in(self.quirks.leaves_resume_flag_one_in);
+        self.soft.cpu_mut().set_resume_flag(left);
+        Some(Stop::Breakpoint)
+    }
+
+    /// An interrupt was injected and the guest has not run since.
+    fn in_flight(&self) -> bool {
+        self.cpu().interrupt.is_some()
+    }
+
+    /// Executes one instruction, or delivers what it raises.
+    fn execute(&mut self, ram: &mut Ram, go: &Go) -> Option<Stop> {
+        let rip = self.cpu().rip;
+        let mut bytes = [0; 15];
+        let conditional = !self.in_flight() && {
+            let len = self.code(ram, rip, &mut bytes);
+            is_conditional_branch(&bytes[..len])
+        };
+        let before = self.retired();
+        // The host's breakpoint takes the place of the guest's.
+        let guests = go.breakpoint.map(|_| self.soft.cpu_mut().swap_dr7(HIDDEN));
+        let exit = self.soft.cpu_mut().step_once(ram.as_mut_slice());
+        if let Some(dr7) = guests
+            && self.cpu().sys.dr7 == HIDDEN
+        {
+            self.soft.cpu_mut().swap_dr7(dr7);
+        }
+        let retired = self.retired() != before;
+        if retired && conditional {
+            self.counter.tick();
+        }
+        if go.step && !retired && exit.is_none() {
+            self.leak_trap_flag(ram);
+        }
+        match exit {
+            Some(exit) => Some(Stop::Exit(exit.into())),
+            None if go.step && retired => Some(Stop::Stepped),
+            None => None,
+        }
+    }
+
+    /// A fault while stepping pushes the host's TF.
+    fn leak_trap_flag(&mut self, ram: &mut Ram) {
+        let rsp = self.cpu().regs[4];
+        // The frame of a fault with an error code, as #PF has: code, RIP, CS, RFLAGS.
+        let at = rsp as usize + 24;
+        if let Some(flags) = ram.as_mut_slice().get_mut(at..at + 8) {
+            flags[1] |= (TF >> 8) as u8;
+        }
+    }
+}
+
+impl Steered for SimulatedHost {
+    fn go(&mut self, ram: &mut Ram, go: Go) -> Result<Stop, VcpuError> {
+        if go.resume {
+            self.soft.cpu_mut().set_resume_flag(true);
+        }
+        self.stops_left = self.stops_left.saturating_sub(1);
+        if self.stops_left == 0 {
+            return Err(LandingError::Counter("simulated: the guest is stopped again and again").into());
+        }
+        if go.step {
+            // The host takes the trap, and then TF is not set any more, whoever had set it.
+            self.soft.cpu_mut().clear_trap_flag();
+        }
+        loop {
+            if let Some(stop) = self.stop_before(&go) {
+                return Ok(stop);
+            }
+            if let Some(stop) = self.execute(ram, &go) {
+                return Ok(stop);
+            }
+        }
+    }
+
+    fn place(&mut self) -> Result<Place, VcpuError> {
+        let in_flight = self.in_flight();
+        let cpu = self.cpu();
+        let mut hash = Xxh3::new();
+        for value in &cpu.regs[..16] {
+            hash.update(&value.to_le_bytes());
+        }
+        hash.update(&(cpu.flags.to_bits() & !(TF | RF)).to_le_bytes());
+        hash.update(&cpu.sys.cr3.to_le_bytes());
+        Ok(Place {
+            rip: cpu.rip,
+            registers: hash.digest(),
+            shadow: cpu.shadow != Shadow::None,
+            in_flight,
+            debugs_itself: cpu.flags.rest() & TF != 0 || cpu.sys.dr7 & 0xff != 0,
+        })
+    }
+
+    fn code(&mut self, ram: &mut Ram, at: u64, bytes: &mut anchor::Code) -> usize {
+        self.soft.cpu().peek(ram.as_mut_slice(), at, bytes)
+    }
+
+    fn clear_resume_flag(&mut self) -> Result<(), VcpuError> {
+        // KVM_SET_REGS drops a pending exception.
+        self.soft.cpu_mut().drop_interrupt();
+        self.soft.cpu_mut().set_resume_flag(false);
+        Ok(())
+    }
+
+    fn counter(&mut self) -> &mut dyn TickCounter {
+        &mut self.counter
+    }
+}
+
+/// Jcc by its bytes (SDM 2, table ), without a decoder: this is asked for each instruction.
+fn is_conditional_branch(code: &[u8]) -> bool {
+    let prefix = |b: &&u8| matches!(**b, 0x26 | 0x2e | 0x36 | 0x3e | 0x40..=0x4f | 0x64..=0x67 | 0xf2 | 0xf3);
+    let prefixes = code.iter().take_while(prefix).count();
+    match code.get(prefixes..) {
+        Some([0x70..=0x7f, ..]) => true,
+        Some([0x0f, 0x80..=0x8f, ..]) => true,
+        _ => false,
+    }
+}
