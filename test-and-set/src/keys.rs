@@ -95,7 +95,10 @@ impl Pins {
             members.insert(id, read_certificate(&path)?);
         }
         let all = |kind: &str| {
-            certificates_in(&dir.join(kind))?.iter().map(|path| read_certificate(path)).collect::<Result<_, _>>()
+            certificates_in(&dir.join(kind))?
+                .iter()
+                .map(|path| read_certificate(path))
+                .collect::<Result<_, _>>()
         };
         Ok(Self { members, clients: all("clients")?, peers: all("peers")? })
     }

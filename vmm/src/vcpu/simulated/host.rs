@@ -219,9 +219,5 @@ impl Steered for SimulatedHost {
 fn is_conditional_branch(code: &[u8]) -> bool {
     let prefix = |b: &&u8| matches!(**b, 0x26 | 0x2e | 0x36 | 0x3e | 0x40..=0x4f | 0x64..=0x67 | 0xf2 | 0xf3);
     let prefixes = code.iter().take_while(prefix).count();
-    match code.get(prefixes..) {
-        Some([0x70..=0x7f, ..]) => true,
-        Some([0x0f, 0x80..=0x8f, ..]) => true,
-        _ => false,
-    }
+    matches!(code.get(prefixes..), Some([0x70..=0x7f, ..] | [0x0f, 0x80..=0x8f, ..]))
 }
