@@ -1,0 +1,114 @@
+//! What goes wrong, and when.
+
+use super::rng::Rng;
+use super::world::MS;
+
+/// Something that goes wrong with a host (0: primary, 1: backup) or between hosts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// `kill -9`: the kernel closes its connections.
+    Kill { host: usize },
+    /// The machine loses its power: nobody is told.
+    PowerLoss { host: usize },
+    /// It dies just before its n-th next effect on the world: a write to the socket or the tap, a question to the store.
+    KillAtEffect { host: usize, effects: u64 },
+    /// As SIGSTOP: time passes, its sockets fill.
+    Pause { host: usize, ns: u64 },
+    /// It is stopped just before its n-th next effect: between the gate's decision and the write, for one.
+    PauseAtEffect { host: usize, effects: u64, ns: u64 },
+    /// Killed, and started again by a supervisor.
+    Restart { host: usize, after_ns: u64 },
+    /// Bytes to these hosts wait.
+    Cut { to: [bool; 2], ns: u64 },
+    /// The connection is gone, as these hosts learn.
+    Reset { told: [bool; 2] },
+    /// A host does not reach the store.
+    CutStore { host: usize, ns: u64 },
+    /// The store has no quorum.
+    NoQuorum { ns: u64 },
+    /// A host's clock jumps forward.
+    ClockJump { host: usize, ns: u64 },
+    /// The guest's loop stands still, the rest of the process lives.
+    Wedge { host: usize, ns: u64 },
+    /// The replay goes slowly.
+    SlowReplay { ns: u64 },
+    /// A bit flips in the backup's guest.
+    Diverge,
+    /// A disk fails.
+    DiskFails { host: usize },
+    /// The guest is asked to switch itself off.
+    PowerOff,
+    /// Planned: a primary hands over, a backup leaves.
+    HandOver { host: usize },
+    /// The client sends as fast as it can.
+    Flood { ns: u64 },
+}
+
+/// A fault and its time.
+pub type Planned = (u64, Fault);
+
+/// What goes wrong in a run.
+pub fn plan(rng: &mut Rng) -> Vec<Planned> {
+    let from = if rng.chance(150) { 0 } else { 15 * MS };
+    let mut faults: Vec<Planned> = Vec::new();
+    for _ in 0..rng.between(0, 4) {
+        let at = rng.between(from, 200 * MS);
+        let fault = fault(rng);
+        faults.push((at, fault));
+        // Much goes wrong only when two things happen together.
+        if rng.chance(400) {
+            faults.push((at + rng.between(0, 30 * MS), self::fault(rng)));
+        }
+    }
+    if rng.chance(30) {
+        let at = rng.between(from, 200 * MS);
+        let after_ns = rng.between(0, 10 * MS);
+        faults.extend([0, 1].map(|host| (at, Fault::Restart { host, after_ns })));
+    }
+    faults
+}
+
+fn fault(rng: &mut Rng) -> Fault {
+    let host = (rng.next() & 1) as usize;
+    let effects = rng.between(1, 40);
+    let either = [[true, false], [false, true], [true, true], [true, true]][rng.between(0, 3) as usize];
+    match rng.between(0, 24) {
+        0 | 1 => Fault::Kill { host },
+        2 => Fault::PowerLoss { host },
+        3 => Fault::KillAtEffect { host, effects },
+        4 | 5 => Fault::Pause { host, ns: rng.between(MS, 120 * MS) },
+        6 | 7 => Fault::PauseAtEffect { host, effects, ns: rng.between(MS, 120 * MS) },
+        8 => Fault::Restart { host, after_ns: rng.between(0, 20 * MS) },
+        9..=11 => Fault::Cut { to: either, ns: rng.between(MS, 150 * MS) },
+        12 => Fault::Reset { told: either },
+        13 => Fault::CutStore { host, ns: rng.between(MS, 200 * MS) },
+        14 => Fault::NoQuorum { ns: rng.between(MS, 200 * MS) },
+        15 => Fault::ClockJump { host, ns: rng.between(MS, 120 * MS) },
+        16 | 17 => Fault::Wedge { host, ns: rng.between(10 * MS, 300 * MS) },
+        18 => Fault::SlowReplay { ns: rng.between(10 * MS, 150 * MS) },
+        19 => Fault::Diverge,
+        20 => Fault::DiskFails { host },
+        21 => Fault::PowerOff,
+        22 => Fault::HandOver { host },
+        _ => Fault::Flood { ns: rng.between(5 * MS, 60 * MS) },
+    }
+}
+
+impl Fault {
+    /// How long it lasts.
+    pub fn lasts_ns(self) -> u64 {
+        match self {
+            Fault::Pause { ns, .. }
+            | Fault::PauseAtEffect { ns, .. }
+            | Fault::Cut { ns, .. }
+            | Fault::CutStore { ns, .. }
+            | Fault::NoQuorum { ns }
+            | Fault::ClockJump { ns, .. }
+            | Fault::Wedge { ns, .. }
+            | Fault::SlowReplay { ns }
+            | Fault::Flood { ns } => ns,
+            Fault::Restart { after_ns, .. } => after_ns,
+            _ => 0,
+        }
+    }
+}
