@@ -78,6 +78,8 @@ pub struct Agent {
     /// The VM's end, which a winner still has to finish.
     pub(crate) ended: Option<entry::log::EndReason>,
     pub(crate) released: u64,
+    /// The generation is this side's: what its guest says may leave.
+    pub(crate) has_won: bool,
     pub(crate) actions: VecDeque<Action>,
 }
 
@@ -101,6 +103,7 @@ impl Agent {
             handing_over: false,
             ended: None,
             released: 0,
+            has_won: false,
             actions: VecDeque::new(),
             config,
         };
@@ -205,8 +208,10 @@ impl Agent {
 
     /// How many outputs, since the log's start, may have left by now. Asked anew just before each is written (rule 5).
     pub fn release_limit(&self, now: u64) -> u64 {
+        if self.has_won {
+            return u64::MAX;
+        }
         match (&self.state, &self.side) {
-            (State::Alone | State::Forgetting(_), _) => u64::MAX,
             (
                 State::Protected | State::HandingOver { .. } | State::Ending { .. },
                 Some(Side::Primary(sender)),

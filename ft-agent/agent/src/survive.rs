@@ -104,16 +104,13 @@ impl Agent {
             self.close_channel();
         }
         self.state = State::Alone;
-        match (at_start, self.ended) {
-            (true, _) => {
-                let generation = self.config.generation;
-                self.actions.extend([Action::Start { generation }, Action::GoLive]);
-            }
-            (false, None) => self.actions.push_back(Action::GoLive),
-            (false, Some(reason)) => {
-                self.actions.push_back(Action::Release);
-                self.forget(Exit::Ended(reason));
-            }
+        self.has_won = true;
+        if at_start {
+            self.actions.push_back(Action::Start { generation: self.config.generation });
+        }
+        self.actions.push_back(Action::GoLive);
+        if let Some(reason) = self.ended {
+            self.forget(Exit::Ended(reason));
         }
     }
 

@@ -20,6 +20,8 @@ pub(crate) struct Watch {
     progress_at: u64,
     turns: u64,
     turn_at: u64,
+    /// The loop stood still until then, and the peer has to have heard that it turns again.
+    resumed_at: u64,
     ticked_at: u64,
     /// No judgement of silence before this: this side itself was stopped, and has first to read what came meanwhile.
     judge_from: u64,
@@ -37,6 +39,7 @@ impl Watch {
             progress_at: now,
             turns: 0,
             turn_at: now,
+            resumed_at: 0,
             ticked_at: now,
             judge_from: now,
         }
@@ -72,6 +75,9 @@ impl Watch {
 
     /// This side's guest loop has made a turn.
     pub(crate) fn turn(&mut self, now: u64) {
+        if now.saturating_sub(self.turn_at) > self.timing.timeout_ns / 2 {
+            self.resumed_at = now;
+        }
         self.turns += 1;
         self.turn_at = now;
     }
@@ -87,9 +93,9 @@ impl Watch {
 
     /// Time has passed and there was nothing to read. Whether the peer is lost (rule 2).
     pub(crate) fn tick(&mut self, now: u64) -> Option<Suspicion> {
-        let patience = self.timing.timeout_ns / 4;
-        if now.saturating_sub(self.ticked_at) > patience {
-            self.judge_from = now + patience;
+        if now.saturating_sub(self.ticked_at) > self.timing.timeout_ns / 4 {
+            // Longer than the peer's gate stays open after its last word, whatever this clock did meanwhile.
+            self.judge_from = now + self.timing.timeout_ns * 3 / 4;
         }
         self.ticked_at = now;
         if now < self.judge_from {
@@ -108,6 +114,6 @@ impl Watch {
     /// stopped in between: what it heard is proven by our own stamp, not by when its word was read.
     pub(crate) fn is_fresh(&self, now: u64) -> bool {
         let recent = |at: u64| now.saturating_sub(at) <= self.timing.timeout_ns / 2;
-        self.echoed.is_some_and(recent) && recent(self.turn_at)
+        self.echoed.is_some_and(|at| recent(at) && at >= self.resumed_at) && recent(self.turn_at)
     }
 }

@@ -131,9 +131,10 @@ impl Checker {
             Some(closed) if said.number >= closed.outputs => {
                 Err(format!("a loser emits {said:?}, which its survivor had not acknowledged: {closed:?}"))
             }
-            Some(closed) if closed.by_clock && by.decided_at > closed.at => {
-                Err(format!("a loser releases {said:?} at {} after its survivor closed: {closed:?}", by.decided_at))
-            }
+            Some(closed) if closed.by_clock && by.decided_at > closed.at => Err(format!(
+                "a loser releases {said:?} at {} after its survivor closed: {closed:?}",
+                by.decided_at
+            )),
             _ => Ok(()),
         }
     }

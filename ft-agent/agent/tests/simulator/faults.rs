@@ -60,6 +60,13 @@ pub fn plan(rng: &mut Rng) -> Vec<Planned> {
             faults.push((at + rng.between(0, 30 * MS), self::fault(rng)));
         }
     }
+    if rng.chance(40) {
+        // Suspected just before the log flows again, with a verdict that takes its time.
+        let at = rng.between(from, 200 * MS);
+        let to = [[false, true], [true, false]][(rng.next() & 1) as usize];
+        faults.push((at, Fault::Cut { to, ns: rng.between(40 * MS, 60 * MS) }));
+        faults.push((at + 35 * MS, Fault::NoQuorum { ns: rng.between(10 * MS, 80 * MS) }));
+    }
     if rng.chance(30) {
         let at = rng.between(from, 200 * MS);
         let after_ns = rng.between(0, 10 * MS);

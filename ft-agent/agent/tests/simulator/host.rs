@@ -16,12 +16,8 @@ use super::checker::Emitter;
 use super::guest::{Guest, Said, disk_done, logged};
 use super::world::{Happening, MS, Result, World};
 
-pub const TIMING: Timing = Timing {
-    timeout_ns: 40 * MS,
-    beat_interval_ns: 5 * MS,
-    progress_timeout_ns: 120 * MS,
-    retry_ns: 5 * MS,
-};
+pub const TIMING: Timing =
+    Timing { timeout_ns: 40 * MS, beat_interval_ns: 5 * MS, progress_timeout_ns: 120 * MS, retry_ns: 5 * MS };
 
 /// A replica's process.
 pub struct Process {
@@ -69,7 +65,14 @@ impl Host {
 }
 
 impl Process {
-    pub fn new(id: u64, host: usize, incarnation: u64, clock: u64, buffer: u64, without: Option<Rule>) -> Process {
+    pub fn new(
+        id: u64,
+        host: usize,
+        incarnation: u64,
+        clock: u64,
+        buffer: u64,
+        without: Option<Rule>,
+    ) -> Process {
         let incarnation = Incarnation::try_from(incarnation as u128).expect("not zero");
         let config = Config {
             role: if host == 0 { Role::Primary } else { Role::Backup },
@@ -240,7 +243,9 @@ impl World {
             if !waiting || !open || !self.may_take_effect(host) {
                 return;
             }
-            let (Some(process), Some((id, connection))) = (&mut self.hosts[host].process, &mut self.connection) else {
+            let (Some(process), Some((id, connection))) =
+                (&mut self.hosts[host].process, &mut self.connection)
+            else {
                 return;
             };
             let written = connection.write(host, process.agent.outgoing(), self.now, &mut self.rng);
@@ -398,7 +403,8 @@ impl World {
     }
 
     fn replay(&mut self, host: usize) -> Result {
-        let mut budget = if self.now < self.slow_until { self.rng.between(0, 3) } else { self.rng.between(8, 60) };
+        let mut budget =
+            if self.now < self.slow_until { self.rng.between(0, 3) } else { self.rng.between(8, 60) };
         while budget > 0 {
             let Some(process) = &mut self.hosts[host].process else { return Ok(()) };
             if process.front.is_none() {
@@ -428,7 +434,6 @@ impl World {
         let (records, position) = (process.applied, process.guest.position());
         self.tell(host, Event::Replayed { records, position })
     }
-
 
     /// Compares or applies a record at its position; an error is a divergence.
     fn replay_record(&mut self, host: usize, record: &Record) -> std::result::Result<(), String> {

@@ -64,7 +64,8 @@ impl Connection {
     fn fly(&mut self, from: usize, packet: Packet, now: u64, rng: &mut Rng) -> u64 {
         let lane = &mut self.lanes[1 - from];
         // Now and then a segment is lost and comes by a retransmission.
-        let delay = if rng.chance(20) { rng.between(2_000_000, 12_000_000) } else { rng.between(50_000, 500_000) };
+        let delay =
+            if rng.chance(20) { rng.between(2_000_000, 12_000_000) } else { rng.between(50_000, 500_000) };
         lane.last_arrival = lane.last_arrival.max(now + delay);
         lane.flying.push_back(packet);
         lane.last_arrival

@@ -246,7 +246,8 @@ impl World {
             }
             Happening::Client => {
                 self.ask_guest(self.asked);
-                let (low, high) = if self.now < self.flood_until { (MS / 20, MS / 5) } else { (3 * MS, 6 * MS) };
+                let (low, high) =
+                    if self.now < self.flood_until { (MS / 20, MS / 5) } else { (3 * MS, 6 * MS) };
                 self.soon(low, high, Happening::Client);
                 Ok(())
             }
@@ -293,7 +294,11 @@ impl World {
         self.soon(3 * MS, 15 * MS, Happening::Connect { host, id });
         let reachable = self.cut_until.iter().all(|until| *until <= self.now);
         let peer = 1 - host;
-        if connected || !reachable || self.hosts[peer].process.is_none() || self.hosts[peer].paused_until > self.now {
+        if connected
+            || !reachable
+            || self.hosts[peer].process.is_none()
+            || self.hosts[peer].paused_until > self.now
+        {
             return Ok(());
         }
         if self.connection.as_ref().is_some_and(|(_, c)| c.open[peer]) {
@@ -318,7 +323,8 @@ impl World {
         }
         process.agent.handle(clock, Event::Disconnected);
         let Ok(Some(Message::Hello(hello))) = inbox.message() else {
-            return Err("a hello that cannot be read".into());
+            // It is no longer looking for a peer.
+            return self.act(host);
         };
         self.act(host)?;
         self.trace(1 - host, &"a stranger says hello");
@@ -331,7 +337,9 @@ impl World {
             self.at(cut_until + MS / 10, Happening::Arrive { connection, to });
             return Ok(());
         }
-        if let Some((id, c)) = &mut self.connection && *id == connection {
+        if let Some((id, c)) = &mut self.connection
+            && *id == connection
+        {
             c.arrive(to);
         }
         if let Some(process) = &self.hosts[to].process {
@@ -423,7 +431,9 @@ impl World {
                 self.checker.counts.unknown_verdicts += (verdict == Verdict::Unknown) as u64;
                 self.tell(host, Event::Verdict(verdict))?;
                 let phase = self.hosts[host].process.as_ref().map(|p| p.agent.status(0).phase);
-                if verdict == Verdict::Won && matches!(phase, Some(Phase::Starting | Phase::Protected | Phase::Deciding)) {
+                if verdict == Verdict::Won
+                    && matches!(phase, Some(Phase::Starting | Phase::Protected | Phase::Deciding))
+                {
                     return Err(format!("{} has won and does not live: {phase:?}", ["A", "B"][host]));
                 }
                 Ok(())
@@ -512,7 +522,9 @@ impl World {
             Fault::Wedge { host, .. } => self.hosts[host].wedged_until = until,
             Fault::SlowReplay { .. } => self.slow_until = until,
             Fault::Diverge => {
-                if let Some(process) = &mut self.hosts[1].process && !process.is_live(1) {
+                if let Some(process) = &mut self.hosts[1].process
+                    && !process.is_live(1)
+                {
                     process.guest.hash ^= 1;
                 }
             }
@@ -580,7 +592,9 @@ impl World {
         }
         self.checker.counts.dead = 1;
         match holder {
-            Some(holder) if alive.contains(&Some(holder)) => Err("the holder lives and does not answer".into()),
+            Some(holder) if alive.contains(&Some(holder)) => {
+                Err("the holder lives and does not answer".into())
+            }
             // It died after it had won.
             Some(_) => Ok(()),
             None if !self.checker.saw_something() => Ok(()),
