@@ -5,7 +5,6 @@
 
 use std::collections::BTreeMap;
 
-use entry::Position;
 use entry::block::{BLOCK_MAX, Decoder, Encoder};
 use entry::codec::{DecodeError, Reader, What, varint};
 use entry::identity::{IDENTITY_MAX, Identity};
@@ -92,8 +91,8 @@ pub struct Beat {
     pub turns: u64,
     /// Records recorded or replayed.
     pub records: u64,
-    /// Where its guest is.
-    pub position: Position,
+    /// Count of the position where its guest is.
+    pub position: u64,
 }
 
 /// A message.
@@ -230,8 +229,7 @@ pub fn encode(message: &Message, out: &mut Vec<u8>) {
             kind::RELEASED
         }
         Message::Beat(beat) => {
-            let Position { count, within, rip } = beat.position;
-            let fields = [beat.stamp_ns, beat.echo_ns, beat.turns, beat.records, count, within, rip];
+            let fields = [beat.stamp_ns, beat.echo_ns, beat.turns, beat.records, beat.position];
             fields.into_iter().for_each(|v| varint(v, &mut b));
             kind::BEAT
         }
@@ -310,11 +308,7 @@ pub(crate) fn decode(kind: u8, body: &[u8], base: u64) -> Result<Message, Messag
             echo_ns: r.varint("echo")?,
             turns: r.varint("turns")?,
             records: r.varint("records")?,
-            position: Position {
-                count: r.varint("position")?,
-                within: r.varint("position")?,
-                rip: r.varint("position")?,
-            },
+            position: r.varint("position")?,
         }),
         kind::FAILED => Message::Failed { reason: decode_text(&mut r, "reason", 0, REASON_MAX)? },
         kind::HAND_OVER => Message::HandOver,

@@ -254,19 +254,14 @@ impl Agent {
         }
     }
 
-    /// Bytes of the peer are still listened to.
-    fn is_listening(&self) -> bool {
-        self.connected
-    }
-
     fn received(&mut self, now: u64, bytes: &[u8]) {
-        if !self.is_listening() {
+        if !self.connected {
             return;
         }
         self.inbox.push(bytes);
         self.watch.heard(now);
         self.resume_if_rule_is_off();
-        while self.is_listening() {
+        while self.connected {
             let message = match self.inbox.message() {
                 Ok(Some(message)) => message,
                 Ok(None) => break,
@@ -348,7 +343,8 @@ impl Agent {
             }
         }
         if self.connected {
-            if let Some(suspicion) = self.watch.tick(now) {
+            let suspects = matches!(self.state, State::Suspecting | State::Taking);
+            if let Some(suspicion) = self.watch.tick(now).filter(|_| !suspects) {
                 self.lost(now, suspicion);
             } else if now >= self.next_beat && self.side.is_some() {
                 self.send_beat(now);
@@ -370,7 +366,7 @@ impl Agent {
             None => 0,
         };
         let (turns, echo_ns) = (self.watch.turns(), self.watch.echo());
-        let beat = Beat { stamp_ns: now, echo_ns, turns, records, position: self.position };
+        let beat = Beat { stamp_ns: now, echo_ns, turns, records, position: self.position.count };
         self.outbox.push(&Message::Beat(beat));
     }
 

@@ -69,7 +69,7 @@ impl Agent {
             lag_ns: 0,
             lag_bytes: 0,
             position: self.position,
-            peer_position: self.peer_beat.position,
+            peer_position: Position::exact(self.peer_beat.position),
         };
         match &self.side {
             Some(Side::Primary(sender)) if phase == Phase::Protected => {
