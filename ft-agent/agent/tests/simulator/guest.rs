@@ -54,7 +54,7 @@ impl Guest {
                     self.is_off = true;
                 } else if request <= self.done {
                     self.answer = Some(request);
-                } else if self.disk.is_none() && self.hash % 3 == 0 {
+                } else if self.disk.is_none() && self.hash.is_multiple_of(3) {
                     self.disks += 1;
                     self.disk = Some((request, self.disks));
                 } else if self.disk.is_none() {
@@ -84,7 +84,7 @@ impl Guest {
         self.stir(self.count);
         let answers = match self.answer.take() {
             Some(request) => request,
-            None if self.hash % 97 == 0 => 0,
+            None if self.hash.is_multiple_of(97) => 0,
             None => return None,
         };
         let said = Said { number: self.outputs, hash: self.hash, answers };

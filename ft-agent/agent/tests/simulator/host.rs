@@ -298,7 +298,7 @@ impl World {
         let said = Said::of(&output);
         self.trace(host, &said);
         self.checker.emitted(said, emitter)?;
-        self.to_client(said);
+        self.send_to_client(said);
         Ok(())
     }
 
@@ -328,12 +328,12 @@ impl World {
         if !may_run || process.paused || process.end_told {
             return Ok(());
         }
-        if process.turns % 4 == 0 {
+        if process.turns.is_multiple_of(4) {
             let time_ns = process.guest.count;
             self.append(host, Entry::Mark { time_ns });
         }
         let Some(process) = &mut self.hosts[host].process else { return Ok(()) };
-        if process.turns % 16 == 0 {
+        if process.turns.is_multiple_of(16) {
             let digest = process.guest.digest();
             self.append(host, Entry::State(digest));
         }

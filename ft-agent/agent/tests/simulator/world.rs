@@ -175,7 +175,7 @@ impl World {
             if time > quiet {
                 let before = *answered_when_quiet.get_or_insert(self.asked);
                 // A loser, too, has to find out; so some runs go on to their end.
-                if self.asked >= before + ANSWERS && self.scheduled % 8 != 0 && self.is_settled() {
+                if self.asked >= before + ANSWERS && !self.scheduled.is_multiple_of(8) && self.is_settled() {
                     break;
                 }
             }
@@ -472,7 +472,7 @@ impl World {
     }
 
     /// An output is on its way to the client.
-    pub fn to_client(&mut self, said: Said) {
+    pub fn send_to_client(&mut self, said: Said) {
         if said.answers != 0 && !self.rng.chance(50) {
             self.soon(MS / 10, 2 * MS, Happening::Reply(said));
         }
