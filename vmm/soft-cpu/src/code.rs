@@ -7,16 +7,18 @@
 use crate::decode::{BlockDecoder, Decoded, LENGTH_MAX, Place};
 use crate::insn::Insn;
 
-/// Slots of the direct-mapped table of blocks.
-const SLOTS: usize = 1 << 17;
+/// Sets of the table of blocks.
+const SETS: usize = 1 << 16;
+/// Blocks in a set: a cache line of them. One slot each would make some of a busy guest's blocks push each other out.
+const WAYS: usize = 4;
 /// Instructions kept before everything is dropped and decoded anew: bounds the memory, 32 bytes each.
-const INSNS_MAX: usize = 1 << 18;
+const INSNS_MAX: usize = 1 << 19;
 /// Instructions in a block.
-const BLOCK_MAX: usize = 64;
+const BLOCK_MAX: usize = 32;
 /// Decoded instructions that cross a page which are kept.
 const CROSSING: usize = 256;
 
-/// A straight run of instructions within one page.
+/// A straight run of instructions within one page, to the first that always jumps.
 #[derive(Clone, Copy)]
 pub(crate) struct Block {
     /// RAM offset of its first byte.
@@ -31,7 +33,7 @@ pub(crate) struct Block {
 
 /// All blocks.
 pub(crate) struct CodeCache {
-    table: Vec<Block>,
+    table: Vec<[Block; WAYS]>,
     insns: Vec<Insn>,
     /// Instructions that cross a page, with the bytes that they were decoded from.
     crossing: Vec<Option<([u8; LENGTH_MAX], Insn)>>,
@@ -41,7 +43,7 @@ const NOTHING: Block = Block { start: usize::MAX, first: 0, count: 0, len: 0 };
 
 impl CodeCache {
     pub(crate) fn new() -> CodeCache {
-        CodeCache { table: vec![NOTHING; SLOTS], insns: Vec::new(), crossing: vec![None; CROSSING] }
+        CodeCache { table: vec![[NOTHING; WAYS]; SETS], insns: Vec::new(), crossing: vec![None; CROSSING] }
     }
 
     /// The instructions of a block.
@@ -53,8 +55,7 @@ impl CodeCache {
     /// The block that starts at RAM offset `start`, if it is cached and valid.
     #[inline(always)]
     pub(crate) fn find(&self, start: usize) -> Option<Block> {
-        let b = self.table[slot(start)];
-        (b.start == start).then_some(b)
+        self.table[set(start)].iter().find(|b| b.start == start).copied()
     }
 
     /// Decodes the block at RAM offset `start` and marks the bytes in its page's `chunks` (64 bytes a bit).
@@ -86,7 +87,9 @@ impl CodeCache {
             *chunks |= 1 << chunk;
         }
         let b = Block { start, first: first as u32, count: count as u16, len: (at - start) as u16 };
-        self.table[slot(start)] = b;
+        let ways = &mut self.table[set(start)];
+        ways.rotate_right(1);
+        ways[0] = b;
         Some(b)
     }
 
@@ -95,8 +98,7 @@ impl CodeCache {
         for chunk in (0..64).filter(|chunk| chunks >> chunk & 1 != 0) {
             let first = page * 4096 + chunk * 64;
             for start in first..first + 64 {
-                let b = &mut self.table[slot(start)];
-                if b.start == start {
+                for b in self.table[set(start)].iter_mut().filter(|b| b.start == start) {
                     *b = NOTHING;
                 }
             }
@@ -119,12 +121,12 @@ impl CodeCache {
     }
 
     fn clear(&mut self) {
-        self.table.fill(NOTHING);
+        self.table.fill([NOTHING; WAYS]);
         self.insns.clear();
     }
 }
 
 #[inline(always)]
-fn slot(start: usize) -> usize {
-    (start ^ start >> 17) % SLOTS
+fn set(start: usize) -> usize {
+    (start ^ start >> 16) % SETS
 }

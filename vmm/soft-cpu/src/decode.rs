@@ -3,7 +3,7 @@
 use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction, OpKind, Register};
 
 use crate::exec;
-use crate::insn::{ADDR32, HIGH_BYTE, Handler, Insn, flag};
+use crate::insn::{ADDR32, HIGH_BYTE, Handler, Insn, flag, threaded};
 use crate::state::{FS_BASE, GS_BASE, MINUS_2G, PLUS_2G, RIP_BASE, ZERO};
 
 /// Longest instruction, bytes (SDM 2, 2.3.11).
@@ -55,7 +55,7 @@ impl<'a> BlockDecoder<'a> {
         let mut insn = operands(&ins, offset);
         match exec::select(&ins, &mut insn) {
             Some(place) => Decoded::Insn(insn, place),
-            None => faulting(offset, ins.len(), |cpu, _, _| cpu.undefined()),
+            None => faulting(offset, ins.len(), threaded!(|cpu, _, _| cpu.undefined())),
         }
     }
 }
@@ -71,9 +71,9 @@ fn undefined(bytes: &[u8], offset: u16) -> Decoded {
     }
     // An instruction that is longer than one can be is #GP(0).
     if ins.code() == Code::INVALID && ins.len() >= LENGTH_MAX {
-        return faulting(offset, LENGTH_MAX, |cpu, _, _| cpu.general_protection(0));
+        return faulting(offset, LENGTH_MAX, threaded!(|cpu, _, _| cpu.general_protection(0)));
     }
-    faulting(offset, ins.len(), |cpu, _, _| cpu.undefined())
+    faulting(offset, ins.len(), threaded!(|cpu, _, _| cpu.undefined()))
 }
 
 fn faulting(offset: u16, len: usize, exec: Handler) -> Decoded {
@@ -85,7 +85,7 @@ fn faulting(offset: u16, len: usize, exec: Handler) -> Decoded {
 
 fn blank(offset: u16) -> Insn {
     Insn {
-        exec: |cpu, _, _| cpu.undefined(),
+        exec: threaded!(|cpu, _, _| cpu.undefined()),
         imm: 0,
         disp: 0,
         base: ZERO,

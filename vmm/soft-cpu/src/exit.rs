@@ -84,6 +84,8 @@ pub enum Stop {
     Trap,
     /// HLT: retires, then the CPU halts.
     Halt,
+    /// A quick handler cannot do it: the exact one has to ([`crate::insn::retry`]).
+    Slow,
     /// The CPU cannot go on (a fault while delivering a double fault).
     Shutdown,
 }

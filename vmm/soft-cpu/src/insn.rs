@@ -3,8 +3,70 @@
 use crate::exit::Stop;
 use crate::state::{Cpu, REGS};
 
-/// Executes one instruction. See [`Stop`] for what an error promises.
-pub type Handler = fn(&mut Cpu, &mut [u8], &Insn) -> Result<(), Stop>;
+/// Executes the first of some instructions and, by a tail call, those that follow in its block: each handler has an
+/// indirect jump of its own to the next, which processors predict better than one for all, and between two there is no
+/// loop. [`threaded!`] and [`quick!`] make one of functions that execute one instruction. See [`Stop`] for what an error
+/// promises.
+///
+/// Nothing depends on the tail call: blocks are short enough to be recursed through.
+pub type Handler = fn(&mut Cpu, &mut [u8], &[Insn]) -> Result<(), Stop>;
+
+/// Executes one instruction.
+pub type Single = fn(&mut Cpu, &mut [u8], &Insn) -> Result<(), Stop>;
+
+/// The [`Handler`] of a [`Single`], which is named and no variable.
+macro_rules! threaded {
+    ($f:expr) => {
+        |cpu: &mut $crate::state::Cpu, ram: &mut [u8], insns: &[$crate::insn::Insn]| {
+            let f: $crate::insn::Single = $f;
+            let [insn, rest @ ..] = insns else { return Ok(()) };
+            match f(cpu, ram, insn) {
+                Ok(()) => $crate::insn::run(cpu, ram, rest),
+                Err(stop) => cpu.stop_before(rest, stop),
+            }
+        }
+    };
+}
+pub(crate) use threaded;
+
+/// The [`Handler`] of two [`Single`]s: a quick one, which gives up where it has not all at hand and so needs no calls,
+/// and the exact one that then does it from the start.
+macro_rules! quick {
+    ($quick:expr, $exact:expr) => {
+        |cpu: &mut $crate::state::Cpu, ram: &mut [u8], insns: &[$crate::insn::Insn]| {
+            let quick: $crate::insn::Single = $quick;
+            let [insn, rest @ ..] = insns else { return Ok(()) };
+            match quick(cpu, ram, insn) {
+                Ok(()) => $crate::insn::run(cpu, ram, rest),
+                Err(_) => {
+                    cpu.exact = $exact;
+                    $crate::insn::retry(cpu, ram, insns)
+                }
+            }
+        }
+    };
+}
+pub(crate) use quick;
+
+/// Does with [`Cpu::exact`] what a quick handler gave up, and goes on.
+#[cold]
+#[inline(never)]
+pub fn retry(cpu: &mut Cpu, ram: &mut [u8], insns: &[Insn]) -> Result<(), Stop> {
+    let [insn, rest @ ..] = insns else { return Ok(()) };
+    match (cpu.exact)(cpu, ram, insn) {
+        Ok(()) => run(cpu, ram, rest),
+        Err(stop) => cpu.stop_before(rest, stop),
+    }
+}
+
+/// Executes the instructions of a block, or what is left of them.
+#[inline(always)]
+pub fn run(cpu: &mut Cpu, ram: &mut [u8], insns: &[Insn]) -> Result<(), Stop> {
+    match insns.first() {
+        Some(insn) => (insn.exec)(cpu, ram, insns),
+        None => Ok(()),
+    }
+}
 
 /// A decoded instruction: what to run, and its operands in a form that needs no further looking.
 ///
@@ -182,6 +244,14 @@ impl Cpu {
     #[inline(always)]
     pub fn set_reg<T: Int>(&mut self, r: u8, v: T) {
         v.set(&mut self.regs, r);
+    }
+
+    /// The instruction before `rest` in its block has stopped.
+    #[cold]
+    #[inline(never)]
+    pub(crate) fn stop_before(&mut self, rest: &[Insn], stop: Stop) -> Result<(), Stop> {
+        self.left = rest.len();
+        Err(stop)
     }
 
     /// Linear address of the memory operand.

@@ -26,30 +26,67 @@ impl Cpu {
     /// Reads an integer at linear address `addr`.
     #[inline(always)]
     pub fn load<T: Int>(&mut self, ram: &mut [u8], addr: u64) -> Result<T, Stop> {
-        let e = self.fast.get(self.mode, addr >> 12);
-        let within = addr as usize & (PAGE - 1);
-        if e.read == addr >> 12
-            && within <= PAGE - T::SIZE
-            && let Some(v) = ram.get(e.ram + within..).and_then(T::read)
-        {
-            return Ok(v);
+        match self.load_quick(ram, addr) {
+            Some(v) => Ok(v),
+            None => self.load_slow::<T>(ram, addr),
         }
-        self.load_slow::<T>(ram, addr)
     }
 
     /// Writes an integer at linear address `addr`.
     #[inline(always)]
     pub fn store<T: Int>(&mut self, ram: &mut [u8], addr: u64, value: T) -> Result<(), Stop> {
-        let e = self.fast.get(self.mode, addr >> 12);
-        let within = addr as usize & (PAGE - 1);
-        if e.write == addr >> 12
-            && within <= PAGE - T::SIZE
-            && let Some(b) = ram.get_mut(e.ram + within..)
-            && value.write(b).is_some()
-        {
-            return Ok(());
+        match self.store_quick(ram, addr, value) {
+            Some(()) => Ok(()),
+            None => self.store_slow::<T>(ram, addr, value),
         }
-        self.store_slow::<T>(ram, addr, value)
+    }
+
+    /// The same, where the fast TLB has the page and it holds all of the integer.
+    #[inline(always)]
+    pub(crate) fn load_quick<T: Int>(&self, ram: &[u8], addr: u64) -> Option<T> {
+        let e = self.fast.get(self.mode, addr >> 12);
+        // An integer that goes on in the next page ends in one that this entry cannot have.
+        if e.read != addr.wrapping_add(T::SIZE as u64 - 1) >> 12 {
+            return None;
+        }
+        T::read(ram.get(e.ram + (addr as usize & (PAGE - 1))..)?)
+    }
+
+    /// The same for a write.
+    #[inline(always)]
+    pub(crate) fn store_quick<T: Int>(&mut self, ram: &mut [u8], addr: u64, value: T) -> Option<()> {
+        let e = self.fast.get(self.mode, addr >> 12);
+        if e.write != addr.wrapping_add(T::SIZE as u64 - 1) >> 12 {
+            return None;
+        }
+        value.write(ram.get_mut(e.ram + (addr as usize & (PAGE - 1))..)?)
+    }
+
+    /// The same for [`Cpu::modify`].
+    #[inline(always)]
+    pub(crate) fn modify_quick<T: Int>(
+        &mut self,
+        ram: &mut [u8],
+        addr: u64,
+        f: impl FnOnce(&mut Cpu, T) -> (T, Flags),
+    ) -> Option<()> {
+        let (place, old) = self.writable_quick(ram, addr)?;
+        let (new, flags) = f(self, old);
+        new.write(place)?;
+        self.flags = flags;
+        Some(())
+    }
+
+    /// Where an integer may be written without further ado, and what is there.
+    #[inline(always)]
+    fn writable_quick<'a, T: Int>(&self, ram: &'a mut [u8], addr: u64) -> Option<(&'a mut [u8], T)> {
+        let e = self.fast.get(self.mode, addr >> 12);
+        if e.write != addr.wrapping_add(T::SIZE as u64 - 1) >> 12 {
+            return None;
+        }
+        let place = ram.get_mut(e.ram + (addr as usize & (PAGE - 1))..)?;
+        let old = T::read(place)?;
+        Some((place, old))
     }
 
     /// Reads 16 bytes; no alignment is asked for.
@@ -127,20 +164,13 @@ impl Cpu {
         addr: u64,
         f: impl FnOnce(&mut Cpu, T) -> (T, Flags),
     ) -> Result<(), Stop> {
-        let e = self.fast.get(self.mode, addr >> 12);
-        let within = addr as usize & (PAGE - 1);
-        let at = e.ram.wrapping_add(within);
-        if e.write == addr >> 12
-            && within <= PAGE - T::SIZE
-            && let Some(b) = ram.get_mut(at..)
-            && let Some(old) = T::read(b)
-        {
-            let (new, flags) = f(self, old);
-            new.write(b);
-            self.flags = flags;
-            return Ok(());
-        }
-        self.modify_slow(ram, addr, f)
+        let Some((place, old)) = self.writable_quick::<T>(ram, addr) else {
+            return self.modify_slow(ram, addr, f);
+        };
+        let (new, flags) = f(self, old);
+        new.write(place);
+        self.flags = flags;
+        Ok(())
     }
 
     #[cold]

@@ -8,7 +8,7 @@ use crate::decode::LENGTH_MAX;
 use crate::exception::Event;
 use crate::exit::{Exit, Stop};
 use crate::flags::bits;
-use crate::insn::Insn;
+use crate::insn::{self, Insn};
 use crate::paging::{Access, is_canonical};
 use crate::state::{Cpu, CpuState, FetchPage, RIP_BASE, Shadow};
 
@@ -199,6 +199,7 @@ impl SoftCpu {
         cpu.regs[RIP_BASE as usize] = rip;
         cpu.rip = rip.wrapping_add(block.len as u64);
         cpu.rep_budget = budget;
+        cpu.left = 0;
         let most = budget.min(most);
         if insns.len() as u64 > most {
             // What is left out would have found RIP behind the block; nothing that runs now looks at it.
@@ -206,14 +207,13 @@ impl SoftCpu {
             cpu.rip = rip.wrapping_add(later[0].offset as u64);
             insns = now;
         }
-        for (done, insn) in insns.iter().enumerate() {
-            if let Err(stop) = (insn.exec)(cpu, ram, insn) {
-                cpu.retired += done as u64;
-                let insn = *insn;
-                return self.stopped(ram, stop, rip.wrapping_add(insn.offset as u64), Some(insn));
-            }
+        if let Err(stop) = insn::run(cpu, ram, insns) {
+            let done = insns.len() - 1 - cpu.left;
+            cpu.retired += done as u64;
+            let insn = insns[done];
+            return self.stopped(ram, stop, rip.wrapping_add(insn.offset as u64), Some(insn));
         }
-        cpu.retired += insns.len() as u64;
+        cpu.retired += (insns.len() - cpu.left) as u64;
         None
     }
 
@@ -322,7 +322,7 @@ impl SoftCpu {
         cpu.rip = rip.wrapping_add(insn.len as u64);
         cpu.regs[RIP_BASE as usize] = rip.wrapping_sub(insn.offset as u64);
         cpu.rep_budget = budget;
-        match (insn.exec)(cpu, ram, &insn) {
+        match (insn.exec)(cpu, ram, &[insn]) {
             Ok(()) => {
                 cpu.retired += 1;
                 None
@@ -357,6 +357,7 @@ impl SoftCpu {
                 Some(Exit::Hlt)
             }
             Stop::Shutdown => Some(Exit::Shutdown),
+            Stop::Slow => unreachable!("a quick handler has its exact one do what it cannot"),
             Stop::CodeWrite => {
                 self.drop_written_code();
                 let insn = insn?;

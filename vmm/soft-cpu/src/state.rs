@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::exit::{Exit, Fault, Stop};
 use crate::flags::Flags;
+use crate::insn::Single;
 use crate::tlb::{FastTlb, Tlb, TlbState};
 
 /// Size of the register file: a power of two, so that an index needs a mask and no check.
@@ -234,6 +235,10 @@ pub struct Cpu {
     /// Pages written since they were last taken, a bit each, and the same as a list.
     pub(crate) written: Vec<u64>,
     pub(crate) written_list: Vec<u32>,
+    /// How many instructions of its block were left behind the one that stopped or jumped.
+    pub(crate) left: usize,
+    /// What [`crate::insn::retry`] executes.
+    pub(crate) exact: Single,
     /// How many iterations a REP instruction may do.
     pub(crate) rep_budget: u64,
     /// The fault behind [`Stop::Fault`].
@@ -334,6 +339,8 @@ impl Cpu {
             code_write_allowed: false,
             written: vec![0; pages.div_ceil(64)],
             written_list: Vec::new(),
+            left: 0,
+            exact: |cpu, _, _| cpu.undefined(),
             rep_budget: 0,
             fault: Fault { vector: 0, error: None },
             io: Exit::Reached,

@@ -2,7 +2,7 @@
 
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
-use super::operand::{Mem, Near, Target, is_near, log_size, widths};
+use super::operand::{Mem, Near, Quick, Target, is_near, log_size, widths};
 use crate::decode::Place;
 use crate::exit::Stop;
 use crate::flags::Flags;
@@ -147,13 +147,13 @@ fn form<O: Op>(ins: &Instruction, insn: &Insn) -> Option<Handler> {
     let near = is_near(insn);
     let table = match (ins.op0_kind(), ins.op1_kind()) {
         (R, R) => widths!(reg_reg, O),
-        (R, M) if near => widths!(reg_mem, O, Near),
-        (R, M) => widths!(reg_mem, O, Mem),
-        (M, R) if near => widths!(mem_reg, O, Near),
-        (M, R) => widths!(mem_reg, O, Mem),
+        (R, M) if near => widths!(reg_mem, O, Near; else O, Mem),
+        (R, M) => widths!(reg_mem, O, Quick; else O, Mem),
+        (M, R) if near => widths!(mem_reg, O, Near; else O, Mem),
+        (M, R) => widths!(mem_reg, O, Quick; else O, Mem),
         (R, _) => widths!(reg_imm, O),
-        (M, _) if near => widths!(mem_imm, O, Near),
-        (M, _) => widths!(mem_imm, O, Mem),
+        (M, _) if near => widths!(mem_imm, O, Near; else O, Mem),
+        (M, _) => widths!(mem_imm, O, Quick; else O, Mem),
         _ => return None,
     };
     Some(table[log_size(ins, 0)])

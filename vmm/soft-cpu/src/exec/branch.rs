@@ -1,18 +1,25 @@
 //! JMP, Jcc, CALL, RET (near), LOOP, LOOPE, LOOPNE, JRCXZ.
 //!
-//! While a branch runs, [`Cpu::rip`] is the address behind it. Targets must be canonical; the branch faults
+//! While a branch other than Jcc runs, [`Cpu::rip`] is the address behind it. Targets must be canonical; the branch faults
 //! where they are not, and has then changed nothing (but CALL, as on Intel's processors, the stack's memory).
 
 use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 
-use super::operand::{Dst, Mem, Source, condition, conditions};
+use super::operand::{Dst, Mem, Quick, Source, condition};
+use super::stack::{Exact, Stack};
 use crate::decode::Place;
 use crate::exit::Stop;
-use crate::insn::{Handler, Insn, Int};
+use crate::insn::{Handler, Insn, Int, quick, run, threaded};
 use crate::paging::is_canonical;
-use crate::state::{Cpu, reg};
+use crate::state::{Cpu, RIP_BASE, reg};
 
 const RSP: usize = reg::RSP as usize;
+
+#[rustfmt::skip]
+const JCC: [Handler; 16] = [
+    jcc::<0>, jcc::<1>, jcc::<2>, jcc::<3>, jcc::<4>, jcc::<5>, jcc::<6>, jcc::<7>,
+    jcc::<8>, jcc::<9>, jcc::<10>, jcc::<11>, jcc::<12>, jcc::<13>, jcc::<14>, jcc::<15>,
+];
 
 /// The target of a relative branch.
 #[inline(always)]
@@ -26,10 +33,16 @@ fn check(cpu: &mut Cpu, target: u64) -> Result<u64, Stop> {
     if is_canonical(target) { Ok(target) } else { cpu.general_protection(0) }
 }
 
-fn jcc<const CC: u8>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
-    if cpu.flags.condition::<CC>() {
-        cpu.rip = relative(cpu, i)?;
+/// A handler of its own kind: when it is not taken its block goes on behind it, when it is the rest is left. The
+/// immediate counts from the start of the block.
+fn jcc<const CC: u8>(cpu: &mut Cpu, ram: &mut [u8], insns: &[Insn]) -> Result<(), Stop> {
+    let [i, rest @ ..] = insns else { return Ok(()) };
+    if !cpu.flags.condition::<CC>() {
+        return run(cpu, ram, rest);
     }
+    cpu.left = rest.len();
+    let target = cpu.regs[RIP_BASE as usize].wrapping_add(i.imm);
+    cpu.rip = check(cpu, target)?;
     Ok(())
 }
 
@@ -44,17 +57,19 @@ fn jmp_to<S: Source>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop
     Ok(())
 }
 
-fn call(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn call<K: Stack>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
     let target = relative(cpu, i)?;
-    cpu.push(ram, cpu.rip)?;
+    let behind = cpu.rip;
+    K::push(cpu, ram, behind)?;
     cpu.rip = target;
     Ok(())
 }
 
-fn call_to<S: Source>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn call_to<K: Stack, S: Source>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
     let target = S::load(cpu, ram, i)?;
     let sp = cpu.regs[RSP];
-    cpu.push(ram, cpu.rip)?;
+    let behind = cpu.rip;
+    K::push(cpu, ram, behind)?;
     if !is_canonical(target) {
         cpu.regs[RSP] = sp;
         return cpu.general_protection(0);
@@ -64,9 +79,9 @@ fn call_to<S: Source>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Sto
 }
 
 /// The immediate is 0 in the form without one.
-fn ret(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn ret<K: Stack>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
     let at = cpu.regs[RSP];
-    let target = cpu.load_stack(ram, at)?;
+    let target = K::load(cpu, ram, at)?;
     cpu.rip = check(cpu, target)?;
     cpu.regs[RSP] = at.wrapping_add(8).wrapping_add(i.imm & 0xffff);
     Ok(())
@@ -115,22 +130,28 @@ fn jrcxz<T: Int>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
 /// Handlers of this family.
 pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
     insn.exec = match ins.code() {
-        Code::Jmp_rel8_64 | Code::Jmp_rel32_64 => jmp,
-        Code::Jmp_rm64 if ins.op0_kind() == OpKind::Memory => jmp_to::<Mem>,
-        Code::Jmp_rm64 => jmp_to::<Dst>,
-        Code::Call_rel32_64 => call,
-        Code::Call_rm64 if ins.op0_kind() == OpKind::Memory => call_to::<Mem>,
-        Code::Call_rm64 => call_to::<Dst>,
-        Code::Retnq | Code::Retnq_imm16 => ret,
-        Code::Loop_rel8_64_RCX => loop_while::<Always, u64>,
-        Code::Loop_rel8_64_ECX => loop_while::<Always, u32>,
-        Code::Loope_rel8_64_RCX => loop_while::<WhileZero, u64>,
-        Code::Loope_rel8_64_ECX => loop_while::<WhileZero, u32>,
-        Code::Loopne_rel8_64_RCX => loop_while::<WhileNotZero, u64>,
-        Code::Loopne_rel8_64_ECX => loop_while::<WhileNotZero, u32>,
-        Code::Jrcxz_rel8_64 => jrcxz::<u64>,
-        Code::Jecxz_rel8_64 => jrcxz::<u32>,
-        _ => select_jcc(ins)?,
+        Code::Jmp_rel8_64 | Code::Jmp_rel32_64 => threaded!(jmp),
+        Code::Jmp_rm64 if ins.op0_kind() == OpKind::Memory => quick!(jmp_to::<Quick>, jmp_to::<Mem>),
+        Code::Jmp_rm64 => threaded!(jmp_to::<Dst>),
+        Code::Call_rel32_64 => quick!(call::<Quick>, call::<Exact>),
+        Code::Call_rm64 if ins.op0_kind() == OpKind::Memory => {
+            quick!(call_to::<Quick, Quick>, call_to::<Exact, Mem>)
+        }
+        Code::Call_rm64 => quick!(call_to::<Quick, Dst>, call_to::<Exact, Dst>),
+        Code::Retnq | Code::Retnq_imm16 => quick!(ret::<Quick>, ret::<Exact>),
+        Code::Loop_rel8_64_RCX => threaded!(loop_while::<Always, u64>),
+        Code::Loop_rel8_64_ECX => threaded!(loop_while::<Always, u32>),
+        Code::Loope_rel8_64_RCX => threaded!(loop_while::<WhileZero, u64>),
+        Code::Loope_rel8_64_ECX => threaded!(loop_while::<WhileZero, u32>),
+        Code::Loopne_rel8_64_RCX => threaded!(loop_while::<WhileNotZero, u64>),
+        Code::Loopne_rel8_64_ECX => threaded!(loop_while::<WhileNotZero, u32>),
+        Code::Jrcxz_rel8_64 => threaded!(jrcxz::<u64>),
+        Code::Jecxz_rel8_64 => threaded!(jrcxz::<u32>),
+        _ => {
+            insn.exec = select_jcc(ins)?;
+            insn.imm = insn.imm.wrapping_add(insn.offset as u64 + insn.len as u64);
+            return Some(Place::Middle);
+        }
     };
     Some(Place::Last)
 }
@@ -141,5 +162,5 @@ fn select_jcc(ins: &Instruction) -> Option<Handler> {
         ins.mnemonic(),
         Ja | Jae | Jb | Jbe | Je | Jg | Jge | Jl | Jle | Jne | Jno | Jnp | Jns | Jo | Jp | Js
     );
-    if is_jcc { Some(conditions!(jcc)[condition(ins)?]) } else { None }
+    if is_jcc { Some(JCC[condition(ins)?]) } else { None }
 }

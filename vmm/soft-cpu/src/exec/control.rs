@@ -8,7 +8,7 @@ use crate::debug::{DEBUG_REGISTER, GENERAL_DETECT};
 use crate::decode::Place;
 use crate::exit::Stop;
 use crate::flags::bits;
-use crate::insn::{Handler, Insn};
+use crate::insn::{Handler, Insn, threaded};
 use crate::paging::PHYSICAL_BITS;
 use crate::state::Cpu;
 
@@ -157,10 +157,10 @@ pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
     let exists = |r: Register| matches!(r.number(), 0 | 2 | 3 | 4 | 8) || r.is_dr() && r.number() < 8;
     let (to, from) = (ins.op0_register(), ins.op1_register());
     let exec: Handler = match () {
-        _ if to.is_cr() && exists(to) => write_cr,
-        _ if from.is_cr() && exists(from) => read_cr,
-        _ if to.is_dr() && exists(to) => write_dr,
-        _ if from.is_dr() && exists(from) => read_dr,
+        _ if to.is_cr() && exists(to) => threaded!(write_cr),
+        _ if from.is_cr() && exists(from) => threaded!(read_cr),
+        _ if to.is_dr() && exists(to) => threaded!(write_dr),
+        _ if from.is_dr() && exists(from) => threaded!(read_dr),
         _ => return None,
     };
     insn.exec = exec;

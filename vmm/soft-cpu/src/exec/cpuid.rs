@@ -8,7 +8,7 @@ use iced_x86::{Instruction, Mnemonic};
 
 use crate::decode::Place;
 use crate::exit::Stop;
-use crate::insn::Insn;
+use crate::insn::{Insn, threaded};
 use crate::paging::PHYSICAL_BITS;
 use crate::state::{Cpu, reg};
 
@@ -114,6 +114,6 @@ pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
     if ins.mnemonic() != Mnemonic::Cpuid {
         return None;
     }
-    insn.exec = run;
+    insn.exec = threaded!(run);
     Some(Place::Middle)
 }

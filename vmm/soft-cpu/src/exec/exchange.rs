@@ -7,7 +7,7 @@ use super::operand::{Dst, Mem, Target, is_memory, log_size, widths};
 use crate::decode::Place;
 use crate::exit::Stop;
 use crate::flags::Flags;
-use crate::insn::{Insn, Int};
+use crate::insn::{Insn, Int, threaded};
 use crate::state::{Cpu, reg};
 
 fn xchg<D: Target, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
@@ -129,8 +129,8 @@ pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
         }
         Mnemonic::Xadd => form!(xadd_reg, xadd_mem),
         Mnemonic::Cmpxchg => form!(cmpxchg_reg, cmpxchg_mem),
-        Mnemonic::Cmpxchg8b => cmpxchg8b,
-        Mnemonic::Cmpxchg16b => cmpxchg16b,
+        Mnemonic::Cmpxchg8b => threaded!(cmpxchg8b),
+        Mnemonic::Cmpxchg16b => threaded!(cmpxchg16b),
         _ => return None,
     };
     Some(Place::Middle)

@@ -10,7 +10,7 @@ use crate::decode::Place;
 use crate::exception::Source;
 use crate::exit::{Fault, Stop};
 use crate::flags::{Flags, bits};
-use crate::insn::{Handler, Insn, Int};
+use crate::insn::{Handler, Insn, Int, threaded};
 use crate::paging::is_canonical;
 use crate::segment::attr;
 use crate::state::{Cpu, Segment, reg, seg};
@@ -320,26 +320,26 @@ impl Cpu {
 /// Handlers of this family.
 pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
     let exec: Handler = match ins.code() {
-        Code::Jmp_m1616 => jmp::<u16>,
-        Code::Jmp_m1632 => jmp::<u32>,
-        Code::Jmp_m1664 => jmp::<u64>,
-        Code::Call_m1616 => call::<u16>,
-        Code::Call_m1632 => call::<u32>,
-        Code::Call_m1664 => call::<u64>,
-        Code::Retfw | Code::Retfw_imm16 => ret::<u16>,
-        Code::Retfd | Code::Retfd_imm16 => ret::<u32>,
-        Code::Retfq | Code::Retfq_imm16 => ret::<u64>,
-        Code::Iretw => iret::<u16>,
-        Code::Iretd => iret::<u32>,
-        Code::Iretq => iret::<u64>,
-        Code::Int_imm8 => |cpu, ram, i| int(cpu, ram, i.imm as u8),
-        Code::Int3 => |cpu, ram, _| int(cpu, ram, 3),
-        Code::Int1 => int1,
-        Code::Syscall => syscall,
-        Code::Sysretq => sysret,
-        Code::Sysenter => sysenter,
-        Code::Sysexitq => sysexit,
-        Code::Sysretd | Code::Sysexitd => to_32_bit,
+        Code::Jmp_m1616 => threaded!(jmp::<u16>),
+        Code::Jmp_m1632 => threaded!(jmp::<u32>),
+        Code::Jmp_m1664 => threaded!(jmp::<u64>),
+        Code::Call_m1616 => threaded!(call::<u16>),
+        Code::Call_m1632 => threaded!(call::<u32>),
+        Code::Call_m1664 => threaded!(call::<u64>),
+        Code::Retfw | Code::Retfw_imm16 => threaded!(ret::<u16>),
+        Code::Retfd | Code::Retfd_imm16 => threaded!(ret::<u32>),
+        Code::Retfq | Code::Retfq_imm16 => threaded!(ret::<u64>),
+        Code::Iretw => threaded!(iret::<u16>),
+        Code::Iretd => threaded!(iret::<u32>),
+        Code::Iretq => threaded!(iret::<u64>),
+        Code::Int_imm8 => threaded!(|cpu, ram, i| int(cpu, ram, i.imm as u8)),
+        Code::Int3 => threaded!(|cpu, ram, _| int(cpu, ram, 3)),
+        Code::Int1 => threaded!(int1),
+        Code::Syscall => threaded!(syscall),
+        Code::Sysretq => threaded!(sysret),
+        Code::Sysenter => threaded!(sysenter),
+        Code::Sysexitq => threaded!(sysexit),
+        Code::Sysretd | Code::Sysexitd => threaded!(to_32_bit),
         _ => return None,
     };
     insn.exec = exec;

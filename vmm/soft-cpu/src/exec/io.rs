@@ -5,7 +5,7 @@ use iced_x86::{Instruction, Mnemonic, OpKind};
 use crate::decode::Place;
 use crate::exit::{Exit, Stop};
 use crate::flags::bits;
-use crate::insn::{Handler, Insn, Int, flag};
+use crate::insn::{Handler, Insn, Int, flag, threaded};
 use crate::state::{Cpu, reg};
 
 /// Where the 64-bit TSS has the offset of its I/O permission bitmap.
@@ -126,9 +126,9 @@ pub fn select(ins_: &Instruction, insn: &mut Insn) -> Option<Place> {
     macro_rules! widths {
         ($width:expr, $f:ident $(, $dx:literal)?) => {
             match $width {
-                1 => $f::<u8 $(, $dx)?> as Handler,
-                2 => $f::<u16 $(, $dx)?>,
-                _ => $f::<u32 $(, $dx)?>,
+                1 => threaded!($f::<u8 $(, $dx)?>) as Handler,
+                2 => threaded!($f::<u16 $(, $dx)?>),
+                _ => threaded!($f::<u32 $(, $dx)?>),
             }
         };
     }

@@ -5,7 +5,7 @@ use iced_x86::{Instruction, Mnemonic};
 use crate::decode::Place;
 use crate::exit::Stop;
 use crate::flags::bits;
-use crate::insn::{HIGH_BYTE, Insn};
+use crate::insn::{HIGH_BYTE, Insn, threaded};
 use crate::state::{Cpu, reg};
 
 const AH: u8 = reg::RAX | HIGH_BYTE;
@@ -56,20 +56,20 @@ fn nop(_: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
 /// Handlers of this family.
 pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
     insn.exec = match ins.mnemonic() {
-        Mnemonic::Lahf => lahf,
-        Mnemonic::Sahf => sahf,
-        Mnemonic::Clc => clc,
-        Mnemonic::Stc => stc,
-        Mnemonic::Cmc => cmc,
-        Mnemonic::Cld => cld,
-        Mnemonic::Std => std,
+        Mnemonic::Lahf => threaded!(lahf),
+        Mnemonic::Sahf => threaded!(sahf),
+        Mnemonic::Clc => threaded!(clc),
+        Mnemonic::Stc => threaded!(stc),
+        Mnemonic::Cmc => threaded!(cmc),
+        Mnemonic::Cld => threaded!(cld),
+        Mnemonic::Std => threaded!(std),
         // One thread, and a memory that is always up to date: there is nothing to order or to fetch.
         Mnemonic::Nop
         | Mnemonic::Reservednop
         | Mnemonic::Pause
         | Mnemonic::Lfence
         | Mnemonic::Mfence
-        | Mnemonic::Sfence => nop,
+        | Mnemonic::Sfence => threaded!(nop),
         _ => return None,
     };
     Some(Place::Middle)

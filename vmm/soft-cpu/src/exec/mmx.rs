@@ -8,7 +8,7 @@ use iced_x86::{Instruction, Mnemonic};
 use super::sse::{CR0_EM, CR0_TS};
 use crate::decode::Place;
 use crate::exit::Stop;
-use crate::insn::Insn;
+use crate::insn::{Insn, threaded};
 use crate::state::Cpu;
 
 /// x87 status: an unmasked exception is pending.
@@ -69,6 +69,6 @@ pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
     if ins.mnemonic() != Mnemonic::Emms {
         return None;
     }
-    insn.exec = emms;
+    insn.exec = threaded!(emms);
     Some(Place::Middle)
 }

@@ -4,12 +4,12 @@
 use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 
 use super::operand::{
-    Dst, Imm, Mem, Moffs, Near, Source, Src, Target, condition, conditions, is_memory, is_near, log_size,
-    widths,
+    Dst, Imm, Mem, Moffs, Near, Quick, Source, Src, Target, condition, conditions, is_memory, is_near,
+    log_size, widths,
 };
 use crate::decode::Place;
 use crate::exit::Stop;
-use crate::insn::{ADDR32, Handler, Insn, Int};
+use crate::insn::{ADDR32, Handler, Insn, Int, threaded};
 use crate::state::{Cpu, ZERO, reg};
 
 fn mov<D: Target, S: Source, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
@@ -112,13 +112,13 @@ fn select_mov(ins: &Instruction, insn: &Insn) -> Option<Handler> {
         }
         _ => match (a, b) {
             (R, R) => widths!(mov, Dst, Src),
-            (R, M) if is_near(insn) => widths!(mov, Dst, Near),
-            (R, M) => widths!(mov, Dst, Mem),
-            (M, R) if is_near(insn) => widths!(mov, Near, Src),
-            (M, R) => widths!(mov, Mem, Src),
+            (R, M) if is_near(insn) => widths!(mov, Dst, Near; else Dst, Mem),
+            (R, M) => widths!(mov, Dst, Quick; else Dst, Mem),
+            (M, R) if is_near(insn) => widths!(mov, Near, Src; else Mem, Src),
+            (M, R) => widths!(mov, Quick, Src; else Mem, Src),
             (R, _) => widths!(mov, Dst, Imm),
-            (M, _) if is_near(insn) => widths!(mov, Near, Imm),
-            (M, _) => widths!(mov, Mem, Imm),
+            (M, _) if is_near(insn) => widths!(mov, Near, Imm; else Mem, Imm),
+            (M, _) => widths!(mov, Quick, Imm; else Mem, Imm),
             _ => return None,
         },
     };
@@ -130,11 +130,11 @@ fn select_extend(ins: &Instruction, signed: bool) -> Handler {
         ($f:ident) => {{
             let table = match (log_size(ins, 1), is_memory(ins, 1)) {
                 (0, false) => widths!($f, Src, u8),
-                (0, true) => widths!($f, Mem, u8),
+                (0, true) => widths!($f, Quick, u8; else Mem, u8),
                 (1, false) => widths!($f, Src, u16),
-                (1, true) => widths!($f, Mem, u16),
+                (1, true) => widths!($f, Quick, u16; else Mem, u16),
                 (_, false) => widths!($f, Src, u32),
-                (_, true) => widths!($f, Mem, u32),
+                (_, true) => widths!($f, Quick, u32; else Mem, u32),
             };
             table[log_size(ins, 0)]
         }};
@@ -150,9 +150,9 @@ fn select_conditional(ins: &Instruction) -> Option<Handler> {
         (_, 1, false) => conditions!(cmov, Src, u16),
         (_, 2, false) => conditions!(cmov, Src, u32),
         (_, _, false) => conditions!(cmov, Src, u64),
-        (_, 1, true) => conditions!(cmov, Mem, u16),
-        (_, 2, true) => conditions!(cmov, Mem, u32),
-        (_, _, true) => conditions!(cmov, Mem, u64),
+        (_, 1, true) => conditions!(cmov, Quick, u16; else Mem, u16),
+        (_, 2, true) => conditions!(cmov, Quick, u32; else Mem, u32),
+        (_, _, true) => conditions!(cmov, Quick, u64; else Mem, u64),
     };
     Some(table[cc])
 }
@@ -167,14 +167,14 @@ pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
         Mnemonic::Bswap => widths!(bswap)[log_size(ins, 0)],
         Mnemonic::Xlatb => {
             insn.index = ZERO;
-            xlat
+            threaded!(xlat)
         }
-        Mnemonic::Cbw => widen::<u8, u16>,
-        Mnemonic::Cwde => widen::<u16, u32>,
-        Mnemonic::Cdqe => widen::<u32, u64>,
-        Mnemonic::Cwd => sign_to_rdx::<u16>,
-        Mnemonic::Cdq => sign_to_rdx::<u32>,
-        Mnemonic::Cqo => sign_to_rdx::<u64>,
+        Mnemonic::Cbw => threaded!(widen::<u8, u16>),
+        Mnemonic::Cwde => threaded!(widen::<u16, u32>),
+        Mnemonic::Cdqe => threaded!(widen::<u32, u64>),
+        Mnemonic::Cwd => threaded!(sign_to_rdx::<u16>),
+        Mnemonic::Cdq => threaded!(sign_to_rdx::<u32>),
+        Mnemonic::Cqo => threaded!(sign_to_rdx::<u64>),
         m if is_conditional(m) => select_conditional(ins)?,
         _ => return None,
     };

@@ -4,7 +4,7 @@ use iced_x86::{Instruction, Mnemonic};
 
 use crate::decode::Place;
 use crate::exit::Stop;
-use crate::insn::{Handler, Insn};
+use crate::insn::{Handler, Insn, threaded};
 use crate::paging::is_canonical;
 use crate::state::{Cpu, FS_BASE, GS_BASE, reg};
 
@@ -133,8 +133,8 @@ fn wrmsr(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
 /// Handlers of this family.
 pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
     let exec: Handler = match ins.mnemonic() {
-        Mnemonic::Rdmsr => rdmsr,
-        Mnemonic::Wrmsr => wrmsr,
+        Mnemonic::Rdmsr => threaded!(rdmsr),
+        Mnemonic::Wrmsr => threaded!(wrmsr),
         _ => return None,
     };
     insn.exec = exec;

@@ -32,8 +32,9 @@ pub(super) struct Dst;
 pub(super) struct Src;
 /// The memory operand.
 pub(super) struct Mem;
-/// The memory operand, where it is only a base register and a displacement: the most frequent form has the
-/// shortest way.
+/// The memory operand in a quick handler.
+pub(super) struct Quick;
+/// The same, where it is only a base register and a displacement: the most frequent form has the shortest way.
 pub(super) struct Near;
 /// The immediate.
 pub(super) struct Imm;
@@ -100,23 +101,17 @@ impl Target for Mem {
     }
 }
 
-impl Source for Near {
+impl Source for Quick {
     #[inline(always)]
     fn load<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<T, Stop> {
-        match cpu.load(ram, near(cpu, i)) {
-            Ok(v) => Ok(v),
-            Err(stop) => Err(cpu.operand_fault(i, stop)),
-        }
+        cpu.load_quick(ram, cpu.ea(i)).ok_or(Stop::Slow)
     }
 }
 
-impl Target for Near {
+impl Target for Quick {
     #[inline(always)]
     fn store<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, value: T) -> Result<(), Stop> {
-        match cpu.store(ram, near(cpu, i), value) {
-            Ok(()) => Ok(()),
-            Err(stop) => Err(cpu.operand_fault(i, stop)),
-        }
+        cpu.store_quick(ram, cpu.ea(i), value).ok_or(Stop::Slow)
     }
 
     #[inline(always)]
@@ -126,10 +121,31 @@ impl Target for Near {
         i: &Insn,
         f: impl FnOnce(&mut Cpu, T) -> (T, Flags),
     ) -> Result<(), Stop> {
-        match cpu.modify(ram, near(cpu, i), f) {
-            Ok(()) => Ok(()),
-            Err(stop) => Err(cpu.operand_fault(i, stop)),
-        }
+        cpu.modify_quick(ram, cpu.ea(i), f).ok_or(Stop::Slow)
+    }
+}
+
+impl Source for Near {
+    #[inline(always)]
+    fn load<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<T, Stop> {
+        cpu.load_quick(ram, near(cpu, i)).ok_or(Stop::Slow)
+    }
+}
+
+impl Target for Near {
+    #[inline(always)]
+    fn store<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, value: T) -> Result<(), Stop> {
+        cpu.store_quick(ram, near(cpu, i), value).ok_or(Stop::Slow)
+    }
+
+    #[inline(always)]
+    fn modify<T: Int>(
+        cpu: &mut Cpu,
+        ram: &mut [u8],
+        i: &Insn,
+        f: impl FnOnce(&mut Cpu, T) -> (T, Flags),
+    ) -> Result<(), Stop> {
+        cpu.modify_quick(ram, near(cpu, i), f).ok_or(Stop::Slow)
     }
 }
 
@@ -170,10 +186,24 @@ pub(super) fn log_size(ins: &Instruction, n: u32) -> usize {
     bytes.trailing_zeros() as usize
 }
 
-/// The instance of a handler for each width, by [`log_size`]: `widths!(f, O)` is `[f::<O, u8>, …]`.
+/// The instance of a handler for each width, by [`log_size`]: `widths!(f, O)` is `[f::<O, u8>, …]`. Quick ones have
+/// their exact ones behind them: `widths!(f, Quick; else Mem)`.
 macro_rules! widths {
     ($f:ident $(, $t:ty)*) => {
-        [$f::<$($t,)* u8> as $crate::insn::Handler, $f::<$($t,)* u16>, $f::<$($t,)* u32>, $f::<$($t,)* u64>]
+        [
+            $crate::insn::threaded!($f::<$($t,)* u8>) as $crate::insn::Handler,
+            $crate::insn::threaded!($f::<$($t,)* u16>),
+            $crate::insn::threaded!($f::<$($t,)* u32>),
+            $crate::insn::threaded!($f::<$($t,)* u64>),
+        ]
+    };
+    ($f:ident $(, $t:ty)*; else $($e:ty),*) => {
+        [
+            $crate::insn::quick!($f::<$($t,)* u8>, $f::<$($e,)* u8>) as $crate::insn::Handler,
+            $crate::insn::quick!($f::<$($t,)* u16>, $f::<$($e,)* u16>),
+            $crate::insn::quick!($f::<$($t,)* u32>, $f::<$($e,)* u32>),
+            $crate::insn::quick!($f::<$($t,)* u64>, $f::<$($e,)* u64>),
+        ]
     };
 }
 pub(super) use widths;
@@ -183,10 +213,42 @@ pub(super) use widths;
 macro_rules! conditions {
     ($f:ident $(, $t:ty)*) => {
         [
-            $f::<$($t,)* 0> as $crate::insn::Handler, $f::<$($t,)* 1>, $f::<$($t,)* 2>, $f::<$($t,)* 3>,
-            $f::<$($t,)* 4>, $f::<$($t,)* 5>, $f::<$($t,)* 6>, $f::<$($t,)* 7>,
-            $f::<$($t,)* 8>, $f::<$($t,)* 9>, $f::<$($t,)* 10>, $f::<$($t,)* 11>,
-            $f::<$($t,)* 12>, $f::<$($t,)* 13>, $f::<$($t,)* 14>, $f::<$($t,)* 15>,
+            $crate::insn::threaded!($f::<$($t,)* 0>) as $crate::insn::Handler,
+            $crate::insn::threaded!($f::<$($t,)* 1>),
+            $crate::insn::threaded!($f::<$($t,)* 2>),
+            $crate::insn::threaded!($f::<$($t,)* 3>),
+            $crate::insn::threaded!($f::<$($t,)* 4>),
+            $crate::insn::threaded!($f::<$($t,)* 5>),
+            $crate::insn::threaded!($f::<$($t,)* 6>),
+            $crate::insn::threaded!($f::<$($t,)* 7>),
+            $crate::insn::threaded!($f::<$($t,)* 8>),
+            $crate::insn::threaded!($f::<$($t,)* 9>),
+            $crate::insn::threaded!($f::<$($t,)* 10>),
+            $crate::insn::threaded!($f::<$($t,)* 11>),
+            $crate::insn::threaded!($f::<$($t,)* 12>),
+            $crate::insn::threaded!($f::<$($t,)* 13>),
+            $crate::insn::threaded!($f::<$($t,)* 14>),
+            $crate::insn::threaded!($f::<$($t,)* 15>),
+        ]
+    };
+    ($f:ident $(, $t:ty)*; else $($e:ty),*) => {
+        [
+            $crate::insn::quick!($f::<$($t,)* 0>, $f::<$($e,)* 0>) as $crate::insn::Handler,
+            $crate::insn::quick!($f::<$($t,)* 1>, $f::<$($e,)* 1>),
+            $crate::insn::quick!($f::<$($t,)* 2>, $f::<$($e,)* 2>),
+            $crate::insn::quick!($f::<$($t,)* 3>, $f::<$($e,)* 3>),
+            $crate::insn::quick!($f::<$($t,)* 4>, $f::<$($e,)* 4>),
+            $crate::insn::quick!($f::<$($t,)* 5>, $f::<$($e,)* 5>),
+            $crate::insn::quick!($f::<$($t,)* 6>, $f::<$($e,)* 6>),
+            $crate::insn::quick!($f::<$($t,)* 7>, $f::<$($e,)* 7>),
+            $crate::insn::quick!($f::<$($t,)* 8>, $f::<$($e,)* 8>),
+            $crate::insn::quick!($f::<$($t,)* 9>, $f::<$($e,)* 9>),
+            $crate::insn::quick!($f::<$($t,)* 10>, $f::<$($e,)* 10>),
+            $crate::insn::quick!($f::<$($t,)* 11>, $f::<$($e,)* 11>),
+            $crate::insn::quick!($f::<$($t,)* 12>, $f::<$($e,)* 12>),
+            $crate::insn::quick!($f::<$($t,)* 13>, $f::<$($e,)* 13>),
+            $crate::insn::quick!($f::<$($t,)* 14>, $f::<$($e,)* 14>),
+            $crate::insn::quick!($f::<$($t,)* 15>, $f::<$($e,)* 15>),
         ]
     };
 }

@@ -4,7 +4,7 @@ use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 use crate::decode::{Place, register};
 use crate::exit::Stop;
-use crate::insn::{Handler, Insn, Int};
+use crate::insn::{Handler, Insn, Int, threaded};
 use crate::paging::is_canonical;
 use crate::segment::{attr, unpack};
 use crate::state::{Cpu, FS_BASE, GS_BASE, Segment, Shadow, reg, seg};
@@ -247,23 +247,29 @@ pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
     let loads = |r: Register| if r == Register::SS { Place::Last } else { Place::Middle };
     let (exec, place): (Handler, Place) = match ins.mnemonic() {
         Mnemonic::Mov if first == Register::CS => return None,
-        Mnemonic::Mov if first.is_segment_register() && is_reg(1) => (mov_from_reg, loads(first)),
-        Mnemonic::Mov if first.is_segment_register() => (mov_from_mem, loads(first)),
+        Mnemonic::Mov if first.is_segment_register() && is_reg(1) => (threaded!(mov_from_reg), loads(first)),
+        Mnemonic::Mov if first.is_segment_register() => (threaded!(mov_from_mem), loads(first)),
         Mnemonic::Mov if is_reg(1) && ins.op1_register().is_segment_register() => {
             let width = first.size();
             (mov_to(if is_reg(0) { width } else { 0 }), Place::Middle)
         }
-        Mnemonic::Push if first.is_segment_register() => {
-            (if ins.stack_pointer_increment() == -2 { push::<u16> } else { push::<u64> }, Place::Middle)
-        }
-        Mnemonic::Pop if first.is_segment_register() => {
-            (if ins.stack_pointer_increment() == 2 { pop::<u16> } else { pop::<u64> }, Place::Middle)
-        }
+        Mnemonic::Push if first.is_segment_register() => (
+            if ins.stack_pointer_increment() == -2 { threaded!(push::<u16>) } else { threaded!(push::<u64>) },
+            Place::Middle,
+        ),
+        Mnemonic::Pop if first.is_segment_register() => (
+            if ins.stack_pointer_increment() == 2 { threaded!(pop::<u16>) } else { threaded!(pop::<u64>) },
+            Place::Middle,
+        ),
         Mnemonic::Lss => (far_load::<{ seg::SS }>(first), Place::Last),
         Mnemonic::Lfs => (far_load::<{ seg::FS }>(first), Place::Middle),
         Mnemonic::Lgs => (far_load::<{ seg::GS }>(first), Place::Middle),
-        Mnemonic::Lldt => (if is_reg(0) { lldt::<true> } else { lldt::<false> }, Place::Middle),
-        Mnemonic::Ltr => (if is_reg(0) { ltr::<true> } else { ltr::<false> }, Place::Middle),
+        Mnemonic::Lldt => {
+            (if is_reg(0) { threaded!(lldt::<true>) } else { threaded!(lldt::<false>) }, Place::Middle)
+        }
+        Mnemonic::Ltr => {
+            (if is_reg(0) { threaded!(ltr::<true>) } else { threaded!(ltr::<false>) }, Place::Middle)
+        }
         Mnemonic::Sldt | Mnemonic::Str => {
             (stored(ins.mnemonic(), if is_reg(0) { first.size() } else { 0 }), Place::Middle)
         }
@@ -273,12 +279,14 @@ pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
             }
             (looking(first.size(), is_reg(1), ins.mnemonic() == Mnemonic::Lsl), Place::Middle)
         }
-        Mnemonic::Verr => {
-            (if is_reg(0) { verify::<true, false> } else { verify::<false, false> }, Place::Middle)
-        }
-        Mnemonic::Verw => {
-            (if is_reg(0) { verify::<true, true> } else { verify::<false, true> }, Place::Middle)
-        }
+        Mnemonic::Verr => (
+            if is_reg(0) { threaded!(verify::<true, false>) } else { threaded!(verify::<false, false>) },
+            Place::Middle,
+        ),
+        Mnemonic::Verw => (
+            if is_reg(0) { threaded!(verify::<true, true>) } else { threaded!(verify::<false, true>) },
+            Place::Middle,
+        ),
         _ => return None,
     };
     insn.exec = exec;
@@ -287,29 +295,29 @@ pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
 
 fn mov_to(width: usize) -> Handler {
     match width {
-        0 => mov_to_mem,
-        2 => mov_to_reg::<u16>,
-        4 => mov_to_reg::<u32>,
-        _ => mov_to_reg::<u64>,
+        0 => threaded!(mov_to_mem),
+        2 => threaded!(mov_to_reg::<u16>),
+        4 => threaded!(mov_to_reg::<u32>),
+        _ => threaded!(mov_to_reg::<u64>),
     }
 }
 
 fn far_load<const N: usize>(to: Register) -> Handler {
     match to.size() {
-        2 => load_far::<u16, N>,
-        4 => load_far::<u32, N>,
-        _ => load_far::<u64, N>,
+        2 => threaded!(load_far::<u16, N>),
+        4 => threaded!(load_far::<u32, N>),
+        _ => threaded!(load_far::<u64, N>),
     }
 }
 
 fn stored(mnemonic: Mnemonic, width: usize) -> Handler {
     match (mnemonic, width) {
-        (Mnemonic::Sldt, 0) => sldt::<0>,
-        (Mnemonic::Sldt, 2) => sldt::<2>,
-        (Mnemonic::Sldt, _) => sldt::<4>,
-        (_, 0) => str::<0>,
-        (_, 2) => str::<2>,
-        _ => str::<4>,
+        (Mnemonic::Sldt, 0) => threaded!(sldt::<0>),
+        (Mnemonic::Sldt, 2) => threaded!(sldt::<2>),
+        (Mnemonic::Sldt, _) => threaded!(sldt::<4>),
+        (_, 0) => threaded!(str::<0>),
+        (_, 2) => threaded!(str::<2>),
+        _ => threaded!(str::<4>),
     }
 }
 
@@ -317,10 +325,10 @@ fn looking(width: usize, is_reg: bool, limit: bool) -> Handler {
     macro_rules! by_source {
         ($t:ty) => {
             match (is_reg, limit) {
-                (true, true) => look::<$t, true, true>,
-                (true, false) => look::<$t, true, false>,
-                (false, true) => look::<$t, false, true>,
-                (false, false) => look::<$t, false, false>,
+                (true, true) => threaded!(look::<$t, true, true>),
+                (true, false) => threaded!(look::<$t, true, false>),
+                (false, true) => threaded!(look::<$t, false, true>),
+                (false, false) => threaded!(look::<$t, false, false>),
             }
         };
     }

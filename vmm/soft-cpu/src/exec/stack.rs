@@ -2,24 +2,59 @@
 
 use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 
-use super::operand::{Dst, Imm, Mem, Source, is_memory, log_size};
+use super::operand::{Dst, Imm, Mem, Quick, Source, is_memory, log_size};
 use crate::decode::Place;
 use crate::exit::Stop;
 use crate::flags::bits;
-use crate::insn::{Handler, Insn, Int};
+use crate::insn::{Handler, Insn, Int, quick, threaded};
 use crate::state::{Cpu, reg};
 
 const RSP: usize = reg::RSP as usize;
 const RBP: usize = reg::RBP as usize;
 
+/// How a handler reaches the stack.
+pub(super) trait Stack {
+    fn load<T: Int>(cpu: &mut Cpu, ram: &mut [u8], at: u64) -> Result<T, Stop>;
+    fn store<T: Int>(cpu: &mut Cpu, ram: &mut [u8], at: u64, value: T) -> Result<(), Stop>;
+
+    /// Pushes a value; RSP moves when the store has succeeded.
+    #[inline(always)]
+    fn push<T: Int>(cpu: &mut Cpu, ram: &mut [u8], value: T) -> Result<(), Stop> {
+        let at = cpu.regs[RSP].wrapping_sub(T::SIZE as u64);
+        Self::store(cpu, ram, at, value)?;
+        cpu.regs[RSP] = at;
+        Ok(())
+    }
+}
+
+/// In exact handlers.
+pub(super) struct Exact;
+impl Stack for Exact {
+    fn load<T: Int>(cpu: &mut Cpu, ram: &mut [u8], at: u64) -> Result<T, Stop> {
+        cpu.load_stack(ram, at)
+    }
+    fn store<T: Int>(cpu: &mut Cpu, ram: &mut [u8], at: u64, value: T) -> Result<(), Stop> {
+        cpu.store_stack(ram, at, value)
+    }
+}
+
+/// In quick handlers.
+impl Stack for Quick {
+    #[inline(always)]
+    fn load<T: Int>(cpu: &mut Cpu, ram: &mut [u8], at: u64) -> Result<T, Stop> {
+        cpu.load_quick(ram, at).ok_or(Stop::Slow)
+    }
+    #[inline(always)]
+    fn store<T: Int>(cpu: &mut Cpu, ram: &mut [u8], at: u64, value: T) -> Result<(), Stop> {
+        cpu.store_quick(ram, at, value).ok_or(Stop::Slow)
+    }
+}
+
 impl Cpu {
     /// Pushes a value; RSP moves when the store has succeeded.
     #[inline(always)]
     pub(super) fn push<T: Int>(&mut self, ram: &mut [u8], value: T) -> Result<(), Stop> {
-        let at = self.regs[RSP].wrapping_sub(T::SIZE as u64);
-        self.store_stack(ram, at, value)?;
-        self.regs[RSP] = at;
-        Ok(())
+        Exact::push(self, ram, value)
     }
 
     /// The value on top of the stack at `at`.
@@ -40,14 +75,14 @@ impl Cpu {
     }
 }
 
-fn push<S: Source, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn push<K: Stack, S: Source, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
     let v = S::load::<T>(cpu, ram, i)?;
-    cpu.push(ram, v)
+    K::push(cpu, ram, v)
 }
 
-fn pop_reg<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn pop_reg<K: Stack, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
     let at = cpu.regs[RSP];
-    let v = cpu.load_stack::<T>(ram, at)?;
+    let v = K::load::<T>(cpu, ram, at)?;
     cpu.regs[RSP] = at.wrapping_add(T::SIZE as u64);
     cpu.set_reg(i.dst, v);
     Ok(())
@@ -127,9 +162,9 @@ fn enter_frame<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), St
     Ok(())
 }
 
-fn leave<T: Int>(cpu: &mut Cpu, ram: &mut [u8], _: &Insn) -> Result<(), Stop> {
+fn leave<K: Stack, T: Int>(cpu: &mut Cpu, ram: &mut [u8], _: &Insn) -> Result<(), Stop> {
     let frame = cpu.regs[RBP];
-    let v = cpu.load_stack::<T>(ram, frame)?;
+    let v = K::load::<T>(cpu, ram, frame)?;
     cpu.regs[RSP] = frame.wrapping_add(T::SIZE as u64);
     cpu.set_reg(reg::RBP, v);
     Ok(())
@@ -140,24 +175,24 @@ fn select_push(ins: &Instruction) -> Option<Handler> {
     Some(match ins.op0_kind() {
         OpKind::Register if ins.op0_register().is_gpr() => {
             if wide {
-                push::<Dst, u64>
+                quick!(push::<Quick, Dst, u64>, push::<Exact, Dst, u64>)
             } else {
-                push::<Dst, u16>
+                quick!(push::<Quick, Dst, u16>, push::<Exact, Dst, u16>)
             }
         }
         OpKind::Register => return None,
         OpKind::Memory => {
             if wide {
-                push::<Mem, u64>
+                quick!(push::<Quick, Quick, u64>, push::<Exact, Mem, u64>)
             } else {
-                push::<Mem, u16>
+                quick!(push::<Quick, Quick, u16>, push::<Exact, Mem, u16>)
             }
         }
         _ => {
             if wide {
-                push::<Imm, u64>
+                quick!(push::<Quick, Imm, u64>, push::<Exact, Imm, u64>)
             } else {
-                push::<Imm, u16>
+                quick!(push::<Quick, Imm, u16>, push::<Exact, Imm, u16>)
             }
         }
     })
@@ -166,11 +201,11 @@ fn select_push(ins: &Instruction) -> Option<Handler> {
 fn select_pop(ins: &Instruction) -> Option<Handler> {
     let wide = log_size(ins, 0) == 3;
     Some(match (is_memory(ins, 0), wide) {
-        (true, true) => pop_mem::<u64>,
-        (true, false) => pop_mem::<u16>,
+        (true, true) => threaded!(pop_mem::<u64>),
+        (true, false) => threaded!(pop_mem::<u16>),
         _ if !ins.op0_register().is_gpr() => return None,
-        (false, true) => pop_reg::<u64>,
-        (false, false) => pop_reg::<u16>,
+        (false, true) => quick!(pop_reg::<Quick, u64>, pop_reg::<Exact, u64>),
+        (false, false) => quick!(pop_reg::<Quick, u16>, pop_reg::<Exact, u16>),
     })
 }
 
@@ -179,27 +214,31 @@ pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
     insn.exec = match ins.mnemonic() {
         Mnemonic::Push => select_push(ins)?,
         Mnemonic::Pop => select_pop(ins)?,
-        Mnemonic::Pushf => pushf::<u16>,
-        Mnemonic::Pushfq => pushf::<u64>,
+        Mnemonic::Pushf => threaded!(pushf::<u16>),
+        Mnemonic::Pushfq => threaded!(pushf::<u64>),
         // TF and IF take effect on what follows.
         Mnemonic::Popf => {
-            insn.exec = popf::<u16>;
+            insn.exec = threaded!(popf::<u16>);
             return Some(Place::Last);
         }
         Mnemonic::Popfq => {
-            insn.exec = popf::<u64>;
+            insn.exec = threaded!(popf::<u64>);
             return Some(Place::Last);
         }
         Mnemonic::Enter => {
             insn.imm = ins.immediate16() as u64;
             insn.src = ins.immediate8_2nd() & 31;
-            if ins.code() == Code::Enterq_imm16_imm8 { enter::<u64> } else { enter::<u16> }
+            if ins.code() == Code::Enterq_imm16_imm8 {
+                threaded!(enter::<u64>)
+            } else {
+                threaded!(enter::<u16>)
+            }
         }
         Mnemonic::Leave => {
             if ins.code() == Code::Leaveq {
-                leave::<u64>
+                quick!(leave::<Quick, u64>, leave::<Exact, u64>)
             } else {
-                leave::<u16>
+                quick!(leave::<Quick, u16>, leave::<Exact, u16>)
             }
         }
         _ => return None,

@@ -6,7 +6,7 @@ use iced_x86::{Instruction, Mnemonic, OpKind};
 use crate::decode::Place;
 use crate::exit::Stop;
 use crate::flags::bits;
-use crate::insn::{Handler, Insn, Int};
+use crate::insn::{Handler, Insn, Int, threaded};
 use crate::paging::is_canonical;
 use crate::state::{Cpu, GS_BASE, Shadow, TableRegister, reg};
 
@@ -155,30 +155,30 @@ fn rdtscp(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
 pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
     let is_reg = ins.op0_kind() == OpKind::Register;
     let (exec, place): (Handler, Place) = match ins.mnemonic() {
-        Mnemonic::Hlt => (hlt, Place::Last),
-        Mnemonic::Cli => (cli, Place::Middle),
-        Mnemonic::Sti => (sti, Place::Last),
-        Mnemonic::Clts => (clts, Place::Middle),
-        Mnemonic::Smsw if !is_reg => (smsw_mem, Place::Middle),
+        Mnemonic::Hlt => (threaded!(hlt), Place::Last),
+        Mnemonic::Cli => (threaded!(cli), Place::Middle),
+        Mnemonic::Sti => (threaded!(sti), Place::Last),
+        Mnemonic::Clts => (threaded!(clts), Place::Middle),
+        Mnemonic::Smsw if !is_reg => (threaded!(smsw_mem), Place::Middle),
         Mnemonic::Smsw => match ins.op0_register().size() {
-            2 => (smsw_reg::<u16>, Place::Middle),
-            4 => (smsw_reg::<u32>, Place::Middle),
-            _ => (smsw_reg::<u64>, Place::Middle),
+            2 => (threaded!(smsw_reg::<u16>), Place::Middle),
+            4 => (threaded!(smsw_reg::<u32>), Place::Middle),
+            _ => (threaded!(smsw_reg::<u64>), Place::Middle),
         },
-        Mnemonic::Lmsw if is_reg => (|cpu, ram, i| lmsw(cpu, ram, i, true), Place::Last),
-        Mnemonic::Lmsw => (|cpu, ram, i| lmsw(cpu, ram, i, false), Place::Last),
-        Mnemonic::Invlpg => (invlpg, Place::Last),
-        Mnemonic::Wbinvd | Mnemonic::Invd => (flush_caches, Place::Middle),
-        Mnemonic::Clflush => (clflush, Place::Middle),
-        Mnemonic::Lgdt => (lgdt, Place::Middle),
-        Mnemonic::Lidt => (lidt, Place::Middle),
-        Mnemonic::Sgdt => (|cpu, ram, i| store_table(cpu, ram, i, cpu.sys.gdtr), Place::Middle),
-        Mnemonic::Sidt => (|cpu, ram, i| store_table(cpu, ram, i, cpu.sys.idtr), Place::Middle),
-        Mnemonic::Swapgs => (swapgs, Place::Middle),
-        Mnemonic::Rdtsc => (rdtsc, Place::Alone),
-        Mnemonic::Rdtscp => (rdtscp, Place::Alone),
+        Mnemonic::Lmsw if is_reg => (threaded!(|cpu, ram, i| lmsw(cpu, ram, i, true)), Place::Last),
+        Mnemonic::Lmsw => (threaded!(|cpu, ram, i| lmsw(cpu, ram, i, false)), Place::Last),
+        Mnemonic::Invlpg => (threaded!(invlpg), Place::Last),
+        Mnemonic::Wbinvd | Mnemonic::Invd => (threaded!(flush_caches), Place::Middle),
+        Mnemonic::Clflush => (threaded!(clflush), Place::Middle),
+        Mnemonic::Lgdt => (threaded!(lgdt), Place::Middle),
+        Mnemonic::Lidt => (threaded!(lidt), Place::Middle),
+        Mnemonic::Sgdt => (threaded!(|cpu, ram, i| store_table(cpu, ram, i, cpu.sys.gdtr)), Place::Middle),
+        Mnemonic::Sidt => (threaded!(|cpu, ram, i| store_table(cpu, ram, i, cpu.sys.idtr)), Place::Middle),
+        Mnemonic::Swapgs => (threaded!(swapgs), Place::Middle),
+        Mnemonic::Rdtsc => (threaded!(rdtsc), Place::Alone),
+        Mnemonic::Rdtscp => (threaded!(rdtscp), Place::Alone),
         // There are no performance counters.
-        Mnemonic::Rdpmc => (|cpu, _, _| cpu.general_protection(0), Place::Last),
+        Mnemonic::Rdpmc => (threaded!(|cpu, _, _| cpu.general_protection(0)), Place::Last),
         _ => return None,
     };
     insn.exec = exec;

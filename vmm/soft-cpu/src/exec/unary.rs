@@ -2,7 +2,7 @@
 
 use iced_x86::{Instruction, Mnemonic};
 
-use super::operand::{Dst, Mem, Target, is_memory, log_size, widths};
+use super::operand::{Dst, Mem, Quick, Target, is_memory, log_size, widths};
 use crate::decode::Place;
 use crate::exit::Stop;
 use crate::flags::Flags;
@@ -64,7 +64,8 @@ fn unary<O: Op, D: Target, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> R
 }
 
 fn form<O: Op>(ins: &Instruction) -> Handler {
-    let table = if is_memory(ins, 0) { widths!(unary, O, Mem) } else { widths!(unary, O, Dst) };
+    let table =
+        if is_memory(ins, 0) { widths!(unary, O, Quick; else O, Mem) } else { widths!(unary, O, Dst) };
     table[log_size(ins, 0)]
 }
 

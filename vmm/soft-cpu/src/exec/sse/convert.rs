@@ -7,7 +7,7 @@ use super::{guard, load_source, note_source, with_mxcsr, xmm};
 use crate::exec::mmx;
 use crate::exit::Stop;
 use crate::float::{self, Context, F32, F64, Float, Rounding};
-use crate::insn::{Handler, Insn, Int};
+use crate::insn::{Handler, Insn, Int, threaded};
 use crate::state::Cpu;
 
 /// CVTSS2SI and its kin; `T` is the general register's width.
@@ -130,22 +130,22 @@ pub(super) fn select(ins: &Instruction, insn: &mut Insn) -> Option<()> {
 
 fn vector(ins: &Instruction) -> Option<Handler> {
     Some(match ins.mnemonic() {
-        Mnemonic::Cvtss2sd => scalar::<F32, F64>,
-        Mnemonic::Cvtsd2ss => scalar::<F64, F32>,
-        Mnemonic::Cvtps2pd => |cpu, ram, i| packed(cpu, ram, i, 2, single_to_double),
-        Mnemonic::Cvtpd2ps => |cpu, ram, i| packed(cpu, ram, i, 2, double_to_single),
-        Mnemonic::Cvtdq2ps => |cpu, ram, i| packed(cpu, ram, i, 4, int_to::<F32>),
-        Mnemonic::Cvtdq2pd => |cpu, ram, i| packed(cpu, ram, i, 2, int_to::<F64>),
-        Mnemonic::Cvtps2dq => |cpu, ram, i| packed(cpu, ram, i, 4, int_from::<F32, false>),
-        Mnemonic::Cvttps2dq => |cpu, ram, i| packed(cpu, ram, i, 4, int_from::<F32, true>),
-        Mnemonic::Cvtpd2dq => |cpu, ram, i| packed(cpu, ram, i, 2, int_from::<F64, false>),
-        Mnemonic::Cvttpd2dq => |cpu, ram, i| packed(cpu, ram, i, 2, int_from::<F64, true>),
-        Mnemonic::Cvtps2pi => |cpu, ram, i| to_mm(cpu, ram, i, int_from::<F32, false>),
-        Mnemonic::Cvttps2pi => |cpu, ram, i| to_mm(cpu, ram, i, int_from::<F32, true>),
-        Mnemonic::Cvtpd2pi => |cpu, ram, i| to_mm(cpu, ram, i, int_from::<F64, false>),
-        Mnemonic::Cvttpd2pi => |cpu, ram, i| to_mm(cpu, ram, i, int_from::<F64, true>),
-        Mnemonic::Cvtpi2ps => cvtpi2ps,
-        Mnemonic::Cvtpi2pd => cvtpi2pd,
+        Mnemonic::Cvtss2sd => threaded!(scalar::<F32, F64>),
+        Mnemonic::Cvtsd2ss => threaded!(scalar::<F64, F32>),
+        Mnemonic::Cvtps2pd => threaded!(|cpu, ram, i| packed(cpu, ram, i, 2, single_to_double)),
+        Mnemonic::Cvtpd2ps => threaded!(|cpu, ram, i| packed(cpu, ram, i, 2, double_to_single)),
+        Mnemonic::Cvtdq2ps => threaded!(|cpu, ram, i| packed(cpu, ram, i, 4, int_to::<F32>)),
+        Mnemonic::Cvtdq2pd => threaded!(|cpu, ram, i| packed(cpu, ram, i, 2, int_to::<F64>)),
+        Mnemonic::Cvtps2dq => threaded!(|cpu, ram, i| packed(cpu, ram, i, 4, int_from::<F32, false>)),
+        Mnemonic::Cvttps2dq => threaded!(|cpu, ram, i| packed(cpu, ram, i, 4, int_from::<F32, true>)),
+        Mnemonic::Cvtpd2dq => threaded!(|cpu, ram, i| packed(cpu, ram, i, 2, int_from::<F64, false>)),
+        Mnemonic::Cvttpd2dq => threaded!(|cpu, ram, i| packed(cpu, ram, i, 2, int_from::<F64, true>)),
+        Mnemonic::Cvtps2pi => threaded!(|cpu, ram, i| to_mm(cpu, ram, i, int_from::<F32, false>)),
+        Mnemonic::Cvttps2pi => threaded!(|cpu, ram, i| to_mm(cpu, ram, i, int_from::<F32, true>)),
+        Mnemonic::Cvtpd2pi => threaded!(|cpu, ram, i| to_mm(cpu, ram, i, int_from::<F64, false>)),
+        Mnemonic::Cvttpd2pi => threaded!(|cpu, ram, i| to_mm(cpu, ram, i, int_from::<F64, true>)),
+        Mnemonic::Cvtpi2ps => threaded!(cvtpi2ps),
+        Mnemonic::Cvtpi2pd => threaded!(cvtpi2pd),
         _ => return None,
     })
 }
@@ -153,22 +153,22 @@ fn vector(ins: &Instruction) -> Option<Handler> {
 fn general(ins: &Instruction) -> Option<Handler> {
     let memory = ins.op1_kind() == OpKind::Memory;
     Some(match ins.code() {
-        Code::Cvtss2si_r32_xmmm32 => to_general::<F32, u32, false>,
-        Code::Cvtss2si_r64_xmmm32 => to_general::<F32, u64, false>,
-        Code::Cvttss2si_r32_xmmm32 => to_general::<F32, u32, true>,
-        Code::Cvttss2si_r64_xmmm32 => to_general::<F32, u64, true>,
-        Code::Cvtsd2si_r32_xmmm64 => to_general::<F64, u32, false>,
-        Code::Cvtsd2si_r64_xmmm64 => to_general::<F64, u64, false>,
-        Code::Cvttsd2si_r32_xmmm64 => to_general::<F64, u32, true>,
-        Code::Cvttsd2si_r64_xmmm64 => to_general::<F64, u64, true>,
-        Code::Cvtsi2ss_xmm_rm32 if memory => from_general::<F32, u32, true>,
-        Code::Cvtsi2ss_xmm_rm64 if memory => from_general::<F32, u64, true>,
-        Code::Cvtsi2sd_xmm_rm32 if memory => from_general::<F64, u32, true>,
-        Code::Cvtsi2sd_xmm_rm64 if memory => from_general::<F64, u64, true>,
-        Code::Cvtsi2ss_xmm_rm32 => from_general::<F32, u32, false>,
-        Code::Cvtsi2ss_xmm_rm64 => from_general::<F32, u64, false>,
-        Code::Cvtsi2sd_xmm_rm32 => from_general::<F64, u32, false>,
-        Code::Cvtsi2sd_xmm_rm64 => from_general::<F64, u64, false>,
+        Code::Cvtss2si_r32_xmmm32 => threaded!(to_general::<F32, u32, false>),
+        Code::Cvtss2si_r64_xmmm32 => threaded!(to_general::<F32, u64, false>),
+        Code::Cvttss2si_r32_xmmm32 => threaded!(to_general::<F32, u32, true>),
+        Code::Cvttss2si_r64_xmmm32 => threaded!(to_general::<F32, u64, true>),
+        Code::Cvtsd2si_r32_xmmm64 => threaded!(to_general::<F64, u32, false>),
+        Code::Cvtsd2si_r64_xmmm64 => threaded!(to_general::<F64, u64, false>),
+        Code::Cvttsd2si_r32_xmmm64 => threaded!(to_general::<F64, u32, true>),
+        Code::Cvttsd2si_r64_xmmm64 => threaded!(to_general::<F64, u64, true>),
+        Code::Cvtsi2ss_xmm_rm32 if memory => threaded!(from_general::<F32, u32, true>),
+        Code::Cvtsi2ss_xmm_rm64 if memory => threaded!(from_general::<F32, u64, true>),
+        Code::Cvtsi2sd_xmm_rm32 if memory => threaded!(from_general::<F64, u32, true>),
+        Code::Cvtsi2sd_xmm_rm64 if memory => threaded!(from_general::<F64, u64, true>),
+        Code::Cvtsi2ss_xmm_rm32 => threaded!(from_general::<F32, u32, false>),
+        Code::Cvtsi2ss_xmm_rm64 => threaded!(from_general::<F32, u64, false>),
+        Code::Cvtsi2sd_xmm_rm32 => threaded!(from_general::<F64, u32, false>),
+        Code::Cvtsi2sd_xmm_rm64 => threaded!(from_general::<F64, u64, false>),
         _ => return None,
     })
 }

@@ -5,7 +5,7 @@ use iced_x86::{Code, Instruction, OpKind};
 use super::{guard, xmm};
 use crate::exec::mmx;
 use crate::exit::Stop;
-use crate::insn::{Handler, Insn, Int};
+use crate::insn::{Handler, Insn, Int, threaded};
 use crate::state::Cpu;
 
 /// The element that the immediate names.
@@ -62,28 +62,30 @@ pub(super) fn select(ins: &Instruction, insn: &mut Insn) -> Option<()> {
     let stores = ins.op0_kind() == OpKind::Memory;
     let loads = ins.op1_kind() == OpKind::Memory;
     let handler: Handler = match ins.code() {
-        Pextrw_r32_mm_imm8 | Pextrw_r64_mm_imm8 => extract_mm,
-        Pinsrw_mm_r32m16_imm8 | Pinsrw_mm_r64m16_imm8 if loads => insert_mm::<true>,
-        Pinsrw_mm_r32m16_imm8 | Pinsrw_mm_r64m16_imm8 => insert_mm::<false>,
-        Pextrb_r32m8_xmm_imm8 | Pextrb_r64m8_xmm_imm8 if stores => extract_store::<u8>,
-        Pextrb_r32m8_xmm_imm8 | Pextrb_r64m8_xmm_imm8 => extract::<u8>,
-        Pextrw_r32m16_xmm_imm8 | Pextrw_r64m16_xmm_imm8 if stores => extract_store::<u16>,
-        Pextrw_r32m16_xmm_imm8 | Pextrw_r64m16_xmm_imm8 => extract::<u16>,
-        Pextrw_r32_xmm_imm8 | Pextrw_r64_xmm_imm8 => extract::<u16>,
+        Pextrw_r32_mm_imm8 | Pextrw_r64_mm_imm8 => threaded!(extract_mm),
+        Pinsrw_mm_r32m16_imm8 | Pinsrw_mm_r64m16_imm8 if loads => threaded!(insert_mm::<true>),
+        Pinsrw_mm_r32m16_imm8 | Pinsrw_mm_r64m16_imm8 => threaded!(insert_mm::<false>),
+        Pextrb_r32m8_xmm_imm8 | Pextrb_r64m8_xmm_imm8 if stores => threaded!(extract_store::<u8>),
+        Pextrb_r32m8_xmm_imm8 | Pextrb_r64m8_xmm_imm8 => threaded!(extract::<u8>),
+        Pextrw_r32m16_xmm_imm8 | Pextrw_r64m16_xmm_imm8 if stores => threaded!(extract_store::<u16>),
+        Pextrw_r32m16_xmm_imm8 | Pextrw_r64m16_xmm_imm8 => threaded!(extract::<u16>),
+        Pextrw_r32_xmm_imm8 | Pextrw_r64_xmm_imm8 => threaded!(extract::<u16>),
         Pextrd_rm32_xmm_imm8 | Extractps_rm32_xmm_imm8 | Extractps_r64m32_xmm_imm8 if stores => {
-            extract_store::<u32>
+            threaded!(extract_store::<u32>)
         }
-        Pextrd_rm32_xmm_imm8 | Extractps_rm32_xmm_imm8 | Extractps_r64m32_xmm_imm8 => extract::<u32>,
-        Pextrq_rm64_xmm_imm8 if stores => extract_store::<u64>,
-        Pextrq_rm64_xmm_imm8 => extract::<u64>,
-        Pinsrb_xmm_r32m8_imm8 | Pinsrb_xmm_r64m8_imm8 if loads => insert::<u8, true>,
-        Pinsrb_xmm_r32m8_imm8 | Pinsrb_xmm_r64m8_imm8 => insert::<u8, false>,
-        Pinsrw_xmm_r32m16_imm8 | Pinsrw_xmm_r64m16_imm8 if loads => insert::<u16, true>,
-        Pinsrw_xmm_r32m16_imm8 | Pinsrw_xmm_r64m16_imm8 => insert::<u16, false>,
-        Pinsrd_xmm_rm32_imm8 if loads => insert::<u32, true>,
-        Pinsrd_xmm_rm32_imm8 => insert::<u32, false>,
-        Pinsrq_xmm_rm64_imm8 if loads => insert::<u64, true>,
-        Pinsrq_xmm_rm64_imm8 => insert::<u64, false>,
+        Pextrd_rm32_xmm_imm8 | Extractps_rm32_xmm_imm8 | Extractps_r64m32_xmm_imm8 => {
+            threaded!(extract::<u32>)
+        }
+        Pextrq_rm64_xmm_imm8 if stores => threaded!(extract_store::<u64>),
+        Pextrq_rm64_xmm_imm8 => threaded!(extract::<u64>),
+        Pinsrb_xmm_r32m8_imm8 | Pinsrb_xmm_r64m8_imm8 if loads => threaded!(insert::<u8, true>),
+        Pinsrb_xmm_r32m8_imm8 | Pinsrb_xmm_r64m8_imm8 => threaded!(insert::<u8, false>),
+        Pinsrw_xmm_r32m16_imm8 | Pinsrw_xmm_r64m16_imm8 if loads => threaded!(insert::<u16, true>),
+        Pinsrw_xmm_r32m16_imm8 | Pinsrw_xmm_r64m16_imm8 => threaded!(insert::<u16, false>),
+        Pinsrd_xmm_rm32_imm8 if loads => threaded!(insert::<u32, true>),
+        Pinsrd_xmm_rm32_imm8 => threaded!(insert::<u32, false>),
+        Pinsrq_xmm_rm64_imm8 if loads => threaded!(insert::<u64, true>),
+        Pinsrq_xmm_rm64_imm8 => threaded!(insert::<u64, false>),
         _ => return None,
     };
     insn.exec = handler;

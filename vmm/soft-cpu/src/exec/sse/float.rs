@@ -8,7 +8,7 @@ use super::{guard, load_source, note_source, with_mxcsr, xmm};
 use crate::exit::Stop;
 use crate::flags::bits::{CF, PF, ZF};
 use crate::float::{self, Context, F32, F64, Float, PE, Predicate, Rounding, approx};
-use crate::insn::{Handler, Insn};
+use crate::insn::{Handler, Insn, threaded};
 use crate::state::Cpu;
 
 /// A format as lanes of an XMM register.
@@ -216,10 +216,10 @@ pub(super) fn select(ins: &Instruction, insn: &mut Insn) -> Option<()> {
             match ins.mnemonic() {
                 // The string instruction CMPSD has the same name.
                 Mnemonic::Cmpsd if ins.code() != Code::Cmpsd_xmm_xmmm64_imm8 => return None,
-                $(Mnemonic::$ps => packed::<$op, F32>,
-                Mnemonic::$pd => packed::<$op, F64>,
-                Mnemonic::$ss => scalar::<$op, F32>,
-                Mnemonic::$sd => scalar::<$op, F64>,)*
+                $(Mnemonic::$ps => threaded!(packed::<$op, F32>),
+                Mnemonic::$pd => threaded!(packed::<$op, F64>),
+                Mnemonic::$ss => threaded!(scalar::<$op, F32>),
+                Mnemonic::$sd => threaded!(scalar::<$op, F64>),)*
                 _ => other(ins)?,
             }
         };
@@ -241,22 +241,22 @@ pub(super) fn select(ins: &Instruction, insn: &mut Insn) -> Option<()> {
 
 fn other(ins: &Instruction) -> Option<Handler> {
     Some(match ins.mnemonic() {
-        Mnemonic::Comiss => comi::<F32, false>,
-        Mnemonic::Comisd => comi::<F64, false>,
-        Mnemonic::Ucomiss => comi::<F32, true>,
-        Mnemonic::Ucomisd => comi::<F64, true>,
-        Mnemonic::Haddps => horizontal::<Add, F32>,
-        Mnemonic::Haddpd => horizontal::<Add, F64>,
-        Mnemonic::Hsubps => horizontal::<Sub, F32>,
-        Mnemonic::Hsubpd => horizontal::<Sub, F64>,
-        Mnemonic::Addsubps => addsub::<F32>,
-        Mnemonic::Addsubpd => addsub::<F64>,
-        Mnemonic::Dpps => dot_product::<F32>,
-        Mnemonic::Dppd => dot_product::<F64>,
-        Mnemonic::Rcpps => |cpu, ram, i| approximate::<4>(cpu, ram, i, approx::reciprocal),
-        Mnemonic::Rcpss => |cpu, ram, i| approximate::<1>(cpu, ram, i, approx::reciprocal),
-        Mnemonic::Rsqrtps => |cpu, ram, i| approximate::<4>(cpu, ram, i, approx::reciprocal_sqrt),
-        Mnemonic::Rsqrtss => |cpu, ram, i| approximate::<1>(cpu, ram, i, approx::reciprocal_sqrt),
+        Mnemonic::Comiss => threaded!(comi::<F32, false>),
+        Mnemonic::Comisd => threaded!(comi::<F64, false>),
+        Mnemonic::Ucomiss => threaded!(comi::<F32, true>),
+        Mnemonic::Ucomisd => threaded!(comi::<F64, true>),
+        Mnemonic::Haddps => threaded!(horizontal::<Add, F32>),
+        Mnemonic::Haddpd => threaded!(horizontal::<Add, F64>),
+        Mnemonic::Hsubps => threaded!(horizontal::<Sub, F32>),
+        Mnemonic::Hsubpd => threaded!(horizontal::<Sub, F64>),
+        Mnemonic::Addsubps => threaded!(addsub::<F32>),
+        Mnemonic::Addsubpd => threaded!(addsub::<F64>),
+        Mnemonic::Dpps => threaded!(dot_product::<F32>),
+        Mnemonic::Dppd => threaded!(dot_product::<F64>),
+        Mnemonic::Rcpps => threaded!(|cpu, ram, i| approximate::<4>(cpu, ram, i, approx::reciprocal)),
+        Mnemonic::Rcpss => threaded!(|cpu, ram, i| approximate::<1>(cpu, ram, i, approx::reciprocal)),
+        Mnemonic::Rsqrtps => threaded!(|cpu, ram, i| approximate::<4>(cpu, ram, i, approx::reciprocal_sqrt)),
+        Mnemonic::Rsqrtss => threaded!(|cpu, ram, i| approximate::<1>(cpu, ram, i, approx::reciprocal_sqrt)),
         _ => return None,
     })
 }

@@ -9,7 +9,7 @@ use super::lanes::{
 use super::{guard, load_aligned, load_source, note_source, xmm};
 use crate::exec::mmx;
 use crate::exit::Stop;
-use crate::insn::{Handler, Insn};
+use crate::insn::{Handler, Insn, threaded};
 use crate::state::Cpu;
 
 /// An operation on 128 bits: destination, source, immediate. A shift by an immediate has it as its source.
@@ -84,13 +84,13 @@ pub(super) fn form<O: Op>(ins: &Instruction, insn: &mut Insn) -> Option<Handler>
         note_source(ins, insn);
     }
     Some(match (ins.op0_register().is_mm(), ins.op1_kind()) {
-        (true, OpKind::Register) => mm_mm::<O>,
-        (true, OpKind::Memory) => mm_mem::<O>,
-        (true, _) => mm_imm::<O>,
-        (false, OpKind::Register) => xmm_xmm::<O>,
-        (false, OpKind::Memory) if ins.memory_size().size() == 16 => xmm_mem::<O>,
-        (false, OpKind::Memory) => xmm_narrow::<O>,
-        (false, _) => xmm_imm::<O>,
+        (true, OpKind::Register) => threaded!(mm_mm::<O>),
+        (true, OpKind::Memory) => threaded!(mm_mem::<O>),
+        (true, _) => threaded!(mm_imm::<O>),
+        (false, OpKind::Register) => threaded!(xmm_xmm::<O>),
+        (false, OpKind::Memory) if ins.memory_size().size() == 16 => threaded!(xmm_mem::<O>),
+        (false, OpKind::Memory) => threaded!(xmm_narrow::<O>),
+        (false, _) => threaded!(xmm_imm::<O>),
     })
 }
 

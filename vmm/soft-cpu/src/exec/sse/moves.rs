@@ -7,7 +7,7 @@ use super::{
 };
 use crate::exec::mmx;
 use crate::exit::Stop;
-use crate::insn::{ADDR32, Handler, Insn, Int, flag};
+use crate::insn::{ADDR32, Handler, Insn, Int, flag, threaded};
 use crate::paging::is_canonical;
 use crate::state::{Cpu, reg};
 
@@ -217,26 +217,26 @@ fn movdq2q(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
 fn mov_dq(ins: &Instruction, insn: &mut Insn) -> Option<Handler> {
     use Code::*;
     Some(match ins.code() {
-        Movd_xmm_rm32 if ins.op1_kind() == OpKind::Memory => scalar_load::<u32>,
-        Movd_xmm_rm32 => from_general::<u32>,
-        Movq_xmm_rm64 | Movq_xmm_xmmm64 if ins.op1_kind() == OpKind::Memory => scalar_load::<u64>,
-        Movq_xmm_rm64 => from_general::<u64>,
-        Movd_rm32_xmm if ins.op0_kind() == OpKind::Memory => scalar_store::<u32>,
-        Movd_rm32_xmm => to_general::<u32>,
-        Movq_rm64_xmm | Movq_xmmm64_xmm if ins.op0_kind() == OpKind::Memory => scalar_store::<u64>,
-        Movq_rm64_xmm => to_general::<u64>,
-        Movq_xmm_xmmm64 | Movq_xmmm64_xmm => low_half,
+        Movd_xmm_rm32 if ins.op1_kind() == OpKind::Memory => threaded!(scalar_load::<u32>),
+        Movd_xmm_rm32 => threaded!(from_general::<u32>),
+        Movq_xmm_rm64 | Movq_xmm_xmmm64 if ins.op1_kind() == OpKind::Memory => threaded!(scalar_load::<u64>),
+        Movq_xmm_rm64 => threaded!(from_general::<u64>),
+        Movd_rm32_xmm if ins.op0_kind() == OpKind::Memory => threaded!(scalar_store::<u32>),
+        Movd_rm32_xmm => threaded!(to_general::<u32>),
+        Movq_rm64_xmm | Movq_xmmm64_xmm if ins.op0_kind() == OpKind::Memory => threaded!(scalar_store::<u64>),
+        Movq_rm64_xmm => threaded!(to_general::<u64>),
+        Movq_xmm_xmmm64 | Movq_xmmm64_xmm => threaded!(low_half),
         Movd_mm_rm32 | Movq_mm_rm64 | Movq_mm_mmm64 if ins.op1_kind() == OpKind::Memory => {
             note_source(ins, insn);
-            mm_from_mm
+            threaded!(mm_from_mm)
         }
-        Movd_mm_rm32 => mm_from_general::<u32>,
-        Movq_mm_rm64 => mm_from_general::<u64>,
-        Movd_rm32_mm if ins.op0_kind() == OpKind::Memory => mm_store::<u32>,
-        Movq_rm64_mm | Movq_mmm64_mm if ins.op0_kind() == OpKind::Memory => mm_store::<u64>,
-        Movd_rm32_mm => mm_to_general::<u32>,
-        Movq_rm64_mm => mm_to_general::<u64>,
-        Movq_mm_mmm64 | Movq_mmm64_mm => mm_from_mm,
+        Movd_mm_rm32 => threaded!(mm_from_general::<u32>),
+        Movq_mm_rm64 => threaded!(mm_from_general::<u64>),
+        Movd_rm32_mm if ins.op0_kind() == OpKind::Memory => threaded!(mm_store::<u32>),
+        Movq_rm64_mm | Movq_mmm64_mm if ins.op0_kind() == OpKind::Memory => threaded!(mm_store::<u64>),
+        Movd_rm32_mm => threaded!(mm_to_general::<u32>),
+        Movq_rm64_mm => threaded!(mm_to_general::<u64>),
+        Movq_mm_mmm64 | Movq_mmm64_mm => threaded!(mm_from_mm),
         _ => return None,
     })
 }
@@ -246,39 +246,43 @@ pub(super) fn select(ins: &Instruction, insn: &mut Insn) -> Option<()> {
     let loads = ins.op1_kind() == OpKind::Memory;
     let stores = ins.op0_kind() == OpKind::Memory;
     insn.exec = match ins.mnemonic() {
-        Mnemonic::Movaps | Mnemonic::Movapd | Mnemonic::Movdqa | Mnemonic::Movntdqa if loads => aligned_load,
-        Mnemonic::Movaps | Mnemonic::Movapd | Mnemonic::Movdqa if stores => aligned_store,
-        Mnemonic::Movntps | Mnemonic::Movntpd | Mnemonic::Movntdq => aligned_store,
-        Mnemonic::Movups | Mnemonic::Movupd | Mnemonic::Movdqu | Mnemonic::Lddqu if loads => unaligned_load,
-        Mnemonic::Movups | Mnemonic::Movupd | Mnemonic::Movdqu if stores => unaligned_store,
+        Mnemonic::Movaps | Mnemonic::Movapd | Mnemonic::Movdqa | Mnemonic::Movntdqa if loads => {
+            threaded!(aligned_load)
+        }
+        Mnemonic::Movaps | Mnemonic::Movapd | Mnemonic::Movdqa if stores => threaded!(aligned_store),
+        Mnemonic::Movntps | Mnemonic::Movntpd | Mnemonic::Movntdq => threaded!(aligned_store),
+        Mnemonic::Movups | Mnemonic::Movupd | Mnemonic::Movdqu | Mnemonic::Lddqu if loads => {
+            threaded!(unaligned_load)
+        }
+        Mnemonic::Movups | Mnemonic::Movupd | Mnemonic::Movdqu if stores => threaded!(unaligned_store),
         Mnemonic::Movaps
         | Mnemonic::Movapd
         | Mnemonic::Movdqa
         | Mnemonic::Movups
         | Mnemonic::Movupd
-        | Mnemonic::Movdqu => reg_reg,
+        | Mnemonic::Movdqu => threaded!(reg_reg),
         Mnemonic::Movd | Mnemonic::Movq => mov_dq(ins, insn)?,
         // The string instruction MOVSD has the same name and other codes.
-        Mnemonic::Movss if loads => scalar_load::<u32>,
-        Mnemonic::Movss if stores => scalar_store::<u32>,
-        Mnemonic::Movss => scalar_merge::<u32>,
-        Mnemonic::Movsd if ins.code() == Code::Movsd_xmm_xmmm64 && loads => scalar_load::<u64>,
-        Mnemonic::Movsd if ins.code() == Code::Movsd_xmmm64_xmm && stores => scalar_store::<u64>,
+        Mnemonic::Movss if loads => threaded!(scalar_load::<u32>),
+        Mnemonic::Movss if stores => threaded!(scalar_store::<u32>),
+        Mnemonic::Movss => threaded!(scalar_merge::<u32>),
+        Mnemonic::Movsd if ins.code() == Code::Movsd_xmm_xmmm64 && loads => threaded!(scalar_load::<u64>),
+        Mnemonic::Movsd if ins.code() == Code::Movsd_xmmm64_xmm && stores => threaded!(scalar_store::<u64>),
         Mnemonic::Movsd if matches!(ins.code(), Code::Movsd_xmm_xmmm64 | Code::Movsd_xmmm64_xmm) => {
-            scalar_merge::<u64>
+            threaded!(scalar_merge::<u64>)
         }
-        Mnemonic::Movlps | Mnemonic::Movlpd if loads => low_load,
-        Mnemonic::Movhps | Mnemonic::Movhpd if loads => high_load,
-        Mnemonic::Movlps | Mnemonic::Movlpd => scalar_store::<u64>,
-        Mnemonic::Movhps | Mnemonic::Movhpd => high_store,
-        Mnemonic::Movhlps => movhlps,
-        Mnemonic::Movlhps => movlhps,
-        Mnemonic::Movnti if ins.code() == Code::Movnti_m64_r64 => movnti::<u64>,
-        Mnemonic::Movnti => movnti::<u32>,
-        Mnemonic::Movntq => mm_store::<u64>,
+        Mnemonic::Movlps | Mnemonic::Movlpd if loads => threaded!(low_load),
+        Mnemonic::Movhps | Mnemonic::Movhpd if loads => threaded!(high_load),
+        Mnemonic::Movlps | Mnemonic::Movlpd => threaded!(scalar_store::<u64>),
+        Mnemonic::Movhps | Mnemonic::Movhpd => threaded!(high_store),
+        Mnemonic::Movhlps => threaded!(movhlps),
+        Mnemonic::Movlhps => threaded!(movlhps),
+        Mnemonic::Movnti if ins.code() == Code::Movnti_m64_r64 => threaded!(movnti::<u64>),
+        Mnemonic::Movnti => threaded!(movnti::<u32>),
+        Mnemonic::Movntq => threaded!(mm_store::<u64>),
         Mnemonic::Maskmovdqu | Mnemonic::Maskmovq => return maskmov(ins, insn),
-        Mnemonic::Movq2dq => movq2dq,
-        Mnemonic::Movdq2q => movdq2q,
+        Mnemonic::Movq2dq => threaded!(movq2dq),
+        Mnemonic::Movdq2q => threaded!(movdq2q),
         _ => return None,
     };
     Some(())
@@ -286,7 +290,8 @@ pub(super) fn select(ins: &Instruction, insn: &mut Insn) -> Option<()> {
 
 /// The memory operand is [RDI] and comes first, the registers after it.
 fn maskmov(ins: &Instruction, insn: &mut Insn) -> Option<()> {
-    insn.exec = if ins.mnemonic() == Mnemonic::Maskmovq { maskmovq } else { maskmovdqu };
+    insn.exec =
+        if ins.mnemonic() == Mnemonic::Maskmovq { threaded!(maskmovq) } else { threaded!(maskmovdqu) };
     insn.dst = crate::decode::register(ins.op1_register());
     insn.src = crate::decode::register(ins.op2_register());
     insn.base = reg::RDI;

@@ -7,7 +7,7 @@ use super::lanes::Lane;
 use super::{guard, load_source, note_source, xmm};
 use crate::exec::mmx;
 use crate::exit::Stop;
-use crate::insn::{Handler, Insn};
+use crate::insn::{Handler, Insn, threaded};
 use crate::state::Cpu;
 
 macro_rules! ops {
@@ -195,14 +195,14 @@ pub(super) fn select(ins: &Instruction, insn: &mut Insn) -> Option<()> {
     insn.exec = match ins.mnemonic() {
         Mnemonic::Pshufb => form::<Pshufb>(ins, insn)?,
         Mnemonic::Palignr => form::<Palignr>(ins, insn)?,
-        Mnemonic::Pblendvb => blend_variable::<i8>,
-        Mnemonic::Blendvps => blend_variable::<i32>,
-        Mnemonic::Blendvpd => blend_variable::<i64>,
-        Mnemonic::Ptest => ptest,
-        Mnemonic::Pmovmskb if ins.op1_register().is_mm() => pmovmskb_mm,
-        Mnemonic::Pmovmskb => pmovmskb,
-        Mnemonic::Movmskps => movmskps,
-        Mnemonic::Movmskpd => movmskpd,
+        Mnemonic::Pblendvb => threaded!(blend_variable::<i8>),
+        Mnemonic::Blendvps => threaded!(blend_variable::<i32>),
+        Mnemonic::Blendvpd => threaded!(blend_variable::<i64>),
+        Mnemonic::Ptest => threaded!(ptest),
+        Mnemonic::Pmovmskb if ins.op1_register().is_mm() => threaded!(pmovmskb_mm),
+        Mnemonic::Pmovmskb => threaded!(pmovmskb),
+        Mnemonic::Movmskps => threaded!(movmskps),
+        Mnemonic::Movmskpd => threaded!(movmskpd),
         _ => handler(ins, insn)?,
     };
     note_source(ins, insn);

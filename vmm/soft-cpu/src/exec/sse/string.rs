@@ -5,7 +5,7 @@ use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 use super::{SOURCE_MEMORY, guard, load_unaligned, xmm};
 use crate::exit::Stop;
 use crate::flags::bits::{CF, OF, SF, ZF};
-use crate::insn::Insn;
+use crate::insn::{Insn, threaded};
 use crate::state::{Cpu, reg};
 
 /// In [`Insn::scale`] there is no room, so the kinds are a parameter: explicit lengths, 64-bit lengths, mask result.
@@ -102,12 +102,12 @@ fn store(cpu: &mut Cpu, result: u32, elements: usize, imm: u8, as_mask: bool) {
 pub(super) fn select(ins: &Instruction, insn: &mut Insn) -> Option<()> {
     let wide = matches!(ins.code(), Code::Pcmpestri64_xmm_xmmm128_imm8 | Code::Pcmpestrm64_xmm_xmmm128_imm8);
     insn.exec = match ins.mnemonic() {
-        Mnemonic::Pcmpestri | Mnemonic::Pcmpestri64 if wide => compare::<true, true, false>,
-        Mnemonic::Pcmpestri => compare::<true, false, false>,
-        Mnemonic::Pcmpestrm | Mnemonic::Pcmpestrm64 if wide => compare::<true, true, true>,
-        Mnemonic::Pcmpestrm => compare::<true, false, true>,
-        Mnemonic::Pcmpistri => compare::<false, false, false>,
-        Mnemonic::Pcmpistrm => compare::<false, false, true>,
+        Mnemonic::Pcmpestri | Mnemonic::Pcmpestri64 if wide => threaded!(compare::<true, true, false>),
+        Mnemonic::Pcmpestri => threaded!(compare::<true, false, false>),
+        Mnemonic::Pcmpestrm | Mnemonic::Pcmpestrm64 if wide => threaded!(compare::<true, true, true>),
+        Mnemonic::Pcmpestrm => threaded!(compare::<true, false, true>),
+        Mnemonic::Pcmpistri => threaded!(compare::<false, false, false>),
+        Mnemonic::Pcmpistrm => threaded!(compare::<false, false, true>),
         _ => return None,
     };
     if ins.op1_kind() == OpKind::Memory {

@@ -4,7 +4,7 @@ use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 
 use super::guard;
 use crate::exit::Stop;
-use crate::insn::{Handler, Insn, Int};
+use crate::insn::{Handler, Insn, Int, threaded};
 use crate::state::Cpu;
 
 /// The bits of MXCSR that exist (and MXCSR_MASK of FXSAVE).
@@ -66,7 +66,7 @@ pub(super) fn select(ins: &Instruction, insn: &mut Insn) -> Option<()> {
     let memory = ins.op1_kind() == OpKind::Memory;
     macro_rules! crc32 {
         ($t:ty) => {
-            if memory { crc32::<$t, true> } else { crc32::<$t, false> }
+            if memory { threaded!(crc32::<$t, true>) } else { threaded!(crc32::<$t, false>) }
         };
     }
     let handler: Handler = match ins.code() {
@@ -75,13 +75,13 @@ pub(super) fn select(ins: &Instruction, insn: &mut Insn) -> Option<()> {
         Code::Crc32_r32_rm32 => crc32!(u32),
         Code::Crc32_r64_rm64 => crc32!(u64),
         _ => match ins.mnemonic() {
-            Mnemonic::Ldmxcsr => ldmxcsr,
-            Mnemonic::Stmxcsr => stmxcsr,
+            Mnemonic::Ldmxcsr => threaded!(ldmxcsr),
+            Mnemonic::Stmxcsr => threaded!(stmxcsr),
             Mnemonic::Prefetchnta
             | Mnemonic::Prefetcht0
             | Mnemonic::Prefetcht1
             | Mnemonic::Prefetcht2
-            | Mnemonic::Prefetchw => nothing,
+            | Mnemonic::Prefetchw => threaded!(nothing),
             _ => return None,
         },
     };

@@ -5,7 +5,7 @@ use iced_x86::{Instruction, Mnemonic, OpKind};
 use super::{context, get, guard, is_empty, pop, set, signal, stack_fault};
 use crate::exit::Stop;
 use crate::float::{self, Context, F32, F64, F80, Float, Operand};
-use crate::insn::{Handler, Insn};
+use crate::insn::{Handler, Insn, threaded};
 use crate::state::Cpu;
 
 /// Destination, source.
@@ -89,12 +89,12 @@ pub(super) fn select(ins: &Instruction, insn: &mut Insn) -> Option<()> {
     macro_rules! table {
         ($($name:ident $popping:ident $integer:ident = $op:expr;)*) => {
             match (ins.mnemonic(), memory_size) {
-                $((Mnemonic::$name, 0) => |cpu, _, i| registers(cpu, i, false, $op),
-                (Mnemonic::$popping, _) => |cpu, _, i| registers(cpu, i, true, $op),
-                (Mnemonic::$name, 4) => |cpu, ram, i| memory(cpu, ram, i, single, $op),
-                (Mnemonic::$name, _) => |cpu, ram, i| memory(cpu, ram, i, double, $op),
-                (Mnemonic::$integer, 2) => |cpu, ram, i| memory(cpu, ram, i, word, $op),
-                (Mnemonic::$integer, _) => |cpu, ram, i| memory(cpu, ram, i, dword, $op),)*
+                $((Mnemonic::$name, 0) => threaded!(|cpu, _, i| registers(cpu, i, false, $op)),
+                (Mnemonic::$popping, _) => threaded!(|cpu, _, i| registers(cpu, i, true, $op)),
+                (Mnemonic::$name, 4) => threaded!(|cpu, ram, i| memory(cpu, ram, i, single, $op)),
+                (Mnemonic::$name, _) => threaded!(|cpu, ram, i| memory(cpu, ram, i, double, $op)),
+                (Mnemonic::$integer, 2) => threaded!(|cpu, ram, i| memory(cpu, ram, i, word, $op)),
+                (Mnemonic::$integer, _) => threaded!(|cpu, ram, i| memory(cpu, ram, i, dword, $op)),)*
                 _ => return None,
             }
         };

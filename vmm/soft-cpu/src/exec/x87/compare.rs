@@ -9,7 +9,7 @@ use super::{C0, C1, C2, C3, context, get, guard, is_empty, pop, signal, stack_fa
 use crate::exit::Stop;
 use crate::flags::bits::{CF, PF, ZF};
 use crate::float::{self, Class, Operand};
-use crate::insn::{Handler, Insn};
+use crate::insn::{Handler, Insn, threaded};
 use crate::state::Cpu;
 
 /// Compares ST(0) with `b` (`None`: an empty register). The order is to be told in any case; false: an unmasked
@@ -113,26 +113,26 @@ fn fxam(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
 pub(super) fn select(ins: &Instruction, insn: &mut Insn) -> Option<()> {
     let memory_size = if ins.op0_kind() == OpKind::Memory { ins.memory_size().size() } else { 0 };
     let handler: Handler = match (ins.mnemonic(), memory_size) {
-        (Mnemonic::Fcom, 0) => registers::<false, 0>,
-        (Mnemonic::Fcomp, 0) => registers::<false, 1>,
-        (Mnemonic::Fcompp, _) => next::<false>,
-        (Mnemonic::Fucom, _) => registers::<true, 0>,
-        (Mnemonic::Fucomp, _) => registers::<true, 1>,
-        (Mnemonic::Fucompp, _) => next::<true>,
-        (Mnemonic::Fcom, 4) => |cpu, ram, i| memory(cpu, ram, i, single, 0),
-        (Mnemonic::Fcom, _) => |cpu, ram, i| memory(cpu, ram, i, double, 0),
-        (Mnemonic::Fcomp, 4) => |cpu, ram, i| memory(cpu, ram, i, single, 1),
-        (Mnemonic::Fcomp, _) => |cpu, ram, i| memory(cpu, ram, i, double, 1),
-        (Mnemonic::Ficom, 2) => |cpu, ram, i| memory(cpu, ram, i, word, 0),
-        (Mnemonic::Ficom, _) => |cpu, ram, i| memory(cpu, ram, i, dword, 0),
-        (Mnemonic::Ficomp, 2) => |cpu, ram, i| memory(cpu, ram, i, word, 1),
-        (Mnemonic::Ficomp, _) => |cpu, ram, i| memory(cpu, ram, i, dword, 1),
-        (Mnemonic::Fcomi, _) => to_flags::<false, false>,
-        (Mnemonic::Fcomip, _) => to_flags::<false, true>,
-        (Mnemonic::Fucomi, _) => to_flags::<true, false>,
-        (Mnemonic::Fucomip, _) => to_flags::<true, true>,
-        (Mnemonic::Ftst, _) => ftst,
-        (Mnemonic::Fxam, _) => fxam,
+        (Mnemonic::Fcom, 0) => threaded!(registers::<false, 0>),
+        (Mnemonic::Fcomp, 0) => threaded!(registers::<false, 1>),
+        (Mnemonic::Fcompp, _) => threaded!(next::<false>),
+        (Mnemonic::Fucom, _) => threaded!(registers::<true, 0>),
+        (Mnemonic::Fucomp, _) => threaded!(registers::<true, 1>),
+        (Mnemonic::Fucompp, _) => threaded!(next::<true>),
+        (Mnemonic::Fcom, 4) => threaded!(|cpu, ram, i| memory(cpu, ram, i, single, 0)),
+        (Mnemonic::Fcom, _) => threaded!(|cpu, ram, i| memory(cpu, ram, i, double, 0)),
+        (Mnemonic::Fcomp, 4) => threaded!(|cpu, ram, i| memory(cpu, ram, i, single, 1)),
+        (Mnemonic::Fcomp, _) => threaded!(|cpu, ram, i| memory(cpu, ram, i, double, 1)),
+        (Mnemonic::Ficom, 2) => threaded!(|cpu, ram, i| memory(cpu, ram, i, word, 0)),
+        (Mnemonic::Ficom, _) => threaded!(|cpu, ram, i| memory(cpu, ram, i, dword, 0)),
+        (Mnemonic::Ficomp, 2) => threaded!(|cpu, ram, i| memory(cpu, ram, i, word, 1)),
+        (Mnemonic::Ficomp, _) => threaded!(|cpu, ram, i| memory(cpu, ram, i, dword, 1)),
+        (Mnemonic::Fcomi, _) => threaded!(to_flags::<false, false>),
+        (Mnemonic::Fcomip, _) => threaded!(to_flags::<false, true>),
+        (Mnemonic::Fucomi, _) => threaded!(to_flags::<true, false>),
+        (Mnemonic::Fucomip, _) => threaded!(to_flags::<true, true>),
+        (Mnemonic::Ftst, _) => threaded!(ftst),
+        (Mnemonic::Fxam, _) => threaded!(fxam),
         _ => return None,
     };
     insn.exec = handler;

@@ -4,7 +4,7 @@ use iced_x86::{Instruction, Mnemonic, OpKind};
 
 use super::{BUSY, ES, EXCEPTIONS, SF, guard, guard_no_wait, summarise};
 use crate::exit::Stop;
-use crate::insn::{Handler, Insn};
+use crate::insn::{Handler, Insn, threaded};
 use crate::state::{Cpu, X87, reg};
 
 /// CR0.MP.
@@ -94,15 +94,15 @@ fn wait(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
 pub(super) fn select(ins: &Instruction, insn: &mut Insn) -> Option<()> {
     let memory = ins.op_count() > 0 && ins.op0_kind() == OpKind::Memory;
     let handler: Handler = match ins.mnemonic() {
-        Mnemonic::Fldcw => fldcw,
-        Mnemonic::Fnstcw => fnstcw,
-        Mnemonic::Fnstsw if memory => fnstsw,
-        Mnemonic::Fnstsw => fnstsw_ax,
-        Mnemonic::Fnclex => fnclex,
-        Mnemonic::Fninit => fninit,
-        Mnemonic::Fnop => fnop,
-        Mnemonic::Fneni | Mnemonic::Fndisi | Mnemonic::Fnsetpm => nothing,
-        Mnemonic::Wait => wait,
+        Mnemonic::Fldcw => threaded!(fldcw),
+        Mnemonic::Fnstcw => threaded!(fnstcw),
+        Mnemonic::Fnstsw if memory => threaded!(fnstsw),
+        Mnemonic::Fnstsw => threaded!(fnstsw_ax),
+        Mnemonic::Fnclex => threaded!(fnclex),
+        Mnemonic::Fninit => threaded!(fninit),
+        Mnemonic::Fnop => threaded!(fnop),
+        Mnemonic::Fneni | Mnemonic::Fndisi | Mnemonic::Fnsetpm => threaded!(nothing),
+        Mnemonic::Wait => threaded!(wait),
         _ => return None,
     };
     insn.exec = handler;

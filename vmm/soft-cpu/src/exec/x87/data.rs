@@ -7,7 +7,7 @@ use super::{clear_c1, context, free, get, guard, is_empty, pop, push, rotate, se
 use crate::exit::Stop;
 use crate::float::transcendental::Constant;
 use crate::float::{self, Context, F32, F64, F80, IE, PE, Rounding};
-use crate::insn::{Handler, Insn};
+use crate::insn::{Handler, Insn, threaded};
 use crate::state::Cpu;
 
 /// Reads ten bytes.
@@ -242,26 +242,26 @@ pub(super) fn select(ins: &Instruction, insn: &mut Insn) -> Option<()> {
     let size = if memory { ins.memory_size().size() } else { 0 };
     insn.exec = match ins.mnemonic() {
         Mnemonic::Fld | Mnemonic::Fild | Mnemonic::Fbld => load_form(ins.mnemonic(), size)?,
-        Mnemonic::Fldl2t => |cpu, _, _| load_constant(cpu, |cx| Constant::Log2Ten.value(cx)),
-        Mnemonic::Fldl2e => |cpu, _, _| load_constant(cpu, |cx| Constant::Log2E.value(cx)),
-        Mnemonic::Fldpi => |cpu, _, _| load_constant(cpu, |cx| Constant::Pi.value(cx)),
-        Mnemonic::Fldlg2 => |cpu, _, _| load_constant(cpu, |cx| Constant::Log10Two.value(cx)),
-        Mnemonic::Fldln2 => |cpu, _, _| load_constant(cpu, |cx| Constant::LnTwo.value(cx)),
-        Mnemonic::Fld1 => |cpu, _, _| load_constant(cpu, |_| F80::ONE),
-        Mnemonic::Fldz => |cpu, _, _| load_constant(cpu, |_| F80::default()),
-        Mnemonic::Fxch => exchange,
-        Mnemonic::Fcmovb => conditional_move::<2>,
-        Mnemonic::Fcmovnb => conditional_move::<3>,
-        Mnemonic::Fcmove => conditional_move::<4>,
-        Mnemonic::Fcmovne => conditional_move::<5>,
-        Mnemonic::Fcmovbe => conditional_move::<6>,
-        Mnemonic::Fcmovnbe => conditional_move::<7>,
-        Mnemonic::Fcmovu => conditional_move::<10>,
-        Mnemonic::Fcmovnu => conditional_move::<11>,
-        Mnemonic::Fincstp => fincstp,
-        Mnemonic::Fdecstp => fdecstp,
-        Mnemonic::Ffree => ffree::<false>,
-        Mnemonic::Ffreep => ffree::<true>,
+        Mnemonic::Fldl2t => threaded!(|cpu, _, _| load_constant(cpu, |cx| Constant::Log2Ten.value(cx))),
+        Mnemonic::Fldl2e => threaded!(|cpu, _, _| load_constant(cpu, |cx| Constant::Log2E.value(cx))),
+        Mnemonic::Fldpi => threaded!(|cpu, _, _| load_constant(cpu, |cx| Constant::Pi.value(cx))),
+        Mnemonic::Fldlg2 => threaded!(|cpu, _, _| load_constant(cpu, |cx| Constant::Log10Two.value(cx))),
+        Mnemonic::Fldln2 => threaded!(|cpu, _, _| load_constant(cpu, |cx| Constant::LnTwo.value(cx))),
+        Mnemonic::Fld1 => threaded!(|cpu, _, _| load_constant(cpu, |_| F80::ONE)),
+        Mnemonic::Fldz => threaded!(|cpu, _, _| load_constant(cpu, |_| F80::default())),
+        Mnemonic::Fxch => threaded!(exchange),
+        Mnemonic::Fcmovb => threaded!(conditional_move::<2>),
+        Mnemonic::Fcmovnb => threaded!(conditional_move::<3>),
+        Mnemonic::Fcmove => threaded!(conditional_move::<4>),
+        Mnemonic::Fcmovne => threaded!(conditional_move::<5>),
+        Mnemonic::Fcmovbe => threaded!(conditional_move::<6>),
+        Mnemonic::Fcmovnbe => threaded!(conditional_move::<7>),
+        Mnemonic::Fcmovu => threaded!(conditional_move::<10>),
+        Mnemonic::Fcmovnu => threaded!(conditional_move::<11>),
+        Mnemonic::Fincstp => threaded!(fincstp),
+        Mnemonic::Fdecstp => threaded!(fdecstp),
+        Mnemonic::Ffree => threaded!(ffree::<false>),
+        Mnemonic::Ffreep => threaded!(ffree::<true>),
         mnemonic => store_form(mnemonic, size)?,
     };
     Some(())
@@ -269,14 +269,14 @@ pub(super) fn select(ins: &Instruction, insn: &mut Insn) -> Option<()> {
 
 fn load_form(mnemonic: Mnemonic, size: usize) -> Option<Handler> {
     Some(match (mnemonic, size) {
-        (Mnemonic::Fld, 0) => load_register,
-        (Mnemonic::Fld, 4) => |cpu, ram, i| load(cpu, ram, i, single),
-        (Mnemonic::Fld, 8) => |cpu, ram, i| load(cpu, ram, i, double),
-        (Mnemonic::Fld, _) => load_extended,
-        (Mnemonic::Fild, 2) => |cpu, ram, i| load(cpu, ram, i, word),
-        (Mnemonic::Fild, 4) => |cpu, ram, i| load(cpu, ram, i, dword),
-        (Mnemonic::Fild, _) => |cpu, ram, i| load(cpu, ram, i, qword),
-        (Mnemonic::Fbld, _) => load_bcd,
+        (Mnemonic::Fld, 0) => threaded!(load_register),
+        (Mnemonic::Fld, 4) => threaded!(|cpu, ram, i| load(cpu, ram, i, single)),
+        (Mnemonic::Fld, 8) => threaded!(|cpu, ram, i| load(cpu, ram, i, double)),
+        (Mnemonic::Fld, _) => threaded!(load_extended),
+        (Mnemonic::Fild, 2) => threaded!(|cpu, ram, i| load(cpu, ram, i, word)),
+        (Mnemonic::Fild, 4) => threaded!(|cpu, ram, i| load(cpu, ram, i, dword)),
+        (Mnemonic::Fild, _) => threaded!(|cpu, ram, i| load(cpu, ram, i, qword)),
+        (Mnemonic::Fbld, _) => threaded!(load_bcd),
         _ => return None,
     })
 }
@@ -284,13 +284,13 @@ fn load_form(mnemonic: Mnemonic, size: usize) -> Option<Handler> {
 fn store_form(mnemonic: Mnemonic, size: usize) -> Option<Handler> {
     macro_rules! store {
         ($pops:expr, $format:expr) => {
-            |cpu, ram, i| store(cpu, ram, i, $pops, $format)
+            threaded!(|cpu, ram, i| store(cpu, ram, i, $pops, $format))
         };
     }
     Some(match (mnemonic, size) {
-        (Mnemonic::Fst, 0) => store_register::<false>,
-        (Mnemonic::Fstp, 0) => store_register::<true>,
-        (Mnemonic::Fstpnce, _) => store_register_quiet,
+        (Mnemonic::Fst, 0) => threaded!(store_register::<false>),
+        (Mnemonic::Fstp, 0) => threaded!(store_register::<true>),
+        (Mnemonic::Fstpnce, _) => threaded!(store_register_quiet),
         (Mnemonic::Fst, 4) => store!(false, SINGLE),
         (Mnemonic::Fst, _) => store!(false, DOUBLE),
         (Mnemonic::Fstp, 4) => store!(true, SINGLE),

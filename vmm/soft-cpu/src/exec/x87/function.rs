@@ -5,7 +5,7 @@ use iced_x86::{Instruction, Mnemonic};
 use super::{C0, C1, C2, C3, context, get, guard, is_empty, pop, push, set, signal, stack_fault};
 use crate::exit::Stop;
 use crate::float::{self, Context, F80, transcendental};
-use crate::insn::{Handler, Insn};
+use crate::insn::{Handler, Insn, threaded};
 use crate::state::Cpu;
 
 /// ST(0) = f(ST(0)).
@@ -162,24 +162,29 @@ fn xtract(x: F80, cx: &mut Context) -> Option<(F80, F80)> {
 /// Handlers of this family.
 pub(super) fn select(ins: &Instruction, insn: &mut Insn) -> Option<()> {
     let handler: Handler = match ins.mnemonic() {
-        Mnemonic::Fabs => |cpu, _, _| sign(cpu, |s| s & 0x7fff),
-        Mnemonic::Fchs => |cpu, _, _| sign(cpu, |s| s ^ 0x8000),
-        Mnemonic::Fsqrt => |cpu, _, _| unary(cpu, |x, cx| float::sqrt(x.operand(), cx)),
+        Mnemonic::Fabs => threaded!(|cpu, _, _| sign(cpu, |s| s & 0x7fff)),
+        Mnemonic::Fchs => threaded!(|cpu, _, _| sign(cpu, |s| s ^ 0x8000)),
+        Mnemonic::Fsqrt => threaded!(|cpu, _, _| unary(cpu, |x, cx| float::sqrt(x.operand(), cx))),
         Mnemonic::Frndint => {
-            |cpu, _, _| unary(cpu, |x, cx| float::round_to_integral(x.operand(), cx.rounding, true, cx))
+            threaded!(|cpu, _, _| unary(cpu, |x, cx| float::round_to_integral(
+                x.operand(),
+                cx.rounding,
+                true,
+                cx
+            )))
         }
-        Mnemonic::F2xm1 => |cpu, _, _| unary(cpu, transcendental::f2xm1),
-        Mnemonic::Fscale => |cpu, _, _| binary(cpu, float::scale),
-        Mnemonic::Fprem => remainder::<false>,
-        Mnemonic::Fprem1 => remainder::<true>,
-        Mnemonic::Fyl2x => |cpu, _, _| popping(cpu, transcendental::fyl2x),
-        Mnemonic::Fyl2xp1 => |cpu, _, _| popping(cpu, transcendental::fyl2xp1),
-        Mnemonic::Fpatan => |cpu, _, _| popping(cpu, transcendental::fpatan),
-        Mnemonic::Fsin => |cpu, _, _| circular(cpu, transcendental::fsin),
-        Mnemonic::Fcos => |cpu, _, _| circular(cpu, transcendental::fcos),
-        Mnemonic::Fsincos => |cpu, _, _| pushing(cpu, true, sincos),
-        Mnemonic::Fptan => |cpu, _, _| pushing(cpu, true, ptan),
-        Mnemonic::Fxtract => |cpu, _, _| pushing(cpu, false, xtract),
+        Mnemonic::F2xm1 => threaded!(|cpu, _, _| unary(cpu, transcendental::f2xm1)),
+        Mnemonic::Fscale => threaded!(|cpu, _, _| binary(cpu, float::scale)),
+        Mnemonic::Fprem => threaded!(remainder::<false>),
+        Mnemonic::Fprem1 => threaded!(remainder::<true>),
+        Mnemonic::Fyl2x => threaded!(|cpu, _, _| popping(cpu, transcendental::fyl2x)),
+        Mnemonic::Fyl2xp1 => threaded!(|cpu, _, _| popping(cpu, transcendental::fyl2xp1)),
+        Mnemonic::Fpatan => threaded!(|cpu, _, _| popping(cpu, transcendental::fpatan)),
+        Mnemonic::Fsin => threaded!(|cpu, _, _| circular(cpu, transcendental::fsin)),
+        Mnemonic::Fcos => threaded!(|cpu, _, _| circular(cpu, transcendental::fcos)),
+        Mnemonic::Fsincos => threaded!(|cpu, _, _| pushing(cpu, true, sincos)),
+        Mnemonic::Fptan => threaded!(|cpu, _, _| pushing(cpu, true, ptan)),
+        Mnemonic::Fxtract => threaded!(|cpu, _, _| pushing(cpu, false, xtract)),
         _ => return None,
     };
     insn.exec = handler;

@@ -9,7 +9,7 @@ use super::{EXCEPTIONS, get, guard, guard_no_wait, physical};
 use crate::exec::sse::MXCSR_MASK;
 use crate::exit::Stop;
 use crate::float::{Class, F80};
-use crate::insn::{Handler, Insn};
+use crate::insn::{Handler, Insn, threaded};
 use crate::paging::is_canonical;
 use crate::state::Cpu;
 
@@ -243,18 +243,18 @@ fn fxrstor<const WIDE: bool>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<
 /// Handlers of this family.
 pub(super) fn select(ins: &Instruction, insn: &mut Insn) -> Option<()> {
     let handler: Handler = match ins.code() {
-        Code::Fnstenv_m14byte => fnstenv::<SHORT>,
-        Code::Fnstenv_m28byte => fnstenv::<LONG>,
-        Code::Fldenv_m14byte => fldenv::<SHORT>,
-        Code::Fldenv_m28byte => fldenv::<LONG>,
-        Code::Fnsave_m94byte => fnsave::<SHORT>,
-        Code::Fnsave_m108byte => fnsave::<LONG>,
-        Code::Frstor_m94byte => frstor::<SHORT>,
-        Code::Frstor_m108byte => frstor::<LONG>,
-        Code::Fxsave_m512byte => fxsave::<false>,
-        Code::Fxsave64_m512byte => fxsave::<true>,
-        Code::Fxrstor_m512byte => fxrstor::<false>,
-        Code::Fxrstor64_m512byte => fxrstor::<true>,
+        Code::Fnstenv_m14byte => threaded!(fnstenv::<SHORT>),
+        Code::Fnstenv_m28byte => threaded!(fnstenv::<LONG>),
+        Code::Fldenv_m14byte => threaded!(fldenv::<SHORT>),
+        Code::Fldenv_m28byte => threaded!(fldenv::<LONG>),
+        Code::Fnsave_m94byte => threaded!(fnsave::<SHORT>),
+        Code::Fnsave_m108byte => threaded!(fnsave::<LONG>),
+        Code::Frstor_m94byte => threaded!(frstor::<SHORT>),
+        Code::Frstor_m108byte => threaded!(frstor::<LONG>),
+        Code::Fxsave_m512byte => threaded!(fxsave::<false>),
+        Code::Fxsave64_m512byte => threaded!(fxsave::<true>),
+        Code::Fxrstor_m512byte => threaded!(fxrstor::<false>),
+        Code::Fxrstor64_m512byte => threaded!(fxrstor::<true>),
         _ => return None,
     };
     insn.exec = handler;
