@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use crate::error::Error;
+use crate::image_list;
 use crate::options::Guest;
 
 /// What a guest boots from.
@@ -25,17 +26,14 @@ pub fn find(guest: Guest) -> Result<Images, Error> {
         Guest::Linux => "linux",
         Guest::Bare => "bare",
     };
-    let list = cache().join("images").join(name);
+    let list = image_list::path(name);
     let text = std::fs::read_to_string(&list).map_err(|e| {
         Error::config(
             "guest",
             format!("{}: {e}: build the guest with guest-images/build {name}", list.display()),
         )
     })?;
-    let value = |key: &str| {
-        let mut lines = text.lines().filter_map(|l| l.strip_prefix(name)?.strip_prefix('.')?.split_once('='));
-        lines.find(|(k, _)| *k == key).map(|(_, v)| v.to_owned())
-    };
+    let value = |key: &str| image_list::value(&text, name, key);
     let images = Images {
         kernel: value("kernel").map(PathBuf::from),
         initrd: value("initrd").map(PathBuf::from),
@@ -47,12 +45,4 @@ pub fn find(guest: Guest) -> Result<Images, Error> {
             Err(Error::config("guest", format!("{} names no {name}.kernel: build it again", list.display())))
         }
     }
-}
-
-/// Where `guest-images/build` keeps what it made.
-fn cache() -> PathBuf {
-    let from = |name| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
-    from("VMFT_CACHE")
-        .or_else(|| from("XDG_CACHE_HOME").map(|d| d.join("vmft")))
-        .unwrap_or_else(|| from("HOME").unwrap_or_default().join(".cache/vmft"))
 }

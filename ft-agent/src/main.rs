@@ -2,6 +2,7 @@
 
 mod error;
 mod guest;
+mod image_list;
 mod images;
 mod log_command;
 mod log_file;

@@ -9,6 +9,7 @@ use std::str::FromStr;
 
 use clap::{Args, ValueEnum};
 use serde::Deserialize;
+use vmm::config::{MEMORY_BYTES, is_station};
 
 use crate::error::Error;
 use crate::images;
@@ -129,8 +130,6 @@ pub struct Plan {
 }
 
 const MEMORY_MIB_DEFAULT: u64 = 256;
-const MEMORY_MIB_MIN: u64 = 2;
-const MEMORY_MIB_MAX: u64 = 64 * 1024;
 /// Locally administered; "vmft" in ASCII and a number.
 const MAC_DEFAULT: [u8; 6] = [0x02, 0x76, 0x6d, 0x66, 0x74, 0x01];
 
@@ -151,8 +150,9 @@ impl RunOptions {
         let images = images.unwrap_or_default();
         let kernel = o.kernel.or(images.kernel);
         let memory_mib = o.memory_mib.unwrap_or(MEMORY_MIB_DEFAULT);
-        if !(MEMORY_MIB_MIN..=MEMORY_MIB_MAX).contains(&memory_mib) {
-            let why = format!("{memory_mib} is not within {MEMORY_MIB_MIN} to {MEMORY_MIB_MAX}");
+        let (least, most) = (MEMORY_BYTES.start() >> 20, MEMORY_BYTES.end() >> 20);
+        if !(least..=most).contains(&memory_mib) {
+            let why = format!("{memory_mib} is not within {least} to {most}");
             return Err(Error::config("memory-mib", why));
         }
         let ip = o.ip.as_deref().map(ip_argument).transpose()?;
@@ -204,7 +204,7 @@ fn parse_mac(text: &str) -> Result<[u8; 6], Error> {
         text.split(':').map(|p| u8::from_str_radix(p, 16)).collect::<Result<_, _>>().unwrap_or_default();
     let mac = <[u8; 6]>::try_from(parts)
         .map_err(|_| Error::config("mac", format!("{text:?} is not six hex bytes with colons")))?;
-    if mac[0] & 1 != 0 {
+    if !is_station(mac) {
         return Err(Error::config("mac", format!("{text} is a multicast address")));
     }
     Ok(mac)

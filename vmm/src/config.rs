@@ -72,10 +72,18 @@ pub enum ConfigError {
     Mac(usize),
 }
 
+/// How much RAM a machine may have, bytes.
+pub const MEMORY_BYTES: std::ops::RangeInclusive<u64> = 16 << 20..=1 << 40;
+
+/// A MAC address that a station may have: none of a group.
+pub fn is_station(mac: [u8; 6]) -> bool {
+    mac[0] & 1 == 0
+}
+
 impl MachineConfig {
     /// Checks every field.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        if !self.memory_bytes.is_multiple_of(4096) || !(16 << 20..=1 << 40).contains(&self.memory_bytes) {
+        if !self.memory_bytes.is_multiple_of(4096) || !MEMORY_BYTES.contains(&self.memory_bytes) {
             return Err(ConfigError::Memory(self.memory_bytes));
         }
         if self.slots.len() > SLOTS_MAX {
@@ -86,7 +94,7 @@ impl MachineConfig {
                 Slot::Disk { bytes, .. } if bytes == 0 || !bytes.is_multiple_of(512) => {
                     return Err(ConfigError::Disk { slot, bytes });
                 }
-                Slot::Net { mac } if mac[0] & 1 != 0 => return Err(ConfigError::Mac(slot)),
+                Slot::Net { mac } if !is_station(mac) => return Err(ConfigError::Mac(slot)),
                 _ => {}
             }
         }
@@ -96,7 +104,7 @@ impl MachineConfig {
 
 /// What both sides of a pair, or a saved machine and the one that continues it, must share.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Identity {
+pub struct MachineIdentity {
     /// Changes when the same inputs may give another state.
     pub machine_version: u32,
     /// The machine.
@@ -105,9 +113,9 @@ pub struct Identity {
     pub boot: u128,
 }
 
-impl Identity {
+impl MachineIdentity {
     /// The first field in which two identities differ.
-    pub fn difference(&self, other: &Identity) -> Option<&'static str> {
+    pub fn difference(&self, other: &MachineIdentity) -> Option<&'static str> {
         let (a, b) = (&self.config, &other.config);
         [
             ("machine version", self.machine_version == other.machine_version),
@@ -152,7 +160,7 @@ mod tests {
 
     #[test]
     fn identities_name_their_difference() {
-        let one = Identity { machine_version: 1, config: config(), boot: 7 };
+        let one = MachineIdentity { machine_version: 1, config: config(), boot: 7 };
         assert_eq!(one.difference(&one.clone()), None);
         let mut other = one.clone();
         other.config.epoch_s = 1;

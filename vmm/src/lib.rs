@@ -31,7 +31,7 @@ pub mod state;
 pub mod vcpu;
 
 pub use boot::{BootError, BootFile, BootFiles, BootPlan};
-pub use config::{ConfigError, Identity, MachineConfig, Slot};
+pub use config::{ConfigError, MachineConfig, MachineIdentity, Slot};
 pub use guest_loop::GuestLoop;
 pub use machine::{Machine, MachineError, Stop};
 pub use source::{Live, Next, Outside, Source};

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::boot::{BootError, BootPlan};
 use crate::bus::{Bus, Target};
 use crate::clock::Clock;
-use crate::config::{ConfigError, Identity, MachineConfig};
+use crate::config::{ConfigError, MachineConfig, MachineIdentity};
 use crate::devices::{Context, Devices, Effects, Request};
 use crate::ram::{Ram, RamError};
 use crate::vcpu::{Exit, Kick, Limit, Vcpu, VcpuError};
@@ -145,8 +145,12 @@ impl Machine {
     }
 
     /// What others must share to run the same machine.
-    pub fn identity(&self) -> Identity {
-        Identity { machine_version: MACHINE_VERSION, config: self.config.clone(), boot: self.plan.digest() }
+    pub fn identity(&self) -> MachineIdentity {
+        MachineIdentity {
+            machine_version: MACHINE_VERSION,
+            config: self.config.clone(),
+            boot: self.plan.digest(),
+        }
     }
 
     /// Where the guest is.

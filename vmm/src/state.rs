@@ -1,7 +1,7 @@
 //! A machine saved to bytes, and made again from them.
 //!
 //! The file begins with [`MAGIC`] and the format's version (u32). Then come sections in the order of [`Section`]:
-//! tag (u32), length of the content (u64), content, XXH3-64 of the content. Numbers are little-endian. Identity, vCPU, clock
+//! tag (u32), length of the content (u64), content, XXH3-64 of the content. Numbers are little-endian. MachineIdentity, vCPU, clock
 //! and devices are postcard; RAM is pages that are not zero, each as page number (u32) and 4096 bytes, ascending.
 //!
 //! Reading never panics and never allocates by a number from the file. Every error has the offset.
@@ -13,7 +13,7 @@ use serde::de::DeserializeOwned;
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 use crate::clock::Clock;
-use crate::config::Identity;
+use crate::config::MachineIdentity;
 use crate::devices::Devices;
 use crate::machine::{Machine, MachineError};
 use crate::ram::{PAGE, is_zero};
@@ -110,7 +110,7 @@ impl Machine {
         if version != VERSION {
             return Err(StateError::Version(version));
         }
-        let identity: Identity = file.section(Section::Identity)?;
+        let identity: MachineIdentity = file.section(Section::Identity)?;
         if let Some(field) = identity.difference(&self.identity()) {
             return Err(StateError::OtherMachine(field));
         }

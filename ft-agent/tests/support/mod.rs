@@ -1,6 +1,8 @@
 //! What the end-to-end tests share: hosts in network namespaces, running guests, and how to skip.
 #![allow(dead_code, reason = "each test binary uses its part")]
 
+#[path = "../../src/image_list.rs"]
+mod image_list;
 pub mod net;
 pub mod vm;
 
@@ -40,7 +42,7 @@ pub fn has(tool: &str) -> bool {
 
 /// Skips the test unless `guest-images/build` has made this guest. `true`: go on.
 pub fn has_guest(test: &str, name: &str) -> bool {
-    let found = image_list(name).is_file();
+    let found = image_list::path(name).is_file();
     if !found {
         skip(test, &format!("needs the {name} guest: guest-images/build {name}"));
     }
@@ -49,19 +51,10 @@ pub fn has_guest(test: &str, name: &str) -> bool {
 
 /// A value of the guest's image list.
 pub fn image(guest: &str, key: &str) -> PathBuf {
-    let list = image_list(guest);
+    let list = image_list::path(guest);
     let text = std::fs::read_to_string(&list).expect("guest images");
-    let wanted = format!("{guest}.{key}=");
-    let line = text.lines().find_map(|l| l.strip_prefix(&wanted));
-    PathBuf::from(line.unwrap_or_else(|| panic!("{} has no {wanted}", list.display())))
-}
-
-fn image_list(guest: &str) -> PathBuf {
-    let var = |n| std::env::var_os(n).map(PathBuf::from);
-    let cache = var("VMFT_CACHE")
-        .or_else(|| var("XDG_CACHE_HOME").map(|d| d.join("vmft")))
-        .unwrap_or_else(|| var("HOME").unwrap_or_default().join(".cache/vmft"));
-    cache.join("images").join(guest)
+    let value = image_list::value(&text, guest, key);
+    PathBuf::from(value.unwrap_or_else(|| panic!("{} has no {guest}.{key}", list.display())))
 }
 
 /// The digests that vmft has printed, each with its position.
