@@ -9,6 +9,7 @@
 //! | [`machine`] | the machine: run, apply, digest |
 //! | [`state`] | saving and restoring a machine |
 //! | [`guest_loop`], [`source`] | the loop, and where inputs come from |
+//! | [`record`], [`replay`], [`narrow`] | the log as it is written, as it is read, and where two readings part |
 //! | [`inbox`], [`gate`] | how inputs get in from other threads, and when outputs get out |
 //! | [`vcpu`] | engines |
 //! | [`ram`], [`clock`], [`bus`], [`devices`] | what the machine consists of |
@@ -23,6 +24,7 @@ pub mod gate;
 pub mod guest_loop;
 pub mod inbox;
 pub mod machine;
+pub mod narrow;
 pub mod ram;
 pub mod record;
 pub mod replay;
