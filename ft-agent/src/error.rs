@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use vmm::guest_loop::LoopError;
+use vmm::narrow::Parting;
 use vmm::replay::Divergence;
 use vmm::{BootError, MachineError};
 
@@ -34,6 +35,20 @@ pub enum Error {
     /// Replay and recording differ.
     #[error(transparent)]
     Divergence(Box<Divergence>),
+    /// Two replays of one log differ: this host or its engine is to be mistrusted.
+    #[error(transparent)]
+    Parting(Box<Parting>),
+    /// Two replays of one log differed, and not again.
+    #[error(
+        "two replays differed between the positions {equal_at} and {differs_at}, but not when they were repeated: this \
+         host does not always compute the same"
+    )]
+    Unsteady {
+        /// Equal here.
+        equal_at: u64,
+        /// Different here.
+        differs_at: u64,
+    },
     /// The guest crashed: its CPU shut down (triple fault).
     #[error("the guest crashed (triple fault) after {instructions} instructions")]
     GuestCrash {
@@ -61,7 +76,7 @@ impl Error {
             Error::Machine(MachineError::Config(_) | MachineError::Boot(_)) => 2,
             Error::Machine(_) | Error::Host { .. } => 3,
             Error::GuestCrash { .. } => 4,
-            Error::Divergence(_) => 5,
+            Error::Divergence(_) | Error::Parting(_) | Error::Unsteady { .. } => 5,
         })
     }
 }

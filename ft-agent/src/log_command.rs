@@ -24,6 +24,9 @@ pub enum LogCommand {
         /// As JSON
         #[arg(long)]
         json: bool,
+        /// Only what came at this guest time in seconds, or later: to leave out a boot. Marks tell it to a second
+        #[arg(long, default_value_t = 0.0)]
+        from_s: f64,
     },
     /// One line an entry
     Show {
@@ -52,7 +55,7 @@ struct Stat {
     identity: BTreeMap<String, String>,
     kinds: BTreeMap<&'static str, Kind>,
     entries: u64,
-    /// Of the whole file, with header and blocks.
+    /// With header and blocks.
     bytes: u64,
     /// Bytes behind the last whole block.
     cut_off_bytes: usize,
@@ -69,9 +72,9 @@ struct Stat {
 /// The log is damaged; what was before the damage is told.
 pub fn run(command: LogCommand) -> Result<(), Error> {
     match command {
-        LogCommand::Stat { file, json } => {
+        LogCommand::Stat { file, json, from_s } => {
             let (reader, identity) = LogReader::open(&file)?;
-            let (stat, damage) = stat(reader, &identity);
+            let (stat, damage) = stat(reader, &identity, (from_s * 1e9) as u64);
             if json {
                 println!(
                     "{}",
@@ -106,7 +109,7 @@ pub fn tell_cut_off(reader: &LogReader) {
     }
 }
 
-fn stat(mut reader: LogReader, identity: &Identity) -> (Stat, Result<(), Error>) {
+fn stat(mut reader: LogReader, identity: &Identity, from_ns: u64) -> (Stat, Result<(), Error>) {
     let unit = identity.unit();
     let mut stat = Stat {
         identity: identity.fields().map(|(n, v)| (n.to_owned(), v.to_owned())).collect(),
@@ -121,6 +124,8 @@ fn stat(mut reader: LogReader, identity: &Identity) -> (Stat, Result<(), Error>)
     };
     let mut last = entry::Position::default();
     let mut clock = (0, 0);
+    // Guest time and offset in the file from which on is counted.
+    let mut start = (0, 0);
     let mut bytes = Vec::new();
     let damage = loop {
         let record = match reader.next() {
@@ -137,6 +142,11 @@ fn stat(mut reader: LogReader, identity: &Identity) -> (Stat, Result<(), Error>)
         match &record.entry {
             Entry::Input(LoggedInput::Clock { time_ns }) | Entry::Mark { time_ns } => {
                 clock = (record.position.count, *time_ns);
+                if clock.1 >= from_ns && start.0 < from_ns {
+                    start = (clock.1, reader.offset());
+                    (stat.entries, stat.frame_bytes) = (0, 0);
+                    stat.kinds.clear();
+                }
             }
             Entry::Input(LoggedInput::Frame { bytes, .. }) => stat.frame_bytes += bytes.len() as u64,
             _ => {}
@@ -146,7 +156,8 @@ fn stat(mut reader: LogReader, identity: &Identity) -> (Stat, Result<(), Error>)
     stat.cut_off_bytes = reader.cut_off();
     // Marks come every guest second; behind the last one only the instructions are known.
     let since = if unit == PositionUnit::Instructions { last.count - clock.0 } else { 0 };
-    stat.guest_s = (clock.1 + since) as f64 / 1e9;
+    stat.guest_s = (clock.1 + since - start.0) as f64 / 1e9;
+    stat.bytes -= start.1;
     stat.kbit_per_guest_s = stat.bytes as f64 * 8.0 / 1000.0 / stat.guest_s.max(1e-9);
     (stat, damage)
 }
@@ -164,6 +175,10 @@ fn print_table(stat: &Stat) {
         "\n{} entries, {} bytes with header and blocks, to position {}, {:.3} guest s: {:.2} kbit/s",
         stat.entries, stat.bytes, stat.last_position, stat.guest_s, stat.kbit_per_guest_s
     );
+    if stat.frame_bytes > 0 {
+        let over = (stat.bytes - stat.frame_bytes) as f64 * 100.0 / stat.frame_bytes as f64;
+        println!("frames that came in: {} bytes; the log has {over:.2} % over them", stat.frame_bytes);
+    }
     if stat.cut_off_bytes > 0 {
         println!("cut off: {} bytes behind the last whole block", stat.cut_off_bytes);
     }

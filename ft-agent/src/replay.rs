@@ -5,11 +5,12 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use entry::log::EndReason;
+use entry::log::{EndReason, Entry};
 use entry::{DiskRequest, DiskResult, End, Output, Position};
 use vmm::GuestLoop;
 use vmm::guest_loop::{LoopError, Turn};
-use vmm::replay::{ReplayError, Replayer, Standby};
+use vmm::narrow::{Narrowed, Pieces, narrow};
+use vmm::replay::{Records, ReplayError, Replayer, Standby};
 
 use crate::error::Error;
 use crate::guest::{Elsewhere, Guest};
@@ -33,6 +34,9 @@ pub struct ReplayArgs {
     /// Replay again and again until one replay diverges, at most so often
     #[arg(long, value_name = "TIMES")]
     until_divergence: Option<u32>,
+    /// Replay twice side by side, once in whole and once in pieces, and find the first position where the two differ
+    #[arg(long, conflicts_with_all = ["to", "digest_at", "until_divergence"])]
+    narrow: bool,
 }
 
 /// Private copies of a recording's disks, gone when this is.
@@ -79,6 +83,9 @@ impl Standby for Copies {
 /// # Errors
 /// A divergence, a damaged log, a file that is not the recording's.
 pub fn run(args: &ReplayArgs) -> Result<(), Error> {
+    if args.narrow {
+        return narrow_down(args);
+    }
     let times = args.until_divergence.unwrap_or(1);
     for n in 1..=times {
         replay(args)?;
@@ -89,12 +96,54 @@ pub fn run(args: &ReplayArgs) -> Result<(), Error> {
     Ok(())
 }
 
-fn replay(args: &ReplayArgs) -> Result<(), Error> {
+/// A replay at its start.
+fn start(args: &ReplayArgs) -> Result<Replay, Error> {
     let (reader, identity) = LogReader::open(&args.file)?;
     let guest = Guest::recorded(&identity, &args.elsewhere)?;
     let machine = guest.boot()?;
-    let source = Replayer::new(reader, Copies::new(&guest)?);
-    let mut guest = GuestLoop { machine, source };
+    Ok(GuestLoop { machine, source: Replayer::new(reader, Copies::new(&guest)?) })
+}
+
+/// Instructions that the second of two replays runs without a stop: few enough for the kicks of a recording, and no
+/// divisor of anything.
+const PIECE: u64 = 49_999;
+
+fn narrow_down(args: &ReplayArgs) -> Result<(), Error> {
+    let (mut reader, _) = LogReader::open(&args.file)?;
+    let mut stops = Vec::new();
+    while let Some(record) = reader.next()? {
+        if matches!(record.entry, Entry::State(_)) {
+            stops.push(record.position.count);
+        }
+    }
+    // And what is behind the last logged state.
+    stops.push(u64::MAX);
+    let mut pairs = 0;
+    let pair = || {
+        pairs += 1;
+        eprintln!("pair {pairs} of replays");
+        Ok([u64::MAX, PIECE].map(|piece| Ok(Pieces { guest: start(args)?, piece })))
+            .and_then(|[one, other]: [Result<_, Error>; 2]| Ok([one?, other?]))
+            .map_err(|e| LoopError::Source(ReplayError::Log(e)))
+    };
+    match narrow(pair, &stops) {
+        Ok(Narrowed::Equal(None)) => {
+            eprintln!("no difference between two replays, nor to the log");
+            Ok(())
+        }
+        Ok(Narrowed::Equal(Some(divergence))) => {
+            eprintln!("both replays do the same, which is not what the log has");
+            Err(Error::Divergence(divergence))
+        }
+        Ok(Narrowed::Parted(parting)) => Err(Error::Parting(parting)),
+        Ok(Narrowed::Once { equal_at, differs_at }) => Err(Error::Unsteady { equal_at, differs_at }),
+        Err(LoopError::Machine(e)) => Err(e.into()),
+        Err(LoopError::Source(e)) => Err(error(e)),
+    }
+}
+
+fn replay(args: &ReplayArgs) -> Result<(), Error> {
+    let mut guest = start(args)?;
     let started = Instant::now();
     let mut stops: Vec<u64> = args.digest_at.iter().copied().chain(args.to).collect();
     stops.sort_unstable();

@@ -111,6 +111,51 @@ fn a_damaged_or_cut_log_is_never_replayed_silently() {
 }
 
 #[test]
+fn a_large_log_is_guarded_everywhere() {
+    const TEST: &str = "a_large_log_is_guarded_everywhere";
+    if !has_guest(TEST, "bare") {
+        return;
+    }
+    let log = scratch("large");
+    let name = log.to_str().unwrap();
+    let machine = ["--guest", "bare", "--memory-mib", "16", "--cmdline", "workload=random count=8000"];
+    let (code, _, errors) = vmft(&[&["record", "--log", name], &machine[..]].concat());
+    assert_eq!(code, 0, "{errors}");
+    replays(&log, &[]);
+    let good = std::fs::read(&log).unwrap();
+    assert!(good.len() > 300_000, "{} bytes", good.len());
+    let mut seed = 1u64;
+    for _ in 0..40 {
+        seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        let at = (seed >> 33) as usize % good.len();
+        let mut bad = good.clone();
+        bad[at] ^= 1 << (seed >> 30 & 7);
+        std::fs::write(&log, &bad).unwrap();
+        let (code, _, errors) = vmft(&["replay", name]);
+        assert!(code == 2 && errors.contains("log: byte"), "byte {at}: {code} {errors}");
+        let named = errors.split("log: byte ").nth(1).and_then(|t| t.split(':').next());
+        let named: usize = named.and_then(|n| n.parse().ok()).unwrap();
+        // A block is at most that long.
+        assert!(named <= at && at < named + (1 << 17), "byte {at}: {errors}");
+    }
+    std::fs::remove_file(&log).unwrap();
+}
+
+#[test]
+fn two_replays_are_compared_side_by_side() {
+    const TEST: &str = "two_replays_are_compared_side_by_side";
+    if !has_guest(TEST, "bare") {
+        return;
+    }
+    let log = scratch("narrow");
+    record_bare(&log, 3);
+    let (code, _, errors) = vmft(&["replay", log.to_str().unwrap(), "--narrow"]);
+    assert_eq!(code, 0, "{errors}");
+    assert!(errors.contains("no difference between two replays"), "{errors}");
+    std::fs::remove_file(&log).unwrap();
+}
+
+#[test]
 fn linux_under_network_and_disk_load_is_replayed() {
     const TEST: &str = "linux_under_network_and_disk_load_is_replayed";
     if !has_guest(TEST, "linux") || !can_network(TEST) {
