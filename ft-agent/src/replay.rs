@@ -111,13 +111,14 @@ const PIECE: u64 = 49_999;
 fn narrow_down(args: &ReplayArgs) -> Result<(), Error> {
     let (mut reader, _) = LogReader::open(&args.file)?;
     let mut stops = Vec::new();
+    let mut end = 0;
     while let Some(record) = reader.next()? {
+        end = record.position.count + 1;
         if matches!(record.entry, Entry::State(_)) {
             stops.push(record.position.count);
         }
     }
-    // And what is behind the last logged state.
-    stops.push(u64::MAX);
+    stops.push(end);
     let mut pairs = 0;
     let pair = || {
         pairs += 1;
@@ -196,12 +197,15 @@ fn report(guest: &Replay, wall: Duration, args: &ReplayArgs) -> Result<(), Error
     let at = guest.machine.position().count;
     let source = &guest.source;
     let guest_s = guest.machine.time_ns() as f64 / 1e9;
-    let wall_s = wall.as_secs_f64();
+    // A guest whose time follows the host's clock was busy for all the time that it was not idle.
+    let busy_s = guest_s - guest.machine.counts().idle_ns as f64 / 1e9;
+    let wall_s = wall.as_secs_f64().max(1e-9);
     eprintln!(
-        "replayed {} entries to position {at} in {wall_s:.3} s: {:.1} MIPS, {:.2} guest seconds a second",
+        "replayed {} entries to position {at} in {wall_s:.3} s: {:.1} MIPS; {guest_s:.3} guest seconds, {busy_s:.3} of \
+         them busy, {:.2} times as fast as those",
         source.applied(),
-        at as f64 / 1e6 / wall_s.max(1e-9),
-        guest_s / wall_s.max(1e-9),
+        at as f64 / 1e6 / wall_s,
+        busy_s / wall_s,
     );
     match source.ended() {
         Some(EndReason::Stopped) => eprintln!("the recording was stopped here"),

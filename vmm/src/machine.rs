@@ -72,7 +72,7 @@ pub struct Counts {
     pub interrupts: u64,
     /// Kicks that stopped the guest.
     pub kicks: u64,
-    /// Guest time skipped by moving to a deadline while halted, in ns.
+    /// Guest time that passed while halted, in ns.
     pub idle_ns: u64,
 }
 
@@ -383,7 +383,11 @@ impl Machine {
         let at = self.position();
         if let Input::Clock { time_ns } = input {
             // Each deadline on the way happens at its own time, as when a halted guest skips to it.
-            let time_ns = time_ns.min(self.time_ns().saturating_add(CLOCK_STEP_MAX_NS));
+            let now_ns = self.time_ns();
+            let time_ns = time_ns.min(now_ns.saturating_add(CLOCK_STEP_MAX_NS));
+            if self.halted {
+                self.counts.idle_ns += time_ns.saturating_sub(now_ns);
+            }
             while let Some(deadline) = self.devices.deadline_ns().filter(|deadline| *deadline <= time_ns) {
                 self.clock.raise(at, deadline);
                 self.fire_timers();
