@@ -103,8 +103,14 @@ pub fn record(args: RecordArgs) -> Result<(), Error> {
     let plan = args.options.machine.clone().check()?;
     let clock = args.options.clock(&plan)?;
     let (guest, images) = Guest::new(&plan, clock)?;
-    let machine = guest.boot()?;
-    let log = LogWriter::create(&args.log, &guest.identity()?)?;
+    // The identity is a digest of all files, which need not hold up the boot.
+    let (machine, identity) = std::thread::scope(|scope| {
+        let identity = scope.spawn(|| guest.identity());
+        (guest.boot(), identity.join())
+    });
+    let identity = identity.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+    let machine = machine?;
+    let log = LogWriter::create(&args.log, &identity)?;
     let session = Session::start(&args.options, &plan, clock, &machine, images)?;
     session.run(machine, |live| Recorder::new(live, log, Pace::FILE))
 }

@@ -81,8 +81,8 @@ fn a_replay_stops_where_it_is_told_and_shows_the_same_digests() {
     let (code, table, _) = vmft(&["log", "stat", name]);
     assert!(code == 0 && table.contains("state"), "{table}");
     let (code, lines, _) = vmft(&["log", "show", name, "--kind", "state"]);
-    // One at the start, one each 10 M instructions, and the three that were asked for.
-    assert_eq!((code, lines.lines().count()), (0, 8), "{lines}");
+    // One at the start, one each 10 M instructions, the three that were asked for, and the last.
+    assert_eq!((code, lines.lines().count()), (0, 9), "{lines}");
     std::fs::remove_file(&log).unwrap();
 }
 
@@ -123,7 +123,7 @@ fn a_large_log_is_guarded_everywhere() {
     assert_eq!(code, 0, "{errors}");
     replays(&log, &[]);
     let good = std::fs::read(&log).unwrap();
-    assert!(good.len() > 300_000, "{} bytes", good.len());
+    assert!(good.len() > 200_000, "{} bytes", good.len());
     let mut seed = 1u64;
     for _ in 0..40 {
         seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);

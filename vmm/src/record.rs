@@ -93,8 +93,8 @@ impl<O: Outside, L: Log<Error = O::Error>> Source for Recorder<O, L> {
         self.log.look()?;
         let time_ns = machine.time_ns();
         let digest = at.count >= self.next_digest || time_ns >= self.next_digest_ns;
-        // A halted guest's time moves at one position: a digest is preceded by a mark that says how far it has.
-        if digest || time_ns >= self.next_mark_ns {
+        // A halted guest's time moves at one position: a digest there is preceded by a mark that says how far it has.
+        if time_ns >= self.next_mark_ns || digest && machine.is_halted() {
             self.next_mark_ns = time_ns.saturating_add(self.pace.mark_ns);
             self.append(at, Entry::Mark { time_ns })?;
         }
