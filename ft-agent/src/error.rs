@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use agent::Exit;
 use vmm::guest_loop::LoopError;
 use vmm::narrow::Parting;
 use vmm::replay::Divergence;
@@ -49,6 +50,9 @@ pub enum Error {
         /// Different here.
         differs_at: u64,
     },
+    /// This side of a pair is out.
+    #[error("{0}")]
+    Out(agent::Exit),
     /// The guest crashed: its CPU shut down (triple fault).
     #[error("the guest crashed (triple fault) after {instructions} instructions")]
     GuestCrash {
@@ -69,7 +73,8 @@ impl Error {
         move |source| Error::Host { what, source }
     }
 
-    /// The process' exit code: 2 configuration, 3 host, 4 guest crash, 5 divergence.
+    /// The process' exit code: 2 configuration, 3 host, 4 guest crash, 5 divergence, 6 fenced
+    /// (the other side lives), 7 not started (the VM runs elsewhere, or the peer was lost before the guest ran).
     pub fn exit_code(&self) -> ExitCode {
         ExitCode::from(match self {
             Error::Config { .. } | Error::Boot(_) => 2,
@@ -77,6 +82,10 @@ impl Error {
             Error::Machine(_) | Error::Host { .. } => 3,
             Error::GuestCrash { .. } => 4,
             Error::Divergence(_) | Error::Parting(_) | Error::Unsteady { .. } => 5,
+            Error::Out(Exit::Fenced(_)) => 6,
+            Error::Out(Exit::NotOpened | Exit::NotStarted(_)) => 7,
+            Error::Out(Exit::Failed(_)) => 3,
+            Error::Out(Exit::Ended(_) | Exit::HandedOver | Exit::Stopped) => 0,
         })
     }
 }

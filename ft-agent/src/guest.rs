@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use entry::identity::{HINT, Identity};
 use vmm::machine::MACHINE_VERSION;
@@ -25,6 +26,8 @@ pub struct Guest {
     initrd: Option<PathBuf>,
     /// The disks, in the order of their slots.
     pub disks: Vec<Disk>,
+    /// Digests of what the disks held at the start, once they were read.
+    disk_contents: OnceLock<Vec<String>>,
 }
 
 impl Guest {
@@ -47,6 +50,7 @@ impl Guest {
             kernel: plan.kernel.clone(),
             initrd: plan.initrd.clone(),
             disks: plan.disks.clone(),
+            disk_contents: OnceLock::new(),
         };
         Ok((guest, images))
     }
@@ -82,12 +86,30 @@ impl Guest {
             identity =
                 identity.field("initrd", content(&file.bytes)).field(&format!("{HINT}initrd"), path(from));
         }
-        for (n, disk) in self.disks.iter().enumerate() {
+        let contents = match self.disk_contents.get() {
+            Some(contents) => contents,
+            None => {
+                let read = self.disks.iter().map(|d| disk_content(&d.path)).collect::<Result<_, _>>()?;
+                self.disk_contents.get_or_init(|| read)
+            }
+        };
+        for (n, (disk, content)) in self.disks.iter().zip(contents).enumerate() {
             identity = identity
-                .field(&format!("disk-{n}"), disk_content(&disk.path)?)
+                .field(&format!("disk-{n}"), content)
                 .field(&format!("{HINT}disk-{n}"), disk.to_string());
         }
         Ok(identity)
+    }
+
+    /// Takes over what a primary has chosen for the guest when it started: its date and the seed of its random numbers.
+    /// What is missing there is found by comparing the identities.
+    pub fn adopt(&mut self, primary: &Identity) {
+        if let Some(epoch_s) = primary.get("epoch-s").and_then(|t| t.parse().ok()) {
+            self.config.epoch_s = epoch_s;
+        }
+        if let Some(seed) = primary.get("seed").and_then(unhex) {
+            self.files.seed = Some(seed);
+        }
     }
 
     /// The guest that a log was made of, its files found where the log says they were unless told otherwise.
@@ -116,6 +138,7 @@ impl Guest {
             kernel,
             initrd,
             disks: disks.iter().map(|d| d.parse()).collect::<Result<_, _>>()?,
+            disk_contents: OnceLock::new(),
         };
         match guest.identity()?.check(identity) {
             Ok(()) => Ok(guest),

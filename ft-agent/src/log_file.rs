@@ -5,6 +5,7 @@ use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use entry::Position;
 use entry::block::{Decoder, Encoder};
 use entry::identity::Identity;
 use entry::log::Record;
@@ -69,7 +70,7 @@ impl Log for LogWriter {
         if self.encoder.open_bytes() >= BLOCK_BYTES { self.close_block() } else { Ok(()) }
     }
 
-    fn look(&mut self) -> Result<(), Error> {
+    fn look(&mut self, _at: Position) -> Result<(), Error> {
         let waits = self.encoder.open_bytes() > 0;
         if waits && self.closed.elapsed() >= OPEN_MAX { self.close_block() } else { Ok(()) }
     }

@@ -8,6 +8,7 @@ mod log_command;
 mod log_file;
 mod options;
 mod outside;
+mod pair;
 mod replay;
 mod run;
 mod summary;
@@ -32,6 +33,10 @@ enum Command {
     Record(run::RecordArgs),
     /// Replay a log, checking every output and state on the way
     Replay(replay::ReplayArgs),
+    /// Run a guest that outlives this host: record it for a backup
+    Primary(pair::PairOptions),
+    /// Stand by for a primary: replay its guest, and go live when it is lost
+    Backup(pair::PairOptions),
     /// Tell what is in a log
     #[command(subcommand)]
     Log(log_command::LogCommand),
@@ -44,6 +49,8 @@ fn main() -> ExitCode {
         Command::Run(args) => run::run(args),
         Command::Record(args) => run::record(args),
         Command::Replay(args) => replay::run(&args),
+        Command::Primary(options) => pair::primary(options),
+        Command::Backup(options) => pair::backup(options),
         Command::Log(command) => log_command::run(command),
     };
     match result {

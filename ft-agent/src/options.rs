@@ -175,7 +175,7 @@ impl RunOptions {
     }
 
     /// These options, completed by those of `file`.
-    fn over(self, file: RunOptions) -> RunOptions {
+    pub fn over(self, file: RunOptions) -> RunOptions {
         RunOptions {
             config: None,
             guest: self.guest.or(file.guest),

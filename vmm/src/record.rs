@@ -36,8 +36,9 @@ pub trait Log {
     /// Takes a record. It need not be durable, or with the backup, when this returns: the gate waits for that.
     fn append(&mut self, record: &Record) -> Result<(), Self::Error>;
 
-    /// Called at every look at the outside, for what should not wait much longer.
-    fn look(&mut self) -> Result<(), Self::Error>;
+    /// Called at every turn of the loop, with the machine's position: for what should not wait much longer, and to
+    /// slow a guest that is faster than its log.
+    fn look(&mut self, at: Position) -> Result<(), Self::Error>;
 }
 
 /// [`Live`] with a log: append first, apply second.
@@ -61,6 +62,11 @@ impl<O: Outside, L: Log<Error = O::Error>> Recorder<O, L> {
     /// The source whose inputs are recorded.
     pub fn live(&mut self) -> &mut Live<O> {
         &mut self.live
+    }
+
+    /// Goes on without a log.
+    pub fn into_live(self) -> Live<O> {
+        self.live
     }
 
     /// The log.
@@ -90,7 +96,7 @@ impl<O: Outside, L: Log<Error = O::Error>> Source for Recorder<O, L> {
 
     fn next(&mut self, machine: &Machine) -> Result<Next, O::Error> {
         let at = machine.position();
-        self.log.look()?;
+        self.log.look(at)?;
         let time_ns = machine.time_ns();
         let digest = at.count >= self.next_digest || time_ns >= self.next_digest_ns;
         // A halted guest's time moves at one position: a digest there is preceded by a mark that says how far it has.

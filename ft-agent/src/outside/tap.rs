@@ -42,6 +42,18 @@ impl Tap {
         (&self.file).read(buffer)
     }
 
+    /// Throws away the frames that wait.
+    pub fn drain(&self) -> io::Result<()> {
+        let mut buffer = [0; 64];
+        loop {
+            match self.receive(&mut buffer) {
+                Ok(_) => {}
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(e) => return Err(e),
+            }
+        }
+    }
+
     /// Writes one frame.
     pub fn send(&self, frame: &[u8]) -> io::Result<()> {
         (&self.file).write(frame).map(drop)

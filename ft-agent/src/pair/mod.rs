@@ -1,0 +1,58 @@
+//! The fault-tolerant pair: `vmft primary` and `vmft backup`.
+//!
+//! ```text
+//!   primary.rs                                              backup.rs
+//!   guest loop <-> Recorder <-> Live <-> Guarded            guest loop <-> Replayer <-> ChannelRecords, PairStandby
+//!        | ChannelLog                                            ^ records         then, from go_live.rs on, Live
+//!     Replica (agent, gate, outlet) ══ Link: TLS ══ Replica (agent, gate, outlet)
+//!        | store's verdicts                              | store's verdicts
+//! ```
+//!
+//! Who may live is decided by the crate `agent`, a state machine; [`replica`] gives it time, bytes and answers, and does
+//! what it asks for. [`guest`] is what stands between the guest's loop and the replica.
+
+mod announce;
+mod backup;
+mod go_live;
+mod guest;
+mod link;
+mod options;
+mod primary;
+mod replica;
+mod start;
+
+pub use options::PairOptions;
+
+use agent::Exit;
+use entry::End;
+use entry::log::EndReason;
+
+use crate::error::Error;
+
+/// `vmft primary`.
+///
+/// # Errors
+/// The options, this host, the peer, or the store's verdict.
+pub fn primary(options: PairOptions) -> Result<(), Error> {
+    start::log_to_stderr();
+    primary::run(options.check(agent::Role::Primary)?)
+}
+
+/// `vmft backup`.
+///
+/// # Errors
+/// As [`primary`].
+pub fn backup(options: PairOptions) -> Result<(), Error> {
+    start::log_to_stderr();
+    backup::run(options.check(agent::Role::Backup)?)
+}
+
+/// What a replica's end is for its command.
+fn ended(exit: Exit, failure: Option<Error>, instructions: u64) -> Result<(), Error> {
+    match (exit, failure) {
+        (Exit::Ended(EndReason::Guest(End::TripleFault)), _) => Err(Error::GuestCrash { instructions }),
+        (Exit::Ended(_) | Exit::HandedOver | Exit::Stopped, _) => Ok(()),
+        (Exit::Failed(_), Some(failure)) => Err(failure),
+        (exit, _) => Err(Error::Out(exit)),
+    }
+}

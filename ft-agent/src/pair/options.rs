@@ -1,0 +1,208 @@
+//! What `vmft primary` and `vmft backup` take, in flags or in a TOML file. A flag wins over the file.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use agent::{Buffers, Role, Timing};
+use clap::Args;
+use entry::PositionUnit;
+use serde::Deserialize;
+use test_and_set::names::VmName;
+
+use crate::error::Error;
+use crate::options::{ClockMode, Plan, RunOptions};
+
+/// Both sides' options. In a file the machine's are in the table `[machine]`.
+#[derive(Args, Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct PairOptions {
+    /// Name of the VM, the same on both sides
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+    /// The store: raft://HOST:PORT,...?keys=DIR, etcd:// or zookeeper://
+    #[arg(long, value_name = "URL")]
+    pub store: Option<String>,
+    /// Directory of this host's keys: own.key, own.crt, peers/
+    #[arg(long, value_name = "DIR")]
+    pub keys: Option<PathBuf>,
+    /// Primary: where its backup listens
+    #[arg(long, value_name = "HOST:PORT")]
+    pub peer: Option<String>,
+    /// Backup: where it listens for its primary
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub listen: Option<SocketAddr>,
+    /// Primary: start without a backup
+    #[arg(long)]
+    pub unprotected: bool,
+    /// Unix socket for vmft status, failover, stop and console
+    #[arg(long, value_name = "FILE")]
+    pub control: Option<PathBuf>,
+    /// Silence after which the peer is lost, the same on both sides [default: 1000]
+    #[arg(long, value_name = "MS")]
+    pub timeout_ms: Option<u64>,
+    /// Between two heartbeats, at most a quarter of the timeout [default: 50]
+    #[arg(long, value_name = "MS")]
+    pub heartbeat_ms: Option<u64>,
+    /// Time without progress after which the peer is lost [default: 5000]
+    #[arg(long, value_name = "MS")]
+    pub progress_timeout_ms: Option<u64>,
+    /// Log that may be under way, or wait for replay [default: 32]
+    #[arg(long, value_name = "MIB")]
+    pub buffer_mib: Option<u64>,
+    /// How far the backup may be behind before the guest is slowed to a twentieth [default: 2000]
+    #[arg(long, value_name = "MS")]
+    pub lag_max_ms: Option<u64>,
+    /// The machine
+    #[command(flatten)]
+    pub machine: RunOptions,
+}
+
+/// Checked options of both sides.
+pub struct PairPlan {
+    /// Name of the VM.
+    pub name: VmName,
+    /// The store's URL.
+    pub store: String,
+    /// Directory of keys.
+    pub keys: PathBuf,
+    /// Where the backup listens; `None` for an unprotected primary.
+    pub peer: Option<String>,
+    /// Where a backup listens.
+    pub listen: Option<SocketAddr>,
+    /// Control socket.
+    pub control: Option<PathBuf>,
+    /// When somebody is late.
+    pub timing: Timing,
+    /// Bounds of what is kept.
+    pub buffers: Buffers,
+    /// The machine.
+    pub machine: Plan,
+}
+
+impl PairPlan {
+    /// Unit of the positions.
+    pub fn engine_unit(&self) -> PositionUnit {
+        vmm::Engine::Soft.unit()
+    }
+
+    /// Guest time's origin.
+    pub fn clock(&self) -> ClockMode {
+        self.machine.clock.unwrap_or_default()
+    }
+}
+
+impl PairOptions {
+    /// Checks the options, together with those of the file they name.
+    ///
+    /// # Errors
+    /// [`Error::Config`] names the field.
+    pub fn check(mut self, role: Role) -> Result<PairPlan, Error> {
+        let o = match self.machine.config.take() {
+            Some(path) => self.over(read_file(&path)?),
+            None => self,
+        };
+        let needed = |field| Error::config(field, format!("give --{field}"));
+        let name = o.name.ok_or_else(|| needed("name"))?;
+        if role == Role::Primary && o.peer.is_some() == o.unprotected {
+            return Err(Error::config("peer", "give --peer HOST:PORT, or --unprotected"));
+        }
+        if role == Role::Backup && o.listen.is_none() {
+            return Err(needed("listen"));
+        }
+        let timing = timing(o.timeout_ms, o.heartbeat_ms, o.progress_timeout_ms)?;
+        let buffers = Buffers {
+            buffer_bytes: within("buffer-mib", o.buffer_mib, Buffers::default().buffer_bytes >> 20, 1, 4096)?
+                << 20,
+            lag_ns_max: ms("lag-max-ms", o.lag_max_ms, Buffers::default().lag_ns_max, 10, 600_000)?,
+            ..Buffers::default()
+        };
+        Ok(PairPlan {
+            name: name.parse().map_err(|e| Error::config("name", format!("{name:?}: {e}")))?,
+            store: o.store.ok_or_else(|| needed("store"))?,
+            keys: o.keys.ok_or_else(|| needed("keys"))?,
+            peer: o.peer,
+            listen: o.listen,
+            control: o.control,
+            timing,
+            buffers,
+            machine: o.machine.check()?,
+        })
+    }
+
+    fn over(self, file: PairOptions) -> PairOptions {
+        PairOptions {
+            name: self.name.or(file.name),
+            store: self.store.or(file.store),
+            keys: self.keys.or(file.keys),
+            peer: self.peer.or(file.peer),
+            listen: self.listen.or(file.listen),
+            unprotected: self.unprotected || file.unprotected,
+            control: self.control.or(file.control),
+            timeout_ms: self.timeout_ms.or(file.timeout_ms),
+            heartbeat_ms: self.heartbeat_ms.or(file.heartbeat_ms),
+            progress_timeout_ms: self.progress_timeout_ms.or(file.progress_timeout_ms),
+            buffer_mib: self.buffer_mib.or(file.buffer_mib),
+            lag_max_ms: self.lag_max_ms.or(file.lag_max_ms),
+            machine: self.machine.over(file.machine),
+        }
+    }
+}
+
+fn read_file(path: &Path) -> Result<PairOptions, Error> {
+    let unusable = |e: &dyn std::fmt::Display| Error::config("config", format!("{}: {e}", path.display()));
+    let text = std::fs::read_to_string(path).map_err(|e| unusable(&e))?;
+    toml::from_str(&text).map_err(|e| unusable(&e))
+}
+
+fn within(field: &str, given: Option<u64>, default: u64, min: u64, max: u64) -> Result<u64, Error> {
+    let value = given.unwrap_or(default);
+    if (min..=max).contains(&value) {
+        return Ok(value);
+    }
+    Err(Error::config(field, format!("{value} is not within {min} to {max}")))
+}
+
+/// ns of an option in ms.
+fn ms(field: &str, given: Option<u64>, default_ns: u64, min: u64, max: u64) -> Result<u64, Error> {
+    Ok(within(field, given, default_ns / 1_000_000, min, max)? * 1_000_000)
+}
+
+fn timing(timeout: Option<u64>, beat: Option<u64>, progress: Option<u64>) -> Result<Timing, Error> {
+    let default = Timing::default();
+    let timeout_ns = ms("timeout-ms", timeout, default.timeout_ns, 40, 600_000)?;
+    let beat_default = default.beat_interval_ns.min(timeout_ns / 4);
+    let beat_interval_ns = ms("heartbeat-ms", beat, beat_default, 5, timeout_ns / 4_000_000)?;
+    let progress_default = default.progress_timeout_ns.max(timeout_ns);
+    let progress_timeout_ns =
+        ms("progress-timeout-ms", progress, progress_default, timeout_ns / 1_000_000, 3_600_000)?;
+    Ok(Timing { timeout_ns, beat_interval_ns, progress_timeout_ns, ..default })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn flags_win_over_the_file_and_faults_are_named() {
+        let file: PairOptions = toml::from_str(
+            "name = 'web'\nstore = 's'\nkeys = 'k'\npeer = 'b:1'\ntimeout_ms = 400\n[machine]\nkernel = 'vmlinux'\n",
+        )
+        .unwrap();
+        let check = |flags: PairOptions, role| flags.over(file.clone()).check(role);
+        let none = PairOptions::default;
+        let plan = check(PairOptions { timeout_ms: Some(800), ..none() }, Role::Primary).unwrap();
+        assert_eq!((plan.name.as_str(), plan.timing.timeout_ns), ("web", 800_000_000));
+        assert_eq!(plan.machine.kernel, PathBuf::from("vmlinux"));
+        let fault = |flags, role| match check(flags, role) {
+            Err(Error::Config { field, .. }) => field,
+            _ => panic!("accepted"),
+        };
+        assert_eq!(fault(PairOptions { name: Some("a b".into()), ..none() }, Role::Primary), "name");
+        assert_eq!(fault(PairOptions { heartbeat_ms: Some(101), ..none() }, Role::Primary), "heartbeat-ms");
+        let late = PairOptions { progress_timeout_ms: Some(9), ..none() };
+        assert_eq!(fault(late, Role::Primary), "progress-timeout-ms");
+        assert_eq!(fault(PairOptions { unprotected: true, ..none() }, Role::Primary), "peer");
+        assert_eq!(fault(none(), Role::Backup), "listen");
+        assert!(toml::from_str::<PairOptions>("nmae = 'x'").unwrap_err().to_string().contains("nmae"));
+    }
+}

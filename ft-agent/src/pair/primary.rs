@@ -1,0 +1,142 @@
+//! `vmft primary`: runs the guest, and records it for its backup.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use agent::{Exit, Role};
+use entry::log::EndReason;
+use test_and_set::names::Generation;
+use test_and_set::record::Phase;
+use test_and_set::store::chain;
+use tracing::{info, warn};
+use vmm::guest_loop::Turn;
+use vmm::inbox::Inbox;
+use vmm::record::{Pace, Recorder};
+use vmm::source::{Live, Stops};
+use vmm::{GuestLoop, Machine};
+
+use super::go_live::run_alone;
+use super::guest::{ChannelLog, Guarded};
+use super::link::Link;
+use super::options::PairPlan;
+use super::replica::{Duty, Replica};
+use super::start::{NET_SLOT, Side, leave_on_signals};
+use crate::error::Error;
+use crate::guest::Guest;
+use crate::outside::Inlet;
+use crate::run::INBOX_CAPACITY;
+
+/// How long the backup may take to shake hands.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Before a backup that is not there is tried again.
+const RETRY: Duration = Duration::from_millis(500);
+/// How long the store may take to say what it knows.
+const STORE_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Runs a primary to its end.
+///
+/// # Errors
+/// As [`super::primary`].
+pub fn run(plan: PairPlan) -> Result<(), Error> {
+    let clock = plan.clock();
+    let (guest, images) = Guest::new(&plan.machine, clock)?;
+    let identity = guest.identity()?;
+    let side = Side::open(plan)?;
+    let machine = guest.boot()?;
+    let generation = next_generation(&side)?;
+    let inbox = Inbox::new(machine.kicker(), INBOX_CAPACITY);
+    let replica = side.replica(Role::Primary, identity, generation)?;
+    replica.set_guest(inbox.1.clone());
+    leave_on_signals(&replica)?;
+    if let Some(peer) = &side.plan.peer {
+        connect(&side, peer, &replica)?;
+    }
+    if let Err(exit) = replica.wait_started(false) {
+        replica.finish();
+        return super::ended(exit, replica.take_failure(), 0);
+    }
+    let mut inlet = Inlet::new(inbox, clock, machine.time_ns(), 0)?;
+    if let Some(tap) = &side.tap {
+        inlet.attach_tap(NET_SLOT, tap.clone());
+    }
+    let first_disk = side.tap.is_some() as u8;
+    for (slot, image) in (first_disk..).zip(images) {
+        inlet.attach_disk(slot, image);
+    }
+    let unit = guest.config.engine.unit();
+    let live = Live::new(Guarded { inlet, replica: replica.clone() }, unit, Stops::default());
+    let (exit, machine) = record(&replica, machine, live);
+    replica.finish();
+    super::ended(exit, replica.take_failure(), machine.position().count)
+}
+
+/// The generation that this pair would be.
+fn next_generation(side: &Side) -> Result<Generation, Error> {
+    let name = &side.plan.name;
+    let record = side.store.get(name, STORE_PATIENCE);
+    let record = record.map_err(|e| Error::config("store", chain(&e)))?;
+    let Some(record) = record else { return Ok(Generation::FIRST) };
+    if record.phase != Phase::Forgotten {
+        return Err(Error::Out(Exit::NotOpened));
+    }
+    record.generation.next().ok_or_else(|| Error::config("name", "this VM has had all generations there are"))
+}
+
+/// Connects to the backup, again and again until the pair is open or this side is out.
+fn connect(side: &Side, peer: &str, replica: &Arc<Replica>) -> Result<(), Error> {
+    let tls = test_and_set::tls::peer_client(&side.keys).map_err(|e| Error::config("keys", chain(&e)))?;
+    let (peer, replica) = (peer.to_owned(), replica.clone());
+    let dial = move || {
+        let mut told = String::new();
+        while replica.is_starting() {
+            if !replica.is_connected() {
+                match Link::connect(&peer, tls.clone(), PATIENCE) {
+                    Ok(link) => replica.connected(link, &[]),
+                    Err(e) if e.to_string() != told => {
+                        warn!("backup {peer}: {e}; trying again");
+                        told = e.to_string();
+                    }
+                    Err(_) => {}
+                }
+            }
+            std::thread::sleep(RETRY);
+        }
+    };
+    info!("waiting for the backup");
+    std::thread::spawn(dial);
+    Ok(())
+}
+
+/// Runs the guest and records it, until this side is alone or out.
+fn record(replica: &Arc<Replica>, machine: Machine, live: Live<Guarded>) -> (Exit, Machine) {
+    let source = Recorder::new(live, ChannelLog(replica.clone()), Pace::BACKUP);
+    let mut guest = GuestLoop { machine, source };
+    loop {
+        match guest.run() {
+            Ok(Turn::Finished(end)) => {
+                replica.guest_ended(EndReason::Guest(end));
+                return (replica.wait_exit(), guest.machine);
+            }
+            Ok(_) => {}
+            Err(e) => {
+                replica.fail(e.into());
+                return (replica.wait_exit(), guest.machine);
+            }
+        }
+        match replica.attend(false) {
+            Duty::Run => {}
+            Duty::Alone => {
+                let GuestLoop { machine, source } = guest;
+                return run_alone(replica, GuestLoop { machine, source: source.into_live() });
+            }
+            Duty::Stop => {
+                if let Err(e) = guest.source.stop(&mut guest.machine) {
+                    replica.fail(e.into());
+                }
+                replica.guest_ended(EndReason::Stopped);
+                return (replica.wait_exit(), guest.machine);
+            }
+            Duty::Exit(exit) => return (exit, guest.machine),
+        }
+    }
+}

@@ -1,0 +1,593 @@
+//! One side of a pair at run time: the agent, its connection, its gate and its way out, under one mutex.
+//!
+//! Three threads meet here. The guest's appends records and holds outputs, and writes to the socket itself, so that no
+//! thread is between an output and the wire. The pump reads the socket, and lets outputs go when the backup has
+//! acknowledged them. The store's answers come on a thread of its client. Each tells the agent what has happened and does
+//! what it asks for, in order, before it lets go of the mutex.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use agent::{Action, Agent, Event, Exit, Hello, NextRecord, Opened, Pace, Phase, Refusal, Status, Verdict};
+use entry::log::{EndReason, Record};
+use entry::{Output, Position};
+use nix::poll::{PollFd, PollFlags, ppoll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::time::TimeSpec;
+use nix::time::{ClockId, clock_gettime};
+use test_and_set::blocking::Blocking;
+use test_and_set::names::{Generation, VmName};
+use test_and_set::store::{Outcome, StoreError, chain};
+use tracing::{debug, info, warn};
+use vmm::gate::Gate;
+use vmm::inbox::InboxSender;
+
+use super::announce::Announcer;
+use super::link::Link;
+use crate::error::Error;
+use crate::outside::Outlet;
+
+/// How long a question to the store may take before it counts as not answered.
+const STORE_PATIENCE: Duration = Duration::from_secs(1);
+/// A guest's thread that waits makes a turn at least so often, so that its peer sees it alive.
+pub const TURN_INTERVAL: Duration = Duration::from_millis(50);
+/// The longest that a guest that is slowed sleeps at once.
+const SLOW_MAX_NS: u64 = 20_000_000;
+
+/// What the guest's thread has to do next.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Duty {
+    /// Run the guest.
+    Run,
+    /// Run it alone.
+    Alone,
+    /// End its run: the user wants it.
+    Stop,
+    /// Leave.
+    Exit(Exit),
+}
+
+/// See the module.
+pub struct Replica {
+    vm: VmName,
+    store: Blocking,
+    state: Mutex<State>,
+    /// Something that a waiting thread may have waited for.
+    changed: Condvar,
+    /// Wakes the pump.
+    wake: EventFd,
+    /// There is a [`Duty`] other than to run.
+    attention: AtomicBool,
+}
+
+struct State {
+    agent: Agent,
+    link: Option<Link>,
+    gate: Gate,
+    outlet: Outlet,
+    announcer: Announcer,
+    /// Wakes the guest's thread out of the guest.
+    guest: Option<InboxSender>,
+    started: Option<Generation>,
+    alone: bool,
+    paused: bool,
+    stop: bool,
+    exit: Option<Exit>,
+    refused: Option<Refusal>,
+    /// The first failure of this host's own.
+    failed: Option<Error>,
+    /// Until when the pump sleeps, unless it is woken.
+    sleeps_until: u64,
+    closing: Vec<JoinHandle<()>>,
+    looked_at: u64,
+}
+
+type Guard<'a> = MutexGuard<'a, State>;
+
+/// ns of a clock that goes on while the host sleeps.
+pub fn now_ns() -> u64 {
+    let now = clock_gettime(ClockId::CLOCK_BOOTTIME).unwrap_or_else(|e| unreachable!("CLOCK_BOOTTIME: {e}"));
+    now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64
+}
+
+impl Replica {
+    /// A replica that waits for its peer.
+    ///
+    /// # Errors
+    /// This host has no descriptor left.
+    pub fn new(
+        vm: VmName,
+        store: Blocking,
+        agent: Agent,
+        outlet: Outlet,
+        announcer: Announcer,
+    ) -> Result<Arc<Replica>, Error> {
+        let wake = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC);
+        let wake = wake.map_err(|e| Error::host("eventfd")(e.into()))?;
+        let state = State {
+            agent,
+            link: None,
+            gate: Gate::default(),
+            outlet,
+            announcer,
+            guest: None,
+            started: None,
+            alone: false,
+            paused: false,
+            stop: false,
+            exit: None,
+            refused: None,
+            failed: None,
+            sleeps_until: 0,
+            closing: Vec::new(),
+            looked_at: now_ns(),
+        };
+        let replica = Arc::new(Replica {
+            vm,
+            store,
+            state: state.into(),
+            changed: Condvar::new(),
+            wake,
+            attention: false.into(),
+        });
+        let pump = replica.clone();
+        std::thread::Builder::new()
+            .name("pump".into())
+            .spawn(move || pump.pump())
+            .map_err(Error::host("thread"))?;
+        // An unprotected primary asks the store at once.
+        replica.settle(replica.lock());
+        Ok(replica)
+    }
+
+    fn lock(&self) -> Guard<'_> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells the agent what has happened, and does what follows.
+    pub fn handle(self: &Arc<Self>, event: Event<'_>) {
+        let mut state = self.lock();
+        state.agent.handle(now_ns(), event);
+        self.settle(state);
+    }
+
+    /// A connection to the peer, with the bytes that were read from it already.
+    pub fn connected(self: &Arc<Self>, link: Link, bytes: &[u8]) {
+        let mut state = self.lock();
+        if let Err(e) = link.set_nonblocking() {
+            return warn!("connection: {e}");
+        }
+        (state.link, state.refused) = (Some(link), None);
+        state.agent.handle(now_ns(), Event::Connected);
+        if !bytes.is_empty() {
+            state.agent.handle(now_ns(), Event::Received(bytes));
+        }
+        self.settle(state);
+        self.wake_pump();
+    }
+
+    /// There is a connection.
+    pub fn is_connected(&self) -> bool {
+        self.lock().link.is_some()
+    }
+
+    /// Somebody said hello on another connection.
+    pub fn stranger(self: &Arc<Self>, hello: &Hello) {
+        self.handle(Event::Stranger(hello));
+    }
+
+    /// Does what the agent asks for and writes what it says.
+    fn settle(self: &Arc<Self>, mut state: Guard<'_>) {
+        loop {
+            while let Some(action) = state.agent.next_action() {
+                self.act(&mut state, action);
+            }
+            if state.write().is_ok() {
+                break;
+            }
+            state.agent.handle(now_ns(), Event::Disconnected);
+        }
+        if state.agent.deadline().is_some_and(|deadline| deadline < state.sleeps_until) {
+            self.wake_pump();
+        }
+    }
+
+    fn act(self: &Arc<Self>, state: &mut State, action: Action) {
+        debug!(?action);
+        match action {
+            Action::Close => self.close(state),
+            Action::Refused(refusal) => {
+                warn!("the peer is refused: {refusal}");
+                state.refused = Some(refusal);
+            }
+            Action::Open { generation, members } => {
+                let (replica, store, vm) = (self.clone(), self.store.clone(), self.vm.clone());
+                std::thread::spawn(move || {
+                    let opened = opened(store.open(&vm, generation, &members, STORE_PATIENCE));
+                    replica.handle(Event::Opened(opened));
+                });
+            }
+            Action::Start { generation } => {
+                info!(%generation, "the pair is open");
+                state.started = Some(generation);
+            }
+            Action::Release => state.release(),
+            Action::Drop => state.drop_released(),
+            Action::Suspected(suspicion) => warn!("the peer is lost: {suspicion}"),
+            Action::Take { generation, who } => {
+                info!(%generation, "asking the store who lives");
+                let replica = self.clone();
+                let tell = move |v| replica.handle(Event::Verdict(verdict(v)));
+                self.store.begin_take(self.vm.clone(), generation, who, STORE_PATIENCE, tell);
+            }
+            Action::GoLive => {
+                warn!("this side lives, alone: UNPROTECTED");
+                state.alone = true;
+                state.release();
+                state.announcer.start();
+            }
+            Action::Pause => state.paused = true,
+            Action::Forget { generation } => {
+                let (replica, store, vm) = (self.clone(), self.store.clone(), self.vm.clone());
+                std::thread::spawn(move || {
+                    let forgotten = store.forget(&vm, generation, STORE_PATIENCE);
+                    if let Err(e) = &forgotten {
+                        warn!("the store has not forgotten {vm}: {}", chain(e));
+                    }
+                    replica.handle(Event::Forgotten(forgotten.is_ok()));
+                });
+            }
+            Action::Halt(exit) => {
+                info!("out: {exit}");
+                // What is still to be said is said, or the connection is gone.
+                state.write().ok();
+                self.close(state);
+                state.exit = Some(exit);
+            }
+        }
+        self.announce_change(state);
+    }
+
+    /// Lets waiting threads, and that of the guest, look.
+    fn announce_change(&self, state: &State) {
+        if state.alone || state.paused || state.stop || state.exit.is_some() {
+            self.attention.store(true, Ordering::Release);
+            if let Some(guest) = &state.guest {
+                guest.nudge();
+            }
+        }
+        self.changed.notify_all();
+    }
+
+    fn close(&self, state: &mut State) {
+        // Broken or not, nothing more is to be had from it.
+        state.write().ok();
+        if let Some(link) = state.link.take() {
+            state.closing.retain(|thread| !thread.is_finished());
+            state.closing.push(std::thread::spawn(move || link.close()));
+        }
+    }
+
+    fn wake_pump(&self) {
+        // It is full only when the pump has been woken already.
+        self.wake.write(1).ok();
+    }
+
+    /// Reads the socket and lets time pass, until the replica is out.
+    fn pump(self: Arc<Self>) {
+        let mut bytes = Vec::new();
+        loop {
+            let (socket, wants_write, sleep) = {
+                let mut state = self.lock();
+                if state.exit.is_some() {
+                    return;
+                }
+                let deadline = state.agent.deadline().unwrap_or(u64::MAX);
+                state.sleeps_until = deadline;
+                let link = state.link.as_ref();
+                let wants_write = link.is_some_and(Link::wants_write);
+                let sleep = Duration::from_nanos(deadline.saturating_sub(now_ns()));
+                (link.map(|l| l.socket().clone()), wants_write, sleep.min(Duration::from_secs(1)))
+            };
+            self.sleep(socket.as_deref(), wants_write, sleep);
+            let mut state = self.lock();
+            let read = state.link.as_mut().map(|link| link.read(&mut bytes));
+            let event = match read {
+                Some(Ok(())) if !bytes.is_empty() => Event::Received(&bytes),
+                None | Some(Ok(())) => Event::Tick,
+                Some(Err(e)) => {
+                    debug!("connection: {e}");
+                    state.link = None;
+                    Event::Disconnected
+                }
+            };
+            state.agent.handle(now_ns(), event);
+            self.settle(state);
+            self.changed.notify_all();
+        }
+    }
+
+    fn sleep(&self, socket: Option<&std::net::TcpStream>, wants_write: bool, time: Duration) {
+        let flags = if wants_write { PollFlags::POLLIN | PollFlags::POLLOUT } else { PollFlags::POLLIN };
+        let wake = PollFd::new(self.wake.as_fd(), PollFlags::POLLIN);
+        let socket = socket.map(|s| PollFd::new(s.as_fd(), flags));
+        let mut fds: Vec<_> = std::iter::once(wake).chain(socket).collect();
+        // A signal ends it early, as does a wake-up: both are looked at by the caller.
+        ppoll(&mut fds, Some(TimeSpec::from_duration(time)), None).ok();
+        // There is something to take only if the pump was woken.
+        self.wake.read().ok();
+    }
+
+    /// From where the guest's thread is woken.
+    pub fn set_guest(&self, guest: InboxSender) {
+        let mut state = self.lock();
+        state.guest = Some(guest);
+        self.announce_change(&state);
+    }
+
+    /// Waits until the pair is open, the peer is refused (`None`), or this side is out.
+    ///
+    /// # Errors
+    /// This side is out.
+    pub fn wait_started(&self, until_refused: bool) -> Result<Option<Generation>, Exit> {
+        let mut state = self.lock();
+        loop {
+            if let Some(exit) = &state.exit {
+                return Err(exit.clone());
+            }
+            if state.started.is_some() {
+                return Ok(state.started);
+            }
+            if until_refused && state.refused.is_some() {
+                return Ok(None);
+            }
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Whether the guest's thread has another duty than to run.
+    pub fn needs_attention(&self) -> bool {
+        self.attention.load(Ordering::Acquire)
+    }
+
+    /// What the guest's thread has to do, which waits here while its guest has to rest.
+    pub fn attend(&self, alone_already: bool) -> Duty {
+        let mut state = self.lock();
+        loop {
+            if let Some(exit) = &state.exit {
+                return Duty::Exit(exit.clone());
+            }
+            if state.stop {
+                state.stop = false;
+                return Duty::Stop;
+            }
+            if state.alone {
+                self.attention.store(false, Ordering::Release);
+                state.paused = false;
+                return if alone_already { Duty::Run } else { Duty::Alone };
+            }
+            if !state.paused {
+                self.attention.store(false, Ordering::Release);
+                return Duty::Run;
+            }
+            state = self.rest(state);
+        }
+    }
+
+    /// Waits until the replica is out.
+    pub fn wait_exit(&self) -> Exit {
+        let mut state = self.lock();
+        loop {
+            if let Some(exit) = &state.exit {
+                return exit.clone();
+            }
+            state = self.rest(state);
+        }
+    }
+
+    /// Waits until this side lives or is out.
+    pub fn wait_verdict(&self) -> Result<(), Exit> {
+        let mut state = self.lock();
+        loop {
+            if let Some(exit) = &state.exit {
+                return Err(exit.clone());
+            }
+            if state.alone {
+                return Ok(());
+            }
+            state = self.rest(state);
+        }
+    }
+
+    /// A turn of a guest's loop that has nothing to do.
+    fn rest<'a>(&'a self, mut state: Guard<'a>) -> Guard<'a> {
+        let at = state.agent.status(now_ns()).position;
+        state.agent.turn(now_ns(), at);
+        self.changed.wait_timeout(state, TURN_INTERVAL).unwrap_or_else(PoisonError::into_inner).0
+    }
+
+    /// Ends this side before its guest has run, or at once when there is nothing to lose.
+    pub fn leave(&self, exit: Exit) {
+        let mut state = self.lock();
+        self.close(&mut state);
+        state.exit.get_or_insert(exit);
+        self.announce_change(&state);
+        drop(state);
+        self.wake_pump();
+    }
+
+    /// The user ends the VM's run.
+    pub fn stop(&self) {
+        let mut state = self.lock();
+        state.stop = true;
+        self.announce_change(&state);
+    }
+
+    /// Lets the connections end that were closed.
+    pub fn finish(&self) {
+        let closing = std::mem::take(&mut self.lock().closing);
+        for thread in closing {
+            // It does not panic, and if it did there would be nothing to close any more.
+            thread.join().ok();
+        }
+    }
+
+    /// This host cannot run the guest.
+    pub fn fail(self: &Arc<Self>, error: Error) {
+        let reason = error.to_string();
+        self.lock().failed.get_or_insert(error);
+        self.handle(Event::HostFailed(&reason));
+    }
+
+    /// The failure of this host that ended it.
+    pub fn take_failure(&self) -> Option<Error> {
+        self.lock().failed.take()
+    }
+
+    /// What the agent tells of itself.
+    pub fn status(&self) -> Status {
+        self.lock().agent.status(now_ns())
+    }
+
+    /// Nothing is decided yet: no peer, or none that fits.
+    pub fn is_starting(&self) -> bool {
+        let state = self.lock();
+        state.exit.is_none() && state.started.is_none()
+    }
+
+    /// Whether both sides run the guest.
+    pub fn is_protected(&self) -> bool {
+        self.status().phase == Phase::Protected
+    }
+
+    /// A guest's thread that has waited makes a turn.
+    pub fn turn(self: &Arc<Self>) {
+        let mut state = self.lock();
+        let at = state.agent.status(now_ns()).position;
+        state.agent.turn(now_ns(), at);
+        self.settle(state);
+    }
+
+    /// Primary: the guest's loop makes a turn; it waits here as long as its guest is too fast.
+    pub fn look(self: &Arc<Self>, at: Position) {
+        let mut state = self.lock();
+        loop {
+            let now = now_ns();
+            state.agent.turn(now, at);
+            let pace = state.agent.pace(now);
+            let ran = now.saturating_sub(state.looked_at);
+            self.settle(state);
+            match pace {
+                _ if self.needs_attention() => break,
+                Pace::Free => break,
+                Pace::Share(share) => {
+                    let rest = ran.saturating_mul(1000 - share) / share.max(1);
+                    std::thread::sleep(Duration::from_nanos(rest.min(SLOW_MAX_NS)));
+                    break;
+                }
+                Pace::Stop => {
+                    let waiting = self.changed.wait_timeout(self.lock(), TURN_INTERVAL);
+                    state = waiting.unwrap_or_else(PoisonError::into_inner).0;
+                }
+            }
+        }
+        self.lock().looked_at = now_ns();
+    }
+
+    /// Primary: appends a record, and sends it when an output waits for it.
+    pub fn append(self: &Arc<Self>, record: &Record) {
+        let mut state = self.lock();
+        state.agent.append(now_ns(), record);
+        self.settle(state);
+    }
+
+    /// Holds an output until it may leave.
+    pub fn hold(self: &Arc<Self>, output: Output) {
+        let mut state = self.lock();
+        state.gate.hold(output);
+        state.drop_released();
+        state.release();
+        self.settle(state);
+    }
+
+    /// Backup: everything that was taken has been replayed, up to here; waits for the next record. `None`: there are no
+    /// more.
+    pub fn next_record(self: &Arc<Self>, replayed: u64, at: Position) -> Option<Record> {
+        self.handle(Event::Replayed { records: replayed, position: at });
+        let mut state = self.lock();
+        loop {
+            if state.exit.is_some() {
+                return None;
+            }
+            state.agent.turn(now_ns(), at);
+            match state.agent.next_record() {
+                NextRecord::Record(record) => return Some(record),
+                NextRecord::End => return None,
+                NextRecord::Wait => {
+                    let waiting = self.changed.wait_timeout(state, TURN_INTERVAL);
+                    state = waiting.unwrap_or_else(PoisonError::into_inner).0;
+                }
+            }
+        }
+    }
+
+    /// The guest's run is over.
+    pub fn guest_ended(self: &Arc<Self>, reason: EndReason) {
+        self.handle(Event::GuestEnded(reason));
+    }
+}
+
+impl State {
+    fn write(&mut self) -> io::Result<()> {
+        let Some(link) = &mut self.link else { return Ok(()) };
+        let written = link.write(&mut self.agent);
+        if let Err(e) = &written {
+            debug!("connection: {e}");
+            self.link = None;
+        }
+        written
+    }
+
+    /// Lets out what may leave, asking before each.
+    fn release(&mut self) {
+        while let Some(output) = self.gate.release(self.agent.release_limit(now_ns())) {
+            if let Err(e) = self.outlet.send(output) {
+                warn!("an output is lost: {e}");
+            }
+            self.agent.released(now_ns(), self.gate.released());
+        }
+    }
+
+    /// Backup: what has left over there is of no use here.
+    fn drop_released(&mut self) {
+        while self.gate.release(self.agent.drop_limit()).is_some() {}
+    }
+}
+
+fn verdict(verdict: test_and_set::store::Verdict) -> Verdict {
+    use test_and_set::store::Verdict as Told;
+    match verdict {
+        Told::Won => Verdict::Won,
+        Told::Lost(holder) => Verdict::Lost(holder),
+        Told::Stale => Verdict::Stale,
+        Told::Unknown(e) => {
+            warn!("the store does not answer: {}", chain(&e));
+            Verdict::Unknown
+        }
+    }
+}
+
+fn opened(opened: Result<Outcome, StoreError>) -> Opened {
+    match opened {
+        Ok(Outcome::Done) => Opened::Done,
+        Ok(Outcome::Stale) => Opened::Stale,
+        Err(e) => {
+            warn!("the store does not answer: {}", chain(&e));
+            Opened::Unknown
+        }
+    }
+}

@@ -1,0 +1,109 @@
+//! What both sides do before they meet: keys, store, devices, signals.
+
+use std::sync::Arc;
+
+use agent::{Agent, Config, Event, Exit, Phase, Role};
+use entry::identity::Identity;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use test_and_set::blocking::Blocking;
+use test_and_set::keys::Keys;
+use test_and_set::names::{Generation, Incarnation};
+use test_and_set::record::Member;
+use test_and_set::store::chain;
+use tracing_subscriber::EnvFilter;
+
+use super::announce::Announcer;
+use super::options::PairPlan;
+use super::replica::{Replica, now_ns};
+use crate::error::Error;
+use crate::outside::Outlet;
+use crate::outside::console::Printer;
+use crate::outside::tap::Tap;
+
+/// Slot of the network device, if there is one.
+pub const NET_SLOT: u8 = 0;
+
+/// Structured logs on standard error; `VMFT_LOG` filters them (as `info` or `vmft=debug`).
+pub fn log_to_stderr() {
+    let filter = EnvFilter::try_from_env("VMFT_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_writer(std::io::stderr).with_env_filter(filter).init();
+}
+
+/// What a side has before it meets the other: both sides have the same.
+pub struct Side {
+    /// The options.
+    pub plan: PairPlan,
+    /// This host's keys.
+    pub keys: Arc<Keys>,
+    /// The store.
+    pub store: Blocking,
+    /// The guest's tap, open so that going live needs nothing more.
+    pub tap: Option<Arc<Tap>>,
+}
+
+impl Side {
+    /// Opens what is needed.
+    ///
+    /// # Errors
+    /// A field of the options is wrong, or the tap cannot be opened.
+    pub fn open(plan: PairPlan) -> Result<Side, Error> {
+        let keys = Keys::load(&plan.keys).map_err(|e| Error::config("keys", chain(&e)))?;
+        let store = Blocking::connect(&plan.store).map_err(|e| Error::config("store", chain(&e)))?;
+        let tap = plan.machine.net.as_ref().map(|net| Tap::open(&net.tap)).transpose()?.map(Arc::new);
+        Ok(Side { plan, keys: keys.into(), store, tap })
+    }
+
+    /// A replica of a machine with this identity.
+    ///
+    /// # Errors
+    /// This host has no resources left.
+    pub fn replica(
+        &self,
+        role: Role,
+        identity: Identity,
+        generation: Generation,
+    ) -> Result<Arc<Replica>, Error> {
+        let plan = &self.plan;
+        let config = Config {
+            role,
+            vm: plan.name.clone(),
+            me: Member::new(Incarnation::random()),
+            identity,
+            generation,
+            unprotected: role == Role::Primary && plan.peer.is_none(),
+            timing: plan.timing,
+            buffers: plan.buffers,
+            without: None,
+        };
+        let mut outlet = Outlet::new(Printer::new(None));
+        let mut ports = Vec::new();
+        if let (Some(tap), Some(net)) = (&self.tap, &plan.machine.net) {
+            outlet.attach_tap(NET_SLOT, tap.clone());
+            ports.push((tap.clone(), net.mac));
+        }
+        let agent = Agent::new(config, now_ns());
+        Replica::new(plan.name.clone(), self.store.clone(), agent, outlet, Announcer::new(ports))
+    }
+}
+
+/// SIGTERM and SIGINT: a side that has another one hands over or leaves, one that is alone ends the VM's run.
+///
+/// # Errors
+/// The signals cannot be caught.
+pub fn leave_on_signals(replica: &Arc<Replica>) -> Result<(), Error> {
+    let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(Error::host("signal handlers"))?;
+    let replica = replica.clone();
+    std::thread::spawn(move || {
+        for _ in signals.forever() {
+            match replica.status().phase {
+                Phase::Protected => replica.handle(Event::HandOver),
+                Phase::Alone => replica.stop(),
+                Phase::Starting => replica.leave(Exit::Stopped),
+                // It is ending, or has to wait for a verdict.
+                Phase::Deciding | Phase::Ending | Phase::Out => {}
+            }
+        }
+    });
+    Ok(())
+}
