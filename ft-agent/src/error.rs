@@ -53,6 +53,9 @@ pub enum Error {
     /// This side of a pair is out.
     #[error("{0}")]
     Out(agent::Exit),
+    /// `vmft status` found a VM whose host may not die.
+    #[error("the VM is not protected")]
+    Unprotected,
     /// The guest crashed: its CPU shut down (triple fault).
     #[error("the guest crashed (triple fault) after {instructions} instructions")]
     GuestCrash {
@@ -73,7 +76,7 @@ impl Error {
         move |source| Error::Host { what, source }
     }
 
-    /// The process' exit code: 2 configuration, 3 host, 4 guest crash, 5 divergence, 6 fenced
+    /// The process' exit code: 1 unprotected (`vmft status`), 2 configuration, 3 host, 4 guest crash, 5 divergence, 6 fenced
     /// (the other side lives), 7 not started (the VM runs elsewhere, or the peer was lost before the guest ran).
     pub fn exit_code(&self) -> ExitCode {
         ExitCode::from(match self {
@@ -82,6 +85,7 @@ impl Error {
             Error::Machine(_) | Error::Host { .. } => 3,
             Error::GuestCrash { .. } => 4,
             Error::Divergence(_) | Error::Parting(_) | Error::Unsteady { .. } => 5,
+            Error::Unprotected => 1,
             Error::Out(Exit::Fenced(_)) => 6,
             Error::Out(Exit::NotOpened | Exit::NotStarted(_)) => 7,
             Error::Out(Exit::Failed(_)) => 3,

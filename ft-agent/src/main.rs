@@ -37,6 +37,14 @@ enum Command {
     Primary(pair::PairOptions),
     /// Stand by for a primary: replay its guest, and go live when it is lost
     Backup(pair::PairOptions),
+    /// Tell how a replica is; exit code 0 if the VM is protected, 1 if not
+    Status(pair::StatusArgs),
+    /// Let the backup go on in the primary's place, without losing anything
+    Failover(pair::At),
+    /// End the run of a VM on both sides
+    Stop(pair::At),
+    /// Attach to the console of the guest; Ctrl-A x leaves it
+    Console(pair::At),
     /// Tell what is in a log
     #[command(subcommand)]
     Log(log_command::LogCommand),
@@ -51,6 +59,10 @@ fn main() -> ExitCode {
         Command::Replay(args) => replay::run(&args),
         Command::Primary(options) => pair::primary(options),
         Command::Backup(options) => pair::backup(options),
+        Command::Status(args) => pair::status(&args),
+        Command::Failover(at) => pair::failover(&at),
+        Command::Stop(at) => pair::stop(&at),
+        Command::Console(at) => pair::console(&at),
         Command::Log(command) => log_command::run(command),
     };
     match result {

@@ -25,7 +25,7 @@ use crate::outside::console::{Printer, read_keys};
 use crate::outside::disk::Image;
 use crate::outside::tap::Tap;
 use crate::outside::terminal::RawMode;
-use crate::outside::{Host, Inlet, Outlet};
+use crate::outside::{ConsoleOut, Host, Inlet, Outlet};
 use crate::summary::Summary;
 
 /// What `vmft run` takes beside the machine itself.
@@ -185,7 +185,8 @@ impl<'a> Session<'a> {
     ) -> Result<Session<'a>, Error> {
         let inbox = Inbox::new(machine.kicker(), INBOX_CAPACITY);
         let inlet = Inlet::new(inbox, clock, machine.time_ns(), 0)?;
-        let mut host = Host { inlet, outlet: Outlet::new(Printer::new(options.until.clone())) };
+        let mut host =
+            Host { inlet, outlet: Outlet::new(ConsoleOut::Printer(Printer::new(options.until.clone()))) };
         attach(&mut host, plan, images)?;
         // A restored machine may have been saved while its disks were at work.
         for request in machine.unfinished_disk_requests() {
@@ -283,7 +284,9 @@ fn run_to_pause<S: FromHost>(guest: &mut GuestLoop<S>) -> Result<Turn, Error> {
         match guest.turn()? {
             Turn::Again => {
                 let count = guest.machine.position().count;
-                guest.source.live().outside().outlet.printer.show_progress(count);
+                if let ConsoleOut::Printer(printer) = guest.source.live().outside().outlet.console() {
+                    printer.show_progress(count);
+                }
             }
             turn => return Ok(turn),
         }

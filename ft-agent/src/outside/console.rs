@@ -89,14 +89,15 @@ pub fn read_keys(sender: InboxSender) {
     }
 }
 
+/// Keys on their way to the guest, with an escape for vmft itself.
 #[derive(Default)]
-struct Keys {
+pub struct Keys {
     escaped: bool,
 }
 
 impl Keys {
     /// What of these keys goes to the guest, and whether the user wants out.
-    fn take(&mut self, keys: &[u8]) -> (Vec<u8>, bool) {
+    pub fn take(&mut self, keys: &[u8]) -> (Vec<u8>, bool) {
         let mut typed = Vec::new();
         for &key in keys {
             match (std::mem::replace(&mut self.escaped, false), key) {

@@ -20,6 +20,7 @@ use vmm::source::Outside;
 
 use crate::error::Error;
 use crate::options::ClockMode;
+use crate::pair::Readers;
 use console::Printer;
 use disk::{Disk, Image};
 use tap::Tap;
@@ -191,19 +192,43 @@ impl Inlet {
     }
 }
 
+/// Where what the guest prints goes.
+pub enum ConsoleOut {
+    /// To standard output, which is waited for.
+    Printer(Printer),
+    /// To those who read it, who are not waited for.
+    Readers(Readers),
+}
+
+impl ConsoleOut {
+    fn print(&mut self, bytes: &[u8]) -> Result<(), Error> {
+        match self {
+            ConsoleOut::Printer(printer) => printer.print(bytes),
+            ConsoleOut::Readers(readers) => {
+                readers.print(bytes);
+                Ok(())
+            }
+        }
+    }
+}
+
 /// Where a guest's outputs go.
 pub struct Outlet {
     taps: BTreeMap<u8, Arc<Tap>>,
-    /// The console.
-    pub printer: Printer,
+    console: ConsoleOut,
     frames_sent: u64,
     frames_dropped: u64,
 }
 
 impl Outlet {
     /// A way out without taps.
-    pub fn new(printer: Printer) -> Outlet {
-        Outlet { taps: BTreeMap::new(), printer, frames_sent: 0, frames_dropped: 0 }
+    pub fn new(console: ConsoleOut) -> Outlet {
+        Outlet { taps: BTreeMap::new(), console, frames_sent: 0, frames_dropped: 0 }
+    }
+
+    /// Where the console's output goes.
+    pub fn console(&mut self) -> &mut ConsoleOut {
+        &mut self.console
     }
 
     /// Lets the frames of the network device in `slot` out through a tap.
@@ -227,7 +252,7 @@ impl Outlet {
                 }
                 Ok(())
             }
-            Output::Console { console: Console::Serial, bytes } => self.printer.print(&bytes),
+            Output::Console { console: Console::Serial, bytes } => self.console.print(&bytes),
             Output::Console { .. } => Ok(()),
         }
     }
@@ -257,7 +282,8 @@ impl Outside for Host {
     }
 
     fn stop_requested(&mut self) -> bool {
-        self.outlet.printer.is_satisfied() || self.inlet.stop_requested()
+        let satisfied = matches!(&self.outlet.console, ConsoleOut::Printer(p) if p.is_satisfied());
+        satisfied || self.inlet.stop_requested()
     }
 
     fn time_ns(&mut self) -> Option<u64> {

@@ -51,6 +51,8 @@ pub fn run(plan: PairPlan) -> Result<(), Error> {
     guest.identity()?;
     let side = Side::open(plan)?;
     let (door, callers) = Door::open(&side)?;
+    let controlled = door.clone();
+    let _control = side.control(move || controlled.replica())?;
     let replica = loop {
         let Ok(caller) = callers.recv() else { return Ok(()) };
         guest.adopt(&caller.hello.identity);
@@ -171,6 +173,10 @@ impl Door {
         Ok((door, wait))
     }
 
+    fn replica(&self) -> Option<Arc<Replica>> {
+        self.replica.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     fn set(&self, replica: Option<Arc<Replica>>) {
         *self.replica.lock().unwrap_or_else(PoisonError::into_inner) = replica;
     }
@@ -204,8 +210,7 @@ impl Door {
     fn greet(&self, tcp: TcpStream) -> Result<(), String> {
         let deadline = Instant::now() + PATIENCE;
         let caller = greet(tcp, self.tls.clone(), deadline)?;
-        let replica = self.replica.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        if let Some(replica) = replica {
+        if let Some(replica) = self.replica() {
             replica.stranger(&caller.hello);
             return Err(format!(
                 "a {:?} of {:?} calls, but there is a primary",

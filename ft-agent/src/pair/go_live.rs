@@ -47,6 +47,7 @@ pub fn go_live(
         inlet.attach_tap(NET_SLOT, tap.clone());
     }
     let unit = side.plan.engine_unit();
+    replica.runs_on();
     let live = Live::new(Guarded { inlet, replica: replica.clone() }, unit, Stops::default());
     Ok(GuestLoop { machine, source: live })
 }

@@ -165,25 +165,27 @@ impl Link {
     }
 
     /// Writes what the agent has to say, as far as the socket takes it. What is not begun stays with the agent, so that
-    /// a heartbeat may still overtake it.
+    /// a heartbeat may still overtake it. Bytes that were begun.
     ///
     /// # Errors
     /// The connection has ended.
-    pub fn write(&mut self, agent: &mut Agent) -> io::Result<()> {
+    pub fn write(&mut self, agent: &mut Agent) -> io::Result<u64> {
+        let mut begun = 0;
         loop {
             while self.tls.wants_write() {
                 match self.tls.write_tls(&mut &*self.tcp) {
                     Ok(_) => {}
-                    Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(()),
+                    Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(begun),
                     Err(e) if e.kind() == ErrorKind::Interrupted => {}
                     Err(e) => return Err(e),
                 }
             }
             let bytes = agent.outgoing();
             if bytes.is_empty() {
-                return Ok(());
+                return Ok(begun);
             }
             let taken = self.tls.writer().write(bytes)?;
+            begun += taken as u64;
             agent.wrote(taken);
         }
     }

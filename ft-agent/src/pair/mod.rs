@@ -13,6 +13,8 @@
 
 mod announce;
 mod backup;
+mod console;
+mod control;
 mod go_live;
 mod guest;
 mod link;
@@ -20,8 +22,12 @@ mod options;
 mod primary;
 mod replica;
 mod start;
+mod status;
+mod story;
 
+pub use console::Readers;
 pub use options::PairOptions;
+pub use status::{At, StatusArgs, console, failover, status, stop};
 
 use agent::Exit;
 use entry::End;

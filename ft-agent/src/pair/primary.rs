@@ -47,6 +47,8 @@ pub fn run(plan: PairPlan) -> Result<(), Error> {
     let inbox = Inbox::new(machine.kicker(), INBOX_CAPACITY);
     let replica = side.replica(Role::Primary, identity, generation)?;
     replica.set_guest(inbox.1.clone());
+    let controlled = replica.clone();
+    let _control = side.control(move || Some(controlled.clone()))?;
     leave_on_signals(&replica)?;
     if let Some(peer) = &side.plan.peer {
         connect(&side, peer, &replica)?;

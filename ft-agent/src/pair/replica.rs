@@ -8,13 +8,14 @@
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use agent::{Action, Agent, Event, Exit, Hello, NextRecord, Opened, Pace, Phase, Refusal, Status, Verdict};
 use entry::log::{EndReason, Record};
-use entry::{Output, Position};
+use entry::{Console, Output, Position};
 use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::time::TimeSpec;
@@ -28,8 +29,10 @@ use vmm::inbox::InboxSender;
 
 use super::announce::Announcer;
 use super::link::Link;
+use super::status::{Report, phase_name, role_name};
+use super::story::Story;
 use crate::error::Error;
-use crate::outside::Outlet;
+use crate::outside::{ConsoleOut, Outlet};
 
 /// How long a question to the store may take before it counts as not answered.
 const STORE_PATIENCE: Duration = Duration::from_secs(1);
@@ -84,6 +87,7 @@ struct State {
     sleeps_until: u64,
     closing: Vec<JoinHandle<()>>,
     looked_at: u64,
+    story: Story,
 }
 
 type Guard<'a> = MutexGuard<'a, State>;
@@ -125,6 +129,7 @@ impl Replica {
             sleeps_until: 0,
             closing: Vec::new(),
             looked_at: now_ns(),
+            story: Story::default(),
         };
         let replica = Arc::new(Replica {
             vm,
@@ -217,17 +222,22 @@ impl Replica {
             }
             Action::Release => state.release(),
             Action::Drop => state.drop_released(),
-            Action::Suspected(suspicion) => warn!("the peer is lost: {suspicion}"),
+            Action::Suspected(suspicion) => {
+                warn!("the peer is lost: {suspicion}");
+                state.story.lost(now_ns(), suspicion.to_string());
+            }
             Action::Take { generation, who } => {
                 info!(%generation, "asking the store who lives");
+                state.story.asked(now_ns());
                 let replica = self.clone();
                 let tell = move |v| replica.handle(Event::Verdict(verdict(v)));
                 self.store.begin_take(self.vm.clone(), generation, who, STORE_PATIENCE, tell);
             }
             Action::GoLive => {
-                warn!("this side lives, alone: UNPROTECTED");
                 state.alone = true;
                 state.release();
+                state.story.verdict(now_ns());
+                warn!("this side lives, alone: UNPROTECTED");
                 state.announcer.start();
             }
             Action::Pause => state.paused = true,
@@ -297,7 +307,10 @@ impl Replica {
             let mut state = self.lock();
             let read = state.link.as_mut().map(|link| link.read(&mut bytes));
             let event = match read {
-                Some(Ok(())) if !bytes.is_empty() => Event::Received(&bytes),
+                Some(Ok(())) if !bytes.is_empty() => {
+                    state.story.log_bytes += bytes.len() as u64;
+                    Event::Received(&bytes)
+                }
                 None | Some(Ok(())) => Event::Tick,
                 Some(Err(e)) => {
                     debug!("connection: {e}");
@@ -453,15 +466,68 @@ impl Replica {
         self.lock().agent.status(now_ns())
     }
 
+    /// What `vmft status` shows.
+    pub fn report(&self) -> Report {
+        let mut state = self.lock();
+        let now = now_ns();
+        let status = state.agent.status(now);
+        let cursors = status.cursors;
+        let log_bytes_per_s = state.story.log_rate(now);
+        Report {
+            name: self.vm.to_string(),
+            role: role_name(status.role).into(),
+            phase: phase_name(status.phase).into(),
+            protected: status.phase == Phase::Protected,
+            generation: status.generation.map(|g| g.0),
+            incarnation: state.agent.incarnation().to_string(),
+            peer: status.peer.map(|p| p.to_string()),
+            recorded: cursors.recorded,
+            sent: cursors.sent,
+            acked: cursors.acked,
+            replayed: cursors.replayed,
+            outputs_recorded: state.gate.recorded(),
+            outputs_released: state.gate.released(),
+            outputs_held: state.gate.recorded() - state.gate.released(),
+            lag_ms: status.lag_ns as f64 / 1e6,
+            lag_bytes: status.lag_bytes,
+            log_bytes_per_s,
+            position: status.position.count,
+            peer_position: status.peer_position.count,
+            failover: state.story.failover.clone(),
+        }
+    }
+
+    /// The guest runs on, after this side went live.
+    pub fn runs_on(&self) {
+        self.lock().story.running(now_ns());
+    }
+
+    /// This side will do nothing any more.
+    pub fn is_out(&self) -> bool {
+        self.lock().exit.is_some()
+    }
+
+    /// What the guest prints from now on.
+    pub fn read_console(&self) -> Receiver<Arc<[u8]>> {
+        match self.lock().outlet.console() {
+            ConsoleOut::Readers(readers) => readers.add(),
+            ConsoleOut::Printer(_) => unreachable!("a replica's console has readers"),
+        }
+    }
+
+    /// Types on the guest's console, if it runs here.
+    pub fn type_text(&self, console: Console, text: &[u8]) {
+        let guest = self.lock().guest.clone();
+        if let Some(guest) = guest {
+            // A guest whose run is over takes nothing.
+            guest.type_text(console, text).ok();
+        }
+    }
+
     /// Nothing is decided yet: no peer, or none that fits.
     pub fn is_starting(&self) -> bool {
         let state = self.lock();
         state.exit.is_none() && state.started.is_none()
-    }
-
-    /// Whether both sides run the guest.
-    pub fn is_protected(&self) -> bool {
-        self.status().phase == Phase::Protected
     }
 
     /// A guest's thread that has waited makes a turn.
@@ -544,7 +610,7 @@ impl Replica {
 impl State {
     fn write(&mut self) -> io::Result<()> {
         let Some(link) = &mut self.link else { return Ok(()) };
-        let written = link.write(&mut self.agent);
+        let written = link.write(&mut self.agent).map(|bytes| self.story.log_bytes += bytes);
         if let Err(e) = &written {
             debug!("connection: {e}");
             self.link = None;
@@ -555,6 +621,9 @@ impl State {
     /// Lets out what may leave, asking before each.
     fn release(&mut self) {
         while let Some(output) = self.gate.release(self.agent.release_limit(now_ns())) {
+            if self.alone && matches!(output, Output::Frame { .. }) {
+                self.story.frame(now_ns());
+            }
             if let Err(e) = self.outlet.send(output) {
                 warn!("an output is lost: {e}");
             }

@@ -14,12 +14,13 @@ use test_and_set::store::chain;
 use tracing_subscriber::EnvFilter;
 
 use super::announce::Announcer;
+use super::console::{Readers, to_stdout};
+use super::control::Control;
 use super::options::PairPlan;
 use super::replica::{Replica, now_ns};
 use crate::error::Error;
-use crate::outside::Outlet;
-use crate::outside::console::Printer;
 use crate::outside::tap::Tap;
+use crate::outside::{ConsoleOut, Outlet};
 
 /// Slot of the network device, if there is one.
 pub const NET_SLOT: u8 = 0;
@@ -54,6 +55,17 @@ impl Side {
         Ok(Side { plan, keys: keys.into(), store, tap })
     }
 
+    /// Listens on the control socket, if there is to be one.
+    ///
+    /// # Errors
+    /// The socket cannot be made.
+    pub fn control(
+        &self,
+        find: impl Fn() -> Option<Arc<Replica>> + Send + Sync + 'static,
+    ) -> Result<Option<Control>, Error> {
+        self.plan.control.as_deref().map(|path| Control::listen(path, find)).transpose()
+    }
+
     /// A replica of a machine with this identity.
     ///
     /// # Errors
@@ -76,7 +88,9 @@ impl Side {
             buffers: plan.buffers,
             without: None,
         };
-        let mut outlet = Outlet::new(Printer::new(None));
+        let mut readers = Readers::default();
+        to_stdout(readers.add())?;
+        let mut outlet = Outlet::new(ConsoleOut::Readers(readers));
         let mut ports = Vec::new();
         if let (Some(tap), Some(net)) = (&self.tap, &plan.machine.net) {
             outlet.attach_tap(NET_SLOT, tap.clone());

@@ -63,7 +63,8 @@ impl Drop for Hosts {
     }
 }
 
-fn ip(args: &[&str]) {
+/// Runs `ip`; panics with its output when it fails.
+pub fn ip(args: &[&str]) {
     let output = Command::new("ip").args(args).output().expect("the ip command");
     succeeded(&format!("ip {}", args.join(" ")), output);
 }

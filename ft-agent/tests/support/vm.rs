@@ -82,6 +82,22 @@ impl Vm {
         (self.child.wait().expect("wait"), seen)
     }
 
+    /// What it has printed, as far as it was waited for.
+    pub fn seen(&self) -> &str {
+        &self.seen
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: nix::sys::signal::Signal) {
+        let id = nix::unistd::Pid::from_raw(self.id() as i32);
+        nix::sys::signal::kill(id, signal).expect("kill");
+    }
+
+    /// Asks it to end.
+    pub fn terminate(&self) {
+        self.signal(nix::sys::signal::Signal::SIGTERM);
+    }
+
     /// Process id (of `ip netns exec`, which becomes vmft).
     pub fn id(&self) -> u32 {
         self.child.id()

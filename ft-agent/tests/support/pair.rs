@@ -1,0 +1,244 @@
+//! A pair of hosts in network namespaces: a primary, a backup, a client of the guest, and a store with three members.
+//!
+//! ```text
+//!   client 10.77.0.1 ──┐            guest's network, 10.77.0.0/24
+//!   A: br0, tap0  ─────┼─ lan
+//!   B: br0, tap0  ─────┘
+//!   A 10.78.0.1 ── link ── B 10.78.0.2          the logging channel
+//!   A 10.79.0.1, B 10.79.0.2, store 10.79.0.3 ── ctl
+//! ```
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use nix::sched::{CloneFlags, setns};
+use test_and_set::keys::make_set;
+use test_and_set::server::{Settings, raft::Timing, serve};
+
+use super::net::ip;
+use super::vm::{Vm, vmft_in};
+
+static NEXT: AtomicU32 = AtomicU32::new(0);
+
+/// Runs `f` on a thread of its own inside a network namespace.
+pub fn inside<T: Send + 'static>(
+    namespace: &str,
+    f: impl FnOnce() -> T + Send + 'static,
+) -> std::thread::JoinHandle<T> {
+    let file = File::open(format!("/run/netns/{namespace}")).expect("namespace");
+    std::thread::spawn(move || {
+        setns(file.as_fd(), CloneFlags::CLONE_NEWNET).expect("setns");
+        f()
+    })
+}
+
+/// The namespaces, the keys and the store of a pair. All gone on drop.
+pub struct Site {
+    id: String,
+    /// Keys, data and sockets.
+    pub dir: PathBuf,
+    stores: Vec<(u64, tokio::sync::oneshot::Sender<()>, std::thread::JoinHandle<()>)>,
+}
+
+/// Which host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Host {
+    /// The one that starts as primary.
+    A,
+    /// The one that starts as backup.
+    B,
+}
+
+impl Site {
+    /// Makes everything, with the store running.
+    pub fn new() -> Site {
+        let id = format!("{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let dir = std::env::temp_dir().join(format!("vmft-pair-{id}"));
+        let mut site = Site { id, dir, stores: Vec::new() };
+        for name in ["lan", "a", "b", "client", "store"] {
+            ip(&["netns", "add", &site.ns(name)]);
+            ip(&["-n", &site.ns(name), "link", "set", "lo", "up"]);
+        }
+        for bridge in ["br0", "ctl"] {
+            ip(&["-n", &site.ns("lan"), "link", "add", bridge, "type", "bridge"]);
+            ip(&["-n", &site.ns("lan"), "link", "set", bridge, "up"]);
+        }
+        for host in ["a", "b"] {
+            let ns = site.ns(host);
+            ip(&["-n", &ns, "link", "add", "br0", "type", "bridge"]);
+            ip(&["-n", &ns, "link", "set", "br0", "up"]);
+            ip(&["-n", &ns, "tuntap", "add", "tap0", "mode", "tap"]);
+            ip(&["-n", &ns, "link", "set", "tap0", "master", "br0", "up"]);
+            site.plug("br0", host, "lan0", None);
+            ip(&["-n", &ns, "link", "set", "lan0", "master", "br0"]);
+        }
+        site.plug("br0", "client", "eth0", Some("10.77.0.1/24"));
+        for (host, address) in [("a", "10.79.0.1/24"), ("b", "10.79.0.2/24"), ("store", "10.79.0.3/24")] {
+            site.plug("ctl", host, "ctl0", Some(address));
+        }
+        let (a, b) = (site.ns("a"), site.ns("b"));
+        ip(&["-n", &a, "link", "add", "link0", "type", "veth", "peer", "name", "link0", "netns", &b]);
+        for (ns, address) in [(&a, "10.78.0.1/24"), (&b, "10.78.0.2/24")] {
+            ip(&["-n", ns, "address", "add", address, "dev", "link0"]);
+            ip(&["-n", ns, "link", "set", "link0", "up"]);
+        }
+        make_set(&site.dir.join("keys"), &[1, 2, 3], &["a".into(), "b".into(), "stranger".into()])
+            .expect("keys");
+        for id in 1..=3 {
+            site.start_store(id);
+        }
+        site
+    }
+
+    /// Full name of a namespace: lan, a, b, client, store.
+    pub fn ns(&self, name: &str) -> String {
+        format!("vmft-{name}-{}", self.id)
+    }
+
+    /// A cable from a bridge of `lan` to a host.
+    fn plug(&self, bridge: &str, host: &str, interface: &str, address: Option<&str>) {
+        let (lan, ns, port) = (self.ns("lan"), self.ns(host), format!("{bridge}-{host}"));
+        ip(&["-n", &lan, "link", "add", &port, "type", "veth", "peer", "name", interface, "netns", &ns]);
+        ip(&["-n", &lan, "link", "set", &port, "master", bridge, "up"]);
+        if let Some(address) = address {
+            ip(&["-n", &ns, "address", "add", address, "dev", interface]);
+        }
+        ip(&["-n", &ns, "link", "set", interface, "up"]);
+    }
+
+    /// Pulls or plugs the cable of a host to a bridge of `lan` (`br0` or `ctl`).
+    pub fn set_port(&self, bridge: &str, host: Host, up: bool) {
+        let port = format!("{bridge}-{}", host.name());
+        ip(&["-n", &self.ns("lan"), "link", "set", &port, if up { "up" } else { "down" }]);
+    }
+
+    /// Cuts or heals the logging channel's link: nothing passes, and nobody is told.
+    pub fn set_link(&self, up: bool) {
+        for host in [Host::A, Host::B] {
+            let ns = self.ns(host.name());
+            if up {
+                ip(&["netns", "exec", &ns, "tc", "qdisc", "del", "dev", "link0", "root"]);
+            } else {
+                ip(&[
+                    "netns", "exec", &ns, "tc", "qdisc", "add", "dev", "link0", "root", "netem", "loss",
+                    "100%",
+                ]);
+            }
+        }
+    }
+
+    /// Starts a member of the store.
+    pub fn start_store(&mut self, id: u64) {
+        let address = |id: u64| format!("10.79.0.3:{}", 7400 + id);
+        let settings = Settings {
+            id,
+            listen: address(id).parse().expect("address"),
+            peers: (1..=3).map(|id| (id, address(id))).collect(),
+            data: self.dir.join(format!("store-{id}")),
+            keys: self.keys(&id.to_string()),
+            cluster: "vmft".parse().expect("name"),
+            join: false,
+            metrics: None,
+            timing: Timing::default(),
+        };
+        let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+        let thread = inside(&self.ns("store"), move || {
+            let runtime =
+                tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
+            runtime.block_on(async {
+                tokio::select! {
+                    ended = serve(settings) => ended.expect("store"),
+                    _ = stopped => {}
+                }
+            });
+        });
+        self.stores.push((id, stop, thread));
+    }
+
+    /// Stops a member of the store.
+    pub fn stop_store(&mut self, id: u64) {
+        let at = self.stores.iter().position(|(i, ..)| *i == id).expect("a store that runs");
+        let (_, stop, thread) = self.stores.swap_remove(at);
+        drop(stop);
+        thread.join().expect("store");
+    }
+
+    /// Keys of a party.
+    pub fn keys(&self, party: &str) -> PathBuf {
+        self.dir.join("keys").join(party)
+    }
+
+    /// URL of the store for a party.
+    pub fn store_url(&self, party: &str) -> String {
+        let keys = self.keys(party);
+        format!("raft://10.79.0.3:7401,10.79.0.3:7402,10.79.0.3:7403?keys={}", keys.display())
+    }
+
+    /// The control socket of a host.
+    pub fn control(&self, host: Host) -> PathBuf {
+        self.dir.join(format!("{}.sock", host.name()))
+    }
+
+    /// `vmft primary` on A or `vmft backup` on B, with these options for the machine.
+    pub fn replica(&self, host: Host, machine: &[&str]) -> Command {
+        let mut command = vmft_in(&self.ns(host.name()));
+        let name = host.name();
+        match host {
+            Host::A => command.args(["primary", "--peer", "10.78.0.2:7500"]),
+            Host::B => command.args(["backup", "--listen", "10.78.0.2:7500"]),
+        };
+        command.args(["--name", "vm", "--store", &self.store_url(name), "--keys"]).arg(self.keys(name));
+        command.arg("--control").arg(self.control(host));
+        command.args(["--tap", "tap0", "--ip", super::net::GUEST_IP]).args(machine);
+        command
+    }
+
+    /// Both sides of a pair, running: the guest is ready.
+    pub fn pair(&self, machine: &[&str]) -> (Vm, Vm) {
+        let mut b = Vm::start(&mut self.replica(Host::B, machine));
+        b.wait_for("waiting for a primary", 30);
+        let mut a = Vm::start(&mut self.replica(Host::A, machine));
+        a.wait_for("READY", 180);
+        (a, b)
+    }
+}
+
+impl Host {
+    /// Its name in a [`Site`].
+    pub fn name(self) -> &'static str {
+        match self {
+            Host::A => "a",
+            Host::B => "b",
+        }
+    }
+}
+
+impl Drop for Site {
+    fn drop(&mut self) {
+        for (_, stop, thread) in self.stores.drain(..) {
+            drop(stop);
+            if thread.join().is_err() {
+                eprintln!("a member of the store panicked");
+            }
+        }
+        for name in ["a", "b", "client", "store", "lan"] {
+            let ns = self.ns(name);
+            if !Command::new("ip").args(["netns", "delete", &ns]).status().is_ok_and(|s| s.success()) {
+                eprintln!("namespace {ns} could not be removed");
+            }
+        }
+        remove(&self.dir);
+    }
+}
+
+fn remove(dir: &Path) {
+    if let Err(e) = std::fs::remove_dir_all(dir) {
+        eprintln!("{}: {e}", dir.display());
+    }
+    // Threads of a store that is gone may still be closing their files.
+    std::thread::sleep(Duration::from_millis(1));
+}
