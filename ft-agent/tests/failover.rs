@@ -4,44 +4,155 @@ mod support;
 
 use std::time::{Duration, Instant};
 
-use support::counter::Counter;
+use support::counter::{Counter, Seen};
 use support::pair::{Host, Site};
+use support::vm::Vm;
 use support::{can_network, has_guest};
 
 const BARE: [&str; 4] = ["--guest", "bare", "--memory-mib", "32"];
+const LINUX: [&str; 2] = ["--guest", "linux"];
 
-#[test]
-fn the_bare_guest_survives_the_kill_of_its_primary_under_load() {
-    const TEST: &str = "the_bare_guest_survives_the_kill_of_its_primary_under_load";
-    if !has_guest(TEST, "bare") || !can_network(TEST) {
-        return;
-    }
-    let cases = std::env::var("VMFT_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(3);
+fn cases(default: u64) -> u64 {
+    std::env::var("VMFT_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(default)
+}
+
+fn ready(test: &str, guest: &str) -> bool {
+    has_guest(test, guest) && can_network(test)
+}
+
+/// What the survivor did: its last lines about the failover.
+fn checked(client: Counter, survivor: &Vm) -> Seen {
+    client.finish().unwrap_or_else(|e| panic!("{e}\n{}", survivor.seen()))
+}
+
+/// Ends a survivor in order, and looks whether it found anything wrong.
+fn end(survivor: Vm) {
+    survivor.terminate();
+    let (status, output) = survivor.finish(30);
+    assert!(status.success() && !output.contains("divergence"), "{output}");
+}
+
+fn kill_primary(guest: &[&str], client: fn(&str) -> Counter, cases: u64) {
     let site = Site::new();
     let mut gaps = Vec::new();
     for case in 0..cases {
-        let (a, mut b) = site.pair(&BARE);
-        let client = Counter::start(&site.ns("client"));
+        let (a, mut b) = site.pair(guest);
+        let client = client(&site.ns("client"));
         client.wait_for(20, 20);
         std::thread::sleep(Duration::from_millis(case * 37 % 200));
         let killed = Instant::now();
         drop(a);
         b.wait_for("this side lives", 20);
         let alive = killed.elapsed();
-        client.wait_for(50, 20);
-        let seen = client.finish().unwrap_or_else(|e| panic!("case {case}: {e}\n{}", b.seen()));
-        eprintln!("case {case}: alive after {alive:?}, {} replies, longest gap {:?}", seen.replies, seen.gap);
+        client.wait_for(50, 30);
+        let seen = checked(client, &b);
+        eprintln!(
+            "failover {case}: alive after {alive:?}, {} replies, longest gap {:?}",
+            seen.replies, seen.gap
+        );
         gaps.push(seen.gap);
-        b.terminate();
-        let (status, output) = b.finish(20);
-        assert!(status.success(), "{output}");
-        assert!(!output.contains("diverge"), "{output}");
+        end(b);
     }
     gaps.sort_unstable();
+    let middle = gaps[gaps.len() / 2];
     eprintln!(
-        "{cases} failovers: the longest gap {:?}, half of them within {:?}",
-        gaps[gaps.len() - 1],
-        gaps[gaps.len() / 2]
+        "{cases} failovers: the longest gap {:?}, half of them within {middle:?}",
+        gaps[gaps.len() - 1]
     );
-    let _ = Host::A;
+}
+
+#[test]
+fn the_bare_guest_survives_the_kill_of_its_primary_under_load() {
+    if ready("the_bare_guest_survives_the_kill_of_its_primary_under_load", "bare") {
+        kill_primary(&BARE, Counter::bare, cases(5));
+    }
+}
+
+#[test]
+fn linux_with_redis_survives_the_kill_of_its_primary() {
+    if ready("linux_with_redis_survives_the_kill_of_its_primary", "linux") {
+        kill_primary(&LINUX, Counter::redis, cases(2).min(30));
+    }
+}
+
+#[test]
+fn the_primary_goes_on_alone_when_its_backup_is_killed() {
+    if !ready("the_primary_goes_on_alone_when_its_backup_is_killed", "bare") {
+        return;
+    }
+    let site = Site::new();
+    let (mut a, b) = site.pair(&BARE);
+    let client = Counter::bare(&site.ns("client"));
+    client.wait_for(20, 20);
+    drop(b);
+    a.wait_for("this side lives", 20);
+    client.wait_for(100, 20);
+    let seen = checked(client, &a);
+    assert!(seen.gap < Duration::from_secs(1), "longer than the detection time: {seen:?}");
+    end(a);
+}
+
+#[test]
+fn a_cut_link_leaves_exactly_one_and_the_other_fences() {
+    if !ready("a_cut_link_leaves_exactly_one_and_the_other_fences", "bare") {
+        return;
+    }
+    let site = Site::new();
+    let (a, b) = site.pair(&BARE);
+    let client = Counter::bare(&site.ns("client"));
+    client.wait_for(20, 20);
+    site.set_port("log", Host::A, false);
+    client.wait_for(100, 30);
+    let seen = client.finish().unwrap_or_else(|e| panic!("{e}"));
+    eprintln!("link cut: longest gap {:?}", seen.gap);
+    // One of them ends by itself; the other lives until it is told.
+    std::thread::sleep(Duration::from_secs(1));
+    let mut both = [(Host::A, a), (Host::B, b)].map(|(host, vm)| (host, vm.has_ended(), vm));
+    both.sort_by_key(|(_, ended, _)| !ended);
+    let [(loser, true, fenced), (_, false, winner)] = both else { panic!("not exactly one lives") };
+    let (status, output) = fenced.finish(5);
+    assert_eq!(status.code(), Some(6), "{loser:?}: {output}");
+    assert!(output.contains("fenced"), "{output}");
+    end(winner);
+}
+
+#[test]
+fn a_planned_handover_loses_nothing() {
+    if !ready("a_planned_handover_loses_nothing", "bare") {
+        return;
+    }
+    let site = Site::new();
+    for case in 0..cases(3) {
+        let (a, mut b) = site.pair(&BARE);
+        let client = Counter::bare(&site.ns("client"));
+        client.wait_for(20, 20);
+        a.terminate();
+        b.wait_for("this side lives", 20);
+        let (status, output) = a.finish(10);
+        assert!(status.success() && output.contains("handed over"), "{output}");
+        client.wait_for(50, 20);
+        let seen = checked(client, &b);
+        eprintln!("handover {case}: longest gap {:?}", seen.gap);
+        end(b);
+    }
+}
+
+#[test]
+fn power_off_ends_both_sides_and_reboot_resets_them_in_step() {
+    if !ready("power_off_ends_both_sides_and_reboot_resets_them_in_step", "bare") {
+        return;
+    }
+    let site = Site::new();
+    let (mut a, b) = site.pair(&BARE);
+    let ns = site.ns("client");
+    support::counter::tell_bare(&ns, "reboot");
+    a.wait_for_again("READY", 20);
+    let client = Counter::bare(&ns);
+    client.wait_for(20, 20);
+    checked(client, &a);
+    support::counter::tell_bare(&ns, "poweroff");
+    for side in [a, b] {
+        let (status, output) = side.finish(20);
+        assert!(status.success() && output.contains("the VM has ended"), "{output}");
+    }
 }

@@ -13,7 +13,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use agent::{Action, Agent, Event, Exit, Hello, NextRecord, Opened, Pace, Phase, Refusal, Status, Verdict};
+use agent::{
+    Action, Agent, Event, Exit, Hello, NextRecord, Opened, Pace, Phase, Refusal, Role, Status, Verdict,
+};
 use entry::log::{EndReason, Record};
 use entry::{Console, Output, Position};
 use nix::poll::{PollFd, PollFlags, ppoll};
@@ -219,6 +221,10 @@ impl Replica {
             Action::Start { generation } => {
                 info!(%generation, "the pair is open");
                 state.started = Some(generation);
+                // The switches may know the guest's address from an earlier run on another host.
+                if state.agent.status(now_ns()).role == Role::Primary {
+                    state.announcer.start();
+                }
             }
             Action::Release => state.release(),
             Action::Drop => state.drop_released(),

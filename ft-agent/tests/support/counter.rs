@@ -1,4 +1,4 @@
-//! A client of the bare guest's counter that checks every reply: it must continue one history.
+//! Clients that count, in the bare guest or in redis, and check every reply: it must continue one history.
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpStream;
@@ -28,17 +28,38 @@ pub struct Counter {
     thread: JoinHandle<Result<Seen, String>>,
 }
 
+/// Says one line to the bare guest's counter that has no reply.
+pub fn tell_bare(namespace: &str, line: &str) {
+    let line = format!("{line}\n");
+    let say = move || {
+        let mut stream = connect(BareCounter::PORT, Duration::from_secs(20)).expect("connect");
+        stream.write_all(line.as_bytes()).expect("write");
+        std::thread::sleep(Duration::from_millis(200));
+    };
+    inside(namespace, say).join().expect("the client");
+}
+
 fn fnv1a(hash: u64, bytes: &[u8]) -> u64 {
     bytes.iter().fold(hash, |hash, &byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
 }
 
 impl Counter {
-    /// Connects from this namespace. It must be the only client of the counter since the guest's boot.
-    pub fn start(namespace: &str) -> Counter {
+    /// Counts on the bare guest from this namespace, as its only client since its boot.
+    pub fn bare(namespace: &str) -> Counter {
+        let service = BareCounter { sequence: 0, value: 0, history: 0xcbf2_9ce4_8422_2325, ms: 0 };
+        Self::start(namespace, service)
+    }
+
+    /// Counts in redis from this namespace, as the only client since its start.
+    pub fn redis(namespace: &str) -> Counter {
+        Self::start(namespace, Redis { count: 0 })
+    }
+
+    fn start<S: Service>(namespace: &str, service: S) -> Counter {
         let stop = Arc::new(AtomicBool::new(false));
         let replies = Arc::new(AtomicU64::new(0));
         let (stopped, count) = (stop.clone(), replies.clone());
-        let thread = inside(namespace, move || run(&stopped, &count));
+        let thread = inside(namespace, move || run(service, &stopped, &count));
         Counter { stop, replies, thread }
     }
 
@@ -54,7 +75,8 @@ impl Counter {
             assert!(Instant::now() < deadline, "only {} replies in {seconds} s", self.replies() - from);
             std::thread::sleep(Duration::from_millis(1));
         }
-        assert!(!self.thread.is_finished(), "the client has ended");
+        let ended = self.thread.is_finished();
+        assert!(!ended, "the client has ended");
     }
 
     /// Ends the client; what it saw, or what was wrong.
@@ -64,35 +86,80 @@ impl Counter {
     }
 }
 
-fn run(stop: &AtomicBool, count: &AtomicU64) -> Result<Seen, String> {
-    let stream = connect(Duration::from_secs(20))?;
+/// What one service says to the n-th request: the request, and what the reply must begin with.
+trait Service: Send + 'static {
+    const PORT: u16;
+
+    fn next(&mut self) -> (String, String);
+
+    /// The rest of the reply: guest time in ms if it tells it.
+    fn check_rest(&mut self, rest: &str) -> Result<(), String>;
+}
+
+struct BareCounter {
+    sequence: u64,
+    value: i64,
+    history: u64,
+    ms: u64,
+}
+
+impl Service for BareCounter {
+    const PORT: u16 = 7777;
+
+    fn next(&mut self) -> (String, String) {
+        self.sequence += 1;
+        let addend = (self.sequence * 7 % 1000) as i64 - 300;
+        let request = format!("add {addend}\n");
+        self.value = self.value.wrapping_add(addend);
+        self.history = fnv1a(self.history, request.as_bytes());
+        (request, format!("ok {} {} {:016x} ", self.sequence, self.value, self.history))
+    }
+
+    fn check_rest(&mut self, rest: &str) -> Result<(), String> {
+        let ms: u64 = rest.parse().map_err(|_| format!("{rest:?} is no time"))?;
+        if ms < self.ms {
+            return Err(format!("guest time goes back from {} to {ms} ms", self.ms));
+        }
+        self.ms = ms;
+        Ok(())
+    }
+}
+
+struct Redis {
+    count: u64,
+}
+
+impl Service for Redis {
+    const PORT: u16 = 6379;
+
+    fn next(&mut self) -> (String, String) {
+        self.count += 1;
+        ("INCR visits\r\n".into(), format!(":{}", self.count))
+    }
+
+    fn check_rest(&mut self, rest: &str) -> Result<(), String> {
+        if rest.is_empty() { Ok(()) } else { Err(format!("{rest:?} follows the reply")) }
+    }
+}
+
+fn run<S: Service>(mut service: S, stop: &AtomicBool, count: &AtomicU64) -> Result<Seen, String> {
+    let stream = connect(S::PORT, Duration::from_secs(20))?;
     let mut replies = BufReader::new(stream.try_clone().map_err(|e| e.to_string())?);
     let mut requests = stream;
-    let (mut sequence, mut value, mut history, mut last_ms) = (0u64, 0i64, 0xcbf2_9ce4_8422_2325u64, 0u64);
     let mut seen = Seen { replies: 0, gap: Duration::ZERO, round_trips_us: Vec::new() };
     while !stop.load(Ordering::Relaxed) {
-        sequence += 1;
-        let addend = (sequence * 7 % 1000) as i64 - 300;
-        let request = format!("add {addend}");
+        let (request, expected) = service.next();
+        let n = seen.replies + 1;
         let asked = Instant::now();
-        requests
-            .write_all(format!("{request}\n").as_bytes())
-            .map_err(|e| format!("request {sequence}: {e}"))?;
+        requests.write_all(request.as_bytes()).map_err(|e| format!("request {n}: {e}"))?;
         let mut reply = String::new();
-        let read = replies.read_line(&mut reply).map_err(|e| format!("reply {sequence}: {e}"))?;
+        let read = replies.read_line(&mut reply).map_err(|e| format!("reply {n}: {e}"))?;
         if read == 0 {
-            return Err(format!("the connection ended before reply {sequence}"));
+            return Err(format!("the connection ended before reply {n}"));
         }
         let took = asked.elapsed();
-        value = value.wrapping_add(addend);
-        history = fnv1a(fnv1a(history, request.as_bytes()), b"\n");
-        let expected = format!("ok {sequence} {value} {history:016x} ");
-        let ms = reply.trim_end().strip_prefix(&expected).and_then(|ms| ms.parse().ok());
-        let ms: u64 = ms.ok_or_else(|| format!("{reply:?} is not {expected:?}"))?;
-        if ms < last_ms {
-            return Err(format!("guest time goes back from {last_ms} to {ms} ms"));
-        }
-        last_ms = ms;
+        let rest = reply.trim_end().strip_prefix(&expected);
+        service.check_rest(rest.ok_or_else(|| format!("reply {n} is {reply:?}, not {expected:?}"))?)?;
         seen.replies += 1;
         seen.gap = seen.gap.max(took);
         seen.round_trips_us.push(took.as_micros() as u32);
@@ -102,8 +169,8 @@ fn run(stop: &AtomicBool, count: &AtomicU64) -> Result<Seen, String> {
     Ok(seen)
 }
 
-fn connect(patience: Duration) -> Result<TcpStream, String> {
-    let address = format!("{GUEST}:7777").parse().map_err(|_| "address")?;
+fn connect(port: u16, patience: Duration) -> Result<TcpStream, String> {
+    let address = format!("{GUEST}:{port}").parse().map_err(|_| "address")?;
     let stream = TcpStream::connect_timeout(&address, patience).map_err(|e| format!("connect: {e}"))?;
     stream.set_nodelay(true).map_err(|e| e.to_string())?;
     stream.set_read_timeout(Some(Duration::from_secs(30))).map_err(|e| e.to_string())?;

@@ -4,7 +4,7 @@
 //!   client 10.77.0.1 ──┐            guest's network, 10.77.0.0/24
 //!   A: br0, tap0  ─────┼─ lan
 //!   B: br0, tap0  ─────┘
-//!   A 10.78.0.1 ── link ── B 10.78.0.2          the logging channel
+//!   A 10.78.0.1, B 10.78.0.2 ── log             the logging channel
 //!   A 10.79.0.1, B 10.79.0.2, store 10.79.0.3 ── ctl
 //! ```
 
@@ -63,7 +63,7 @@ impl Site {
             ip(&["netns", "add", &site.ns(name)]);
             ip(&["-n", &site.ns(name), "link", "set", "lo", "up"]);
         }
-        for bridge in ["br0", "ctl"] {
+        for bridge in ["br0", "ctl", "log"] {
             ip(&["-n", &site.ns("lan"), "link", "add", bridge, "type", "bridge"]);
             ip(&["-n", &site.ns("lan"), "link", "set", bridge, "up"]);
         }
@@ -80,11 +80,8 @@ impl Site {
         for (host, address) in [("a", "10.79.0.1/24"), ("b", "10.79.0.2/24"), ("store", "10.79.0.3/24")] {
             site.plug("ctl", host, "ctl0", Some(address));
         }
-        let (a, b) = (site.ns("a"), site.ns("b"));
-        ip(&["-n", &a, "link", "add", "link0", "type", "veth", "peer", "name", "link0", "netns", &b]);
-        for (ns, address) in [(&a, "10.78.0.1/24"), (&b, "10.78.0.2/24")] {
-            ip(&["-n", ns, "address", "add", address, "dev", "link0"]);
-            ip(&["-n", ns, "link", "set", "link0", "up"]);
+        for (host, address) in [("a", "10.78.0.1/24"), ("b", "10.78.0.2/24")] {
+            site.plug("log", host, "link0", Some(address));
         }
         make_set(&site.dir.join("keys"), &[1, 2, 3], &["a".into(), "b".into(), "stranger".into()])
             .expect("keys");
@@ -110,25 +107,11 @@ impl Site {
         ip(&["-n", &ns, "link", "set", interface, "up"]);
     }
 
-    /// Pulls or plugs the cable of a host to a bridge of `lan` (`br0` or `ctl`).
+    /// Pulls or plugs the cable of a host to a bridge of `lan` (`br0`, `ctl` or `log`): nothing passes, and nobody is
+    /// told.
     pub fn set_port(&self, bridge: &str, host: Host, up: bool) {
         let port = format!("{bridge}-{}", host.name());
         ip(&["-n", &self.ns("lan"), "link", "set", &port, if up { "up" } else { "down" }]);
-    }
-
-    /// Cuts or heals the logging channel's link: nothing passes, and nobody is told.
-    pub fn set_link(&self, up: bool) {
-        for host in [Host::A, Host::B] {
-            let ns = self.ns(host.name());
-            if up {
-                ip(&["netns", "exec", &ns, "tc", "qdisc", "del", "dev", "link0", "root"]);
-            } else {
-                ip(&[
-                    "netns", "exec", &ns, "tc", "qdisc", "add", "dev", "link0", "root", "netem", "loss",
-                    "100%",
-                ]);
-            }
-        }
     }
 
     /// Starts a member of the store.

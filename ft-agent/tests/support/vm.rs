@@ -39,6 +39,9 @@ impl Vm {
             std::thread::spawn(move || {
                 let mut buffer = [0; 4096];
                 while let Ok(n @ 1..) = stream.read(&mut buffer) {
+                    if std::env::var_os("VMFT_ECHO").is_some() {
+                        eprint!("{}", String::from_utf8_lossy(&buffer[..n]));
+                    }
                     if sender.send(buffer[..n].to_vec()).is_err() {
                         return;
                     }
@@ -80,6 +83,19 @@ impl Vm {
             }
         }
         (self.child.wait().expect("wait"), seen)
+    }
+
+    /// Waits until `text` was printed once more.
+    pub fn wait_for_again(&mut self, text: &str, seconds: u64) {
+        self.seen.clear();
+        self.wait_for(text, seconds);
+    }
+
+    /// It has ended, or is about to be reaped.
+    pub fn has_ended(&self) -> bool {
+        let path = format!("/proc/{}/stat", self.id());
+        let stat = std::fs::read_to_string(path).unwrap_or_default();
+        stat.rsplit(')').next().is_none_or(|rest| rest.trim_start().starts_with('Z') || rest.is_empty())
     }
 
     /// What it has printed, as far as it was waited for.
