@@ -53,7 +53,7 @@ pub fn run(plan: PairPlan) -> Result<(), Error> {
     let (door, callers) = Door::open(&side)?;
     let controlled = door.clone();
     let _control = side.control(move || controlled.replica())?;
-    let replica = loop {
+    let (replica, generation) = loop {
         let Ok(caller) = callers.recv() else { return Ok(()) };
         guest.adopt(&caller.hello.identity);
         // The generation is the primary's to tell.
@@ -63,23 +63,22 @@ pub fn run(plan: PairPlan) -> Result<(), Error> {
         replica.handle(Event::Ready);
         replica.connected(caller.link, &caller.bytes);
         match replica.wait_started(true) {
-            Ok(Some(_)) => break replica,
+            Ok(Some(generation)) => break (replica, generation),
             Ok(None) => {
                 door.set(None);
                 replica.leave(Exit::Stopped);
             }
             Err(exit) => {
-                replica.finish();
-                return super::ended(exit, replica.take_failure(), 0);
+                return super::ended(&side, None, &replica, exit, 0);
             }
         }
     };
     let slots = guest.config.slots.iter().enumerate();
     let slots = slots.filter(|(_, s)| matches!(s, Slot::Disk { .. })).map(|(n, _)| n as u8);
+    side.sidecars.write(generation, true)?;
     let machine = guest.boot()?;
     let (exit, position) = follow(&side, &replica, machine, slots.zip(images).collect());
-    replica.finish();
-    super::ended(exit, replica.take_failure(), position)
+    super::ended(&side, Some(generation), &replica, exit, position)
 }
 
 /// Replays until the log ends, then does what the verdict says.

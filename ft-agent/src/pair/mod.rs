@@ -21,6 +21,7 @@ mod link;
 mod options;
 mod primary;
 mod replica;
+mod sidecar;
 mod start;
 mod status;
 mod story;
@@ -32,6 +33,7 @@ pub use status::{At, StatusArgs, console, failover, status, stop};
 use agent::Exit;
 use entry::End;
 use entry::log::EndReason;
+use test_and_set::names::Generation;
 
 use crate::error::Error;
 
@@ -53,9 +55,20 @@ pub fn backup(options: PairOptions) -> Result<(), Error> {
     backup::run(options.check(agent::Role::Backup)?)
 }
 
-/// What a replica's end is for its command.
-fn ended(exit: Exit, failure: Option<Error>, instructions: u64) -> Result<(), Error> {
-    match (exit, failure) {
+/// What a replica's end is for its disks and its command. A side that ended in order has closed its disks; which copy is
+/// the newest is known to the store.
+fn ended(
+    side: &start::Side,
+    generation: Option<Generation>,
+    replica: &replica::Replica,
+    exit: Exit,
+    instructions: u64,
+) -> Result<(), Error> {
+    replica.finish();
+    if let (Some(generation), Exit::Ended(_) | Exit::HandedOver) = (generation, &exit) {
+        side.sidecars.write(generation, false)?;
+    }
+    match (exit, replica.take_failure()) {
         (Exit::Ended(EndReason::Guest(End::TripleFault)), _) => Err(Error::GuestCrash { instructions }),
         (Exit::Ended(_) | Exit::HandedOver | Exit::Stopped, _) => Ok(()),
         (Exit::Failed(_), Some(failure)) => Err(failure),

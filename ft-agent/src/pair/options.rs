@@ -34,6 +34,9 @@ pub struct PairOptions {
     /// Primary: start without a backup
     #[arg(long)]
     pub unprotected: bool,
+    /// Start from disk images although the store knows of newer copies, whose content is then lost
+    #[arg(long)]
+    pub discard_newer: bool,
     /// Unix socket for vmft status, failover, stop and console
     #[arg(long, value_name = "FILE")]
     pub control: Option<PathBuf>,
@@ -69,6 +72,8 @@ pub struct PairPlan {
     pub peer: Option<String>,
     /// Where a backup listens.
     pub listen: Option<SocketAddr>,
+    /// Older disk images are good.
+    pub discard_newer: bool,
     /// Control socket.
     pub control: Option<PathBuf>,
     /// When somebody is late.
@@ -122,6 +127,7 @@ impl PairOptions {
             keys: o.keys.ok_or_else(|| needed("keys"))?,
             peer: o.peer,
             listen: o.listen,
+            discard_newer: o.discard_newer,
             control: o.control,
             timing,
             buffers,
@@ -137,6 +143,7 @@ impl PairOptions {
             peer: self.peer.or(file.peer),
             listen: self.listen.or(file.listen),
             unprotected: self.unprotected || file.unprotected,
+            discard_newer: self.discard_newer || file.discard_newer,
             control: self.control.or(file.control),
             timeout_ms: self.timeout_ms.or(file.timeout_ms),
             heartbeat_ms: self.heartbeat_ms.or(file.heartbeat_ms),

@@ -54,9 +54,9 @@ pub fn run(plan: PairPlan) -> Result<(), Error> {
         connect(&side, peer, &replica)?;
     }
     if let Err(exit) = replica.wait_started(false) {
-        replica.finish();
-        return super::ended(exit, replica.take_failure(), 0);
+        return super::ended(&side, None, &replica, exit, 0);
     }
+    side.sidecars.write(generation, true)?;
     let mut inlet = Inlet::new(inbox, clock, machine.time_ns(), 0)?;
     if let Some(tap) = &side.tap {
         inlet.attach_tap(NET_SLOT, tap.clone());
@@ -68,8 +68,7 @@ pub fn run(plan: PairPlan) -> Result<(), Error> {
     let unit = guest.config.engine.unit();
     let live = Live::new(Guarded { inlet, replica: replica.clone() }, unit, Stops::default());
     let (exit, machine) = record(&replica, machine, live);
-    replica.finish();
-    super::ended(exit, replica.take_failure(), machine.position().count)
+    super::ended(&side, Some(generation), &replica, exit, machine.position().count)
 }
 
 /// The generation that this pair would be.
@@ -77,6 +76,7 @@ fn next_generation(side: &Side) -> Result<Generation, Error> {
     let name = &side.plan.name;
     let record = side.store.get(name, STORE_PATIENCE);
     let record = record.map_err(|e| Error::config("store", chain(&e)))?;
+    side.sidecars.check_newest(record.as_ref())?;
     let Some(record) = record else { return Ok(Generation::FIRST) };
     if record.phase != Phase::Forgotten {
         return Err(Error::Out(Exit::NotOpened));

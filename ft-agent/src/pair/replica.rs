@@ -240,8 +240,8 @@ impl Replica {
                 self.store.begin_take(self.vm.clone(), generation, who, STORE_PATIENCE, tell);
             }
             Action::GoLive => {
-                state.alone = true;
                 state.release();
+                state.alone = true;
                 state.story.verdict(now_ns());
                 warn!("this side lives, alone: UNPROTECTED");
                 state.announcer.start();
@@ -633,7 +633,10 @@ impl State {
             if let Err(e) = self.outlet.send(output) {
                 warn!("an output is lost: {e}");
             }
-            self.agent.released(now_ns(), self.gate.released());
+            // Who lives alone has no log that counts them.
+            if !self.alone {
+                self.agent.released(now_ns(), self.gate.released());
+            }
         }
     }
 

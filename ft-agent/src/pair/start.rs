@@ -1,5 +1,6 @@
 //! What both sides do before they meet: keys, store, devices, signals.
 
+use std::io::IsTerminal;
 use std::sync::Arc;
 
 use agent::{Agent, Config, Event, Exit, Phase, Role};
@@ -18,6 +19,7 @@ use super::console::{Readers, to_stdout};
 use super::control::Control;
 use super::options::PairPlan;
 use super::replica::{Replica, now_ns};
+use super::sidecar::Sidecars;
 use crate::error::Error;
 use crate::outside::tap::Tap;
 use crate::outside::{ConsoleOut, Outlet};
@@ -28,7 +30,8 @@ pub const NET_SLOT: u8 = 0;
 /// Structured logs on standard error; `VMFT_LOG` filters them (as `info` or `vmft=debug`).
 pub fn log_to_stderr() {
     let filter = EnvFilter::try_from_env("VMFT_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_writer(std::io::stderr).with_env_filter(filter).init();
+    let colours = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(colours).with_env_filter(filter).init();
 }
 
 /// What a side has before it meets the other: both sides have the same.
@@ -41,6 +44,8 @@ pub struct Side {
     pub store: Blocking,
     /// The guest's tap, open so that going live needs nothing more.
     pub tap: Option<Arc<Tap>>,
+    /// Which copies its disks are.
+    pub sidecars: Sidecars,
 }
 
 impl Side {
@@ -52,7 +57,8 @@ impl Side {
         let keys = Keys::load(&plan.keys).map_err(|e| Error::config("keys", chain(&e)))?;
         let store = Blocking::connect(&plan.store).map_err(|e| Error::config("store", chain(&e)))?;
         let tap = plan.machine.net.as_ref().map(|net| Tap::open(&net.tap)).transpose()?.map(Arc::new);
-        Ok(Side { plan, keys: keys.into(), store, tap })
+        let sidecars = Sidecars::read(&plan.name, &plan.machine.disks, plan.discard_newer)?;
+        Ok(Side { plan, keys: keys.into(), store, tap, sidecars })
     }
 
     /// Listens on the control socket, if there is to be one.
@@ -80,7 +86,7 @@ impl Side {
         let config = Config {
             role,
             vm: plan.name.clone(),
-            me: Member::new(Incarnation::random()),
+            me: Member { disks: self.sidecars.copies(), ..Member::new(Incarnation::random()) },
             identity,
             generation,
             unprotected: role == Role::Primary && plan.peer.is_none(),
