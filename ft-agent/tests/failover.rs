@@ -2,10 +2,12 @@
 
 mod support;
 
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use support::counter::{Counter, Seen};
-use support::pair::{Host, Site};
+use support::pair::{Host, Site, inside};
 use support::vm::Vm;
 use support::{can_network, has_guest};
 
@@ -155,4 +157,67 @@ fn power_off_ends_both_sides_and_reboot_resets_them_in_step() {
         let (status, output) = side.finish(20);
         assert!(status.success() && output.contains("the VM has ended"), "{output}");
     }
+}
+
+/// Times of round trips between the two hosts over plain TCP, µs, sorted.
+fn round_trips_us(site: &Site) -> Vec<u32> {
+    let listener = inside(&site.ns("b"), || TcpListener::bind("10.78.0.2:7600").expect("bind"));
+    let listener = listener.join().expect("listener");
+    let echo = inside(&site.ns("b"), move || {
+        let (mut peer, _) = listener.accept().expect("accept");
+        peer.set_nodelay(true).expect("nodelay");
+        let mut bytes = [0; 256];
+        while peer.read_exact(&mut bytes).is_ok() && peer.write_all(&bytes[..64]).is_ok() {}
+    });
+    let ask = inside(&site.ns("a"), || {
+        let mut peer = TcpStream::connect("10.78.0.2:7600").expect("connect");
+        peer.set_nodelay(true).expect("nodelay");
+        let time = |_| {
+            let asked = Instant::now();
+            peer.write_all(&[1; 256]).and_then(|()| peer.read_exact(&mut [0; 64])).expect("echo");
+            asked.elapsed().as_micros() as u32
+        };
+        (0..2000).map(time).collect::<Vec<_>>()
+    });
+    let mut times = ask.join().expect("client");
+    echo.join().expect("echo");
+    times.sort_unstable();
+    times
+}
+
+#[test]
+fn an_output_waits_for_about_a_round_trip() {
+    if !ready("an_output_waits_for_about_a_round_trip", "bare") {
+        return;
+    }
+    let site = Site::new();
+    let link = round_trips_us(&site);
+    let (mut a, b) = site.pair(&BARE);
+    let parts = |times: &[u32]| (times[times.len() / 2], times[times.len() * 99 / 100]);
+    let protected = parts(&echo_us(&site.ns("client")));
+    drop(b);
+    a.wait_for("this side lives", 20);
+    let alone = parts(&echo_us(&site.ns("client")));
+    let link = parts(&link);
+    eprintln!("p50, p99 in µs: link {link:?}, protected {protected:?}, alone {alone:?}");
+    let added = protected.0.saturating_sub(alone.0);
+    assert!(added < link.0 * 3 / 2 + 5_000, "an output waits for {added} µs, a round trip is {} µs", link.0);
+    end(a);
+}
+
+/// Round trips to the bare guest's echo service, µs, sorted.
+fn echo_us(namespace: &str) -> Vec<u32> {
+    let ask = inside(namespace, || {
+        let mut guest = TcpStream::connect(format!("{}:7778", support::net::GUEST)).expect("connect");
+        guest.set_nodelay(true).expect("nodelay");
+        let time = |_| {
+            let asked = Instant::now();
+            guest.write_all(&[1; 16]).and_then(|()| guest.read_exact(&mut [0; 16])).expect("echo");
+            asked.elapsed().as_micros() as u32
+        };
+        (0..3000).map(time).collect::<Vec<_>>()
+    });
+    let mut times = ask.join().expect("client");
+    times.sort_unstable();
+    times
 }
