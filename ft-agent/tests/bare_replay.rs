@@ -205,7 +205,7 @@ impl Log for Kept {
         Ok(())
     }
 
-    fn look(&mut self) -> Result<(), Infallible> {
+    fn look(&mut self, _at: Position) -> Result<(), Infallible> {
         Ok(())
     }
 }

@@ -1,12 +1,9 @@
 //! What the end-to-end tests share: hosts in network namespaces, running guests, and how to skip.
 #![allow(dead_code, reason = "each test binary uses its part")]
 
-<<<<<<< HEAD
+pub mod counter;
 #[path = "../../src/image_list.rs"]
 mod image_list;
-=======
-pub mod counter;
->>>>>>> a1d2b94 (Tests: a pair of hosts in namespaces; the bare guest survives the kill of its primary; status and control)
 pub mod net;
 pub mod pair;
 pub mod vm;
