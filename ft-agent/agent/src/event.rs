@@ -145,9 +145,9 @@ pub enum Refusal {
     /// It is not a peer of this version: look at the offset.
     #[error(transparent)]
     Protocol(#[from] ChannelError),
-    /// It said nothing in time.
-    #[error("it said nothing in time")]
-    Silent,
+    /// It was lost before anything ran.
+    #[error("it was lost: {0}")]
+    Lost(Suspicion),
     /// Another VM: correct the name or the address.
     #[error("vm: {theirs:?} there, {ours:?} here")]
     Vm {

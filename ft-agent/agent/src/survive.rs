@@ -13,7 +13,7 @@ impl Agent {
             State::Waiting | State::Met => self.refuse(match suspicion {
                 Suspicion::Failed(reason) => Refusal::Told(reason),
                 Suspicion::Protocol(e) => Refusal::Protocol(e),
-                _ => Refusal::Silent,
+                suspicion => Refusal::Lost(suspicion),
             }),
             State::Opening { lost, .. } => {
                 *lost = Some(suspicion);

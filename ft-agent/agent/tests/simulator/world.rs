@@ -568,9 +568,9 @@ impl World {
 
     fn reset(&mut self, told: [bool; 2]) {
         let Some((_, connection)) = &mut self.connection else { return };
-        for host in 0..2 {
+        for (host, told) in told.into_iter().enumerate() {
             connection.lose(host, 0);
-            if told[host] {
+            if told {
                 connection.reset(host);
             }
         }

@@ -1,0 +1,486 @@
+//! The agent's rules, each as a story of two agents and a store.
+#![allow(clippy::disallowed_methods)]
+
+use entry::identity::Identity;
+use entry::log::{EndReason, Entry, LoggedOutput, OutputTo, Record};
+use entry::{Digest, End, Position, PositionUnit};
+use store_rule::names::{Generation, Incarnation};
+use store_rule::record::{Command, Member, Reply, State};
+use vmft_agent::{
+    Action, Agent, Buffers, Config, Event, Exit, Hello, NextRecord, Opened, Pace, Phase, Refusal, Role,
+    Suspicion, Timing, Verdict,
+};
+
+const MS: u64 = 1_000_000;
+const TIMING: Timing = Timing {
+    timeout_ns: 1000 * MS,
+    beat_interval_ns: 50 * MS,
+    progress_timeout_ns: 5000 * MS,
+    retry_ns: 50 * MS,
+};
+
+fn config(role: Role, incarnation: u128) -> Config {
+    Config {
+        role,
+        vm: "trial".parse().unwrap(),
+        me: Member::new(Incarnation::try_from(incarnation).unwrap()),
+        identity: Identity::new(PositionUnit::Instructions).field("kernel", "k1"),
+        generation: Generation::FIRST,
+        unprotected: false,
+        timing: TIMING,
+        buffers: Buffers::default(),
+        without: None,
+    }
+}
+
+/// Two agents, a connection without delay, and a store.
+struct Pair {
+    now: u64,
+    primary: Agent,
+    backup: Agent,
+    store: State,
+    position: u64,
+    /// Whether bytes get to the primary and to the backup.
+    heard: [bool; 2],
+}
+
+impl Pair {
+    fn new(primary: Config, backup: Config) -> Pair {
+        let (primary, backup) = (Agent::new(primary, 0), Agent::new(backup, 0));
+        Pair { now: 0, primary, backup, store: State::default(), position: 0, heard: [true; 2] }
+    }
+
+    /// A protected pair.
+    fn protected() -> Pair {
+        let mut pair = Pair::new(config(Role::Primary, 1), config(Role::Backup, 2));
+        pair.backup.handle(0, Event::Ready);
+        pair.connect();
+        let actions = pair.primary_actions();
+        let [Action::Open { generation, members }] = &actions[..] else { panic!("{actions:?}") };
+        let open = Command::Open { generation: *generation, members: members.clone() };
+        assert_eq!(pair.ask(&open), Reply::Done);
+        pair.primary.handle(0, Event::Opened(Opened::Done));
+        pair.talk();
+        assert_eq!(pair.primary_actions(), [Action::Start { generation: Generation::FIRST }]);
+        assert_eq!(pair.backup_actions(), [Action::Start { generation: Generation::FIRST }]);
+        pair
+    }
+
+    fn connect(&mut self) {
+        self.primary.handle(self.now, Event::Connected);
+        self.backup.handle(self.now, Event::Connected);
+        self.talk();
+    }
+
+    fn ask(&mut self, command: &Command) -> Reply {
+        self.store.apply(&"trial".parse().unwrap(), command)
+    }
+
+    /// Bytes flow both ways until nobody has more to say.
+    fn talk(&mut self) {
+        loop {
+            let to_backup = take_bytes(&mut self.primary);
+            let to_primary = take_bytes(&mut self.backup);
+            if to_backup.is_empty() && to_primary.is_empty() {
+                return;
+            }
+            if self.heard[1] && !to_backup.is_empty() {
+                self.backup.handle(self.now, Event::Received(&to_backup));
+            }
+            if self.heard[0] && !to_primary.is_empty() {
+                self.primary.handle(self.now, Event::Received(&to_primary));
+            }
+        }
+    }
+
+    /// Time passes as in a living pair.
+    fn pass(&mut self, ns: u64) {
+        let end = self.now + ns;
+        while self.now < end {
+            self.now = (self.now + 10 * MS).min(end);
+            self.primary.turn(self.now, Position::exact(self.position));
+            self.backup.turn(self.now, Position::exact(self.position));
+            self.primary.handle(self.now, Event::Tick);
+            self.backup.handle(self.now, Event::Tick);
+            self.talk();
+        }
+    }
+
+    /// The primary's guest says something; it is in the gate now.
+    fn output(&mut self) {
+        self.position += 1;
+        let output = LoggedOutput { to: OutputTo::Net(0), len: 60, digest: Digest(1) };
+        let record = Record { position: Position::exact(self.position), entry: Entry::Output(output) };
+        self.primary.append(self.now, &record);
+    }
+
+    /// The primary's gate lets out what it may.
+    fn release(&mut self, outputs: u64) {
+        assert_eq!(self.primary.release_limit(self.now).min(outputs), outputs);
+        self.primary.released(self.now, outputs);
+    }
+
+    /// The backup replays everything that it has.
+    fn replay(&mut self) {
+        let mut records = self.backup.status(self.now).cursors.replayed;
+        while let NextRecord::Record(_) = self.backup.next_record() {
+            records += 1;
+        }
+        let position = Position::exact(self.position);
+        self.backup.handle(self.now, Event::Replayed { records, position });
+    }
+
+    fn primary_actions(&mut self) -> Vec<Action> {
+        actions(&mut self.primary)
+    }
+
+    fn backup_actions(&mut self) -> Vec<Action> {
+        actions(&mut self.backup)
+    }
+}
+
+fn take_bytes(agent: &mut Agent) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    while !agent.outgoing().is_empty() {
+        let n = agent.outgoing().len();
+        bytes.extend(agent.outgoing());
+        agent.wrote(n);
+    }
+    bytes
+}
+
+fn actions(agent: &mut Agent) -> Vec<Action> {
+    std::iter::from_fn(|| agent.next_action()).collect()
+}
+
+fn take(who: u128) -> Action {
+    Action::Take { generation: Generation::FIRST, who: Incarnation::try_from(who).unwrap() }
+}
+
+fn phase(agent: &Agent) -> Phase {
+    agent.status(0).phase
+}
+
+#[test]
+fn an_output_leaves_when_the_backup_has_its_record() {
+    let mut pair = Pair::protected();
+    pair.pass(100 * MS);
+    pair.output();
+    assert_eq!(pair.primary.release_limit(pair.now), 0);
+    pair.talk();
+    assert_eq!(pair.primary.release_limit(pair.now), 1);
+    assert_eq!(pair.primary_actions(), [Action::Release]);
+    assert_eq!(pair.backup.release_limit(pair.now), 0, "a backup emits nothing");
+    pair.release(1);
+    pair.output();
+    pair.talk();
+    assert_eq!(pair.backup.drop_limit(), 1);
+    assert_eq!(pair.backup_actions(), [Action::Drop]);
+}
+
+#[test]
+fn rule_1_a_peer_started_anew_is_lost() {
+    let mut pair = Pair::protected();
+    let hello = |vm: &str, incarnation| Hello {
+        vm: vm.into(),
+        role: Role::Primary,
+        incarnation,
+        disks: Default::default(),
+        timeout_ns: TIMING.timeout_ns,
+        buffer_bytes: 1,
+        identity: Identity::new(PositionUnit::Instructions),
+    };
+    pair.backup.handle(0, Event::Stranger(&hello("another", 9)));
+    pair.backup.handle(0, Event::Stranger(&hello("trial", 1)));
+    assert_eq!(pair.backup_actions(), []);
+    pair.backup.handle(0, Event::Stranger(&hello("trial", 9)));
+    assert_eq!(pair.backup_actions(), [Action::Suspected(Suspicion::Restarted), Action::Close, take(2)]);
+}
+
+#[test]
+fn rule_2_silence_is_suspected_after_the_timeout() {
+    let mut pair = Pair::protected();
+    pair.pass(200 * MS);
+    pair.heard = [false, true];
+    pair.pass(950 * MS);
+    assert_eq!(phase(&pair.primary), Phase::Protected);
+    pair.pass(100 * MS);
+    let actions = pair.primary_actions();
+    assert!(matches!(actions[0], Action::Suspected(Suspicion::Silent(_))), "{actions:?}");
+    assert_eq!(actions[1..], [Action::Close, take(1)]);
+}
+
+#[test]
+fn rule_2_a_side_that_was_stopped_listens_before_it_judges() {
+    let mut pair = Pair::protected();
+    pair.pass(100 * MS);
+    pair.now += 10_000 * MS;
+    pair.backup.handle(pair.now, Event::Tick);
+    assert_eq!(phase(&pair.backup), Phase::Protected);
+    pair.now += 700 * MS;
+    pair.backup.handle(pair.now, Event::Received(&[]));
+    pair.pass(500 * MS);
+    assert_eq!(phase(&pair.backup), Phase::Protected);
+}
+
+#[test]
+fn rule_2_a_wedged_guest_with_a_living_heartbeat_is_lost() {
+    let mut pair = Pair::protected();
+    let end = 6000 * MS;
+    while pair.now < end {
+        pair.now += 10 * MS;
+        pair.backup.turn(pair.now, Position::default());
+        pair.primary.handle(pair.now, Event::Tick);
+        pair.backup.handle(pair.now, Event::Tick);
+        pair.talk();
+    }
+    let actions = pair.backup_actions();
+    assert!(matches!(actions[0], Action::Suspected(Suspicion::NoProgress(_))), "{actions:?}");
+}
+
+#[test]
+fn rule_2_an_idle_backup_is_not_lost_for_having_nothing_to_replay() {
+    let mut pair = Pair::protected();
+    for _ in 0..1000 {
+        pair.now += 10 * MS;
+        pair.primary.turn(pair.now, Position::default());
+        pair.primary.handle(pair.now, Event::Tick);
+        pair.backup.handle(pair.now, Event::Tick);
+        pair.talk();
+    }
+    assert_eq!(phase(&pair.primary), Phase::Protected);
+}
+
+#[test]
+fn rule_3_only_a_verdict_ends_a_suspicion() {
+    let mut pair = Pair::protected();
+    pair.pass(100 * MS);
+    pair.output();
+    let late = take_bytes(&mut pair.primary);
+    pair.backup.handle(pair.now, Event::Disconnected);
+    pair.backup.handle(pair.now, Event::Received(&late));
+    assert_eq!(pair.backup.outgoing(), b"", "nothing is acknowledged any more");
+    assert_eq!(pair.backup_actions().last(), Some(&take(2)));
+    pair.backup.handle(pair.now, Event::Verdict(Verdict::Unknown));
+    assert_eq!(pair.backup.deadline(), Some(pair.now + TIMING.retry_ns));
+    pair.backup.handle(pair.now + TIMING.retry_ns, Event::Tick);
+    assert_eq!(pair.backup_actions(), [take(2)]);
+    pair.backup.handle(pair.now, Event::Verdict(Verdict::Won));
+    assert_eq!(pair.backup_actions(), [Action::GoLive]);
+    assert_eq!(pair.backup.release_limit(pair.now), u64::MAX);
+    pair.backup.handle(pair.now, Event::Verdict(Verdict::Stale));
+    assert_eq!(phase(&pair.backup), Phase::Alone, "the answer to a question that was asked twice");
+}
+
+#[test]
+fn rule_4_a_backup_replays_everything_and_is_ready_before_it_takes() {
+    let mut pair = Pair::new(config(Role::Primary, 1), config(Role::Backup, 2));
+    pair.connect();
+    pair.primary.handle(0, Event::Opened(Opened::Done));
+    pair.talk();
+    pair.output();
+    pair.output();
+    pair.talk();
+    pair.backup_actions();
+    pair.backup.handle(0, Event::Disconnected);
+    assert_eq!(pair.backup_actions(), [Action::Suspected(Suspicion::Disconnected), Action::Close]);
+    pair.replay();
+    assert_eq!(pair.backup_actions(), [], "its tap is not ready");
+    pair.backup.handle(0, Event::Ready);
+    assert_eq!(pair.backup_actions(), [take(2)]);
+    assert_eq!(pair.backup.next_record(), NextRecord::End);
+}
+
+#[test]
+fn rule_4_a_backup_that_failed_says_so_and_never_takes() {
+    let mut pair = Pair::protected();
+    pair.backup.handle(0, Event::HostFailed("disk root: input/output error"));
+    let failed = "disk root: input/output error".to_string();
+    assert_eq!(pair.backup_actions(), [Action::Halt(Exit::Failed(failed.clone()))]);
+    pair.talk();
+    let suspected = Action::Suspected(Suspicion::Failed(failed));
+    assert_eq!(pair.primary_actions(), [suspected, Action::Close, take(1)]);
+    pair.backup.handle(0, Event::Disconnected);
+    pair.backup.handle(TIMING.timeout_ns * 2, Event::Tick);
+    assert_eq!(pair.backup_actions(), []);
+}
+
+#[test]
+fn rule_5_nothing_leaves_when_the_peer_was_not_heard_for_half_the_timeout() {
+    let mut pair = Pair::protected();
+    pair.pass(100 * MS);
+    pair.output();
+    pair.talk();
+    assert_eq!(pair.primary.release_limit(pair.now + 500 * MS), 0, "neither turn nor word is fresh");
+    let late = pair.now + 400 * MS;
+    pair.primary.turn(late, Position::default());
+    assert_eq!(pair.primary.release_limit(late), 1);
+}
+
+#[test]
+fn rule_5_an_old_word_that_is_read_now_is_old() {
+    let mut pair = Pair::protected();
+    pair.pass(100 * MS);
+    pair.output();
+    let log = take_bytes(&mut pair.primary);
+    pair.backup.handle(pair.now, Event::Received(&log));
+    let ack = take_bytes(&mut pair.backup);
+    // The primary was stopped, and finds the acknowledgement in its socket.
+    pair.now += 2000 * MS;
+    pair.primary.turn(pair.now, Position::default());
+    pair.primary.handle(pair.now, Event::Received(&ack));
+    assert_eq!(pair.primary.status(pair.now).cursors.outputs_acked, 1);
+    assert_eq!(pair.primary.release_limit(pair.now), 0);
+    // It leaves when the backup has heard of it again.
+    pair.pass(200 * MS);
+    assert_eq!(pair.primary.release_limit(pair.now), 1);
+}
+
+#[test]
+fn rule_5_the_winners_tail_leaves_and_the_losers_does_not() {
+    for (verdict, limit) in [(Verdict::Won, u64::MAX), (Verdict::Stale, 0)] {
+        let mut pair = Pair::protected();
+        pair.pass(100 * MS);
+        pair.output();
+        pair.primary.handle(pair.now, Event::Disconnected);
+        assert_eq!(pair.primary.release_limit(pair.now), 0);
+        assert_eq!(pair.primary.pace(pair.now), Pace::Stop);
+        pair.primary.handle(pair.now, Event::Verdict(verdict));
+        assert_eq!(pair.primary.release_limit(pair.now), limit);
+    }
+}
+
+#[test]
+fn rule_6_one_of_two_that_lost_each_other_lives() {
+    let mut pair = Pair::protected();
+    pair.primary.handle(0, Event::Disconnected);
+    pair.backup.handle(0, Event::Disconnected);
+    for (who, expected) in [(2, Reply::Won), (1, Reply::Lost(Incarnation::try_from(2).unwrap()))] {
+        let who = Incarnation::try_from(who).unwrap();
+        assert_eq!(pair.ask(&Command::Take { generation: Generation::FIRST, who }), expected);
+    }
+    pair.primary_actions();
+    let holder = Incarnation::try_from(2).unwrap();
+    pair.primary.handle(0, Event::Verdict(Verdict::Lost(holder)));
+    assert_eq!(pair.primary_actions(), [Action::Halt(Exit::Fenced(Some(holder)))]);
+}
+
+#[test]
+fn rule_7_another_machine_is_refused_and_the_field_named() {
+    let mut other = config(Role::Backup, 2);
+    other.identity = Identity::new(PositionUnit::Instructions).field("kernel", "k2");
+    let mut pair = Pair::new(config(Role::Primary, 1), other);
+    pair.connect();
+    let actions = pair.primary_actions();
+    let [Action::Refused(refusal), Action::Close] = &actions[..] else { panic!("{actions:?}") };
+    assert_eq!(refusal.to_string(), "identity: kernel: \"k2\" there, \"k1\" here");
+    assert_eq!(phase(&pair.primary), Phase::Starting, "and the next one may come");
+}
+
+#[test]
+fn rule_7_name_role_and_timeout_have_to_fit() {
+    let refused = |change: fn(&mut Config)| {
+        let mut theirs = config(Role::Backup, 2);
+        change(&mut theirs);
+        let mut pair = Pair::new(config(Role::Primary, 1), theirs);
+        pair.connect();
+        match pair.primary_actions().remove(0) {
+            Action::Refused(refusal) => refusal,
+            action => panic!("{action:?}"),
+        }
+    };
+    assert!(matches!(refused(|c| c.vm = "other".parse().unwrap()), Refusal::Vm { .. }));
+    assert_eq!(refused(|c| c.role = Role::Primary), Refusal::Role(Role::Primary));
+    assert!(matches!(refused(|c| c.timing.timeout_ns += 1), Refusal::Timeout { .. }));
+    let same = refused(|c| c.me = Member::new(Incarnation::try_from(1).unwrap()));
+    assert_eq!(same, Refusal::Invalid("incarnation"));
+}
+
+#[test]
+fn rule_7_garbage_is_refused() {
+    let mut agent = Agent::new(config(Role::Primary, 1), 0);
+    agent.handle(0, Event::Connected);
+    agent.handle(0, Event::Received(b"GET / HTTP/1.1\r\n"));
+    let actions = actions(&mut agent);
+    assert!(matches!(actions[..], [Action::Refused(Refusal::Protocol(_)), Action::Close]), "{actions:?}");
+}
+
+#[test]
+fn rule_7_a_generation_that_is_not_to_be_had_is_not_run() {
+    let mut pair = Pair::new(config(Role::Primary, 1), config(Role::Backup, 2));
+    pair.connect();
+    assert_eq!(pair.primary.pace(0), Pace::Stop);
+    pair.primary_actions();
+    pair.primary.handle(0, Event::Opened(Opened::Unknown));
+    pair.primary.handle(TIMING.retry_ns, Event::Tick);
+    assert!(matches!(pair.primary_actions()[..], [Action::Open { .. }]));
+    pair.primary.handle(TIMING.retry_ns, Event::Opened(Opened::Stale));
+    assert_eq!(pair.primary_actions(), [Action::Halt(Exit::NotOpened)]);
+}
+
+#[test]
+fn rule_7_an_unprotected_primary_takes_and_is_alone() {
+    let mut agent = Agent::new(Config { unprotected: true, ..config(Role::Primary, 1) }, 0);
+    let opened = actions(&mut agent);
+    assert!(matches!(&opened[..], [Action::Open { members, .. }] if members.backup.is_none()));
+    agent.handle(0, Event::Opened(Opened::Done));
+    assert_eq!(actions(&mut agent), [take(1)]);
+    agent.handle(0, Event::Verdict(Verdict::Won));
+    assert_eq!(actions(&mut agent), [Action::Start { generation: Generation::FIRST }, Action::GoLive]);
+    assert_eq!((agent.pace(0), agent.release_limit(0)), (Pace::Free, u64::MAX));
+}
+
+#[test]
+fn rule_8_a_power_off_is_acknowledged_and_nobody_takes() {
+    let mut pair = Pair::protected();
+    pair.pass(100 * MS);
+    pair.output();
+    let reason = EndReason::Guest(End::PowerOff);
+    pair.primary
+        .append(pair.now, &Record { position: Position::exact(pair.position), entry: Entry::End(reason) });
+    pair.primary.handle(pair.now, Event::GuestEnded(reason));
+    pair.talk();
+    assert_eq!(phase(&pair.backup), Phase::Protected, "the last output has not left");
+    pair.release(1);
+    pair.talk();
+    let forget = Action::Forget { generation: Generation::FIRST };
+    assert_eq!(pair.primary_actions().last(), Some(&forget));
+    pair.primary.handle(pair.now, Event::Forgotten(true));
+    assert_eq!(pair.primary_actions(), [Action::Halt(Exit::Ended(reason))]);
+    pair.backup.handle(pair.now, Event::Disconnected);
+    pair.backup_actions();
+    assert_eq!(pair.backup.release_limit(pair.now), 0);
+    pair.replay();
+    assert_eq!(pair.backup_actions(), [forget], "its disks are complete");
+    pair.backup.handle(pair.now, Event::Forgotten(true));
+    assert_eq!(pair.backup_actions(), [Action::Halt(Exit::Ended(reason))]);
+}
+
+#[test]
+fn rule_8_a_handover_loses_nothing() {
+    let mut pair = Pair::protected();
+    pair.pass(100 * MS);
+    pair.output();
+    pair.primary.handle(pair.now, Event::HandOver);
+    pair.talk();
+    assert_eq!(pair.primary_actions(), [Action::Pause, Action::Release]);
+    assert_eq!(phase(&pair.backup), Phase::Protected, "the output has not left");
+    pair.release(1);
+    pair.talk();
+    assert_eq!(phase(&pair.backup), Phase::Ending);
+    pair.replay();
+    assert_eq!(pair.backup_actions().last(), Some(&take(2)));
+    pair.backup.handle(pair.now, Event::Verdict(Verdict::Won));
+    pair.talk();
+    assert_eq!(pair.backup_actions(), [Action::GoLive]);
+    assert_eq!(pair.primary_actions(), [Action::Halt(Exit::HandedOver)]);
+}
+
+#[test]
+fn rule_8_a_backup_that_leaves_says_so() {
+    let mut pair = Pair::protected();
+    pair.backup.handle(0, Event::HandOver);
+    assert_eq!(pair.backup_actions(), [Action::Halt(Exit::Stopped)]);
+    pair.talk();
+    assert_eq!(pair.primary_actions().last(), Some(&take(1)));
+}

@@ -1,0 +1,349 @@
+//! Sender and receiver of the log, each as its user sees it.
+#![allow(clippy::disallowed_methods)]
+
+use entry::identity::Identity;
+use entry::log::{Entry, LoggedInput, LoggedOutput, OutputTo, Record};
+use entry::{Digest, Position, PositionUnit};
+use vmft_logging_channel::message::{Ack, Beat, Hello, Message, Role};
+use vmft_logging_channel::receiver::{NextRecord, Receiver};
+use vmft_logging_channel::sender::{Cursors, Limits, Pace, Sender};
+use vmft_logging_channel::stream::{Inbox, Outbox};
+use vmft_logging_channel::{ChannelError, RECORD_WEIGHT, weight};
+
+const MS: u64 = 1_000_000;
+
+const LIMITS: Limits = Limits {
+    unacked_bytes_max: 1 << 20,
+    peer_buffer_bytes: 1 << 20,
+    lag_ns_max: 1000 * MS,
+    batch_ns: 5 * MS,
+};
+
+fn identity() -> Identity {
+    Identity::new(PositionUnit::Instructions)
+}
+
+fn mark(count: u64) -> Record {
+    Record { position: Position::exact(count), entry: Entry::Mark { time_ns: count } }
+}
+
+fn frame(count: u64, len: usize) -> Record {
+    let entry = Entry::Input(LoggedInput::Frame { slot: 0, bytes: vec![count as u8; len] });
+    Record { position: Position::exact(count), entry }
+}
+
+fn output(count: u64) -> Record {
+    let entry = Entry::Output(LoggedOutput { to: OutputTo::Net(0), len: 60, digest: Digest(count as u128) });
+    Record { position: Position::exact(count), entry }
+}
+
+/// A primary's side, and the messages that come out of it.
+struct Primary {
+    sender: Sender,
+    outbox: Outbox,
+    inbox: Inbox,
+}
+
+impl Primary {
+    fn new(limits: Limits) -> Primary {
+        let (mut outbox, mut inbox) = (Outbox::new(), Inbox::new());
+        let hello = Hello {
+            vm: "a".into(),
+            role: Role::Primary,
+            incarnation: 1,
+            disks: Default::default(),
+            timeout_ns: 1,
+            buffer_bytes: 1,
+            identity: identity(),
+        };
+        outbox.push(&Message::Hello(Box::new(hello)));
+        drain(&mut outbox, &mut inbox);
+        assert!(matches!(inbox.message(), Ok(Some(Message::Hello(_)))));
+        Primary { sender: Sender::new(&identity(), limits), outbox, inbox }
+    }
+
+    fn append(&mut self, now: u64, record: &Record) {
+        self.sender.append(now, record, &mut self.outbox);
+    }
+
+    fn acked(&mut self, received: u64, replayed: u64) {
+        let ack = Ack { received, replayed, echo_ns: 0 };
+        self.sender.acked(&ack, &mut self.outbox).expect("a good acknowledgement");
+    }
+
+    /// What has been sent since the last time.
+    fn sent(&mut self) -> Vec<Message> {
+        drain(&mut self.outbox, &mut self.inbox);
+        std::iter::from_fn(|| self.inbox.message().expect("our own messages")).collect()
+    }
+
+    fn blocks(&mut self) -> Vec<Vec<u8>> {
+        let block = |m| if let Message::Log(block) = m { Some(block) } else { None };
+        self.sent().into_iter().filter_map(block).collect()
+    }
+
+    fn cursors(&self) -> Cursors {
+        self.sender.cursors()
+    }
+}
+
+fn drain(outbox: &mut Outbox, inbox: &mut Inbox) {
+    while !outbox.is_empty() {
+        let bytes = outbox.front().to_vec();
+        inbox.push(&bytes);
+        outbox.wrote(bytes.len());
+    }
+}
+
+fn records(receiver: &mut Receiver) -> Vec<Record> {
+    let next = || if let NextRecord::Record(r) = receiver.next_record() { Some(r) } else { None };
+    std::iter::from_fn(next).collect()
+}
+
+#[test]
+fn an_output_takes_everything_before_it_along_at_once() {
+    let mut primary = Primary::new(LIMITS);
+    primary.append(0, &mark(1));
+    primary.append(0, &frame(2, 60));
+    assert_eq!(primary.sent(), []);
+    primary.append(0, &output(3));
+    let blocks = primary.blocks();
+    assert_eq!(blocks.len(), 1, "one message for the three");
+    let mut receiver = Receiver::new(&identity(), 1 << 20);
+    receiver.log(&blocks[0]).unwrap();
+    assert_eq!(records(&mut receiver), [mark(1), frame(2, 60), output(3)]);
+}
+
+#[test]
+fn what_no_output_waits_for_is_batched_for_a_while() {
+    let mut primary = Primary::new(LIMITS);
+    primary.append(10 * MS, &mark(1));
+    assert_eq!(primary.sender.deadline(), Some(15 * MS));
+    primary.sender.tick(14 * MS, &mut primary.outbox);
+    assert_eq!(primary.sent(), []);
+    primary.sender.tick(15 * MS, &mut primary.outbox);
+    assert_eq!(primary.blocks().len(), 1);
+    assert_eq!(primary.sender.deadline(), None);
+}
+
+#[test]
+fn an_output_may_leave_when_its_own_record_is_acknowledged() {
+    let mut primary = Primary::new(LIMITS);
+    primary.append(0, &output(1));
+    primary.append(0, &mark(2));
+    primary.append(0, &output(3));
+    primary.acked(1, 0);
+    assert_eq!(primary.cursors().outputs_acked, 1);
+    primary.acked(2, 0);
+    assert_eq!(primary.cursors().outputs_acked, 1);
+    primary.acked(3, 3);
+    let expected = Cursors {
+        recorded: 3,
+        sent: 3,
+        acked: 3,
+        replayed: 3,
+        outputs_recorded: 2,
+        outputs_acked: 2,
+        outputs_released: 0,
+    };
+    assert_eq!(primary.cursors(), expected);
+    assert!(primary.sender.is_settled());
+}
+
+#[test]
+fn the_backup_cannot_have_what_was_not_sent_or_lose_what_it_had() {
+    let mut primary = Primary::new(LIMITS);
+    primary.append(0, &output(1));
+    primary.acked(1, 0);
+    let mut tell = |received, replayed| {
+        let ack = Ack { received, replayed, echo_ns: 0 };
+        primary.sender.acked(&ack, &mut primary.outbox).unwrap_err().to_string()
+    };
+    assert_eq!(tell(2, 0), "received is 2, but between 1 and 1 is possible");
+    assert_eq!(tell(0, 0), "received is 0, but between 1 and 1 is possible");
+    assert_eq!(tell(1, 2), "replayed is 2, but between 0 and 1 is possible");
+}
+
+#[test]
+#[should_panic(expected = "released 2")]
+fn what_was_not_recorded_cannot_be_released() {
+    let mut primary = Primary::new(LIMITS);
+    primary.append(0, &output(1));
+    primary.sender.released(2);
+}
+
+#[test]
+fn what_left_is_told_with_the_next_block() {
+    let mut primary = Primary::new(LIMITS);
+    primary.append(0, &output(1));
+    primary.acked(1, 1);
+    primary.sender.released(1);
+    primary.sent();
+    primary.append(0, &output(2));
+    assert_eq!(primary.sent()[0], Message::Released { outputs: 1 });
+}
+
+#[test]
+fn the_guest_slows_in_proportion_and_stops_at_a_full_buffer() {
+    let record = |n| frame(n, 1024 - RECORD_WEIGHT as usize);
+    assert_eq!(weight(&record(1)), 1024);
+    let limits = Limits { unacked_bytes_max: 10 << 10, peer_buffer_bytes: 100 << 10, ..LIMITS };
+    let mut primary = Primary::new(limits);
+    let mut paces = Vec::new();
+    for n in 1..=10 {
+        primary.append(0, &record(n));
+        paces.push(primary.sender.pace(0));
+    }
+    assert_eq!(paces[..2], [Pace::Free, Pace::Free]);
+    let share = |pace: &Pace| if let Pace::Share(share) = pace { *share } else { panic!("{pace:?}") };
+    let shares: Vec<_> = paces[2..9].iter().map(share).collect();
+    assert!(shares.is_sorted_by(|a, b| a > b), "{shares:?}");
+    assert_eq!(paces[9], Pace::Stop);
+    primary.sender.flush(&mut primary.outbox);
+    primary.acked(10, 10);
+    assert_eq!(primary.sender.pace(0), Pace::Free);
+}
+
+#[test]
+fn a_late_backup_slows_the_guest_but_does_not_stop_it() {
+    let mut primary = Primary::new(LIMITS);
+    primary.append(0, &output(1));
+    primary.acked(1, 0);
+    assert_eq!(primary.sender.lag_ns(100 * MS), 100 * MS);
+    assert_eq!(primary.sender.pace(100 * MS), Pace::Free);
+    assert_eq!(primary.sender.pace(625 * MS), Pace::Share(500));
+    assert_eq!(primary.sender.pace(3600 * 1000 * MS), Pace::Share(50));
+    primary.sender.replayed(1, &mut primary.outbox);
+    assert_eq!(primary.sender.pace(3600 * 1000 * MS), Pace::Free);
+}
+
+#[test]
+fn no_more_is_sent_than_the_backup_has_room_for() {
+    let room = 3 * weight(&output(0));
+    let mut primary = Primary::new(Limits { peer_buffer_bytes: room, ..LIMITS });
+    let mut receiver = Receiver::new(&identity(), room);
+    (1..=5).for_each(|n| primary.append(0, &output(n)));
+    let first = primary.blocks();
+    assert_eq!((first.len(), primary.cursors().sent), (3, 3));
+    first.iter().for_each(|block| receiver.log(block).unwrap());
+    primary.acked(3, 0);
+    assert_eq!(primary.sent(), [], "received is not replayed");
+    primary.acked(3, 2);
+    let second = primary.blocks();
+    assert_eq!(second.len(), 2);
+    assert_eq!(receiver.log(&second[0]), Err(ChannelError::Overrun { weight: 4 * RECORD_WEIGHT, max: room }));
+}
+
+#[test]
+fn a_record_larger_than_the_buffer_goes_alone() {
+    let mut primary = Primary::new(Limits { peer_buffer_bytes: 100, ..LIMITS });
+    let mut receiver = Receiver::new(&identity(), 100);
+    primary.append(0, &frame(1, 1400));
+    primary.append(0, &output(2));
+    let blocks = primary.blocks();
+    assert_eq!(blocks.len(), 1);
+    receiver.log(&blocks[0]).unwrap();
+}
+
+#[test]
+fn a_beat_goes_before_the_log_but_not_into_a_message() {
+    let mut primary = Primary::new(LIMITS);
+    (1..=3).for_each(|n| primary.append(0, &output(n)));
+    let half = primary.outbox.front()[..10].to_vec();
+    primary.outbox.wrote(10);
+    primary.inbox.push(&half);
+    let beat = |stamp_ns| Message::Beat(Beat { stamp_ns, ..Beat::default() });
+    primary.outbox.push(&beat(1));
+    primary.outbox.push(&beat(2));
+    let names: Vec<_> = primary.sent().iter().map(Message::name).collect();
+    assert_eq!(names, ["log", "beat", "log", "log"]);
+}
+
+#[test]
+fn a_closed_channel_only_counts() {
+    let mut primary = Primary::new(LIMITS);
+    primary.append(0, &output(1));
+    primary.outbox.clear();
+    primary.sender.detach();
+    primary.append(0, &output(2));
+    assert!(primary.outbox.is_empty());
+    assert_eq!(primary.cursors().outputs_recorded, 2);
+    assert_eq!(primary.cursors().outputs_acked, 0);
+}
+
+fn sent_block(records: &[Record]) -> Vec<u8> {
+    let mut primary = Primary::new(LIMITS);
+    records.iter().for_each(|r| primary.append(0, r));
+    primary.sender.flush(&mut primary.outbox);
+    primary.blocks().remove(0)
+}
+
+#[test]
+fn receipt_is_acknowledged_before_replay() {
+    let mut receiver = Receiver::new(&identity(), 1 << 20);
+    assert_eq!(receiver.ack(7), None);
+    receiver.log(&sent_block(&[mark(1), output(2)])).unwrap();
+    assert_eq!(receiver.ack(7), Some(Ack { received: 2, replayed: 0, echo_ns: 7 }));
+    assert_eq!(receiver.ack(7), None);
+    assert!(!receiver.is_drained());
+    assert_eq!(receiver.next_record(), NextRecord::Record(mark(1)));
+    receiver.move_replayed(1);
+    assert_eq!(receiver.next_record(), NextRecord::Record(output(2)));
+    receiver.move_replayed(2);
+    assert!(receiver.is_drained());
+    assert_eq!(receiver.next_record(), NextRecord::Wait);
+}
+
+#[test]
+fn room_that_is_free_again_is_told() {
+    let mut receiver = Receiver::new(&identity(), 4 * RECORD_WEIGHT);
+    receiver.log(&sent_block(&[mark(1), mark(2), mark(3)])).unwrap();
+    receiver.ack(0);
+    receiver.next_record();
+    receiver.move_replayed(1);
+    assert_eq!(receiver.ack(0), None, "a quarter of the buffer is not yet a good part");
+    receiver.next_record();
+    receiver.move_replayed(2);
+    assert_eq!(receiver.ack(0), Some(Ack { received: 3, replayed: 2, echo_ns: 0 }));
+}
+
+#[test]
+fn a_closed_receiver_acknowledges_nothing_and_ends_behind_what_it_has() {
+    let mut receiver = Receiver::new(&identity(), 1 << 20);
+    receiver.log(&sent_block(&[output(1)])).unwrap();
+    receiver.close();
+    assert_eq!(receiver.ack(0), None);
+    assert_eq!(receiver.log(&[]), Err(ChannelError::Unexpected("log")));
+    assert_eq!(receiver.next_record(), NextRecord::Record(output(1)));
+    assert_eq!(receiver.next_record(), NextRecord::End);
+}
+
+#[test]
+fn damaged_repeated_and_cut_blocks_are_refused() {
+    let block = sent_block(&[mark(1), output(2)]);
+    let new = || Receiver::new(&identity(), 1 << 20);
+    for at in 0..block.len() {
+        let mut damaged = block.clone();
+        damaged[at] ^= 1;
+        assert!(new().log(&damaged).is_err(), "byte {at}");
+    }
+    assert_eq!(new().log(&block[..4]), Err(ChannelError::Block { bytes: 4 }));
+    let mut receiver = new();
+    receiver.log(&block).unwrap();
+    assert!(matches!(receiver.log(&block), Err(ChannelError::Log(_))));
+    let more = [block.clone(), vec![0]].concat();
+    assert_eq!(new().log(&more), Err(ChannelError::Block { bytes: more.len() }));
+}
+
+#[test]
+fn released_is_among_what_was_received() {
+    let mut receiver = Receiver::new(&identity(), 1 << 20);
+    receiver.log(&sent_block(&[output(1), mark(1)])).unwrap_or_else(|e| panic!("{e}"));
+    receiver.released(1).unwrap();
+    assert_eq!(receiver.outputs_released(), 1);
+    assert_eq!(
+        receiver.released(2).unwrap_err().to_string(),
+        "released is 2, but between 1 and 1 is possible"
+    );
+    assert!(receiver.released(0).is_err());
+}

@@ -1,0 +1,210 @@
+//! The channel's bytes: golden file, round trips, cutting, and what is refused.
+#![allow(clippy::disallowed_methods)]
+
+use std::collections::BTreeMap;
+
+use entry::PositionUnit;
+use entry::identity::Identity;
+use entry::log::EndReason;
+use proptest::prelude::*;
+use vmft_logging_channel::message::{
+    Ack, BODY_MAX, Beat, Fault, Hello, Message, MessageError, NAME_MAX, REASON_MAX, Role, encode,
+};
+use vmft_logging_channel::stream::Inbox;
+
+fn hello() -> Hello {
+    Hello {
+        vm: "trial".into(),
+        role: Role::Backup,
+        incarnation: 0x0102_0304_0506_0708_090a_0b0c_0d0e_0f10,
+        disks: BTreeMap::from([("root".into(), 7), ("spare".into(), 8)]),
+        timeout_ns: 1_000_000_000,
+        buffer_bytes: 32 << 20,
+        identity: Identity::new(PositionUnit::Instructions).field("ram-bytes", 1 << 27),
+    }
+}
+
+/// One of each kind, in the order of their numbers.
+fn one_of_each() -> Vec<Message> {
+    vec![
+        Message::Hello(Box::new(hello())),
+        Message::Start { generation: 3 },
+        Message::Log(b"a block's bytes".to_vec()),
+        Message::Ack(Ack { received: 300, replayed: 299, echo_ns: 5_000_000_000 }),
+        Message::Released { outputs: 41 },
+        Message::Beat(Beat {
+            stamp_ns: 6_000_000_000,
+            echo_ns: 5_000_000_001,
+            turns: 1000,
+            records: 299,
+            position: 123_456_789,
+        }),
+        Message::Failed { reason: "the disk \"root\" failed".into() },
+        Message::HandOver,
+        Message::Live,
+        Message::End(EndReason::Stopped),
+        Message::Ended,
+    ]
+}
+
+fn bytes_of(messages: &[Message]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    messages.iter().for_each(|m| encode(m, &mut bytes));
+    bytes
+}
+
+/// Everything that an inbox gives when the bytes come in pieces of these lengths, over and over.
+fn read(bytes: &[u8], pieces: &[usize]) -> (Vec<Message>, Option<MessageError>) {
+    let (mut inbox, mut messages, mut rest) = (Inbox::new(), Vec::new(), bytes);
+    for piece in pieces.iter().cycle() {
+        let (now, later) = rest.split_at(rest.len().min(*piece));
+        inbox.push(now);
+        rest = later;
+        loop {
+            match inbox.message() {
+                Ok(Some(message)) => messages.push(message),
+                Ok(None) => break,
+                Err(error) => {
+                    assert_eq!(inbox.message(), Err(error.clone()), "an error is the last word");
+                    return (messages, Some(error));
+                }
+            }
+        }
+        assert!(inbox.incomplete() <= BODY_MAX + 16 + piece, "an inbox keeps one message");
+        if rest.is_empty() {
+            return (messages, None);
+        }
+    }
+    unreachable!("there is a piece")
+}
+
+fn refusal(bytes: &[u8]) -> MessageError {
+    read(bytes, &[bytes.len()]).1.expect("these bytes are refused")
+}
+
+/// The file never changes: another format is another version, with a file of its own.
+#[test]
+fn golden() {
+    let golden = include_bytes!("golden/v1.channel");
+    assert!(bytes_of(&one_of_each()) == golden, "the bytes of the channel have changed");
+    assert_eq!(read(golden, &[golden.len()]), (one_of_each(), None));
+}
+
+#[test]
+fn the_first_message_is_a_hello_and_no_other() {
+    let error = refusal(&bytes_of(&[Message::HandOver]));
+    assert_eq!(error, MessageError { offset: 0, fault: Fault::Hello });
+    let first = bytes_of(&one_of_each()[..1]);
+    let twice = [first.clone(), first.clone()].concat();
+    assert_eq!(refusal(&twice), MessageError { offset: first.len() as u64, fault: Fault::Hello });
+}
+
+#[test]
+fn a_length_is_refused_before_its_bytes_come() {
+    let mut bytes = bytes_of(&one_of_each()[..1]);
+    let start = bytes.len() as u64;
+    bytes.extend([3, 0xff, 0xff, 0xff, 0x7f]);
+    let error = refusal(&bytes);
+    assert_eq!(error.offset, start + 1);
+    let text = error.to_string();
+    assert!(text.contains("the message's length is 268435455, allowed is 0 to 1048592"), "{text}");
+}
+
+#[test]
+fn errors_name_the_field_and_its_offset() {
+    let golden = bytes_of(&one_of_each());
+    let changed = |at: usize, value: u8| {
+        let mut bytes = golden.clone();
+        bytes[at] = value;
+        refusal(&bytes).to_string()
+    };
+    // Kind and a length of two bytes stand before the hello's body.
+    assert_eq!(changed(3, b'X'), "channel: byte 3: not a vmft channel (the magic differs)");
+    assert_eq!(changed(11, 9), "channel: byte 11: protocol version 9, this vmft speaks version 1");
+    assert_eq!(changed(13, 2), "channel: byte 13: role 2 is unknown");
+    assert_eq!(changed(14, 0), "channel: byte 14: VM's name is 0, allowed is 1 to 64");
+    assert_eq!(changed(0, 99), "channel: byte 0: unknown kind of message 99");
+    let last = golden.len() - 1;
+    let mut long = golden.clone();
+    long[last] = 1;
+    long.push(0);
+    assert_eq!(
+        refusal(&long).to_string(),
+        format!("channel: byte {}: the message goes on behind its last field", last + 1)
+    );
+}
+
+#[test]
+fn a_long_reason_is_cut_at_a_character() {
+    let message = Message::Failed { reason: "ä".repeat(REASON_MAX) };
+    let (read, error) = read(&bytes_of(&[one_of_each()[0].clone(), message]), &[100]);
+    assert_eq!(error, None);
+    assert_eq!(read[1], Message::Failed { reason: "ä".repeat(REASON_MAX / 2) });
+}
+
+fn any_hello() -> impl Strategy<Value = Message> {
+    let name = || proptest::string::string_regex(&format!("[a-z]{{1,{NAME_MAX}}}")).expect("a pattern");
+    let disks = proptest::collection::btree_map(name(), any::<u128>(), 0..16);
+    (name(), any::<bool>(), any::<u128>(), disks, any::<(u64, u64)>(), ".{0,200}").prop_map(
+        |(vm, primary, incarnation, disks, (timeout_ns, buffer_bytes), value)| {
+            let role = if primary { Role::Primary } else { Role::Backup };
+            let identity = Identity::new(PositionUnit::Branches).field("value", value);
+            Message::Hello(Box::new(Hello {
+                vm,
+                role,
+                incarnation,
+                disks,
+                timeout_ns,
+                buffer_bytes,
+                identity,
+            }))
+        },
+    )
+}
+
+fn any_message() -> impl Strategy<Value = Message> {
+    prop_oneof![
+        any::<u64>().prop_map(|generation| Message::Start { generation }),
+        proptest::collection::vec(any::<u8>(), 0..3000).prop_map(Message::Log),
+        any::<[u64; 3]>()
+            .prop_map(|[received, replayed, echo_ns]| { Message::Ack(Ack { received, replayed, echo_ns }) }),
+        any::<u64>().prop_map(|outputs| Message::Released { outputs }),
+        any::<[u64; 5]>().prop_map(|[stamp_ns, echo_ns, turns, records, position]| {
+            Message::Beat(Beat { stamp_ns, echo_ns, turns, records, position })
+        }),
+        ".{0,80}".prop_map(|reason| Message::Failed { reason }),
+        Just(Message::HandOver),
+        Just(Message::Live),
+        (0u8..4).prop_map(|n| Message::End(EndReason::numbered(n).expect("a reason"))),
+        Just(Message::Ended),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn what_is_sent_is_read(
+        hello in any_hello(),
+        rest in proptest::collection::vec(any_message(), 0..12),
+        pieces in proptest::collection::vec(1usize..700, 1..8),
+    ) {
+        let messages: Vec<_> = std::iter::once(hello).chain(rest).collect();
+        prop_assert_eq!(read(&bytes_of(&messages), &pieces), (messages, None));
+    }
+
+    #[test]
+    fn damage_is_an_error_or_other_messages_and_cutting_makes_no_difference(
+        rest in proptest::collection::vec(any_message(), 0..6),
+        changes in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4),
+        pieces in proptest::collection::vec(1usize..50, 1..8),
+    ) {
+        let messages: Vec<_> = one_of_each().into_iter().take(1).chain(rest).collect();
+        let mut bytes = bytes_of(&messages);
+        for (at, value) in changes {
+            let at = at.index(bytes.len());
+            bytes[at] = value;
+        }
+        prop_assert_eq!(read(&bytes, &pieces), read(&bytes, &[bytes.len()]));
+    }
+}
