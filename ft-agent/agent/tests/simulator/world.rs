@@ -587,7 +587,17 @@ impl World {
         let holder = self.store.get(&self.vm).and_then(|record| record.holder());
         let alive = |h: &Host| h.process.as_ref().filter(|p| p.id <= 2).map(|p| p.agent.incarnation());
         let alive = [alive(&self.hosts[0]), alive(&self.hosts[1])];
-        if progress || self.guest_is_off {
+        if self.guest_is_off {
+            return Ok(());
+        }
+        for process in self.hosts.iter().filter_map(|h| h.process.as_ref()) {
+            // One that has not met its peer, or was not told to start, knows nothing and takes nothing.
+            let has_run = process.agent.status(0).phase != Phase::Starting;
+            if has_run && holder.is_some_and(|holder| holder != process.agent.incarnation()) {
+                return Err(format!("a loser is not fenced: {}", process.agent.incarnation()));
+            }
+        }
+        if progress {
             return Ok(());
         }
         self.checker.counts.dead = 1;
