@@ -12,6 +12,8 @@ use crate::{Answer, Console, Digest, Position, PositionUnit};
 pub const BYTES_MAX: usize = 65_535;
 /// Bytes of an answer for the entropy device.
 pub const ENTROPY_MAX: usize = 65_536;
+/// Check words of one entry.
+pub const EXITS_MAX: usize = 1024;
 /// Shortest Ethernet frame: its header.
 const FRAME_MIN: usize = 14;
 
@@ -28,6 +30,7 @@ mod kind {
     pub const MARK: u8 = 48;
     pub const STATE: u8 = 49;
     pub const END: u8 = 50;
+    pub const EXITS: u8 = 51;
 }
 
 /// Bytes that are no records.
@@ -66,6 +69,8 @@ pub enum What {
     Kind(u8),
     #[error("{what} {value} is unknown")]
     Value { what: &'static str, value: u8 },
+    #[error("the {0} are no whole words")]
+    Odd(&'static str),
     #[error("the position overflows")]
     Position,
 }
@@ -152,6 +157,11 @@ fn body(entry: &Entry, out: &mut Vec<u8>) -> u8 {
                 digest(d, out);
             }
             kind::STATE
+        }
+        Entry::Exits(words) => {
+            let bytes: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
+            counted(&bytes, 2, 2 * EXITS_MAX, out);
+            kind::EXITS
         }
         Entry::End(reason) => {
             out.push(reason.number());
@@ -252,6 +262,14 @@ impl<'a> Reader<'a> {
                 devices: self.digest()?,
                 ram: self.digest()?,
             }),
+            kind::EXITS => {
+                let at = self.offset();
+                let bytes = self.counted("exits", 2, 2 * EXITS_MAX)?;
+                let (words, []) = bytes.as_chunks() else {
+                    return Err(self.error(at, What::Odd("exits")));
+                };
+                Entry::Exits(words.iter().map(|w| u16::from_le_bytes(*w)).collect())
+            }
             kind::END => {
                 let number = self.byte("reason")?;
                 Entry::End(EndReason::numbered(number).ok_or_else(|| self.unknown("end reason", number))?)

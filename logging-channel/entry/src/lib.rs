@@ -18,8 +18,8 @@ pub mod log;
 pub struct Position {
     /// Retired instructions, single steps or completed synchronous exits, by unit.
     pub count: u64,
-    /// Where between two counts: for [`PositionUnit::SynchronousExits`] 1 is the first interrupt window after
-    /// the exit; for [`PositionUnit::Branches`] the conditional branches retired; 0 for the exact units.
+    /// Where between two counts: for [`PositionUnit::SynchronousExits`] how many interrupts were delivered since the
+    /// exit, each at the first window after it was asked for; for [`PositionUnit::Branches`] the conditional branches retired; 0 for the exact units.
     pub within: u64,
     /// RIP where the engine needs it to seek (hardware counters), 0 elsewhere.
     pub rip: u64,
@@ -39,7 +39,7 @@ impl Position {
 pub enum PositionUnit {
     /// Retired instructions, exact; guest time follows them.
     Instructions,
-    /// Synchronous exits and the interrupt windows after them.
+    /// Synchronous exits (a port, device memory, an MSR, HLT) and the interrupt windows after them.
     SynchronousExits,
     /// Retired conditional branches in guest mode.
     Branches,

@@ -34,6 +34,8 @@ pub enum Entry {
     },
     /// The machine's state here.
     State(StateDigest),
+    /// Check words of the synchronous exits up to this position, one each; all since the last such entry.
+    Exits(Vec<u16>),
     /// The run ends, or with [`EndReason::Reboot`] starts over.
     End(EndReason),
 }
@@ -53,6 +55,7 @@ impl Entry {
             Entry::Output(LoggedOutput { to: OutputTo::Console(_), .. }) => "console-out",
             Entry::Mark { .. } => "mark",
             Entry::State(_) => "state",
+            Entry::Exits(_) => "exits",
             Entry::End(_) => "end",
         }
     }
@@ -206,6 +209,7 @@ impl fmt::Display for Record {
             Entry::Output(LoggedOutput { to, len, digest }) => write!(f, " {to:?}, {len} bytes, {digest}"),
             Entry::Mark { time_ns } => write!(f, " {time_ns} ns"),
             Entry::State(s) => write!(f, " vcpu {} devices {} ram {}", s.vcpu, s.devices, s.ram),
+            Entry::Exits(words) => write!(f, " {}", words.len()),
             Entry::End(reason) => write!(f, " {reason:?}"),
         }
     }

@@ -54,6 +54,7 @@ fn entry() -> impl Strategy<Value = Entry> {
             devices,
             ram
         })),
+        vec(any::<u16>(), 1..100).prop_map(Entry::Exits),
         end.prop_map(Entry::End),
     ]
 }
@@ -284,6 +285,23 @@ fn the_golden_log_has_not_changed() {
         golden,
         "the format changed: give it a new version"
     );
+    let (_, got, _) = decode(golden, 4096).unwrap();
+    assert_eq!(got, records.into_iter().map(|(r, _)| r).collect::<Vec<_>>());
+}
+
+#[test]
+fn the_golden_log_of_exits_has_not_changed() {
+    let golden = include_bytes!("golden/v2-exits.log");
+    let record = |count, within, entry| {
+        (Record { position: Position { within, ..Position::exact(count) }, entry }, false)
+    };
+    let records = vec![
+        record(2, 0, Entry::Exits(vec![0x1234, 0xfedc])),
+        record(2, 1, Entry::Mark { time_ns: 1 }),
+        record(3, 0, Entry::Exits(vec![0])),
+        record(3, 0, Entry::Input(LoggedInput::Clock { time_ns: 300 })),
+    ];
+    assert_eq!(encode(PositionUnit::SynchronousExits, &records), golden, "the format changed");
     let (_, got, _) = decode(golden, 4096).unwrap();
     assert_eq!(got, records.into_iter().map(|(r, _)| r).collect::<Vec<_>>());
 }
