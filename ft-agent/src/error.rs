@@ -57,10 +57,10 @@ pub enum Error {
     #[error("the VM is not protected")]
     Unprotected,
     /// The guest crashed: its CPU shut down (triple fault).
-    #[error("the guest crashed (triple fault) after {instructions} instructions")]
+    #[error("the guest crashed (triple fault) at position {position}")]
     GuestCrash {
         /// Where.
-        instructions: u64,
+        position: u64,
     },
 }
 

@@ -7,11 +7,11 @@ use std::sync::OnceLock;
 
 use entry::identity::{HINT, Identity};
 use vmm::machine::MACHINE_VERSION;
-use vmm::{BootFile, BootFiles, BootPlan, Engine as VmmEngine, Machine, MachineConfig, Slot};
+use vmm::{BootFile, BootFiles, BootPlan, Engine, Machine, MachineConfig, Slot};
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::error::Error;
-use crate::options::{ClockMode, Disk, Engine, Plan};
+use crate::options::{ClockMode, Disk, Plan};
 use crate::outside::disk::Image;
 
 /// Everything that a machine starts from, but for what its disks hold.
@@ -39,7 +39,7 @@ impl Guest {
     pub fn new(plan: &Plan, clock: ClockMode) -> Result<(Guest, Vec<Image>), Error> {
         let images = plan.disks.iter().map(Image::open).collect::<Result<Vec<_>, _>>()?;
         let config = MachineConfig {
-            engine: engine(plan.engine),
+            engine: plan.engine,
             memory_bytes: plan.memory,
             epoch_s: epoch_s(clock),
             slots: slots(plan, &images),
@@ -74,7 +74,7 @@ impl Guest {
         let path = |p: &Path| p.display().to_string();
         let mut identity = Identity::new(self.config.engine.unit())
             .field("machine-version", MACHINE_VERSION)
-            .field("engine", engine_name(self.config.engine))
+            .field("engine", self.config.engine.name())
             .field("memory-bytes", self.config.memory_bytes)
             .field("epoch-s", self.config.epoch_s)
             .field("slots", slots)
@@ -129,7 +129,7 @@ impl Guest {
         let files = boot_files(&kernel, initrd.as_deref(), cmdline, parse("seed", text("seed")?, unhex)?)?;
         let guest = Guest {
             config: MachineConfig {
-                engine: parse("engine", text("engine")?, |e| (e == "soft").then_some(VmmEngine::Soft))?,
+                engine: parse("engine", text("engine")?, Engine::named)?,
                 memory_bytes: parse("memory-bytes", text("memory-bytes")?, |t| t.parse().ok())?,
                 epoch_s: parse("epoch-s", text("epoch-s")?, |t| t.parse().ok())?,
                 slots: parse("slots", text("slots")?, |t| serde_json::from_str(t).ok())?,
@@ -167,21 +167,6 @@ pub struct Elsewhere {
 fn parse<T>(field: &str, text: &str, f: impl FnOnce(&str) -> Option<T>) -> Result<T, Error> {
     f(text)
         .ok_or_else(|| Error::config(field, format!("the log has {text:?}, which this vmft does not know")))
-}
-
-/// Says which engine runs the guest, and why.
-fn engine(asked: Engine) -> VmmEngine {
-    match asked {
-        Engine::Auto => eprintln!("engine: soft (the only one that lands exactly on every host)"),
-        Engine::Soft => eprintln!("engine: soft"),
-    }
-    VmmEngine::Soft
-}
-
-fn engine_name(engine: VmmEngine) -> &'static str {
-    match engine {
-        VmmEngine::Soft => "soft",
-    }
 }
 
 /// Seconds since 1970 at guest time 0.

@@ -1,5 +1,6 @@
 //! vmft: a virtual machine that goes on running when the host under it dies.
 
+mod engine;
 mod error;
 mod guest;
 mod image_list;

@@ -6,24 +6,15 @@ use std::fmt;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use serde::Deserialize;
 use vmm::config::{MEMORY_BYTES, is_station};
 
+use crate::engine::{self, Cpu, Positions};
 use crate::error::Error;
 use crate::images;
-
-/// Which CPU executes the guest.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Engine {
-    /// The best that this host can run deterministically.
-    #[default]
-    Auto,
-    /// The software CPU: any x86-64 host.
-    Soft,
-}
 
 /// Where guest time comes from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Deserialize)]
@@ -72,7 +63,13 @@ pub struct RunOptions {
     pub memory_mib: Option<u64>,
     /// Engine that executes the guest [default: auto]
     #[arg(long, value_enum)]
-    pub cpu: Option<Engine>,
+    pub cpu: Option<Cpu>,
+    /// What positions count with --cpu kvm [default: auto]
+    #[arg(long, value_enum)]
+    pub positions: Option<Positions>,
+    /// With --cpu kvm: report a guest that lets an input wait longer than this for its next exit [default: 1000]
+    #[arg(long, value_name = "MS")]
+    pub starvation_ms: Option<u64>,
     /// Guest time [default: host; virtual is implied by --stop-at and --digest-at]
     #[arg(long, value_enum)]
     pub clock: Option<ClockMode>,
@@ -120,7 +117,9 @@ pub struct Plan {
     /// Guest RAM, bytes.
     pub memory: u64,
     /// Engine.
-    pub engine: Engine,
+    pub engine: vmm::Engine,
+    /// How long the guest may let an input wait before it is reported.
+    pub starvation: Duration,
     /// Clock, when asked for.
     pub clock: Option<ClockMode>,
     /// Network, if any.
@@ -129,6 +128,7 @@ pub struct Plan {
     pub disks: Vec<Disk>,
 }
 
+const STARVATION_MS_DEFAULT: u64 = 1000;
 const MEMORY_MIB_DEFAULT: u64 = 256;
 /// Locally administered; "vmft" in ASCII and a number.
 const MAC_DEFAULT: [u8; 6] = [0x02, 0x76, 0x6d, 0x66, 0x74, 0x01];
@@ -167,7 +167,8 @@ impl RunOptions {
             initrd: o.initrd.or(images.initrd),
             cmdline,
             memory: memory_mib << 20,
-            engine: o.cpu.unwrap_or_default(),
+            engine: engine::choose(o.cpu.unwrap_or_default(), o.positions.unwrap_or_default())?,
+            starvation: Duration::from_millis(o.starvation_ms.unwrap_or(STARVATION_MS_DEFAULT)),
             clock: o.clock,
             net: o.tap.map(|tap| check_tap(tap, mac.unwrap_or(MAC_DEFAULT))).transpose()?,
             disks: o.disks.iter().map(|d| d.parse()).collect::<Result<_, _>>()?,
@@ -184,6 +185,8 @@ impl RunOptions {
             cmdline: self.cmdline.or(file.cmdline),
             memory_mib: self.memory_mib.or(file.memory_mib),
             cpu: self.cpu.or(file.cpu),
+            positions: self.positions.or(file.positions),
+            starvation_ms: self.starvation_ms.or(file.starvation_ms),
             clock: self.clock.or(file.clock),
             tap: self.tap.or(file.tap),
             mac: self.mac.or(file.mac),

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Args;
-use entry::{End, Position};
+use entry::{End, Position, PositionUnit};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::{Handle, Signals};
 use vmm::guest_loop::Turn;
@@ -184,7 +184,10 @@ impl<'a> Session<'a> {
         images: Vec<Image>,
     ) -> Result<Session<'a>, Error> {
         let inbox = Inbox::new(machine.kicker(), INBOX_CAPACITY);
-        let inlet = Inlet::new(inbox, clock, machine.time_ns(), 0)?;
+        let mut inlet = Inlet::new(inbox, clock, machine.time_ns(), 0)?;
+        if plan.engine.unit() == PositionUnit::SynchronousExits {
+            inlet.watch_for_starvation(plan.starvation);
+        }
         let mut host =
             Host { inlet, outlet: Outlet::new(ConsoleOut::Printer(Printer::new(options.until.clone()))) };
         attach(&mut host, plan, images)?;
@@ -201,7 +204,7 @@ impl<'a> Session<'a> {
         let digests: BTreeSet<u64> =
             options.digest_at.iter().copied().filter(|count| *count >= from).collect();
         let stops = Stops { digests: digests.into_iter().map(Position::exact).collect(), pause: None };
-        let live = Live::new(host, vmm::Engine::Soft.unit(), stops);
+        let live = Live::new(host, plan.engine.unit(), stops);
         Ok(Session { options, live, terminal, signals })
     }
 
@@ -224,7 +227,7 @@ impl<'a> Session<'a> {
             summary.write(path)?;
         }
         match ended? {
-            Some(End::TripleFault) => Err(Error::GuestCrash { instructions: guest.machine.position().count }),
+            Some(End::TripleFault) => Err(Error::GuestCrash { position: guest.machine.position().count }),
             _ => Ok(()),
         }
     }
@@ -282,12 +285,13 @@ fn drive<S: FromHost>(guest: &mut GuestLoop<S>, options: &Options) -> Result<Opt
 fn run_to_pause<S: FromHost>(guest: &mut GuestLoop<S>) -> Result<Turn, Error> {
     loop {
         match guest.turn()? {
-            Turn::Again => {
+            Turn::Again if guest.machine.unit() == PositionUnit::Instructions => {
                 let count = guest.machine.position().count;
                 if let ConsoleOut::Printer(printer) = guest.source.live().outside().outlet.console() {
                     printer.show_progress(count);
                 }
             }
+            Turn::Again => {}
             turn => return Ok(turn),
         }
     }

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::path::Path;
 use std::time::Duration;
 
+use entry::PositionUnit;
 use serde::Serialize;
 use vmm::Machine;
 
@@ -14,7 +15,9 @@ use crate::outside::Traffic;
 /// Figures of one run.
 #[derive(Clone, Debug, Serialize)]
 pub struct Summary {
-    /// Instructions retired in this run.
+    /// What positions count: instructions, exits or steps.
+    pub unit: &'static str,
+    /// How many of them in this run.
     pub instructions: u64,
     /// Position at the end.
     pub position: u64,
@@ -26,7 +29,7 @@ pub struct Summary {
     pub guest_s: f64,
     /// Guest time that was skipped because the guest was idle, s.
     pub idle_s: f64,
-    /// Million instructions a second while the guest was not idle.
+    /// Millions of them a second while the guest was not idle.
     pub mips: f64,
     /// Port accesses.
     pub pio: u64,
@@ -42,6 +45,10 @@ pub struct Summary {
     pub frames_sent: u64,
     /// Frames that the host's network did not take.
     pub frames_dropped: u64,
+    /// Times that an input waited too long for an exit of the guest.
+    pub starved: u64,
+    /// The longest such wait, s.
+    pub starved_longest_s: f64,
 }
 
 impl Summary {
@@ -52,6 +59,7 @@ impl Summary {
         let instructions = position - from;
         let busy = wall.saturating_sub(traffic.slept).as_secs_f64();
         Summary {
+            unit: unit_name(machine.unit()),
             instructions,
             position,
             wall_s: wall.as_secs_f64(),
@@ -66,6 +74,8 @@ impl Summary {
             kicks: counts.kicks,
             frames_sent: traffic.frames_sent,
             frames_dropped: traffic.frames_dropped,
+            starved: traffic.starved.times,
+            starved_longest_s: traffic.starved.longest.as_secs_f64(),
         }
     }
 }
@@ -86,17 +96,33 @@ impl fmt::Display for Summary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "{} instructions in {:.3} s ({:.3} s of it asleep): {:.1} MIPS; guest time {:.3} s, {:.3} s of it idle",
-            self.instructions, self.wall_s, self.slept_s, self.mips, self.guest_s, self.idle_s
+            "{} {} in {:.3} s ({:.3} s of it asleep): {:.3} million/s; guest time {:.3} s, {:.3} s of it idle",
+            self.instructions, self.unit, self.wall_s, self.slept_s, self.mips, self.guest_s, self.idle_s
         )?;
         writeln!(
             f,
             "exits: {} port, {} memory, {} halt, {} kick; {} interrupts; {} frames sent",
             self.pio, self.mmio, self.halts, self.kicks, self.interrupts, self.frames_sent
         )?;
+        if self.starved > 0 {
+            writeln!(
+                f,
+                "{} times an input waited for an exit of the guest, {:.1} s at most: it runs long without one",
+                self.starved, self.starved_longest_s
+            )?;
+        }
         if self.frames_dropped > 0 {
             writeln!(f, "{} frames were dropped: the host's network did not take them", self.frames_dropped)?;
         }
         Ok(())
+    }
+}
+
+fn unit_name(unit: PositionUnit) -> &'static str {
+    match unit {
+        PositionUnit::Instructions => "instructions",
+        PositionUnit::SynchronousExits => "exits",
+        PositionUnit::Branches => "branches",
+        PositionUnit::Steps => "steps",
     }
 }

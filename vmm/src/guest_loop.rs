@@ -55,8 +55,17 @@ impl<S: Source> GuestLoop<S> {
         match self.source.next(&self.machine).map_err(LoopError::Source)? {
             Next::Apply(input) => self.machine.apply(input),
             Next::Run { until } => {
-                let stop = self.machine.run(until)?;
-                return self.stopped(stop);
+                return loop {
+                    match self.machine.run(until)? {
+                        Stop::Between => {
+                            self.tell()?;
+                            if !self.source.between(self.machine.position()).map_err(LoopError::Source)? {
+                                break Ok(Turn::Paused);
+                            }
+                        }
+                        stop => break self.stopped(stop),
+                    }
+                };
             }
             Next::Digest => self.digest()?,
             Next::Pause => return Ok(Turn::Paused),
@@ -70,7 +79,7 @@ impl<S: Source> GuestLoop<S> {
         self.tell()?;
         let at = self.machine.position();
         match stop {
-            Stop::Reached | Stop::Kicked | Stop::Halted | Stop::Outputs => {}
+            Stop::Reached | Stop::Kicked | Stop::Between | Stop::Halted | Stop::Outputs => {}
             Stop::Question(mut question) => loop {
                 let Some(answer) = self.source.answer(at, &question).map_err(LoopError::Source)? else {
                     return Ok(Turn::Paused);
@@ -103,6 +112,10 @@ impl<S: Source> GuestLoop<S> {
     /// Tells the source what left the machine.
     fn tell(&mut self) -> Result<(), LoopError<S::Error>> {
         let at = self.machine.position();
+        let exits = self.machine.take_exits();
+        if !exits.is_empty() {
+            self.source.exits(at, &exits).map_err(LoopError::Source)?;
+        }
         for request in self.machine.take_disk_requests() {
             self.source.disk(at, request).map_err(LoopError::Source)?;
         }

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use entry::{Answer, Digest, DiskRequest, End, Input, Output, Position, Question};
+use entry::{Answer, Digest, DiskRequest, End, Input, Output, Position, PositionUnit, Question};
 use serde::{Deserialize, Serialize};
 
 use crate::boot::{BootError, BootPlan};
@@ -49,6 +49,9 @@ pub enum Stop {
     Reached,
     /// Somebody kicked.
     Kicked,
+    /// Somebody kicked where the engine has no position: nothing may be done but to run on. [`Stop::Kicked`] follows at
+    /// the next.
+    Between,
     /// The guest waits for an interrupt. Running it again moves guest time to the next deadline, if there is one.
     Halted,
     /// There are outputs or disk requests to take.
@@ -115,6 +118,8 @@ pub struct Machine {
     unfinished: Option<u64>,
     /// The last run stopped at a HLT, and its caller knows.
     halted: bool,
+    /// The last run stopped where there is no position.
+    between: bool,
     counts: Counts,
 }
 
@@ -140,6 +145,7 @@ impl Machine {
             effects: Effects::default(),
             unfinished: None,
             halted: false,
+            between: false,
             counts: Counts::default(),
         })
     }
@@ -151,6 +157,11 @@ impl Machine {
             config: self.config.clone(),
             boot: self.plan.digest(),
         }
+    }
+
+    /// What positions count.
+    pub fn unit(&self) -> PositionUnit {
+        self.config.engine.unit()
     }
 
     /// Where the guest is.
@@ -171,6 +182,16 @@ impl Machine {
     /// The last run stopped at a HLT and nothing was run since.
     pub fn is_halted(&self) -> bool {
         self.halted
+    }
+
+    /// The last run stopped between two positions: the state is that of none.
+    pub fn is_between(&self) -> bool {
+        self.between
+    }
+
+    /// A check word for each synchronous exit since the last call, where those are positions.
+    pub fn take_exits(&mut self) -> Vec<u16> {
+        self.vcpu.take_exits()
     }
 
     /// What happened so far.
@@ -208,6 +229,7 @@ impl Machine {
     }
 
     fn run_guest(&mut self, until: Option<Position>) -> Result<Stop, MachineError> {
+        self.between = false;
         let mut halt_is_known = std::mem::take(&mut self.halted);
         loop {
             self.fire_timers();
@@ -221,6 +243,10 @@ impl Machine {
                 Exit::Kicked => {
                     self.counts.kicks += 1;
                     return Ok(Stop::Kicked);
+                }
+                Exit::Between => {
+                    self.between = true;
+                    return Ok(Stop::Between);
                 }
                 Exit::InterruptWindow => {
                     self.counts.interrupts += 1;
@@ -436,7 +462,7 @@ impl Machine {
     ///
     /// To be called at a whole boundary: not while a question waits.
     pub fn digest(&mut self) -> Result<StateDigest, MachineError> {
-        self.vcpu.report_written(&mut self.ram);
+        self.vcpu.report_written(&mut self.ram)?;
         let ram = self.ram.digest();
         self.digest_with(ram)
     }

@@ -186,6 +186,11 @@ impl Ram {
         self.hashes.len() as u32
     }
 
+    /// Where it lies in this process, to tell one RAM from another.
+    pub fn host_address(&self) -> usize {
+        self.mapping.as_ptr() as usize
+    }
+
     /// For devices and loaders: writes through it are noted.
     pub fn memory(&self) -> &GuestMemory {
         &self.memory

@@ -1,12 +1,22 @@
 //! Recording: a live source that appends everything to the log before it takes effect.
 
+use entry::codec::EXITS_MAX;
 use entry::log::{DiskStatus, EndReason, Entry, LoggedAnswer, LoggedInput, LoggedOutput, OutputTo, Record};
-use entry::{Answer, Digest, DiskRequest, DiskResult, End, Input, Output, Position, Question};
+use entry::{Answer, Digest, DiskRequest, DiskResult, End, Input, Output, Position, PositionUnit, Question};
 use xxhash_rust::xxh3::xxh3_128;
 
 use crate::guest_loop::LoopError;
 use crate::machine::{Machine, StateDigest};
 use crate::source::{After, Live, Next, Outside, Source};
+
+/// How much of an instruction count each unit of positions stands for, about.
+const fn instructions_per(unit: PositionUnit) -> u64 {
+    match unit {
+        PositionUnit::Instructions => 1,
+        PositionUnit::Branches => 5,
+        PositionUnit::SynchronousExits | PositionUnit::Steps => 1000,
+    }
+}
 
 /// How often the log says how far the machine is, and in which state.
 #[derive(Clone, Copy, Debug)]
@@ -51,12 +61,25 @@ pub struct Recorder<O, L> {
     next_mark_ns: u64,
     /// The digest under way is the log's own: nobody outside asked for it.
     own_digest: bool,
+    /// Check words of exits that are not in the log yet, and the position of the last.
+    exits: Vec<u16>,
+    exits_at: Position,
 }
 
 impl<O: Outside, L: Log<Error = O::Error>> Recorder<O, L> {
     /// Records what `live` does.
     pub fn new(live: Live<O>, log: L, pace: Pace) -> Recorder<O, L> {
-        Recorder { live, log, pace, next_digest: 0, next_digest_ns: 0, next_mark_ns: 0, own_digest: false }
+        Recorder {
+            live,
+            log,
+            pace,
+            next_digest: 0,
+            next_digest_ns: 0,
+            next_mark_ns: 0,
+            own_digest: false,
+            exits: Vec::new(),
+            exits_at: Position::default(),
+        }
     }
 
     /// The source whose inputs are recorded.
@@ -80,14 +103,29 @@ impl<O: Outside, L: Log<Error = O::Error>> Recorder<O, L> {
     /// The log's.
     pub fn stop(&mut self, machine: &mut Machine) -> Result<(), LoopError<O::Error>> {
         let at = machine.position();
+        let end = Entry::End(EndReason::Stopped);
+        if machine.is_between() {
+            return self.append(at, end).map_err(LoopError::Source);
+        }
         let state = logged_state(&machine.digest()?);
-        let last =
-            [Entry::Mark { time_ns: machine.time_ns() }, Entry::End(EndReason::Stopped), Entry::State(state)];
+        let last = [Entry::Mark { time_ns: machine.time_ns() }, end, Entry::State(state)];
         last.into_iter().try_for_each(|entry| self.append(at, entry)).map_err(LoopError::Source)
     }
 
     fn append(&mut self, position: Position, entry: Entry) -> Result<(), O::Error> {
+        self.append_exits()?;
         self.log.append(&Record { position, entry })
+    }
+}
+
+impl<O: Outside, L: Log<Error = O::Error>> Recorder<O, L> {
+    /// Logs the exits that are not in the log yet.
+    fn append_exits(&mut self) -> Result<(), O::Error> {
+        if self.exits.is_empty() {
+            return Ok(());
+        }
+        let entry = Entry::Exits(std::mem::take(&mut self.exits));
+        self.log.append(&Record { position: self.exits_at, entry })
     }
 }
 
@@ -105,7 +143,7 @@ impl<O: Outside, L: Log<Error = O::Error>> Source for Recorder<O, L> {
             self.append(at, Entry::Mark { time_ns })?;
         }
         if digest {
-            self.next_digest = at.count + self.pace.digest_instructions;
+            self.next_digest = at.count + self.pace.digest_instructions / instructions_per(self.live.unit());
             self.next_digest_ns = time_ns.saturating_add(self.pace.digest_ns);
             self.own_digest = true;
             return Ok(Next::Digest);
@@ -121,6 +159,22 @@ impl<O: Outside, L: Log<Error = O::Error>> Source for Recorder<O, L> {
             }
             next => Ok(next),
         }
+    }
+
+    fn between(&mut self, at: Position) -> Result<bool, O::Error> {
+        self.live.between(at)
+    }
+
+    fn exits(&mut self, at: Position, checks: &[u16]) -> Result<(), O::Error> {
+        let first = at.count - checks.len() as u64;
+        for (n, check) in (1..).zip(checks) {
+            self.exits.push(*check);
+            self.exits_at = Position::exact(first + n);
+            if self.exits.len() == EXITS_MAX {
+                self.append_exits()?;
+            }
+        }
+        Ok(())
     }
 
     fn answer(&mut self, at: Position, question: &Question) -> Result<Option<Answer>, O::Error> {

@@ -87,6 +87,10 @@ pub enum Difference {
     Past,
     #[error("the guest waits for ever, but the log goes on")]
     Stuck,
+    #[error("an exit of the guest differs: its check word is {here:#06x}, the log has {logged:#06x}")]
+    Exit { logged: u16, here: u16 },
+    #[error("the guest leaves where the log has no exit")]
+    ExtraExit,
     #[error("the log has a record that replay cannot apply")]
     Unsupported,
 }
@@ -123,6 +127,8 @@ pub struct Replayer<L, D> {
     ended: Option<EndReason>,
     /// Pause here.
     pause: Option<Position>,
+    /// How many check words of the record in front were found equal.
+    exits_equal: usize,
 }
 
 type Failure<L, D> = ReplayError<<L as Records>::Error, <D as Standby>::Error>;
@@ -140,6 +146,7 @@ impl<L: Records, D: Standby> Replayer<L, D> {
             applied: 0,
             ended: None,
             pause: None,
+            exits_equal: 0,
         }
     }
 
@@ -242,6 +249,8 @@ impl<L: Records, D: Standby> Replayer<L, D> {
         let due = front.position;
         let until = match front.entry {
             Entry::Answer(_) => Position::exact(due.count + 1),
+            // Each is compared before the next.
+            Entry::Exits(_) => Position::exact(at.count + 1),
             Entry::Output(_) | Entry::End(EndReason::Guest(_)) if at >= due => Position::exact(due.count + 1),
             _ => due,
         };
@@ -284,12 +293,35 @@ impl<L: Records, D: Standby> Source for Replayer<L, D> {
                     self.ended = Some(EndReason::Stopped);
                     self.advance();
                 }
-                Entry::Interrupt { .. } => return self.diverge(at, Difference::Unsupported),
+                Entry::Interrupt { .. } | Entry::Exits(_) => {
+                    return self.diverge(at, Difference::Unsupported);
+                }
                 Entry::Output(_) | Entry::Answer(_) | Entry::End(EndReason::Guest(_)) => {
                     return Ok(Next::Run { until: Some(self.run_until(at, &front)) });
                 }
             }
         }
+    }
+
+    fn exits(&mut self, at: Position, checks: &[u16]) -> Result<(), Self::Error> {
+        let first = at.count - checks.len() as u64;
+        for (n, &here) in (1..).zip(checks) {
+            let at = Position::exact(first + n);
+            let equal = self.exits_equal;
+            let Some(Record { entry: Entry::Exits(words), .. }) = self.front()? else {
+                return self.diverge(at, Difference::ExtraExit);
+            };
+            let (logged, len) = (words[equal], words.len());
+            if logged != here {
+                return self.diverge(at, Difference::Exit { logged, here });
+            }
+            self.exits_equal += 1;
+            if self.exits_equal == len {
+                self.exits_equal = 0;
+                self.advance();
+            }
+        }
+        Ok(())
     }
 
     fn answer(&mut self, at: Position, question: &Question) -> Result<Option<Answer>, Self::Error> {

@@ -46,6 +46,16 @@ pub trait Source {
     /// while the guest is halted needs an [`Input::Clock`] before it that says how far time has moved there.
     fn next(&mut self, machine: &Machine) -> Result<Next, Self::Error>;
 
+    /// Somebody kicked, and the guest is not at a position: `at` is the last. `false`: pause all the same.
+    fn between(&mut self, _at: Position) -> Result<bool, Self::Error> {
+        Ok(true)
+    }
+
+    /// Check words of the synchronous exits up to `at` since the last call, before all else that is told of them.
+    fn exits(&mut self, _at: Position, _checks: &[u16]) -> Result<(), Self::Error> {
+        Ok(())
+    }
+
     /// The guest asks. `None`: there is no answer here; the question stays, and the loop pauses.
     fn answer(&mut self, at: Position, question: &Question) -> Result<Option<Answer>, Self::Error>;
 
@@ -79,6 +89,12 @@ pub trait Outside {
     /// Sleeps until an input may wait, until [`Outside::time_ns`] is `until_ns`, or for a shorter while.
     fn wait(&mut self, until_ns: Option<u64>) -> Result<(), Self::Error>;
 
+    /// Something waits for the guest's next position, which has not come yet; `at` is the last. Called at each kick, so that
+    /// a guest that starves its inputs is noticed.
+    fn starving(&mut self, _at: Position) -> Result<(), Self::Error> {
+        Ok(())
+    }
+
     /// Answers a question that the guest asks at a position.
     fn answer(&mut self, at: Position, question: &Question) -> Result<Answer, Self::Error>;
 
@@ -95,8 +111,15 @@ pub trait Outside {
 /// How far the time of a busy guest may fall behind the host's clock before it is raised to a tick that is due; twice as
 /// far when none is. A raise costs the log ten bytes, and a tick needs one anyway.
 pub const LAG_MAX_NS: u64 = 5_000_000;
-/// How many instructions a busy guest runs before the host's clock is looked at again.
-pub const INSTRUCTIONS_PER_LOOK: u64 = 250_000;
+/// How far a busy guest runs before the host's clock is looked at again, in each unit of positions.
+const fn per_look(unit: PositionUnit) -> u64 {
+    match unit {
+        PositionUnit::Instructions => 250_000,
+        PositionUnit::Branches => 50_000,
+        PositionUnit::SynchronousExits => 64,
+        PositionUnit::Steps => 64,
+    }
+}
 
 /// Stops and digests asked for, by position, ascending.
 #[derive(Clone, Debug, Default)]
@@ -144,6 +167,11 @@ impl<O: Outside> Live<O> {
         self.stops.pause = at;
     }
 
+    /// What positions count.
+    pub fn unit(&self) -> PositionUnit {
+        self.unit
+    }
+
     /// The outside.
     pub fn outside(&mut self) -> &mut O {
         &mut self.outside
@@ -166,9 +194,8 @@ impl<O: Outside> Live<O> {
 
     /// How far to run a busy guest.
     fn run_until(&self, machine: &Machine) -> Option<Position> {
-        let look = (self.unit == PositionUnit::Instructions)
-            .then(|| Position::exact(machine.position().count + INSTRUCTIONS_PER_LOOK));
-        self.stops.next().into_iter().chain(look).min()
+        let look = Position::exact(machine.position().count + per_look(self.unit));
+        Some(self.stops.next().map_or(look, |stop| stop.min(look)))
     }
 }
 
@@ -214,6 +241,11 @@ impl<O: Outside> Source for Live<O> {
                 return Ok(Next::Run { until: self.run_until(machine) });
             }
         }
+    }
+
+    fn between(&mut self, at: Position) -> Result<bool, O::Error> {
+        self.outside.starving(at)?;
+        Ok(!self.outside.stop_requested())
     }
 
     fn answer(&mut self, at: Position, question: &Question) -> Result<Option<Answer>, O::Error> {

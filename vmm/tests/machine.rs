@@ -22,7 +22,7 @@ fn run_to(machine: &mut Machine, until: Option<Position>) -> (Option<End>, Vec<u
         match stop {
             Stop::Reached => return (None, printed),
             Stop::End(end) => return (Some(end), printed),
-            Stop::Kicked | Stop::Halted | Stop::Outputs => {}
+            Stop::Kicked | Stop::Between | Stop::Halted | Stop::Outputs => {}
             Stop::Question(question) => panic!("{question:?}"),
         }
     }
@@ -168,7 +168,8 @@ fn a_reset_boots_again_and_time_goes_on() {
     assert_eq!(machine.position(), at);
     assert_eq!(run_to(&mut machine, None).0, Some(End::PowerOff));
     assert!(machine.position() > at && machine.time_ns() == machine.position().count);
-    let vmft_vmm::vcpu::VcpuState::Soft(state) = machine.vcpu_state().unwrap();
+    let state = machine.vcpu_state().unwrap();
+    let state = state.cpu();
     assert_eq!(state.gpr[3], 0, "memory was cleared");
     total(&mut machine);
 }
@@ -188,7 +189,8 @@ fn nobody_answers_with_ones_and_a_triple_fault_ends_the_run() {
     });
     let mut machine = machine_of(&code, Vec::new());
     assert_eq!(run_to(&mut machine, None).0, Some(End::TripleFault));
-    let vmft_vmm::vcpu::VcpuState::Soft(state) = machine.vcpu_state().unwrap();
+    let state = machine.vcpu_state().unwrap();
+    let state = state.cpu();
     assert_eq!((state.gpr[8], state.gpr[9], state.gpr[10]), (0xffff_ffff, u64::MAX, 0xffff));
 }
 

@@ -15,7 +15,6 @@ use vmft_vmm::narrow::{Narrowed, Pieces, Reached, Replay, narrow};
 use vmft_vmm::record::{Pace, Recorder};
 use vmft_vmm::replay::ReplayError;
 use vmft_vmm::source::{Live, Stops};
-use vmft_vmm::vcpu::VcpuState;
 
 use guest::machine;
 use guest::world::{Kept, NoDisk, Played, World, replay};
@@ -127,7 +126,8 @@ fn registers_are_named() {
     let (when, rip) = (3_000_000..)
         .find_map(|at| {
             replay.run_to(Position::exact(at)).unwrap();
-            let VcpuState::Soft(cpu) = replay.machine().vcpu_state().unwrap();
+            let state = replay.machine().vcpu_state().unwrap();
+            let cpu = state.cpu();
             let rip = cpu.rip as usize;
             let code = &replay.machine().ram().page((rip / 4096) as u32)[rip % 4096..];
             code.starts_with(&[0x48, 0x01, 0xf9]).then_some((at, rip))

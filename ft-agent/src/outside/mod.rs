@@ -2,6 +2,7 @@
 
 pub mod console;
 pub mod disk;
+mod starvation;
 pub mod tap;
 pub mod terminal;
 
@@ -23,6 +24,7 @@ use crate::options::ClockMode;
 use crate::pair::Readers;
 use console::Printer;
 use disk::{Disk, Image};
+use starvation::{Starvation, Starved};
 use tap::Tap;
 
 /// The longest frame that a tap gives: 64 KiB.
@@ -39,6 +41,8 @@ pub struct Traffic {
     pub frames_dropped: u64,
     /// Time slept while the guest was idle.
     pub slept: Duration,
+    /// Inputs that waited too long for an exit of the guest.
+    pub starved: Starved,
 }
 
 /// The first failure of a device thread: the run ends with it.
@@ -53,6 +57,7 @@ pub struct Inlet {
     entropy: Entropy,
     failure: Failure,
     slept: Duration,
+    starvation: Option<Starvation>,
 }
 
 /// Guest time as the host's clock has it.
@@ -103,7 +108,8 @@ impl Inlet {
             ClockMode::Virtual => (None, Entropy::Fixed),
         };
         let (disks, failure) = Default::default();
-        Ok(Inlet { inbox, sender, disks, clock, entropy, failure, slept: Duration::ZERO })
+        let (slept, starvation) = (Duration::ZERO, None);
+        Ok(Inlet { inbox, sender, disks, clock, entropy, failure, slept, starvation })
     }
 
     /// Lets the frames of a tap in, for the network device in `slot`.
@@ -132,6 +138,30 @@ impl Inlet {
     /// The way in for other threads.
     pub fn sender(&self) -> &InboxSender {
         &self.sender
+    }
+
+    /// Notices when inputs wait longer than `limit` for an exit of the guest.
+    pub fn watch_for_starvation(&mut self, limit: Duration) {
+        self.starvation = Some(Starvation::new(limit));
+        let sender = self.sender.clone();
+        // Looks even when nothing else comes: guest time waits for an exit as well.
+        std::thread::spawn(move || {
+            loop {
+                std::thread::sleep(Duration::from_millis(LOOK_MS.into()));
+                sender.nudge();
+            }
+        });
+    }
+
+    /// Something waits for the guest's exit behind `at`.
+    ///
+    /// # Errors
+    /// A device has failed.
+    pub fn starving(&mut self, at: Position) -> Result<(), Error> {
+        if let Some(starvation) = &mut self.starvation {
+            starvation.look(at);
+        }
+        self.check_failure()
     }
 
     /// The next input that waits and that the machine `takes`.
@@ -270,7 +300,8 @@ impl Host {
     /// What was done so far.
     pub fn traffic(&self) -> Traffic {
         let Outlet { frames_sent, frames_dropped, .. } = self.outlet;
-        Traffic { frames_sent, frames_dropped, slept: self.inlet.slept }
+        let starved = self.inlet.starvation.as_ref().map(Starvation::counts).unwrap_or_default();
+        Traffic { frames_sent, frames_dropped, slept: self.inlet.slept, starved }
     }
 }
 
@@ -293,6 +324,10 @@ impl Outside for Host {
     fn wait(&mut self, until_ns: Option<u64>) -> Result<(), Error> {
         self.inlet.wait(until_ns, None);
         Ok(())
+    }
+
+    fn starving(&mut self, at: Position) -> Result<(), Error> {
+        self.inlet.starving(at)
     }
 
     fn answer(&mut self, at: Position, question: &Question) -> Result<Answer, Error> {

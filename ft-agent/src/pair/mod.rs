@@ -62,14 +62,14 @@ fn ended(
     generation: Option<Generation>,
     replica: &replica::Replica,
     exit: Exit,
-    instructions: u64,
+    position: u64,
 ) -> Result<(), Error> {
     replica.finish();
     if let (Some(generation), Exit::Ended(_) | Exit::HandedOver) = (generation, &exit) {
         side.sidecars.write(generation, false)?;
     }
     match (exit, replica.take_failure()) {
-        (Exit::Ended(EndReason::Guest(End::TripleFault)), _) => Err(Error::GuestCrash { instructions }),
+        (Exit::Ended(EndReason::Guest(End::TripleFault)), _) => Err(Error::GuestCrash { position }),
         (Exit::Ended(_) | Exit::HandedOver | Exit::Stopped, _) => Ok(()),
         (Exit::Failed(_), Some(failure)) => Err(failure),
         (exit, _) => Err(Error::Out(exit)),

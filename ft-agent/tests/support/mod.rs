@@ -63,3 +63,12 @@ pub fn image(guest: &str, key: &str) -> PathBuf {
 pub fn digests(errors: &str) -> Vec<String> {
     errors.lines().filter_map(|l| l.trim().strip_prefix("digest ")).map(str::to_owned).collect()
 }
+
+/// Skips the test without `/dev/kvm`. `true`: go on.
+pub fn has_kvm(test: &str) -> bool {
+    let open = std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm");
+    if let Err(e) = &open {
+        skip(test, &format!("needs /dev/kvm: {e}"));
+    }
+    open.is_ok()
+}

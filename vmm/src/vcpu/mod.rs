@@ -1,7 +1,7 @@
 //! The virtual CPU as the machine sees it: a trait of few methods, exits as data.
 //!
 //! An engine executes guest instructions until something must be told, says what it is in an [`Exit`], and calls
-//! nobody. `soft` is the software CPU; an engine on `/dev/kvm` goes beside it and implements the same trait.
+//! nobody. `soft` is the software CPU, `kvm` the host's own behind `/dev/kvm`.
 
 use std::sync::Arc;
 
@@ -12,11 +12,14 @@ use soft_cpu::CpuState;
 use crate::machine::digest_of;
 use crate::ram::Ram;
 
+mod kvm;
 pub mod landing;
 pub mod simulated;
 mod soft;
 
+pub use kvm::{KvmState, KvmVcpu, Positions};
 pub use soft::SoftVcpu;
+use soft::start_state;
 
 /// Why the guest stopped. Sizes are in bytes, values are zero-extended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,6 +29,9 @@ pub enum Exit {
     /// A [`Kick`] came. The position is a whole boundary at which an input may be applied: an instruction has retired
     /// since the last fault or interrupt was delivered, so that the position was not reached before.
     Kicked,
+    /// A [`Kick`] came where this engine has no position: nothing may be done to the machine but to run it on. The
+    /// next position will be [`Exit::Kicked`].
+    Between,
     /// [`Limit::interrupt_window`] was set and the guest takes interrupts now: [`Vcpu::inject`] is allowed.
     InterruptWindow,
     /// The guest waits for an interrupt. A halted guest that is run again says so again at once.
@@ -95,6 +101,8 @@ pub struct Start {
 pub enum VcpuState {
     /// Of the software CPU.
     Soft(Box<CpuState>),
+    /// Of the engine on KVM.
+    Kvm(Box<KvmState>),
 }
 
 /// Names of the general registers, in their encoding's order.
@@ -104,9 +112,17 @@ const GENERAL: [&str; 16] = [
 ];
 
 impl VcpuState {
+    /// The registers. `retired` is the position's count, and engines without a TLB of their own leave it empty.
+    pub fn cpu(&self) -> &CpuState {
+        match self {
+            VcpuState::Soft(cpu) => cpu,
+            VcpuState::Kvm(kvm) => &kvm.cpu,
+        }
+    }
+
     /// Registers by name, to say what differs between two states. What is too large to show is a digest of it.
     pub fn registers(&self) -> Vec<(&'static str, u128)> {
-        let VcpuState::Soft(cpu) = self;
+        let cpu = self.cpu();
         let sys = &cpu.sys;
         let mut registers: Vec<_> = GENERAL.into_iter().zip(cpu.gpr.map(u128::from)).collect();
         registers.extend([
@@ -129,6 +145,10 @@ impl VcpuState {
             ("halted", cpu.halted.into()),
             ("interrupt", cpu.interrupt.map_or(u128::MAX, u128::from)),
         ]);
+        if let VcpuState::Kvm(kvm) = self {
+            registers.push(("host", kvm.host.into()));
+            registers.extend([("interrupts since", kvm.within.into()), ("trace", kvm.trace.into())]);
+        }
         registers
     }
 
@@ -158,6 +178,49 @@ pub enum VcpuError {
     /// Landing by a counter failed for another reason.
     #[error(transparent)]
     Landing(#[from] landing::LandingError),
+    /// A call of KVM failed; the host's kernel log may say more.
+    #[error("KVM: {what}: {source}")]
+    Kvm {
+        /// Which call.
+        what: &'static str,
+        /// The host's error.
+        source: kvm_ioctls::Error,
+    },
+    /// The host's KVM cannot do what the engine needs; use the soft engine.
+    #[error("this host's KVM has not what the engine needs: {0}")]
+    KvmLacks(&'static str),
+    /// The host's CPU is too old; use the soft engine.
+    #[error("the host's CPU lacks features of CPUID {place}: {missing:#x}")]
+    CpuLacks {
+        /// Leaf and register.
+        place: &'static str,
+        /// The bits.
+        missing: u32,
+    },
+    /// The state was saved on a host with another CPU model or KVM; go on with it on an equal one.
+    #[error("the vCPU was saved on a host whose CPU or KVM differs")]
+    OtherCpu,
+    /// KVM cannot execute an instruction of this guest; use the soft engine, or a host that does not emulate ring 0.
+    #[error("KVM cannot execute the instruction at {rip:#x} (suberror {suberror}): {bytes:02x?}")]
+    CannotExecute {
+        /// Where.
+        rip: u64,
+        /// KVM's reason.
+        suberror: u32,
+        /// The instruction, if KVM says it.
+        bytes: Vec<u8>,
+    },
+    /// KVM returned for a reason that this engine does not know.
+    #[error("KVM stopped at {rip:#x} for the unknown reason {reason}")]
+    UnknownExit {
+        /// Where.
+        rip: u64,
+        /// KVM_EXIT_*.
+        reason: u32,
+    },
+    /// The guest debugs itself and is in the middle of an exception; save a little later.
+    #[error("exception {0} is on its way: this is no boundary to save the vCPU at")]
+    ExceptionPending(u8),
 }
 
 /// Makes a running vCPU return [`Exit::Kicked`], from any thread.
@@ -194,29 +257,59 @@ pub trait Vcpu: Send {
     fn kicker(&self) -> Arc<dyn Kick>;
 
     /// Reports all pages that the guest wrote since the last call by [`Ram::note_written`].
-    fn report_written(&mut self, ram: &mut Ram);
+    fn report_written(&mut self, ram: &mut Ram) -> Result<(), VcpuError>;
+
+    /// A check word for each synchronous exit since the last call, where exits are positions: equal for equal guests.
+    fn take_exits(&mut self) -> Vec<u16> {
+        Vec::new()
+    }
 }
 
 /// An engine, chosen at run time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum Engine {
     /// The software CPU.
     Soft,
+    /// The host's CPU behind KVM; positions are synchronous exits.
+    KvmSync,
+    /// The same, a position an instruction: for tests, thousands of times slower.
+    KvmStep,
 }
 
 impl Engine {
+    /// All of them.
+    pub const ALL: [Engine; 3] = [Engine::Soft, Engine::KvmSync, Engine::KvmStep];
+
+    /// Its name in identities.
+    pub fn name(self) -> &'static str {
+        match self {
+            Engine::Soft => "soft",
+            Engine::KvmSync => "kvm-sync",
+            Engine::KvmStep => "kvm-step",
+        }
+    }
+
+    /// The engine of a name.
+    pub fn named(name: &str) -> Option<Engine> {
+        Engine::ALL.into_iter().find(|engine| engine.name() == name)
+    }
+
     /// What the engine counts.
     pub fn unit(self) -> PositionUnit {
         match self {
             Engine::Soft => PositionUnit::Instructions,
+            Engine::KvmSync => PositionUnit::SynchronousExits,
+            Engine::KvmStep => PositionUnit::Steps,
         }
     }
 
-    /// Makes a vCPU for that much RAM.
+    /// Makes a vCPU for that RAM.
     pub fn vcpu(self, ram: &Ram) -> Result<Box<dyn Vcpu>, VcpuError> {
         match self {
             Engine::Soft => Ok(Box::new(SoftVcpu::new(ram.len()))),
+            Engine::KvmSync => Ok(Box::new(KvmVcpu::new(ram, Positions::Exits)?)),
+            Engine::KvmStep => Ok(Box::new(KvmVcpu::new(ram, Positions::Steps)?)),
         }
     }
 }

@@ -109,7 +109,7 @@ impl Vcpu for SoftVcpu {
     }
 
     fn restore(&mut self, state: &VcpuState) -> Result<(), VcpuError> {
-        let VcpuState::Soft(state) = state;
+        let VcpuState::Soft(state) = state else { return Err(VcpuError::OtherEngine("soft")) };
         self.cpu.restore(state);
         Ok(())
     }
@@ -123,8 +123,9 @@ impl Vcpu for SoftVcpu {
         Arc::new(SoftKick(self.kick.clone()))
     }
 
-    fn report_written(&mut self, ram: &mut Ram) {
+    fn report_written(&mut self, ram: &mut Ram) -> Result<(), VcpuError> {
         self.cpu.take_written(|page| ram.note_written(page));
+        Ok(())
     }
 }
 
@@ -145,7 +146,7 @@ impl From<SoftExit> for Exit {
 }
 
 /// Registers at the 64-bit entry (Documentation/x86/boot.rst, "64-bit Boot Protocol").
-fn start_state(start: &Start, retired: u64) -> CpuState {
+pub fn start_state(start: &Start, retired: u64) -> CpuState {
     // Access rights as in SDM 3C table 24-2: present, DPL 0, accessed; code is 64-bit, data 32-bit; 4 KiB units.
     let code = Segment { selector: 0x10, attr: 0xa09b, limit: u32::MAX, base: 0 };
     let data = Segment { selector: 0x18, attr: 0xc093, limit: u32::MAX, base: 0 };

@@ -47,7 +47,7 @@ pub fn out(a: &mut CodeAssembler, port: u32, value: u32) -> Result<(), IcedError
 }
 
 /// Ticks in r15, a hash of typed bytes in r14, a running sum in rcx that is written over 64 KiB of memory.
-fn main_loop(a: &mut CodeAssembler) -> Result<(), IcedError> {
+fn main_loop(a: &mut CodeAssembler, work: u32, ticks: u32) -> Result<(), IcedError> {
     a.mov(rsp, 0x30_0000u64)?;
     a.mov(rax, IDTR)?;
     a.lidt(qword_ptr(rax))?;
@@ -74,19 +74,19 @@ fn main_loop(a: &mut CodeAssembler) -> Result<(), IcedError> {
     a.xor(ecx, ecx)?;
     a.xor(ebx, ebx)?;
     a.sti()?;
-    let (mut round, mut work, mut end) = (a.create_label(), a.create_label(), a.create_label());
+    let (mut round, mut again, mut end) = (a.create_label(), a.create_label(), a.create_label());
     a.set_label(&mut round)?;
-    a.mov(edi, 70_000)?;
-    a.set_label(&mut work)?;
+    a.mov(edi, work)?;
+    a.set_label(&mut again)?;
     a.add(rcx, rdi)?;
     a.rol(rcx, 7)?;
     a.inc(ebx)?;
     a.and(ebx, 0x1fff)?;
     a.mov(qword_ptr(0x28_0000 + rbx * 8), rcx)?;
     a.dec(edi)?;
-    a.jnz(work)?;
+    a.jnz(again)?;
     a.hlt()?;
-    a.cmp(r15d, TICKS)?;
+    a.cmp(r15d, ticks)?;
     a.jae(end)?;
     a.jmp(round)?;
     a.set_label(&mut end)?;
@@ -138,12 +138,17 @@ fn typed(a: &mut CodeAssembler) -> Result<(), IcedError> {
 
 /// The guest's image.
 pub fn image() -> Vec<u8> {
+    image_of(70_000, TICKS)
+}
+
+/// The same with so many rounds of work between two halts, and so many ticks.
+pub fn image_of(work: u32, ticks: u32) -> Vec<u8> {
     let mut image = vec![0; 0x2000];
     let mut put = |at: u64, bytes: &[u8], end: u64| {
         assert!(at + bytes.len() as u64 <= end);
         image[(at - BASE) as usize..][..bytes.len()].copy_from_slice(bytes);
     };
-    put(BASE, &assemble(BASE, main_loop), TICK);
+    put(BASE, &assemble(BASE, |a| main_loop(a, work, ticks)), TICK);
     put(TICK, &assemble(TICK, tick), TYPED);
     put(TYPED, &assemble(TYPED, typed), IDTR);
     put(IDTR, &[&0xfffu16.to_le_bytes()[..], &IDT.to_le_bytes()].concat(), IDT);
@@ -168,7 +173,11 @@ pub fn total(machine: &mut Machine) -> Digest {
 }
 
 pub fn machine_of(image: &[u8], slots: Vec<Slot>) -> Machine {
-    let config = MachineConfig { engine: Engine::Soft, memory_bytes: 16 << 20, epoch_s: 0, slots };
+    machine_on(Engine::Soft, image, slots)
+}
+
+pub fn machine_on(engine: Engine, image: &[u8], slots: Vec<Slot>) -> Machine {
+    let config = MachineConfig { engine, memory_bytes: 16 << 20, epoch_s: 0, slots };
     let kernel = BootFile { name: "test guest".into(), bytes: elf(image).into() };
     let files = BootFiles { kernel, initrd: None, command_line: String::new(), seed: None };
     let plan = BootPlan::new(&files, &config).unwrap();

@@ -86,7 +86,7 @@ impl Vcpu for SimulatedVcpu {
         self.host.kicker()
     }
 
-    fn report_written(&mut self, ram: &mut Ram) {
-        self.host.soft.report_written(ram);
+    fn report_written(&mut self, ram: &mut Ram) -> Result<(), VcpuError> {
+        self.host.soft.report_written(ram)
     }
 }

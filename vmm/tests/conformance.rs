@@ -1,0 +1,156 @@
+//! The suite that every engine passes: the same programs make the same exits, registers and memory.
+
+mod vcpu;
+
+use entry::{Position, PositionUnit};
+use vmft_vmm::Engine;
+use vmft_vmm::vcpu::Exit;
+
+use vcpu::programs::{Program, all};
+use vcpu::{Guest, has_kvm, normal, skip};
+
+/// A KVM that emulates ring 0 opens the interrupt window there at some later boundary, which the host's own interrupts decide.
+fn can_run(engine: Engine, program: &Program) -> bool {
+    let emulates = std::path::Path::new("/sys/module/kvm_pvm").exists();
+    let can = engine == Engine::Soft || program.interrupts.is_empty() || !emulates;
+    if !can {
+        skip(
+            program.name,
+            "on KVM: needs one that does not emulate ring 0 (interrupt windows, flags that are pushed)",
+        );
+    }
+    can
+}
+
+/// The software CPU is what the others are compared with.
+fn conforms(engine: Engine) {
+    // The handler of a fault is no place for a trap flag: single steps are not for programs that fault.
+    let fit = |program: &Program| !(engine == Engine::KvmStep && program.faults);
+    for program in all().into_iter().filter(|program| fit(program) && can_run(engine, program)) {
+        let (mut expected, mut guest) = (Guest::new(Engine::Soft, &program), Guest::new(engine, &program));
+        assert!(expected.run(None) && guest.run(None), "{}", program.name);
+        let names = expected.seen.iter().zip(&guest.seen).enumerate();
+        for (n, (expected, seen)) in names {
+            assert_eq!(
+                (seen.exit, seen.answer),
+                (expected.exit, expected.answer),
+                "{engine:?}, {}: {n}",
+                program.name
+            );
+            // Between the iterations of a string instruction, registers are the engine's own.
+            let both = [seen, expected].iter().all(|s| s.registers != [0; 18]);
+            if both && !program.repeats {
+                assert_eq!(seen.registers, expected.registers, "{engine:?}, {}: exit {n}", program.name);
+            }
+        }
+        assert_eq!(guest.seen.len(), expected.seen.len(), "{engine:?}, {}", program.name);
+        if guest.seen.last().is_none_or(|s| s.exit != Exit::Shutdown) {
+            assert_eq!(guest.cpu(), expected.cpu(), "{engine:?}, {}", program.name);
+        }
+        assert_eq!(guest.ram_digest(), expected.ram_digest(), "{engine:?}, {}: RAM", program.name);
+    }
+}
+
+/// Stopped at each position on the way, saved, and gone on with in a fresh vCPU, a guest ends as it would have.
+fn survives_saving(engine: Engine) {
+    for program in all().into_iter().filter(|program| can_run(engine, program)) {
+        let mut straight = Guest::new(engine, &program);
+        straight.run(None);
+        let ends = straight.vcpu.position();
+        let mut guest = Guest::new(engine, &program);
+        for count in 1..=ends.count {
+            if guest.run(Some(Position::exact(count))) {
+                break;
+            }
+            assert_eq!(guest.vcpu.position(), Position::exact(count), "{}", program.name);
+            let state = guest.vcpu.save().unwrap();
+            guest.ram_digest();
+            // A CPU of its own around the same memory.
+            guest.vcpu = engine.vcpu(&guest.ram).unwrap();
+            guest.vcpu.restore(&state).unwrap();
+            let again = guest.vcpu.save().unwrap();
+            assert_eq!(again.differences(&state), [""; 0], "{engine:?}, {} at {count}", program.name);
+        }
+        guest.run(None);
+        assert_eq!(guest.seen, straight.seen, "{engine:?}, {}", program.name);
+        assert_eq!(guest.ram_digest(), straight.ram_digest(), "{engine:?}, {}", program.name);
+    }
+}
+
+#[test]
+fn the_software_cpu_conforms() {
+    conforms(Engine::Soft);
+    survives_saving(Engine::Soft);
+}
+
+#[test]
+fn kvm_with_positions_at_exits_conforms() {
+    if has_kvm("kvm_with_positions_at_exits_conforms") {
+        conforms(Engine::KvmSync);
+        survives_saving(Engine::KvmSync);
+    }
+}
+
+#[test]
+fn kvm_with_single_steps_conforms() {
+    if has_kvm("kvm_with_single_steps_conforms") {
+        conforms(Engine::KvmStep);
+    }
+}
+
+fn steps() -> impl Iterator<Item = Program> {
+    all().into_iter().filter(|program| !program.repeats && !program.faults)
+}
+
+#[test]
+fn kvm_agrees_with_the_software_cpu_after_every_step() {
+    if !has_kvm("kvm_agrees_with_the_software_cpu_after_every_step") {
+        return;
+    }
+    for program in steps().filter(|program| can_run(Engine::KvmStep, program)) {
+        let (mut soft, mut kvm) = (Guest::new(Engine::Soft, &program), Guest::new(Engine::KvmStep, &program));
+        assert_eq!(Engine::KvmStep.unit(), PositionUnit::Steps);
+        for count in 1.. {
+            let at = Position::exact(count);
+            let ended = soft.run(Some(at));
+            assert_eq!(kvm.run(Some(at)), ended, "{} at {count}", program.name);
+            assert_eq!(kvm.cpu(), soft.cpu(), "{} at {count}", program.name);
+            if ended {
+                assert!(count > 10);
+                break;
+            }
+        }
+        assert_eq!(kvm.ram_digest(), soft.ram_digest(), "{}", program.name);
+    }
+}
+
+/// A kick from another thread is answered where it may be, and changes nothing.
+#[test]
+fn kicks_change_nothing() {
+    if !has_kvm("kicks_change_nothing") {
+        return;
+    }
+    for engine in [Engine::KvmSync, Engine::KvmStep] {
+        for program in all().into_iter().filter(|program| can_run(engine, program)) {
+            let mut quiet = Guest::new(engine, &program);
+            quiet.run(None);
+            let mut kicked = Guest::new(engine, &program);
+            let kicker = kicked.vcpu.kicker();
+            let done = std::sync::atomic::AtomicBool::new(false);
+            std::thread::scope(|threads| {
+                threads.spawn(|| {
+                    while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                        kicker.kick();
+                        std::thread::yield_now();
+                    }
+                });
+                kicked.run(None);
+                done.store(true, std::sync::atomic::Ordering::Relaxed);
+            });
+            assert_eq!(kicked.seen, quiet.seen, "{engine:?}, {}", program.name);
+            assert_eq!(kicked.ram_digest(), quiet.ram_digest(), "{engine:?}, {}", program.name);
+            let states = [kicked.vcpu.save(), quiet.vcpu.save()].map(|s| s.ok().map(|s| normal(&s)));
+            assert_eq!(states[0], states[1], "{engine:?}, {}", program.name);
+        }
+    }
+}

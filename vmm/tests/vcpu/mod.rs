@@ -1,0 +1,169 @@
+//! A vCPU with a little world around it: what each engine must do alike.
+#![allow(dead_code, reason = "each test binary uses its part")]
+
+pub mod programs;
+
+use vm_memory::{Bytes, GuestAddress};
+use vmft_vmm::Engine;
+use vmft_vmm::ram::Ram;
+use vmft_vmm::vcpu::{Exit, Limit, Start, Vcpu, VcpuState};
+
+use entry::{Digest, Position};
+use programs::{CODE, DATA, GDT, IDT, PAGE_TABLES, Program};
+use soft_cpu::CpuState;
+use soft_cpu::state::{Segment, X87};
+
+/// Says that a test cannot run here; `scripts/test` counts the lines.
+pub fn skip(test: &str, reason: &str) {
+    use std::io::Write;
+    eprintln!("SKIPPED {test}: {reason}");
+    let Some(path) = std::env::var_os("VMFT_SKIPPED") else { return };
+    let file = std::fs::OpenOptions::new().append(true).create(true).open(path);
+    file.and_then(|mut f| writeln!(f, "{test}: {reason}"))
+        .expect("the list of skipped tests is not writable");
+}
+
+/// Skips the test without `/dev/kvm`. `true`: go on.
+pub fn has_kvm(test: &str) -> bool {
+    let open = std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm");
+    match open {
+        Ok(_) => true,
+        Err(e) => {
+            skip(test, &format!("needs /dev/kvm: {e}"));
+            false
+        }
+    }
+}
+
+/// An exit as it was answered, and the registers behind it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Seen {
+    pub exit: Exit,
+    pub answer: u64,
+    /// RAX to R15, RIP, RFLAGS.
+    pub registers: [u64; 18],
+}
+
+/// A vCPU and its RAM, with the program loaded.
+pub struct Guest {
+    pub ram: Ram,
+    pub vcpu: Box<dyn Vcpu>,
+    /// Interrupts that wait: at a HLT the next one comes.
+    pub interrupts: Vec<u8>,
+    pub seen: Vec<Seen>,
+}
+
+impl Guest {
+    pub fn new(engine: Engine, program: &Program) -> Guest {
+        let ram = Ram::new(programs::RAM).unwrap();
+        let write = |at: u64, bytes: &[u8]| ram.memory().write_slice(bytes, GuestAddress(at)).unwrap();
+        let words = |at: u64, words: &[u64]| {
+            for (n, word) in (0..).zip(words) {
+                write(at + 8 * n, &word.to_le_bytes());
+            }
+        };
+        // Everything that the CPU would set in the tables is set.
+        words(PAGE_TABLES, &[PAGE_TABLES + 0x1000 | 0x63]);
+        words(PAGE_TABLES + 0x1000, &[PAGE_TABLES + 0x2000 | 0x63]);
+        let pages: Vec<u64> = (0..8).map(|n| n << 21 | 0xe3).collect();
+        words(PAGE_TABLES + 0x2000, &pages);
+        words(GDT, &[0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff]);
+        write(CODE, &program.code);
+        for &(vector, handler) in &program.handlers {
+            let low = handler & 0xffff | 0x10 << 16 | 0x8e00 << 32 | (handler >> 16 & 0xffff) << 48;
+            words(IDT + 16 * u64::from(vector), &[low, handler >> 32]);
+        }
+        let mut vcpu = engine.vcpu(&ram).unwrap();
+        vcpu.reset(&Start { entry: CODE, boot_params: DATA, page_tables: PAGE_TABLES, gdt: GDT }).unwrap();
+        Guest { ram, vcpu, interrupts: program.interrupts.clone(), seen: Vec::new() }
+    }
+
+    /// Runs to the position, or to the program's end: a HLT for which no interrupt is left, or a shutdown. `true`: at
+    /// the end.
+    pub fn run(&mut self, until: Option<Position>) -> bool {
+        loop {
+            // An interrupt waits from the first HLT on.
+            let window = self.seen.iter().any(|s| s.exit == Exit::Halted) && !self.interrupts.is_empty();
+            let limit = Limit { until, interrupt_window: window, time_offset_ns: 0 };
+            let exit = self.vcpu.run(&mut self.ram, &limit).unwrap();
+            match exit {
+                Exit::Reached => return false,
+                Exit::InterruptWindow => {
+                    let vector = self.interrupts.remove(0);
+                    self.vcpu.inject(vector).unwrap();
+                }
+                Exit::Halted => {
+                    let again = self.seen.last().is_some_and(|s| s.exit == Exit::Halted);
+                    if self.interrupts.is_empty() || again && window {
+                        return true;
+                    }
+                    self.note(exit, 0);
+                }
+                Exit::Shutdown => {
+                    self.seen.push(Seen { exit, answer: 0, registers: [0; 18] });
+                    return true;
+                }
+                Exit::Kicked | Exit::Between => {}
+                access => self.access(access),
+            }
+        }
+    }
+
+    fn access(&mut self, mut exit: Exit) {
+        loop {
+            let n = self.seen.len() as u64;
+            let answer = match exit {
+                Exit::PioIn { port, size } => (u64::from(port) * 0x0101_0101 + n) & mask(size),
+                Exit::MmioRead { addr, size } => (addr.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ n) & mask(size),
+                _ => 0,
+            };
+            let next = self.vcpu.complete(&mut self.ram, answer).unwrap();
+            match next {
+                None => return self.note(exit, answer),
+                Some(next) => {
+                    // Registers in the middle of an instruction are nobody's.
+                    self.seen.push(Seen { exit, answer, registers: [0; 18] });
+                    exit = next;
+                }
+            }
+        }
+    }
+
+    fn note(&mut self, exit: Exit, answer: u64) {
+        let cpu = self.cpu();
+        let mut registers = [0; 18];
+        registers[..16].copy_from_slice(&cpu.gpr);
+        (registers[16], registers[17]) = (cpu.rip, cpu.rflags);
+        self.seen.push(Seen { exit, answer, registers });
+    }
+
+    /// The registers, without what engines keep differently.
+    pub fn cpu(&self) -> CpuState {
+        normal(&self.vcpu.save().unwrap())
+    }
+
+    /// Digest of RAM, which is what the engine has reported to have written.
+    pub fn ram_digest(&mut self) -> Digest {
+        self.vcpu.report_written(&mut self.ram).unwrap();
+        let digest = self.ram.digest();
+        assert_eq!(digest, self.ram.full_digest(), "what was written is what was reported");
+        digest
+    }
+}
+
+fn mask(size: u8) -> u64 {
+    u64::MAX >> (64 - 8 * u32::from(size))
+}
+
+/// Registers that engines must agree on. Positions and the TLB are an engine's own, and so are the hidden parts of segments that
+/// 64-bit mode does not look at; KVM does not save the x87's pointers.
+pub fn normal(state: &VcpuState) -> CpuState {
+    let mut cpu = state.cpu().clone();
+    (cpu.retired, cpu.tsc_offset, cpu.tlb) = (0, 0, Default::default());
+    cpu.rflags &= !(1 << 16);
+    cpu.x87 = X87 { opcode: 0, instruction: 0, data: 0, ..cpu.x87 };
+    for s in cpu.sys.seg.iter_mut().chain([&mut cpu.sys.ldtr]) {
+        *s = Segment { selector: s.selector, ..Segment::default() };
+    }
+    cpu
+}
