@@ -50,6 +50,9 @@ pub enum Error {
         /// Different here.
         differs_at: u64,
     },
+    /// What protection costs could not be measured.
+    #[error(transparent)]
+    Bench(#[from] bench::Error),
     /// This side of a pair is out.
     #[error("{0}")]
     Out(agent::Exit),
@@ -82,7 +85,8 @@ impl Error {
         ExitCode::from(match self {
             Error::Config { .. } | Error::Boot(_) => 2,
             Error::Machine(MachineError::Config(_) | MachineError::Boot(_)) => 2,
-            Error::Machine(_) | Error::Host { .. } => 3,
+            Error::Bench(bench::Error::Only(..)) => 2,
+            Error::Machine(_) | Error::Host { .. } | Error::Bench(_) => 3,
             Error::GuestCrash { .. } => 4,
             Error::Divergence(_) | Error::Parting(_) | Error::Unsteady { .. } => 5,
             Error::Unprotected => 1,

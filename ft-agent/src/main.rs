@@ -18,6 +18,8 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use error::Error;
+
 /// Virtual machines that survive the death of their host
 #[derive(Parser)]
 #[command(name = "vmft", version)]
@@ -46,6 +48,8 @@ enum Command {
     Stop(pair::At),
     /// Attach to the console of the guest; Ctrl-A x leaves it
     Console(pair::At),
+    /// Measure what protection costs: a protected guest beside the same guest unprotected
+    Bench(bench::BenchArgs),
     /// Tell what is in a log
     #[command(subcommand)]
     Log(log_command::LogCommand),
@@ -64,6 +68,7 @@ fn main() -> ExitCode {
         Command::Failover(at) => pair::failover(&at),
         Command::Stop(at) => pair::stop(&at),
         Command::Console(at) => pair::console(&at),
+        Command::Bench(args) => bench::run(&args).map_err(Error::from),
         Command::Log(command) => log_command::run(command),
     };
     match result {

@@ -14,7 +14,7 @@ use vmm::record::Log;
 use vmm::replay::{Records, Standby};
 use vmm::source::Outside;
 
-use super::replica::{Replica, TURN_INTERVAL};
+use super::replica::{Replica, TURN_INTERVAL, now_ns};
 use crate::error::Error;
 use crate::outside::Inlet;
 use crate::outside::disk::{Disk, Image};
@@ -43,7 +43,9 @@ impl Outside for Guarded {
     }
 
     fn wait(&mut self, until_ns: Option<u64>) -> Result<(), Error> {
+        let begin = now_ns();
         self.inlet.wait(until_ns, Some(TURN_INTERVAL));
+        self.replica.spent.idle_ns.add(now_ns() - begin);
         self.replica.turn();
         Ok(())
     }

@@ -22,6 +22,7 @@ mod options;
 mod primary;
 mod replica;
 mod sidecar;
+mod spent;
 mod start;
 mod status;
 mod story;

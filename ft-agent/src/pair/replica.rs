@@ -32,6 +32,7 @@ use vmm::inbox::InboxSender;
 use super::announce::Announcer;
 use super::link::Link;
 use super::status::{Report, phase_name, role_name};
+use super::spent::Spent;
 use super::story::Story;
 use crate::error::Error;
 use crate::outside::{ConsoleOut, Outlet};
@@ -67,6 +68,8 @@ pub struct Replica {
     wake: EventFd,
     /// There is a [`Duty`] other than to run.
     attention: AtomicBool,
+    /// Where the time goes.
+    pub spent: Arc<Spent>,
 }
 
 struct State {
@@ -90,6 +93,7 @@ struct State {
     closing: Vec<JoinHandle<()>>,
     looked_at: u64,
     story: Story,
+    spent: Arc<Spent>,
 }
 
 type Guard<'a> = MutexGuard<'a, State>;
@@ -114,6 +118,7 @@ impl Replica {
     ) -> Result<Arc<Replica>, Error> {
         let wake = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC);
         let wake = wake.map_err(|e| Error::host("eventfd")(e.into()))?;
+        let spent = Arc::new(Spent::default());
         let state = State {
             agent,
             link: None,
@@ -132,6 +137,7 @@ impl Replica {
             closing: Vec::new(),
             looked_at: now_ns(),
             story: Story::default(),
+            spent: spent.clone(),
         };
         let replica = Arc::new(Replica {
             vm,
@@ -140,6 +146,7 @@ impl Replica {
             changed: Condvar::new(),
             wake,
             attention: false.into(),
+            spent,
         });
         let pump = replica.clone();
         std::thread::Builder::new()
@@ -315,6 +322,7 @@ impl Replica {
             let event = match read {
                 Some(Ok(())) if !bytes.is_empty() => {
                     state.story.log_bytes += bytes.len() as u64;
+                    self.spent.reads.add(1);
                     Event::Received(&bytes)
                 }
                 None | Some(Ok(())) => Event::Tick,
@@ -497,6 +505,8 @@ impl Replica {
             lag_ms: status.lag_ns as f64 / 1e6,
             lag_bytes: status.lag_bytes,
             log_bytes_per_s,
+            log_bytes: state.story.log_bytes,
+            spent: self.spent.at(now, state.gate.recorded() - state.gate.released()),
             position: status.position.count,
             peer_position: status.peer_position.count,
             failover: state.story.failover.clone(),
@@ -546,6 +556,7 @@ impl Replica {
 
     /// Primary: the guest's loop makes a turn; it waits here as long as its guest is too fast.
     pub fn look(self: &Arc<Self>, at: Position) {
+        let (begin, mut rested) = (now_ns(), 0);
         let mut state = self.lock();
         loop {
             let now = now_ns();
@@ -553,37 +564,48 @@ impl Replica {
             let pace = state.agent.pace(now);
             let ran = now.saturating_sub(state.looked_at);
             self.settle(state);
+            let rest_begins = now_ns();
             match pace {
                 _ if self.needs_attention() => break,
                 Pace::Free => break,
                 Pace::Share(share) => {
                     let rest = ran.saturating_mul(1000 - share) / share.max(1);
                     std::thread::sleep(Duration::from_nanos(rest.min(SLOW_MAX_NS)));
+                    rested += now_ns() - rest_begins;
                     break;
                 }
                 Pace::Stop => {
                     let waiting = self.changed.wait_timeout(self.lock(), TURN_INTERVAL);
                     state = waiting.unwrap_or_else(PoisonError::into_inner).0;
+                    rested += now_ns() - rest_begins;
                 }
             }
         }
-        self.lock().looked_at = now_ns();
+        let end = now_ns();
+        self.lock().looked_at = end;
+        self.spent.slowed_ns.add(rested);
+        self.spent.recording_ns.add(end - begin - rested);
     }
 
     /// Primary: appends a record, and sends it when an output waits for it.
     pub fn append(self: &Arc<Self>, record: &Record) {
+        let begin = now_ns();
         let mut state = self.lock();
         state.agent.append(now_ns(), record);
         self.settle(state);
+        self.spent.recording_ns.add(now_ns() - begin);
     }
 
     /// Holds an output until it may leave.
     pub fn hold(self: &Arc<Self>, output: Output) {
+        let begin = now_ns();
         let mut state = self.lock();
         state.gate.hold(output);
+        self.spent.held_ns.sub(begin);
         state.drop_released();
         state.release();
         self.settle(state);
+        self.spent.recording_ns.add(now_ns() - begin);
     }
 
     /// Backup: everything that was taken has been replayed, up to here; waits for the next record. `None`: there are no
@@ -616,7 +638,10 @@ impl Replica {
 impl State {
     fn write(&mut self) -> io::Result<()> {
         let Some(link) = &mut self.link else { return Ok(()) };
-        let written = link.write(&mut self.agent).map(|bytes| self.story.log_bytes += bytes);
+        let written = link.write(&mut self.agent).map(|bytes| {
+            self.story.log_bytes += bytes;
+            self.spent.writes.add(u64::from(bytes > 0));
+        });
         if let Err(e) = &written {
             debug!("connection: {e}");
             self.link = None;
@@ -627,6 +652,7 @@ impl State {
     /// Lets out what may leave, asking before each.
     fn release(&mut self) {
         while let Some(output) = self.gate.release(self.agent.release_limit(now_ns())) {
+            self.spent.held_ns.add(now_ns());
             if self.alone && matches!(output, Output::Frame { .. }) {
                 self.story.frame(now_ns());
             }
@@ -642,7 +668,9 @@ impl State {
 
     /// Backup: what has left over there is of no use here.
     fn drop_released(&mut self) {
-        while self.gate.release(self.agent.drop_limit()).is_some() {}
+        while self.gate.release(self.agent.drop_limit()).is_some() {
+            self.spent.held_ns.add(now_ns());
+        }
     }
 }
 

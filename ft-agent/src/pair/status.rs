@@ -10,6 +10,7 @@ use clap::Args;
 use serde::{Deserialize, Serialize};
 
 use super::control::{Reply, Request, ask};
+use super::spent::Times;
 use crate::error::Error;
 
 /// What a replica tells of itself. Cursors count records and outputs since the log's start.
@@ -49,6 +50,10 @@ pub struct Report {
     pub lag_bytes: u64,
     /// The log's bytes a second, over the last seconds.
     pub log_bytes_per_s: f64,
+    /// Bytes of the channel since its start.
+    pub log_bytes: u64,
+    /// Where the time of the guest's thread went.
+    pub spent: Times,
     /// Position of this side's guest.
     pub position: u64,
     /// Position of the other side's at its last heartbeat.
