@@ -16,6 +16,8 @@ type Drawn = Result<(), Box<dyn std::error::Error>>;
 
 const UNPROTECTED: RGBColor = RGBColor(110, 110, 110);
 const PROTECTED: RGBColor = RGBColor(0, 90, 170);
+/// Rows of space for the legend under the ratios.
+const LEGEND: f64 = 2.0;
 const PAPER: RGBColor = RGBColor(200, 80, 0);
 /// Workloads whose latencies are drawn.
 const LATENCIES: &[&str] = &["ping-pong", "redis set c1", "redis set c50", "http small"];
@@ -36,18 +38,23 @@ pub fn ratios(path: &Path, rows: &[Row]) -> Result<(), Error> {
     }
     let low = rows.iter().map(|(_, ratio)| ratio.low).fold(0.85, f64::min);
     let high = rows.iter().map(|(_, ratio)| ratio.high).fold(1.05, f64::max).min(1.5);
-    draw(path, (900, 90 + 26 * rows.len() as u32), |canvas| {
+    draw(path, (900, 160 + 26 * rows.len() as u32), |canvas| {
         let mut chart = ChartBuilder::on(canvas)
             .caption("Protected over unprotected: median and 95 % interval", ("sans-serif", 18))
             .margin(12)
             .x_label_area_size(32)
             .y_label_area_size(130)
-            .build_cartesian_2d((low - 0.02)..(high + 0.02), (rows.len() as f64 - 0.5)..-0.5)?;
+            .build_cartesian_2d((low - 0.02)..(high + 0.02), (rows.len() as f64 + LEGEND)..-0.5)?;
         let name = |y: &f64| match rows.get(y.round() as usize) {
             Some((row, _)) if (y - y.round()).abs() < 0.01 && *y > -0.01 => row.workload.name.to_owned(),
             _ => String::new(),
         };
-        chart.configure_mesh().y_labels(2 * rows.len()).y_label_formatter(&name).disable_y_mesh().draw()?;
+        chart
+            .configure_mesh()
+            .y_labels(2 * rows.len() + 6)
+            .y_label_formatter(&name)
+            .disable_y_mesh()
+            .draw()?;
         let whole = rows.len() as f64;
         chart.draw_series(LineSeries::new([(1.0, -0.5), (1.0, whole - 0.5)], BLACK.mix(0.5)))?;
         for (y, (row, ratio)) in rows.iter().enumerate() {
@@ -104,7 +111,10 @@ fn latency(area: &Canvas, row: &Row) -> Drawn {
         all.shares_above()
     });
     let us = || shares.iter().flatten().map(|(us, _)| *us);
-    let (from, to) = (us().fold(f64::MAX, f64::min) / 1.1, us().fold(0.0, f64::max) * 1.1);
+    // Whole decades, so that the labels are powers of ten.
+    let decade = |us: f64, round: fn(f64) -> f64| 10f64.powf(round(us.max(1.0).log10()));
+    let (from, to) =
+        (decade(us().fold(f64::MAX, f64::min), f64::floor), decade(us().fold(10.0, f64::max), f64::ceil));
     let mut chart = ChartBuilder::on(area)
         .caption(format!("{}: share of operations that took longer", row.workload.name), ("sans-serif", 16))
         .margin(10)
@@ -121,7 +131,8 @@ fn latency(area: &Canvas, row: &Row) -> Drawn {
             .label(name)
             .legend(move |(x, y)| PathElement::new([(x, y), (x + 16, y)], color));
     }
-    chart.configure_series_labels().background_style(WHITE.mix(0.8)).draw()?;
+    let labels = SeriesLabelPosition::LowerLeft;
+    chart.configure_series_labels().position(labels).background_style(WHITE.mix(0.8)).draw()?;
     Ok(())
 }
 

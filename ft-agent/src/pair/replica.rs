@@ -31,8 +31,8 @@ use vmm::inbox::InboxSender;
 
 use super::announce::Announcer;
 use super::link::Link;
-use super::status::{Report, phase_name, role_name};
 use super::spent::Spent;
+use super::status::{Report, phase_name, role_name};
 use super::story::Story;
 use crate::error::Error;
 use crate::outside::{ConsoleOut, Outlet};
