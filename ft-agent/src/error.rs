@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use agent::Exit;
+use test_and_set::names::{Generation, VmName};
 use vmm::guest_loop::LoopError;
 use vmm::narrow::Parting;
 use vmm::replay::Divergence;
@@ -56,6 +57,19 @@ pub enum Error {
     /// This side of a pair is out.
     #[error("{0}")]
     Out(agent::Exit),
+    /// The store's record says that the VM runs. Where both hosts have died, the user has to say so.
+    #[error(
+        "the store has another generation of VM {vm}, {generation}: the VM runs elsewhere, or both its hosts have died and \
+         `vmft forget --name {vm} --store '{store}'` lets it start again"
+    )]
+    Running {
+        /// The VM.
+        vm: VmName,
+        /// The generation that is open.
+        generation: Generation,
+        /// The store's URL.
+        store: String,
+    },
     /// `vmft status` found a VM whose host may not die.
     #[error("the VM is not protected")]
     Unprotected,
@@ -91,7 +105,7 @@ impl Error {
             Error::Divergence(_) | Error::Parting(_) | Error::Unsteady { .. } => 5,
             Error::Unprotected => 1,
             Error::Out(Exit::Fenced(_)) => 6,
-            Error::Out(Exit::NotOpened | Exit::NotStarted(_)) => 7,
+            Error::Running { .. } | Error::Out(Exit::NotOpened | Exit::NotStarted(_)) => 7,
             Error::Out(Exit::Failed(_)) => 3,
             Error::Out(Exit::Ended(_) | Exit::HandedOver | Exit::Stopped) => 0,
         })

@@ -50,6 +50,8 @@ enum Command {
     Console(pair::At),
     /// Measure what protection costs: a protected guest beside the same guest unprotected
     Bench(bench::BenchArgs),
+    /// Let a VM start again whose hosts have all died
+    Forget(pair::ForgetArgs),
     /// Tell what is in a log
     #[command(subcommand)]
     Log(log_command::LogCommand),
@@ -69,6 +71,7 @@ fn main() -> ExitCode {
         Command::Stop(at) => pair::stop(&at),
         Command::Console(at) => pair::console(&at),
         Command::Bench(args) => bench::run(&args).map_err(Error::from),
+        Command::Forget(args) => pair::forget(&args),
         Command::Log(command) => log_command::run(command),
     };
     match result {

@@ -226,6 +226,13 @@ impl Agent {
         }
     }
 
+    /// Whether this side may tell the network that the guest is behind it. A loser's word would lead frames astray, so it
+    /// comes under the same lease as an output.
+    pub fn may_announce(&self, now: u64) -> bool {
+        let leads = matches!((&self.state, &self.side), (State::Protected, Some(Side::Primary(_))));
+        self.has_won || leads && self.watch.is_fresh(now)
+    }
+
     /// So many outputs have left.
     pub fn released(&mut self, now: u64, outputs: u64) {
         self.released = outputs;

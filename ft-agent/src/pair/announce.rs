@@ -1,44 +1,56 @@
 //! Tells the switches of a network that the guest's address is behind this host now.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use tracing::debug;
 
 use crate::outside::tap::Tap;
 
-/// When the frames are sent, after going live. Repeated, since one may be lost, and a stray frame of the other host would
+/// When the frames are sent, ms after going live. Repeated, since one may be lost, and a stray frame of the other host would
 /// teach the switches wrongly.
 const AT_MS: [u64; 8] = [0, 20, 50, 100, 250, 500, 1000, 2000];
 
-/// The guest's network devices on this host.
+/// The guest's network devices on this host, and how far it is with announcing them.
 #[derive(Default)]
 pub struct Announcer {
     ports: Vec<(Arc<Tap>, [u8; 6])>,
+    /// When the frames that are still to be sent are due, the last one first.
+    due: Vec<u64>,
 }
 
 impl Announcer {
     /// For the guest's addresses behind these taps.
     pub fn new(ports: Vec<(Arc<Tap>, [u8; 6])>) -> Announcer {
-        Announcer { ports }
+        Announcer { ports, due: Vec::new() }
     }
 
-    /// Sends the first frames now, and the others from a thread.
-    pub fn start(&self) {
-        let ports = self.ports.clone();
-        std::thread::spawn(move || {
-            let mut waited = 0;
-            for at in AT_MS {
-                std::thread::sleep(Duration::from_millis(at - waited));
-                waited = at;
-                for (tap, mac) in &ports {
-                    // A frame that is lost is one of several.
-                    if let Err(e) = tap.send(&announcement(*mac)) {
-                        debug!("announcement: {e}");
-                    }
+    /// The first frames are due now, the others later.
+    pub fn start(&mut self, now: u64) {
+        self.due = AT_MS.iter().rev().map(|ms| now + ms * 1_000_000).collect();
+    }
+
+    /// When the next frames are due.
+    pub fn deadline(&self) -> Option<u64> {
+        self.due.last().copied()
+    }
+
+    /// Sends what is due. Frames that are due while this side may not speak are never sent.
+    pub fn tick(&mut self, now: u64, may_speak: impl FnOnce() -> bool) {
+        if self.take_due(now) && may_speak() {
+            for (tap, mac) in &self.ports {
+                // A frame that is lost is one of several.
+                if let Err(e) = tap.send(&announcement(*mac)) {
+                    debug!("announcement: {e}");
                 }
             }
-        });
+        }
+    }
+
+    /// Whether something is due. What is late is sent once.
+    fn take_due(&mut self, now: u64) -> bool {
+        let before = self.due.len();
+        self.due.retain(|at| *at > now);
+        self.due.len() < before
     }
 }
 
@@ -64,5 +76,21 @@ mod tests {
         assert_eq!((frame.len(), &frame[..6], &frame[6..12]), (60, &[0xff; 6][..], &mac[..]));
         assert_eq!(frame[12..22], [0x80, 0x35, 0, 1, 8, 0, 6, 4, 0, 3]);
         assert_eq!((&frame[22..28], &frame[32..38]), (&mac[..], &mac[..]));
+    }
+
+    #[test]
+    fn announcements_are_due_for_two_seconds_and_late_ones_are_sent_once() {
+        const MS: u64 = 1_000_000;
+        let mut announcer = Announcer::default();
+        assert_eq!(announcer.deadline(), None);
+        announcer.start(7 * MS);
+        assert_eq!(announcer.deadline(), Some(7 * MS));
+        assert!(announcer.take_due(7 * MS) && !announcer.take_due(26 * MS));
+        assert_eq!(announcer.deadline(), Some(27 * MS));
+        // 20 to 500 ms were missed.
+        assert!(announcer.take_due(600 * MS) && !announcer.take_due(600 * MS));
+        assert_eq!(announcer.deadline(), Some(1007 * MS));
+        assert!(announcer.take_due(9000 * MS));
+        assert_eq!(announcer.deadline(), None);
     }
 }

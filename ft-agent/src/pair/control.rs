@@ -4,13 +4,15 @@
 //! `console` the guest's console in both directions after it.
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use agent::{Event, Phase};
+use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, UnixAddr};
+use nix::sys::stat::{Mode, fchmod};
 use serde::{Deserialize, Serialize};
 use tracing::warn;
 
@@ -79,9 +81,7 @@ impl Control {
         if path.exists() {
             std::fs::remove_file(path).map_err(Error::host(named()))?;
         }
-        let listener = UnixListener::bind(path).map_err(Error::host(named()))?;
-        let owner_only = std::fs::Permissions::from_mode(0o600);
-        std::fs::set_permissions(path, owner_only).map_err(Error::host(named()))?;
+        let listener = bind(path).map_err(Error::host(named()))?;
         let find = Arc::new(find);
         let accept = move || {
             for client in listener.incoming().flatten() {
@@ -95,6 +95,16 @@ impl Control {
         std::thread::Builder::new().name("control".into()).spawn(accept).map_err(Error::host("thread"))?;
         Ok(Control { path: path.into() })
     }
+}
+
+/// A socket that is its owner's alone from its first moment on: Linux gives the file the mode of the unbound socket.
+fn bind(path: &Path) -> std::io::Result<UnixListener> {
+    let flags = SockFlag::SOCK_CLOEXEC;
+    let listener = socket::socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    fchmod(&listener, Mode::S_IRUSR | Mode::S_IWUSR)?;
+    socket::bind(listener.as_raw_fd(), &UnixAddr::new(path)?)?;
+    socket::listen(&listener, Backlog::MAXCONN)?;
+    Ok(listener.into())
 }
 
 fn serve(mut client: UnixStream, replica: Option<Arc<Replica>>) -> std::io::Result<()> {

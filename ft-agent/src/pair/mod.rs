@@ -15,6 +15,7 @@ mod announce;
 mod backup;
 mod console;
 mod control;
+mod forget;
 mod go_live;
 mod guest;
 mod link;
@@ -28,6 +29,7 @@ mod status;
 mod story;
 
 pub use console::Readers;
+pub use forget::{ForgetArgs, forget};
 pub use options::PairOptions;
 pub use status::{At, StatusArgs, console, failover, status, stop};
 

@@ -79,7 +79,8 @@ fn next_generation(side: &Side) -> Result<Generation, Error> {
     side.sidecars.check_newest(record.as_ref())?;
     let Some(record) = record else { return Ok(Generation::FIRST) };
     if record.phase != Phase::Forgotten {
-        return Err(Error::Out(Exit::NotOpened));
+        let (vm, store) = (name.clone(), side.plan.store.clone());
+        return Err(Error::Running { vm, generation: record.generation, store });
     }
     record.generation.next().ok_or_else(|| Error::config("name", "this VM has had all generations there are"))
 }

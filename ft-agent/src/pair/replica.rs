@@ -205,7 +205,7 @@ impl Replica {
             }
             state.agent.handle(now_ns(), Event::Disconnected);
         }
-        if state.agent.deadline().is_some_and(|deadline| deadline < state.sleeps_until) {
+        if state.deadline() < state.sleeps_until {
             self.wake_pump();
         }
     }
@@ -230,7 +230,7 @@ impl Replica {
                 state.started = Some(generation);
                 // The switches may know the guest's address from an earlier run on another host.
                 if state.agent.status(now_ns()).role == Role::Primary {
-                    state.announcer.start();
+                    state.announce();
                 }
             }
             Action::Release => state.release(),
@@ -251,7 +251,7 @@ impl Replica {
                 state.alone = true;
                 state.story.verdict(now_ns());
                 warn!("this side lives, alone: UNPROTECTED");
-                state.announcer.start();
+                state.announce();
             }
             Action::Pause => state.paused = true,
             Action::Forget { generation } => {
@@ -309,7 +309,7 @@ impl Replica {
                 if state.exit.is_some() {
                     return;
                 }
-                let deadline = state.agent.deadline().unwrap_or(u64::MAX);
+                let deadline = state.deadline();
                 state.sleeps_until = deadline;
                 let link = state.link.as_ref();
                 let wants_write = link.is_some_and(Link::wants_write);
@@ -333,6 +333,7 @@ impl Replica {
                 }
             };
             state.agent.handle(now_ns(), event);
+            state.tick_announcer();
             self.settle(state);
             self.changed.notify_all();
         }
@@ -647,6 +648,22 @@ impl State {
             self.link = None;
         }
         written
+    }
+
+    /// When the pump has something to do.
+    fn deadline(&self) -> u64 {
+        self.agent.deadline().into_iter().chain(self.announcer.deadline()).min().unwrap_or(u64::MAX)
+    }
+
+    /// Begins to tell the network where the guest is.
+    fn announce(&mut self) {
+        self.announcer.start(now_ns());
+        self.tick_announcer();
+    }
+
+    fn tick_announcer(&mut self) {
+        let now = now_ns();
+        self.announcer.tick(now, || self.agent.may_announce(now));
     }
 
     /// Lets out what may leave, asking before each.

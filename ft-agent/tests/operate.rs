@@ -1,0 +1,199 @@
+//! A pair as its operator has it: control sockets, the TOML file, a primary without a backup, a VM that is forgotten.
+
+mod support;
+
+use std::io::{Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use support::counter::{Counter, tell_bare};
+use support::pair::{Host, Site};
+use support::vm::{VMFT, Vm, vmft_in};
+use support::{can_network, has_guest};
+
+const BARE: [&str; 4] = ["--guest", "bare", "--memory-mib", "32"];
+const LIVES: &str = "this side lives";
+
+fn ready(test: &str) -> bool {
+    has_guest(test, "bare") && can_network(test)
+}
+
+/// Runs a command to its end: exit code, standard output, standard error.
+fn run(command: &mut Command) -> (i32, String, String) {
+    let output = command.stdin(Stdio::null()).output().expect("vmft");
+    let text = |b: &[u8]| String::from_utf8_lossy(b).into_owned();
+    (output.status.code().expect("ended by a signal"), text(&output.stdout), text(&output.stderr))
+}
+
+/// `vmft VERB --control SOCKET …`.
+fn ask(control: &Path, verb: &[&str]) -> (i32, String, String) {
+    run(Command::new(VMFT).args(verb).arg("--control").arg(control))
+}
+
+/// The status of a replica as JSON, and the exit code.
+fn report(control: &Path) -> (i32, serde_json::Value) {
+    let (code, out, errors) = ask(control, &["status", "--json"]);
+    (code, serde_json::from_str(&out).unwrap_or_else(|e| panic!("{e} in {out:?}, {errors}")))
+}
+
+/// Everything that is no request; the socket stays what it was.
+fn talk_nonsense(control: &Path) {
+    let mode = std::fs::metadata(control).expect("control socket").permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    for nonsense in [&b"\n"[..], b"", b"\"Status\"\n", b"{\"status\":1}\n", &[0xff; 5000], &[b'"'; 64]] {
+        let mut socket = UnixStream::connect(control).expect("connect");
+        socket.set_read_timeout(Some(Duration::from_secs(10))).expect("timeout");
+        // It may have hung up before all of it was written.
+        socket.write_all(nonsense).and_then(|()| socket.shutdown(std::net::Shutdown::Write)).ok();
+        let mut answer = Vec::new();
+        socket.read_to_end(&mut answer).ok();
+        let answer = String::from_utf8_lossy(&answer);
+        assert!(answer.is_empty() || answer.contains("refused"), "{answer}");
+    }
+    // Silent, and left open.
+    std::mem::forget(UnixStream::connect(control).expect("connect"));
+}
+
+#[test]
+fn a_pair_is_watched_and_handed_over_through_its_control_sockets() {
+    if !ready("a_pair_is_watched_and_handed_over_through_its_control_sockets") {
+        return;
+    }
+    let site = Site::new();
+    let (a, mut b) = site.pair(&BARE);
+    let (at_a, at_b) = (site.control(Host::A), site.control(Host::B));
+    talk_nonsense(&at_a);
+    talk_nonsense(&at_b);
+    let client = Counter::bare(&site.ns("client"));
+    client.wait_for(20, 20);
+
+    let (code, out, _) = ask(&at_a, &["status"]);
+    assert!(code == 0 && out.starts_with("PROTECTED: VM vm, primary (protected), generation 1"), "{out}");
+    for (control, role) in [(&at_a, "primary"), (&at_b, "backup")] {
+        let (code, told) = report(control);
+        assert_eq!((code, &told["role"], &told["protected"]), (0, &role.into(), &true.into()), "{told}");
+        for count in ["recorded", "acked", "replayed", "outputs_recorded", "position", "peer_position"] {
+            assert!(told[count].as_u64().expect(count) > 0, "{count} in {told}");
+        }
+    }
+    let mut watch =
+        Vm::start(Command::new(VMFT).args(["status", "--watch", "--json", "--control"]).arg(&at_a));
+    watch.wait_for("}\n", 10);
+    watch.wait_for_again("}\n", 10);
+    drop(watch);
+
+    for verb in ["failover", "stop"] {
+        let (code, _, errors) = ask(&at_b, &[verb]);
+        assert!(code == 2 && errors.contains("ask the primary"), "{errors}");
+    }
+    let (code, _, errors) = ask(&at_a, &["failover"]);
+    assert_eq!(code, 0, "{errors}");
+    b.wait_for(LIVES, 20);
+    let (status, output) = a.finish(20);
+    assert!(status.success() && output.contains("handed over"), "{output}");
+    client.wait_for(50, 20);
+    client.finish().unwrap_or_else(|e| panic!("{e}\n{}", b.seen()));
+    let (code, told) = report(&at_b);
+    assert_eq!((code, &told["phase"]), (1, &"alone".into()), "{told}");
+    assert_eq!(ask(&at_b, &["stop"]).0, 0);
+    let (status, output) = b.finish(20);
+    assert!(status.success() && output.contains("the VM has ended: Stopped"), "{output}");
+    assert!(!at_a.exists() && !at_b.exists());
+}
+
+#[test]
+fn stop_ends_both_sides_of_a_pair() {
+    if !ready("stop_ends_both_sides_of_a_pair") {
+        return;
+    }
+    let site = Site::new();
+    let (a, b) = site.pair(&BARE);
+    let (code, _, errors) = ask(&site.control(Host::A), &["stop"]);
+    assert_eq!(code, 0, "{errors}");
+    for side in [a, b] {
+        let (status, output) = side.finish(20);
+        assert!(status.success() && output.contains("the VM has ended: Stopped"), "{output}");
+    }
+    // It may start again.
+    let (a, b) = site.pair(&BARE);
+    assert_eq!(report(&site.control(Host::A)).1["generation"], 2);
+    drop((a, b));
+}
+
+#[test]
+fn a_primary_from_a_file_runs_without_a_backup() {
+    if !ready("a_primary_from_a_file_runs_without_a_backup") {
+        return;
+    }
+    let site = Site::new();
+    let control = site.control(Host::A);
+    let file = site.dir.join("primary.toml");
+    let text = format!(
+        "name = 'vm'\nstore = '{}'\nkeys = '{}'\ncontrol = '{}'\nunprotected = true\n\
+         [machine]\nguest = 'bare'\nmemory_mib = 32\ntap = 'tap0'\nip = '{}'\n",
+        site.store_url("a"),
+        site.keys("a").display(),
+        control.display(),
+        support::net::GUEST_IP
+    );
+    std::fs::write(&file, text).unwrap();
+    let mut vm = Vm::start(vmft_in(&site.ns("a")).args(["primary", "--config"]).arg(&file));
+    vm.wait_for("READY", 60);
+    talk_nonsense(&control);
+    let (code, out, errors) = ask(&control, &["status"]);
+    assert!(code == 1 && out.starts_with("UNPROTECTED: VM vm, primary (alone), generation 1"), "{out}");
+    assert!(errors.contains("not protected"), "{errors}");
+    let (code, _, errors) = ask(&control, &["failover"]);
+    assert!(code == 2 && errors.contains("no backup"), "{errors}");
+
+    let mut console = Vm::start(Command::new(VMFT).args(["console", "--control"]).arg(&control));
+    std::thread::sleep(Duration::from_millis(500));
+    tell_bare(&site.ns("client"), "reboot");
+    console.wait_for("READY", 20);
+    console.type_in("text that the guest does not read\x01x");
+    assert!(console.finish(10).0.success());
+
+    let client = Counter::bare(&site.ns("client"));
+    client.wait_for(20, 20);
+    client.finish().unwrap_or_else(|e| panic!("{e}\n{}", vm.seen()));
+    // A second one does not take its socket.
+    let (code, _, errors) = run(vmft_in(&site.ns("b")).args(["primary", "--config"]).arg(&file));
+    assert!(code != 0 && !errors.contains("READY"), "{errors}");
+    assert_eq!(ask(&control, &["stop"]).0, 0);
+    let (status, output) = vm.finish(20);
+    assert!(status.success() && output.contains("the VM has ended: Stopped"), "{output}");
+    let (code, _, errors) = ask(&control, &["status"]);
+    assert!(code == 3 && errors.contains("control socket"), "{errors}");
+}
+
+#[test]
+fn a_vm_whose_hosts_have_died_starts_again_once_it_is_forgotten() {
+    if !ready("a_vm_whose_hosts_have_died_starts_again_once_it_is_forgotten") {
+        return;
+    }
+    let site = Site::new();
+    drop(site.pair(&BARE));
+    let start = || Vm::start(&mut site.replica(Host::A, &BARE));
+    let (status, output) = start().finish(30);
+    assert_eq!(status.code(), Some(7), "{output}");
+    assert!(output.contains("vmft forget --name vm --store 'raft://"), "{output}");
+    let forget = |name: &str, yes: &[&str]| {
+        let store = site.store_url("a");
+        run(vmft_in(&site.ns("a")).args(["forget", "--name", name, "--store", &store]).args(yes))
+    };
+    let (code, _, errors) = forget("vm", &[]);
+    assert!(code == 2 && errors.contains("may run generation 1 of VM vm"), "{errors}");
+    assert_eq!(start().finish(30).0.code(), Some(7));
+    let (code, out, errors) = forget("vm", &["--yes"]);
+    assert!(code == 0 && out.contains("it can be started"), "{out}{errors}");
+    let (code, out, _) = forget("vm", &[]);
+    assert!(code == 0 && out.contains("forgotten already"), "{out}");
+    let (code, _, errors) = forget("nobody", &["--yes"]);
+    assert!(code == 2 && errors.contains("knows no VM nobody"), "{errors}");
+    let (a, b) = site.pair(&BARE);
+    assert_eq!(report(&site.control(Host::B)).1["generation"], 2);
+    drop((a, b));
+}
