@@ -14,6 +14,7 @@ use crate::ram::Ram;
 
 mod kvm;
 pub mod landing;
+pub mod perf;
 pub mod simulated;
 mod soft;
 

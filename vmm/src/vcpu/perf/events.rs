@@ -1,0 +1,129 @@
+//! Which event counts retired conditional branches, by CPU model. A model that is not here is refused: an event that
+//! is a little wrong gives positions that are a little wrong.
+//!
+//! Sources: Intel's and AMD's event lists as in Linux' `tools/perf/pmu-events`, and what rr has learnt of each.
+
+/// A CPU model as CPUID leaf 1 has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CpuModel {
+    /// Vendor string.
+    pub vendor: String,
+    /// Family with the extended one added.
+    pub family: u32,
+    /// Model with the extended one.
+    pub model: u32,
+    /// Stepping.
+    pub stepping: u32,
+}
+
+/// Which cores of a hybrid CPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Core {
+    /// Performance cores, and all of a CPU that is not hybrid.
+    Big,
+    /// Efficient cores.
+    Small,
+}
+
+/// How to count, and what is known of the counter before it was measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Event {
+    /// Event select, unit mask and extensions, as `perf_event_attr.config` of the raw type.
+    pub config: u64,
+    /// How late an overflow may be, in ticks, to begin with.
+    pub skid: u64,
+    /// An overflow may be later than any margin, now and then.
+    pub unbounded: bool,
+    /// Its name.
+    pub name: &'static str,
+}
+
+const OLD_CORE: Event = intel(0x01c4, 100, "BR_INST_RETIRED.CONDITIONAL");
+const ICE_LAKE: Event = intel(0x11c4, 100, "BR_INST_RETIRED.COND");
+const GOLDEN_COVE: Event = intel(0x11c4, 125, "BR_INST_RETIRED.COND");
+const LION_COVE: Event = intel(0x0001_0000_11c4, 125, "BR_INST_RETIRED.COND");
+const ATOM: Event = intel(0x7ec4, 125, "BR_INST_RETIRED.COND");
+const ZEN: Event = Event { config: 0xd1, skid: 10_000, unbounded: true, name: "ex_ret_cond" };
+
+const fn intel(config: u64, skid: u64, name: &'static str) -> Event {
+    Event { config, skid, unbounded: false, name }
+}
+
+/// Models of Intel's family 6: core, and the small core of those that are hybrid.
+const INTEL: [(&[u32], Event, Option<Event>); 6] = [
+    (
+        // Nehalem, Westmere, Sandy and Ivy Bridge, Haswell, Broadwell, Skylake, Cascade Lake, Kaby to Comet Lake.
+        &[
+            0x1a, 0x1e, 0x1f, 0x2e, 0x25, 0x2c, 0x2f, 0x2a, 0x2d, 0x3a, 0x3e, 0x3c, 0x3f, 0x45, 0x46, 0x3d,
+            0x47, 0x4f, 0x56, 0x4e, 0x5e, 0x55, 0x8e, 0x9e, 0xa5, 0xa6,
+        ],
+        OLD_CORE,
+        None,
+    ),
+    // Ice Lake, Tiger Lake, Rocket Lake.
+    (&[0x7d, 0x7e, 0x6a, 0x6c, 0x8c, 0x8d, 0xa7], ICE_LAKE, None),
+    // Sapphire, Emerald and Granite Rapids.
+    (&[0x8f, 0xcf, 0xad, 0xae], GOLDEN_COVE, None),
+    // Alder, Raptor and Meteor Lake.
+    (&[0x97, 0x9a, 0xb7, 0xba, 0xbf, 0xaa, 0xac], GOLDEN_COVE, Some(ATOM)),
+    // Lunar and Arrow Lake.
+    (&[0xbd, 0xc5, 0xc6], LION_COVE, Some(ATOM)),
+    // Silvermont, Airmont, Goldmont (Plus), Tremont, Gracemont, Sierra Forest.
+    (&[0x37, 0x4a, 0x4d, 0x5a, 0x4c, 0x5c, 0x5f, 0x7a, 0x86, 0x96, 0x9c, 0xbe, 0xaf], ATOM, None),
+];
+
+/// The event for a CPU; `None`: the model is unknown, or is known not to count exactly (AMD before Zen).
+pub fn event(cpu: &CpuModel, core: Core) -> Option<Event> {
+    match (cpu.vendor.as_str(), cpu.family) {
+        ("GenuineIntel", 6) => {
+            let (_, big, small) = INTEL.iter().find(|(models, ..)| models.contains(&cpu.model))?;
+            match core {
+                Core::Big => Some(*big),
+                Core::Small => *small,
+            }
+        }
+        ("AuthenticAMD", 0x17 | 0x19 | 0x1a) if core == Core::Big => Some(ZEN),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(vendor: &str, family: u32, model: u32, core: Core) -> Option<u64> {
+        let cpu = CpuModel { vendor: vendor.into(), family, model, stepping: 0 };
+        event(&cpu, core).map(|event| event.config)
+    }
+
+    #[test]
+    fn each_model_has_the_encoding_of_its_core() {
+        assert_eq!(of("GenuineIntel", 6, 0x55, Core::Big), Some(0x01c4));
+        assert_eq!(of("GenuineIntel", 6, 0x6a, Core::Big), Some(0x11c4));
+        assert_eq!(of("GenuineIntel", 6, 0x97, Core::Small), Some(0x7ec4));
+        assert_eq!(of("GenuineIntel", 6, 0xc6, Core::Big), Some(0x1_0000_11c4));
+        assert_eq!(of("AuthenticAMD", 0x19, 0x11, Core::Big), Some(0xd1));
+    }
+
+    #[test]
+    fn unknown_models_are_refused() {
+        for (vendor, family, model) in [
+            ("GenuineIntel", 6, 0x0f),
+            ("GenuineIntel", 15, 3),
+            ("AuthenticAMD", 0x15, 2),
+            ("Other", 6, 0x55),
+        ] {
+            assert_eq!(of(vendor, family, model, Core::Big), None);
+        }
+        assert_eq!(of("GenuineIntel", 6, 0x6a, Core::Small), None);
+    }
+
+    #[test]
+    fn no_model_is_listed_twice() {
+        let mut all: Vec<u32> = INTEL.iter().flat_map(|(models, ..)| models.iter().copied()).collect();
+        all.sort_unstable();
+        let count = all.len();
+        all.dedup();
+        assert_eq!(all.len(), count);
+    }
+}

@@ -1,0 +1,110 @@
+//! Kicks that wait a little: most guests leave by themselves soon, and a position at an exit costs a replay nothing.
+
+use std::io;
+use std::mem::MaybeUninit;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+/// A kick that becomes a signal to the vCPU's thread when the guest has not left by itself in time.
+pub struct GracePeriod {
+    timer: libc::timer_t,
+    period: Duration,
+    pending: AtomicBool,
+}
+
+// SAFETY: a POSIX timer's id may be used from any thread of the process.
+unsafe impl Send for GracePeriod {}
+// SAFETY: timer_settime is thread-safe (POSIX), and the flag is atomic.
+unsafe impl Sync for GracePeriod {}
+
+impl GracePeriod {
+    /// A period whose end sends `signal` to the calling thread, which must be the vCPU's.
+    ///
+    /// # Errors
+    /// The system has no timer left.
+    pub fn new(period: Duration, signal: i32) -> io::Result<GracePeriod> {
+        // SAFETY: sigevent is plain data for which zeros are valid.
+        let mut event: libc::sigevent = unsafe { MaybeUninit::zeroed().assume_init() };
+        event.sigev_notify = libc::SIGEV_THREAD_ID;
+        event.sigev_signo = signal;
+        event.sigev_notify_thread_id = super::thread_id();
+        let mut timer = MaybeUninit::uninit();
+        // SAFETY: `event` and `timer` outlive the call, which writes `timer` when it succeeds.
+        super::check(unsafe { libc::timer_create(libc::CLOCK_MONOTONIC, &mut event, timer.as_mut_ptr()) })?;
+        // SAFETY: written by the call above.
+        let timer = unsafe { timer.assume_init() };
+        Ok(GracePeriod { timer, period, pending: AtomicBool::new(false) })
+    }
+
+    /// Asks the guest to stop at its next exit, or when the period is over.
+    ///
+    /// # Errors
+    /// Never with a period below a century.
+    pub fn kick(&self) -> io::Result<()> {
+        if self.pending.swap(true, Ordering::AcqRel) {
+            // The period of the first kick counts.
+            return Ok(());
+        }
+        self.set(self.period)
+    }
+
+    /// The guest has left: takes the kick, if there was one.
+    ///
+    /// # Errors
+    /// As [`GracePeriod::kick`].
+    pub fn take(&self) -> io::Result<bool> {
+        let was = self.pending.swap(false, Ordering::AcqRel);
+        if was {
+            self.set(Duration::ZERO)?;
+        }
+        Ok(was)
+    }
+
+    /// Zero stops the timer.
+    fn set(&self, after: Duration) -> io::Result<()> {
+        let it_value =
+            libc::timespec { tv_sec: after.as_secs() as i64, tv_nsec: i64::from(after.subsec_nanos()) };
+        let once = libc::itimerspec { it_interval: libc::timespec { tv_sec: 0, tv_nsec: 0 }, it_value };
+        // SAFETY: a timer of ours, and a structure that outlives the call.
+        super::check(unsafe { libc::timer_settime(self.timer, 0, &once, std::ptr::null_mut()) })
+    }
+}
+
+impl Drop for GracePeriod {
+    fn drop(&mut self) {
+        // SAFETY: a timer of ours, used by nobody any more.
+        let deleted = unsafe { libc::timer_delete(self.timer) };
+        debug_assert_eq!(deleted, 0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whether `signal`, which is blocked, is waiting for this thread within 2 s.
+    fn comes(signal: i32, within: Duration) -> bool {
+        // SAFETY: sigset_t is plain data that sigemptyset initialises; all pointers outlive their calls.
+        unsafe {
+            let mut set = MaybeUninit::uninit();
+            libc::sigemptyset(set.as_mut_ptr());
+            libc::sigaddset(set.as_mut_ptr(), signal);
+            libc::pthread_sigmask(libc::SIG_BLOCK, set.as_ptr(), std::ptr::null_mut());
+            let wait = libc::timespec { tv_sec: 0, tv_nsec: i64::from(within.subsec_nanos()) };
+            libc::sigtimedwait(set.as_ptr(), std::ptr::null_mut(), &wait) == signal
+        }
+    }
+
+    #[test]
+    fn a_kick_becomes_a_signal_unless_it_is_taken() {
+        let signal = libc::SIGRTMIN() + 7;
+        assert!(!comes(signal, Duration::ZERO));
+        let grace = GracePeriod::new(Duration::from_millis(20), signal).unwrap();
+        grace.kick().unwrap();
+        assert!(comes(signal, Duration::from_millis(900)));
+        assert!(grace.take().unwrap() && !grace.take().unwrap());
+        grace.kick().unwrap();
+        assert!(grace.take().unwrap());
+        assert!(!comes(signal, Duration::from_millis(100)));
+    }
+}
