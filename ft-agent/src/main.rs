@@ -1,5 +1,6 @@
 //! vmft: a virtual machine that goes on running when the host under it dies.
 
+mod doctor;
 mod engine;
 mod error;
 mod guest;
@@ -52,6 +53,8 @@ enum Command {
     Bench(bench::BenchArgs),
     /// Let a VM start again whose hosts have all died
     Forget(pair::ForgetArgs),
+    /// Tell what this host can do for guests on KVM
+    Doctor(doctor::DoctorArgs),
     /// Tell what is in a log
     #[command(subcommand)]
     Log(log_command::LogCommand),
@@ -72,6 +75,7 @@ fn main() -> ExitCode {
         Command::Console(at) => pair::console(&at),
         Command::Bench(args) => bench::run(&args).map_err(Error::from),
         Command::Forget(args) => pair::forget(&args),
+        Command::Doctor(args) => doctor::run(&args),
         Command::Log(command) => log_command::run(command),
     };
     match result {

@@ -111,6 +111,54 @@ fn read<T: ByteValued + Default>(file: &[u8], at: u64, what: &'static str) -> Re
     Ok(value)
 }
 
+/// A section of an ELF file that is in the file.
+#[derive(Clone, Debug)]
+pub(super) struct Section {
+    pub name: String,
+    /// Linear address.
+    pub address: u64,
+    /// Where in the file, bytes.
+    pub offset: usize,
+    pub len: usize,
+    pub executable: bool,
+}
+
+/// Size of `Elf64_Shdr`.
+const SECTION_HEADER: usize = 64;
+const SHT_NOBITS: u32 = 8;
+const SHF_EXECINSTR: u64 = 4;
+
+/// The sections of an ELF file, if that is what it is and they are whole.
+pub(super) fn sections(file: &[u8]) -> Option<Vec<Section>> {
+    let header: Elf64_Ehdr = read(file, 0, "the ELF header").ok()?;
+    if !file.starts_with(b"\x7fELF") || header.e_shentsize as usize != SECTION_HEADER || header.e_shnum == 0 {
+        return None;
+    }
+    let headers: Vec<&[u8; SECTION_HEADER]> = (0..header.e_shnum as usize)
+        .map(|n| file.get(usize::try_from(header.e_shoff).ok()? + n * SECTION_HEADER..)?.first_chunk())
+        .collect::<Option<_>>()?;
+    let word =
+        |h: &[u8; SECTION_HEADER], at: usize| u32::from_le_bytes(*h[at..].first_chunk().unwrap_or(&[0; 4]));
+    let long =
+        |h: &[u8; SECTION_HEADER], at: usize| u64::from_le_bytes(*h[at..].first_chunk().unwrap_or(&[0; 8]));
+    let names = headers.get(header.e_shstrndx as usize)?;
+    let names = file.get(long(names, 24) as usize..)?;
+    let section = |h: &&[u8; SECTION_HEADER]| {
+        let name = names.get(word(h, 0) as usize..)?.split(|b| *b == 0).next()?;
+        Some(Section {
+            name: String::from_utf8_lossy(name).into_owned(),
+            address: long(h, 16),
+            offset: long(h, 24) as usize,
+            len: long(h, 32) as usize,
+            executable: long(h, 8) & SHF_EXECINSTR != 0,
+        })
+    };
+    let in_file = |s: &Section| s.offset.checked_add(s.len).is_some_and(|end| end <= file.len());
+    let sections = headers.iter().filter(|h| word(h, 4) != SHT_NOBITS).map(section);
+    let sections: Vec<_> = sections.collect::<Option<_>>()?;
+    sections.iter().all(in_file).then_some(sections)
+}
+
 fn check_memory(start: u64, end: u64, limit: u64) -> Result<(), KernelError> {
     if start < HIGH_START || end > limit || start > end {
         return Err(KernelError::OutsideMemory { start, end, limit });

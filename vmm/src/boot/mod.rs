@@ -27,6 +27,7 @@ use crate::ram::{HOLE_END, HOLE_START, PAGE, Ram};
 use crate::vcpu::Start;
 
 mod kernel;
+pub mod rewrite;
 
 pub use kernel::KernelError;
 use kernel::{Format, Kernel};

@@ -1,0 +1,137 @@
+use iced_x86::IcedError;
+use iced_x86::code_asm::*;
+use soft_cpu::{CpuState, Exit, RunLimit, SoftCpu};
+
+use super::*;
+
+const AT: u64 = 0x1000;
+
+/// An ELF file with one executable section at [`AT`].
+fn elf(code: &[u8]) -> Vec<u8> {
+    let names = b"\0.text\0.shstrtab\0";
+    let mut file = vec![0; 64];
+    file[..6].copy_from_slice(b"\x7fELF\x02\x01");
+    let (code_at, names_at) = (64, 64 + code.len());
+    let headers_at = names_at + names.len();
+    file[40..48].copy_from_slice(&(headers_at as u64).to_le_bytes());
+    file[58..64].copy_from_slice(&[64, 0, 3, 0, 2, 0]);
+    file.extend(code);
+    file.extend(names);
+    file.extend([0; 64]);
+    for (name, kind, flags, address, at, len) in
+        [(1u32, 1u32, 6u64, AT, code_at, code.len()), (7, 3, 0, 0, names_at, names.len())]
+    {
+        file.extend(name.to_le_bytes());
+        file.extend(kind.to_le_bytes());
+        for value in [flags, address, at as u64, len as u64, 0, 0, 0] {
+            file.extend(value.to_le_bytes());
+        }
+    }
+    file
+}
+
+fn assemble(code: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> Vec<u8> {
+    let mut a = CodeAssembler::new(64).unwrap();
+    code(&mut a).unwrap();
+    a.assemble(AT).unwrap()
+}
+
+/// Runs code at [`AT`] in the soft CPU to its HLT; at the exits of rewritten sites gives what the CPU's counter says.
+fn run(code: &[u8], sites: &Sites) -> (CpuState, Vec<u8>, usize) {
+    let mut ram = vec![0; 0x20_0000];
+    for (at, entry) in [(0x2000, 0x3003u64), (0x3000, 0x4003), (0x4000, 0x83)] {
+        ram[at..at + 8].copy_from_slice(&entry.to_le_bytes());
+    }
+    ram[AT as usize..][..code.len()].copy_from_slice(code);
+    let mut cpu = SoftCpu::new(ram.len() as u64);
+    let mut state = cpu.save();
+    (state.rip, state.rflags, state.gpr[4]) = (AT, 2, 0x1_0000);
+    let sys = &mut state.sys;
+    (sys.cr0, sys.cr3, sys.cr4, sys.efer) = (0x8005_0033, 0x2000, 0x6a0, 0x500);
+    sys.seg = [soft_cpu::state::Segment { selector: 0x18, attr: 0xc093, limit: !0, base: 0 }; 6];
+    sys.seg[1] = soft_cpu::state::Segment { selector: 0x10, attr: 0xa09b, limit: !0, base: 0 };
+    cpu.restore(&state);
+    let mut asked = 0;
+    loop {
+        match cpu.run(&mut ram, &RunLimit { until: u64::MAX, interrupt_window: false }) {
+            Exit::Hlt => return (cpu.save(), ram[0x8000..0x9000].to_vec(), asked),
+            Exit::PioOut { port, .. } if port == u16::from(PORT) => {
+                let rip = cpu.cpu().rip;
+                let value = cpu.cpu().tsc();
+                assert_eq!(cpu.complete(&mut ram, 0), None);
+                let site = sites.at(rip).expect("an exit of a rewritten instruction");
+                let mut state = cpu.save();
+                site.apply(value, state.sys.tsc_aux, &mut state.gpr, &mut state.rflags);
+                state.rip = rip + u64::from(site.len);
+                cpu.restore(&state);
+                asked += 1;
+            }
+            exit => panic!("{exit:?}"),
+        }
+    }
+}
+
+#[test]
+fn a_rewritten_program_does_the_same() {
+    let code = assemble(|a| {
+        a.mov(ecx, 5)?;
+        a.mov(edi, 0x8000)?;
+        let mut again = a.create_label();
+        a.set_label(&mut again)?;
+        a.lfence()?;
+        a.rdtsc()?;
+        a.shl(rdx, 32)?;
+        a.or(rax, rdx)?;
+        a.stosq()?;
+        // Bytes of RDTSC that are no instruction.
+        a.mov(r8d, 0x310f_310f)?;
+        a.push(rcx)?;
+        a.rdtscp()?;
+        a.add(rax, rcx)?;
+        a.pop(rcx)?;
+        a.stosq()?;
+        a.dec(ecx)?;
+        a.jnz(again)?;
+        a.hlt()
+    });
+    let before = run(&code, &Sites::default());
+    let rewritten = rewrite(&elf(&code)).unwrap();
+    assert_eq!(rewritten.instructions, [("rdtsc", 1), ("rdtscp", 1)].into());
+    assert!(rewritten.left.is_empty());
+    let after = run(&rewritten.file[64..64 + code.len()], &rewritten.sites);
+    assert_eq!((before.0, before.1), (after.0, after.1));
+    assert_eq!((before.2, after.2), (0, 10));
+}
+
+#[test]
+fn random_numbers_go_where_the_instruction_said() {
+    let code = assemble(|a| {
+        a.rdrand(r11)?;
+        a.rdrand(ecx)?;
+        a.rdseed(bx)?;
+        a.rdpmc()
+    });
+    let rewritten = rewrite(&elf(&code)).unwrap();
+    let asks: Vec<_> = rewritten.sites.iter().map(|(_, site)| site.asks).collect();
+    assert_eq!(asks, [Asks::Rdrand(11, 8), Asks::Rdrand(1, 4), Asks::Rdseed(3, 2), Asks::Rdpmc]);
+    let (mut gpr, mut rflags) = ([!0; 16], 0x8d7);
+    for (_, site) in rewritten.sites.iter() {
+        site.apply(0x1111_2222_3333_4444, 0, &mut gpr, &mut rflags);
+    }
+    assert_eq!((gpr[11], gpr[1], gpr[3]), (0x1111_2222_3333_4444, 0x3333_4444, !0xffff | 0x4444));
+    assert_eq!((gpr[0], gpr[2], rflags), (0x3333_4444, 0x1111_2222, 3));
+    let text = Decoder::with_ip(64, &rewritten.file[64..64 + code.len()], AT, 0);
+    let mnemonics: Vec<_> = text.into_iter().map(|i| i.mnemonic()).collect();
+    assert!(mnemonics.iter().all(|m| matches!(m, iced_x86::Mnemonic::Out | iced_x86::Mnemonic::Nop)));
+}
+
+#[test]
+fn what_may_be_data_stays_and_is_named() {
+    // 06 is no instruction in 64-bit mode; RDTSC follows closely, and again far behind.
+    let code = [&[0x06][..], &[0x90; 20], &[0x0f, 0x31], &[0x90; 300], &[0x0f, 0x31]].concat();
+    let rewritten = rewrite(&elf(&code)).unwrap();
+    assert_eq!(rewritten.left, [(AT + 21, Asks::Rdtsc)]);
+    assert_eq!(rewritten.sites.iter().map(|(at, _)| at).collect::<Vec<_>>(), [AT + 323]);
+    assert!(rewritten.to_string().contains("rdtsc at 0x1015 cannot"));
+    assert!(rewrite(b"MZ no ELF").is_none());
+}
