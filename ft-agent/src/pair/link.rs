@@ -11,6 +11,8 @@ use rustls::{ClientConfig, ClientConnection, Connection, ServerConfig, ServerCon
 
 /// Plaintext that one [`Link::read`] takes at most.
 const READ_MAX: usize = 256 << 10;
+/// Messages are handed to the socket together until they are so many bytes.
+const BATCH: usize = 16 << 10;
 /// The socket's send buffer: small, so that a heartbeat is never long behind bulk data.
 const SEND_BUFFER: usize = 256 << 10;
 
@@ -180,13 +182,19 @@ impl Link {
                     Err(e) => return Err(e),
                 }
             }
-            let bytes = agent.outgoing();
-            if bytes.is_empty() {
+            let mut batch = 0;
+            while batch < BATCH && !agent.outgoing().is_empty() {
+                let taken = self.tls.writer().write(agent.outgoing())?;
+                agent.wrote(taken);
+                batch += taken;
+                if taken == 0 {
+                    break;
+                }
+            }
+            if batch == 0 {
                 return Ok(begun);
             }
-            let taken = self.tls.writer().write(bytes)?;
-            begun += taken as u64;
-            agent.wrote(taken);
+            begun += batch as u64;
         }
     }
 

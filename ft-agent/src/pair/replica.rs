@@ -16,7 +16,7 @@ use std::time::Duration;
 use agent::{
     Action, Agent, Event, Exit, Hello, NextRecord, Opened, Pace, Phase, Refusal, Role, Status, Verdict,
 };
-use entry::log::{EndReason, Record};
+use entry::log::{EndReason, Entry, Record};
 use entry::{Console, Output, Position};
 use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -588,12 +588,15 @@ impl Replica {
         self.spent.recording_ns.add(end - begin - rested);
     }
 
-    /// Primary: appends a record, and sends it when an output waits for it.
+    /// Primary: appends a record. An output's is sent at the next [`Replica::look`], together with those of the other
+    /// outputs of the same exit.
     pub fn append(self: &Arc<Self>, record: &Record) {
         let begin = now_ns();
         let mut state = self.lock();
         state.agent.append(now_ns(), record);
-        self.settle(state);
+        if !matches!(record.entry, Entry::Output(_)) {
+            self.settle(state);
+        }
         self.spent.recording_ns.add(now_ns() - begin);
     }
 
@@ -605,7 +608,10 @@ impl Replica {
         self.spent.held_ns.sub(begin);
         state.drop_released();
         state.release();
-        self.settle(state);
+        // Nobody looks at a guest that is alone; one with a backup is looked at before it runs on.
+        if state.alone {
+            self.settle(state);
+        }
         self.spent.recording_ns.add(now_ns() - begin);
     }
 
