@@ -32,9 +32,23 @@ pub fn start_servers(guest: IpAddr) -> io::Result<()> {
     for (name, port) in [("tcp-sink", SINK), ("tcp-source", SOURCE), ("tcp-echo", ECHO)] {
         if connect(guest, port).is_err() {
             work(guest, name, u32::from(port))?;
+            listens(guest, port)?;
         }
     }
     Ok(())
+}
+
+/// Waits until a server that was started in the background listens.
+fn listens(guest: IpAddr, port: u16) -> io::Result<()> {
+    let start = Instant::now();
+    loop {
+        match connect(guest, port) {
+            Err(e) if e.kind() == ErrorKind::ConnectionRefused && start.elapsed() < PATIENCE => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            connected => return connected.map(drop),
+        }
+    }
 }
 
 /// Loads a guest for about so long.
