@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use support::counter::{Counter, Seen};
 use support::pair::{Host, Site, inside};
 use support::vm::Vm;
-use support::{can_network, has_guest};
+use support::{can_network, has_guest, has_kvm};
 
 const BARE: [&str; 4] = ["--guest", "bare", "--memory-mib", "32"];
 const LINUX: [&str; 2] = ["--guest", "linux"];
@@ -67,6 +67,15 @@ fn kill_primary(guest: &[&str], client: fn(&str) -> Counter, cases: u64) {
 fn the_bare_guest_survives_the_kill_of_its_primary_under_load() {
     if ready("the_bare_guest_survives_the_kill_of_its_primary_under_load", "bare") {
         kill_primary(&BARE, Counter::bare, cases(5));
+    }
+}
+
+#[test]
+fn the_bare_guest_on_kvm_survives_the_kill_of_its_primary_under_load() {
+    const TEST: &str = "the_bare_guest_on_kvm_survives_the_kill_of_its_primary_under_load";
+    if ready(TEST, "bare") && has_kvm(TEST) {
+        let guest = [&BARE[..], &["--cpu", "kvm", "--positions", "sync"]].concat();
+        kill_primary(&guest, Counter::bare, cases(3));
     }
 }
 

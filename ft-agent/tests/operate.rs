@@ -3,6 +3,7 @@
 mod support;
 
 use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -10,7 +11,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use support::counter::{Counter, tell_bare};
-use support::pair::{Host, Site};
+use support::pair::{Host, Site, inside};
 use support::vm::{VMFT, Vm, vmft_in};
 use support::{can_network, has_guest};
 
@@ -39,6 +40,18 @@ fn report(control: &Path) -> (i32, serde_json::Value) {
     (code, serde_json::from_str(&out).unwrap_or_else(|e| panic!("{e} in {out:?}, {errors}")))
 }
 
+/// What a host answers to a scrape of its metrics.
+fn scrape(site: &Site, host: Host, path: &str) -> String {
+    let request = format!("GET {path} HTTP/1.1\r\nHost: x\r\n\r\n");
+    let ask = move || {
+        let mut tcp = TcpStream::connect("127.0.0.1:9100").expect("connect");
+        let mut answer = String::new();
+        tcp.write_all(request.as_bytes()).and_then(|()| tcp.read_to_string(&mut answer)).expect("scrape");
+        answer
+    };
+    inside(&site.ns(host.name()), ask).join().expect("scrape")
+}
+
 /// Everything that is no request; the socket stays what it was.
 fn talk_nonsense(control: &Path) {
     let mode = std::fs::metadata(control).expect("control socket").permissions().mode();
@@ -63,7 +76,14 @@ fn a_pair_is_watched_and_handed_over_through_its_control_sockets() {
         return;
     }
     let site = Site::new();
-    let (a, mut b) = site.pair(&BARE);
+    let told_to = |role: &str| site.dir.join(format!("told-{role}"));
+    // One that takes long holds up nobody.
+    let hook = format!(
+        "echo $VMFT_STATE $VMFT_VM $VMFT_PHASE $VMFT_GENERATION >>{}$VMFT_ROLE; sleep 1",
+        told_to("").display()
+    );
+    let options = [&BARE[..], &["--hook", &hook, "--metrics", "127.0.0.1:9100"]].concat();
+    let (a, mut b) = site.pair(&options);
     let (at_a, at_b) = (site.control(Host::A), site.control(Host::B));
     talk_nonsense(&at_a);
     talk_nonsense(&at_b);
@@ -79,6 +99,13 @@ fn a_pair_is_watched_and_handed_over_through_its_control_sockets() {
             assert!(told[count].as_u64().expect(count) > 0, "{count} in {told}");
         }
     }
+    let metrics = scrape(&site, Host::A, "/metrics");
+    for expected in
+        ["protected{vm=\"vm\"} 1\n", "is_primary{vm=\"vm\"} 1\n", "failovers_total{vm=\"vm\"} 0\n"]
+    {
+        assert!(metrics.contains(&format!("\nvmft_{expected}")), "{expected} in {metrics}");
+    }
+    assert!(scrape(&site, Host::A, "/").starts_with("HTTP/1.1 404"));
     let mut watch =
         Vm::start(Command::new(VMFT).args(["status", "--watch", "--json", "--control"]).arg(&at_a));
     watch.wait_for("}\n", 10);
@@ -98,9 +125,17 @@ fn a_pair_is_watched_and_handed_over_through_its_control_sockets() {
     client.finish().unwrap_or_else(|e| panic!("{e}\n{}", b.seen()));
     let (code, told) = report(&at_b);
     assert_eq!((code, &told["phase"]), (1, &"alone".into()), "{told}");
+    let metrics = scrape(&site, Host::B, "/metrics");
+    for expected in ["protected{vm=\"vm\"} 0\n", "is_alone{vm=\"vm\"} 1\n", "failovers_total{vm=\"vm\"} 1\n"]
+    {
+        assert!(metrics.contains(&format!("\nvmft_{expected}")), "{expected} in {metrics}");
+    }
     assert_eq!(ask(&at_b, &["stop"]).0, 0);
     let (status, output) = b.finish(20);
     assert!(status.success() && output.contains("the VM has ended: Stopped"), "{output}");
+    let read = |role| std::fs::read_to_string(told_to(role)).expect("what the hook was told");
+    assert_eq!(read("primary"), "PROTECTED vm protected 1\n");
+    assert_eq!(read("backup"), "PROTECTED vm protected 1\nUNPROTECTED vm deciding 1\n");
     assert!(!at_a.exists() && !at_b.exists());
 }
 

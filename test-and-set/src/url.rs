@@ -44,6 +44,15 @@ pub enum StoreUrl {
     },
 }
 
+impl StoreUrl {
+    /// Its nodes, each HOST:PORT.
+    pub fn nodes(&self) -> &[String] {
+        match self {
+            Self::Raft { nodes, .. } | Self::Etcd { nodes, .. } | Self::ZooKeeper { nodes, .. } => nodes,
+        }
+    }
+}
+
 /// What is wrong with a store's URL.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum UrlError {

@@ -1,6 +1,6 @@
 //! The one loop that runs a guest, whatever its inputs come from.
 
-use entry::End;
+use entry::{End, Position};
 
 use crate::machine::{Machine, MachineError, Stop};
 use crate::source::{After, Next, Source};
@@ -52,26 +52,32 @@ impl<S: Source> GuestLoop<S> {
         if let Some(stop) = self.machine.finish()? {
             return self.stopped(stop);
         }
+        // One that was paused between two positions goes on to the next before anything else.
+        if self.machine.is_between() {
+            return self.run_to(Some(Position::exact(self.machine.position().count + 1)));
+        }
         match self.source.next(&self.machine).map_err(LoopError::Source)? {
             Next::Apply(input) => self.machine.apply(input),
-            Next::Run { until } => {
-                return loop {
-                    match self.machine.run(until)? {
-                        Stop::Between => {
-                            self.tell()?;
-                            if !self.source.between(self.machine.position()).map_err(LoopError::Source)? {
-                                break Ok(Turn::Paused);
-                            }
-                        }
-                        stop => break self.stopped(stop),
-                    }
-                };
-            }
+            Next::Run { until } => return self.run_to(until),
             Next::Digest => self.digest()?,
             Next::Pause => return Ok(Turn::Paused),
         }
         self.tell()?;
         Ok(Turn::Again)
+    }
+
+    fn run_to(&mut self, until: Option<Position>) -> Result<Turn, LoopError<S::Error>> {
+        loop {
+            match self.machine.run(until)? {
+                Stop::Between => {
+                    self.tell()?;
+                    if !self.source.between(self.machine.position()).map_err(LoopError::Source)? {
+                        return Ok(Turn::Paused);
+                    }
+                }
+                stop => return self.stopped(stop),
+            }
+        }
     }
 
     fn stopped(&mut self, stop: Stop) -> Result<Turn, LoopError<S::Error>> {

@@ -33,6 +33,7 @@ pub fn go_live(
     let inbox = Inbox::new(machine.kicker(), INBOX_CAPACITY);
     replica.set_guest(inbox.1.clone());
     let mut inlet = Inlet::new(inbox, side.plan.clock(), machine.time_ns(), behind_ns)?;
+    side.watch_for_starvation(&mut inlet);
     for (slot, image) in standby.into_images() {
         inlet.attach_disk(slot, image);
     }

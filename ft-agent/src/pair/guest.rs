@@ -50,6 +50,12 @@ impl Outside for Guarded {
         Ok(())
     }
 
+    fn starving(&mut self, at: Position) -> Result<(), Error> {
+        // The guest runs, although it makes no exit.
+        self.replica.turn();
+        self.inlet.starving(at)
+    }
+
     fn answer(&mut self, at: Position, question: &Question) -> Result<Answer, Error> {
         self.inlet.answer(at, question)
     }

@@ -40,6 +40,12 @@ pub struct PairOptions {
     /// Unix socket for vmft status, failover, stop and console
     #[arg(long, value_name = "FILE")]
     pub control: Option<PathBuf>,
+    /// Command for the shell on each change, with VMFT_STATE as PROTECTED or UNPROTECTED, VMFT_VM, VMFT_ROLE, VMFT_PHASE
+    #[arg(long, value_name = "COMMAND")]
+    pub hook: Option<String>,
+    /// Where Prometheus scrapes /metrics, over plain HTTP
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub metrics: Option<SocketAddr>,
     /// Silence after which the peer is lost, the same on both sides [default: 1000]
     #[arg(long, value_name = "MS")]
     pub timeout_ms: Option<u64>,
@@ -76,6 +82,10 @@ pub struct PairPlan {
     pub discard_newer: bool,
     /// Control socket.
     pub control: Option<PathBuf>,
+    /// The user's command for each change.
+    pub hook: Option<String>,
+    /// Where metrics are told.
+    pub metrics: Option<SocketAddr>,
     /// When somebody is late.
     pub timing: Timing,
     /// Bounds of what is kept.
@@ -87,7 +97,7 @@ pub struct PairPlan {
 impl PairPlan {
     /// Unit of the positions.
     pub fn engine_unit(&self) -> PositionUnit {
-        vmm::Engine::Soft.unit()
+        self.machine.engine.unit()
     }
 
     /// Guest time's origin.
@@ -129,6 +139,8 @@ impl PairOptions {
             listen: o.listen,
             discard_newer: o.discard_newer,
             control: o.control,
+            hook: o.hook,
+            metrics: o.metrics,
             timing,
             buffers,
             machine: o.machine.check()?,
@@ -145,6 +157,8 @@ impl PairOptions {
             unprotected: self.unprotected || file.unprotected,
             discard_newer: self.discard_newer || file.discard_newer,
             control: self.control.or(file.control),
+            hook: self.hook.or(file.hook),
+            metrics: self.metrics.or(file.metrics),
             timeout_ms: self.timeout_ms.or(file.timeout_ms),
             heartbeat_ms: self.heartbeat_ms.or(file.heartbeat_ms),
             progress_timeout_ms: self.progress_timeout_ms.or(file.progress_timeout_ms),

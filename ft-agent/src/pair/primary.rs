@@ -58,6 +58,7 @@ pub fn run(plan: PairPlan) -> Result<(), Error> {
     }
     side.sidecars.write(generation, true)?;
     let mut inlet = Inlet::new(inbox, clock, machine.time_ns(), 0)?;
+    side.watch_for_starvation(&mut inlet);
     if let Some(tap) = &side.tap {
         inlet.attach_tap(NET_SLOT, tap.clone());
     }

@@ -30,6 +30,7 @@ use vmm::gate::Gate;
 use vmm::inbox::InboxSender;
 
 use super::announce::Announcer;
+use super::hook::Hook;
 use super::link::Link;
 use super::spent::Spent;
 use super::status::{Report, phase_name, role_name};
@@ -78,6 +79,7 @@ struct State {
     gate: Gate,
     outlet: Outlet,
     announcer: Announcer,
+    hook: Option<Hook>,
     /// Wakes the guest's thread out of the guest.
     guest: Option<InboxSender>,
     started: Option<Generation>,
@@ -115,6 +117,7 @@ impl Replica {
         agent: Agent,
         outlet: Outlet,
         announcer: Announcer,
+        hook: Option<Hook>,
     ) -> Result<Arc<Replica>, Error> {
         let wake = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC);
         let wake = wake.map_err(|e| Error::host("eventfd")(e.into()))?;
@@ -125,6 +128,7 @@ impl Replica {
             gate: Gate::default(),
             outlet,
             announcer,
+            hook,
             guest: None,
             started: None,
             alone: false,
@@ -205,6 +209,7 @@ impl Replica {
             }
             state.agent.handle(now_ns(), Event::Disconnected);
         }
+        state.tell_hook();
         if state.deadline() < state.sleeps_until {
             self.wake_pump();
         }
@@ -250,6 +255,8 @@ impl Replica {
                 state.release();
                 state.alone = true;
                 state.story.verdict(now_ns());
+                // One that was started without a peer has not lost any.
+                state.story.failovers += u64::from(state.agent.status(now_ns()).peer.is_some());
                 warn!("this side lives, alone: UNPROTECTED");
                 state.announce();
             }
@@ -510,6 +517,7 @@ impl Replica {
             spent: self.spent.at(now, state.gate.recorded() - state.gate.released()),
             position: status.position.count,
             peer_position: status.peer_position.count,
+            failovers: state.story.failovers,
             failover: state.story.failover.clone(),
         }
     }
@@ -665,6 +673,12 @@ impl State {
     fn announce(&mut self) {
         self.announcer.start(now_ns());
         self.tick_announcer();
+    }
+
+    fn tell_hook(&mut self) {
+        if let Some(hook) = &mut self.hook {
+            hook.note(&self.agent.status(now_ns()));
+        }
     }
 
     fn tick_announcer(&mut self) {

@@ -4,6 +4,7 @@ use std::io::IsTerminal;
 use std::sync::Arc;
 
 use agent::{Agent, Config, Event, Exit, Phase, Role};
+use entry::PositionUnit;
 use entry::identity::Identity;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -12,17 +13,20 @@ use test_and_set::keys::Keys;
 use test_and_set::names::{Generation, Incarnation};
 use test_and_set::record::Member;
 use test_and_set::store::chain;
+use test_and_set::url::StoreUrl;
 use tracing_subscriber::EnvFilter;
 
 use super::announce::Announcer;
 use super::console::{Readers, to_stdout};
 use super::control::Control;
+use super::hook::Hook;
 use super::options::PairPlan;
 use super::replica::{Replica, now_ns};
 use super::sidecar::Sidecars;
+use super::{metrics, quorum};
 use crate::error::Error;
 use crate::outside::tap::Tap;
-use crate::outside::{ConsoleOut, Outlet};
+use crate::outside::{ConsoleOut, Inlet, Outlet};
 
 /// Slot of the network device, if there is one.
 pub const NET_SLOT: u8 = 0;
@@ -56,20 +60,33 @@ impl Side {
     pub fn open(plan: PairPlan) -> Result<Side, Error> {
         let keys = Keys::load(&plan.keys).map_err(|e| Error::config("keys", chain(&e)))?;
         let store = Blocking::connect(&plan.store).map_err(|e| Error::config("store", chain(&e)))?;
+        if let Ok(url) = plan.store.parse::<StoreUrl>() {
+            std::thread::spawn(move || quorum::warn_if_lost_with_this_host(&url));
+        }
         let tap = plan.machine.net.as_ref().map(|net| Tap::open(&net.tap)).transpose()?.map(Arc::new);
         let sidecars = Sidecars::read(&plan.name, &plan.machine.disks, plan.discard_newer)?;
         Ok(Side { plan, keys: keys.into(), store, tap, sidecars })
     }
 
-    /// Listens on the control socket, if there is to be one.
+    /// Listens on the control socket and for scrapes, where there are to be any.
     ///
     /// # Errors
     /// The socket cannot be made.
     pub fn control(
         &self,
-        find: impl Fn() -> Option<Arc<Replica>> + Send + Sync + 'static,
+        find: impl Fn() -> Option<Arc<Replica>> + Clone + Send + Sync + 'static,
     ) -> Result<Option<Control>, Error> {
+        if let Some(address) = self.plan.metrics {
+            metrics::listen(address, self.plan.name.clone(), find.clone())?;
+        }
         self.plan.control.as_deref().map(|path| Control::listen(path, find)).transpose()
+    }
+
+    /// Where positions are the guest's exits, one that makes none must be seen to run all the same.
+    pub fn watch_for_starvation(&self, inlet: &mut Inlet) {
+        if self.plan.engine_unit() == PositionUnit::SynchronousExits {
+            inlet.watch_for_starvation(self.plan.machine.starvation);
+        }
     }
 
     /// A replica of a machine with this identity.
@@ -103,7 +120,8 @@ impl Side {
             ports.push((tap.clone(), net.mac));
         }
         let agent = Agent::new(config, now_ns());
-        Replica::new(plan.name.clone(), self.store.clone(), agent, outlet, Announcer::new(ports))
+        let hook = plan.hook.clone().map(|command| Hook::start(command, plan.name.clone())).transpose()?;
+        Replica::new(plan.name.clone(), self.store.clone(), agent, outlet, Announcer::new(ports), hook)
     }
 }
 

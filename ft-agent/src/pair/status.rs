@@ -58,6 +58,8 @@ pub struct Report {
     pub position: u64,
     /// Position of the other side's at its last heartbeat.
     pub peer_position: u64,
+    /// How often this side went on without the other, planned or not.
+    pub failovers: u64,
     /// The last failover, if there was one.
     pub failover: Option<Failover>,
 }
@@ -77,6 +79,11 @@ pub struct Failover {
     pub running_ms: Option<f64>,
     /// The guest's first new frame left.
     pub first_frame_ms: Option<f64>,
+}
+
+/// What a user is told.
+pub fn word(protected: bool) -> &'static str {
+    if protected { "PROTECTED" } else { "UNPROTECTED" }
 }
 
 /// Name of a phase.
@@ -101,7 +108,7 @@ pub fn role_name(role: Role) -> &'static str {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let word = if self.protected { "PROTECTED" } else { "UNPROTECTED" };
+        let word = word(self.protected);
         let generation = self.generation.map_or("none yet".into(), |g| g.to_string());
         writeln!(f, "{word}: VM {}, {} ({}), generation {generation}", self.name, self.role, self.phase)?;
         writeln!(

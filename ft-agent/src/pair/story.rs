@@ -14,6 +14,8 @@ const SAMPLES: usize = 5;
 pub struct Story {
     /// The last failover.
     pub failover: Option<Failover>,
+    /// How often this side went on without the other.
+    pub failovers: u64,
     lost_at: u64,
     /// Bytes of the channel, as sent or received.
     pub log_bytes: u64,

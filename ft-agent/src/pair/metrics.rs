@@ -1,0 +1,123 @@
+//! `--metrics ADDRESS:PORT`: `GET /metrics` for Prometheus, over plain HTTP.
+
+use std::fmt::Write as _;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use test_and_set::names::VmName;
+
+use super::replica::Replica;
+use super::status::Report;
+use crate::error::Error;
+
+/// Scrapes at once; more are closed unheard.
+const SCRAPES_MAX: usize = 8;
+const REQUEST_BYTES_MAX: u64 = 4096;
+/// Between two bytes of a request.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Answers scrapes for as long as the process lives, from what `find` gives: there may be no replica yet.
+///
+/// # Errors
+/// The address cannot be listened on.
+pub fn listen(
+    address: SocketAddr,
+    vm: VmName,
+    find: impl Fn() -> Option<Arc<Replica>> + Send + Sync + 'static,
+) -> Result<(), Error> {
+    let listener = TcpListener::bind(address).map_err(Error::host(format!("metrics on {address}")))?;
+    let shared = Arc::new((vm, find, AtomicUsize::new(0)));
+    let accept = move || {
+        for tcp in listener.incoming().flatten() {
+            let shared = shared.clone();
+            if shared.2.fetch_add(1, Ordering::AcqRel) >= SCRAPES_MAX {
+                shared.2.fetch_sub(1, Ordering::AcqRel);
+                continue;
+            }
+            std::thread::spawn(move || {
+                let (vm, find, scrapes) = &*shared;
+                let metrics = || text(vm, find().map(|replica| replica.report()).as_ref());
+                // A scrape that fails is the scraper's to repeat.
+                answer(tcp, metrics).ok();
+                scrapes.fetch_sub(1, Ordering::AcqRel);
+            });
+        }
+    };
+    std::thread::Builder::new().name("metrics".into()).spawn(accept).map(drop).map_err(Error::host("thread"))
+}
+
+fn answer(mut tcp: TcpStream, metrics: impl FnOnce() -> String) -> std::io::Result<()> {
+    tcp.set_read_timeout(Some(PATIENCE))?;
+    tcp.set_write_timeout(Some(PATIENCE))?;
+    let (mut request, mut buffer) = (Vec::new(), [0; 512]);
+    let mut reader = tcp.try_clone()?.take(REQUEST_BYTES_MAX);
+    while !request.windows(4).any(|w| w == b"\r\n\r\n") {
+        match reader.read(&mut buffer)? {
+            0 => return Ok(()),
+            n => request.extend_from_slice(&buffer[..n]),
+        }
+    }
+    let (status, body) = if request.starts_with(b"GET /metrics ") {
+        ("200 OK", metrics())
+    } else {
+        ("404 Not Found", "only GET /metrics is here\n".into())
+    };
+    let length = body.len();
+    write!(
+        tcp,
+        "HTTP/1.1 {status}\r\nContent-Type: text/plain; version=0.0.4\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{body}"
+    )
+}
+
+/// Prometheus' text format. Before there is a replica the VM is not protected, and no more is known.
+fn text(vm: &VmName, report: Option<&Report>) -> String {
+    let mut text = String::new();
+    let protected = report.is_some_and(|r| r.protected);
+    metric(
+        &mut text,
+        vm,
+        "protected",
+        "gauge",
+        "1 if the loss of either host is survived",
+        f64::from(protected),
+    );
+    let Some(r) = report else { return text };
+    let count = |n: u64| n as f64;
+    for (name, kind, help, value) in [
+        ("is_primary", "gauge", "1 if this side has started as primary", f64::from(r.role == "primary")),
+        (
+            "is_alone",
+            "gauge",
+            "1 if this side runs the guest without a backup",
+            f64::from(r.phase == "alone"),
+        ),
+        ("generation", "gauge", "the pair's generation", count(r.generation.unwrap_or(0))),
+        ("records_recorded_total", "counter", "records made or received", count(r.recorded)),
+        ("records_sent_total", "counter", "records sent", count(r.sent)),
+        ("records_acknowledged_total", "counter", "records that the backup has", count(r.acked)),
+        ("records_replayed_total", "counter", "records that the backup has replayed", count(r.replayed)),
+        ("outputs_recorded_total", "counter", "outputs of the guest", count(r.outputs_recorded)),
+        ("outputs_released_total", "counter", "outputs that have left", count(r.outputs_released)),
+        ("outputs_held", "gauge", "outputs that wait for the backup", count(r.outputs_held)),
+        ("lag_seconds", "gauge", "how far the backup is behind", r.lag_ms / 1e3),
+        ("lag_bytes", "gauge", "records that the backup has not replayed", count(r.lag_bytes)),
+        ("log_bytes_total", "counter", "bytes of the channel, as sent or received", count(r.log_bytes)),
+        ("failovers_total", "counter", "times that this side went on without the other", count(r.failovers)),
+    ] {
+        metric(&mut text, vm, name, kind, help, value);
+    }
+    text
+}
+
+fn metric(text: &mut String, vm: &VmName, name: &str, kind: &str, help: &str, value: f64) {
+    // A string takes everything.
+    write!(
+        text,
+        "# HELP vmft_{name} {help}\n# TYPE vmft_{name} {kind}\nvmft_{name}{{vm=\"{}\"}} {value}\n",
+        vm.as_str()
+    )
+    .unwrap_or_else(|e| unreachable!("{e}"));
+}
