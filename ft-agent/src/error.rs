@@ -96,7 +96,12 @@ impl Error {
     /// The process' exit code: 1 unprotected (`vmft status`), 2 configuration, 3 host, 4 guest crash, 5 divergence, 6 fenced
     /// (the other side lives), 7 not started (the VM runs elsewhere, or the peer was lost before the guest ran).
     pub fn exit_code(&self) -> ExitCode {
-        ExitCode::from(match self {
+        ExitCode::from(self.code())
+    }
+
+    /// [`Error::exit_code`] as a number.
+    pub fn code(&self) -> u8 {
+        match self {
             Error::Config { .. } | Error::Boot(_) => 2,
             Error::Machine(MachineError::Config(_) | MachineError::Boot(_)) => 2,
             Error::Bench(bench::Error::Only(..)) => 2,
@@ -108,7 +113,7 @@ impl Error {
             Error::Running { .. } | Error::Out(Exit::NotOpened | Exit::NotStarted(_)) => 7,
             Error::Out(Exit::Failed(_)) => 3,
             Error::Out(Exit::Ended(_) | Exit::HandedOver | Exit::Stopped) => 0,
-        })
+        }
     }
 }
 

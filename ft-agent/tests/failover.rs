@@ -4,19 +4,15 @@ mod support;
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use support::counter::{Counter, Seen};
 use support::pair::{Host, Site, inside};
 use support::vm::Vm;
-use support::{can_network, has_guest, has_kvm};
+use support::{can_network, cases, has_guest, has_kvm};
 
 const BARE: [&str; 4] = ["--guest", "bare", "--memory-mib", "32"];
 const LINUX: [&str; 2] = ["--guest", "linux"];
-
-fn cases(default: u64) -> u64 {
-    std::env::var("VMFT_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(default)
-}
 
 fn ready(test: &str, guest: &str) -> bool {
     has_guest(test, guest) && can_network(test)
@@ -134,18 +130,77 @@ fn a_planned_handover_loses_nothing() {
     }
     let site = Site::new();
     for case in 0..cases(3) {
-        let (a, mut b) = site.pair(&BARE);
+        let (a, mut b) = site.pair_with(&BARE, &[("VMFT_LOG", STATES)]);
         let client = Counter::bare(&site.ns("client"));
         client.wait_for(20, 20);
         a.terminate();
-        b.wait_for("this side lives", 20);
+        b.wait_for("going live", 20);
         let (status, output) = a.finish(10);
         assert!(status.success() && output.contains("handed over"), "{output}");
+        let full_state = |text: &str| lines(text, "full state").next().map(str::to_owned);
+        let (there, here) = (full_state(&output), full_state(b.seen()));
+        assert!(here.is_some() && here == there, "{there:?}, {here:?}");
         client.wait_for(50, 20);
         let seen = checked(client, &b);
-        eprintln!("handover {case}: longest gap {:?}", seen.gap);
+        eprintln!("handover {case}: longest gap {:?},{}", seen.gap, here.unwrap_or_default());
         end(b);
     }
+}
+
+/// What a side that is to log the digests of its guest's state has as VMFT_LOG.
+const STATES: &str = "info,vmft::pair::guest=debug";
+
+/// What follows a word in the lines that have it.
+fn lines<'a>(text: &'a str, word: &'a str) -> impl Iterator<Item = &'a str> {
+    text.lines().filter_map(move |line| line.split_once(word).map(|(_, rest)| rest))
+}
+
+#[test]
+fn the_states_of_a_primary_that_was_killed_are_those_its_backup_has_checked() {
+    const TEST: &str = "the_states_of_a_primary_that_was_killed_are_those_its_backup_has_checked";
+    if !ready(TEST, "bare") {
+        return;
+    }
+    let site = Site::new();
+    for case in 0..cases(2) {
+        let (a, mut b) = site.pair_with(&BARE, &[("VMFT_LOG", STATES)]);
+        let client = Counter::bare(&site.ns("client"));
+        client.wait_for(200, 20);
+        let killed = SystemTime::now();
+        a.signal(nix::sys::signal::Signal::SIGKILL);
+        let (_, there) = a.finish(10);
+        b.wait_for("this side lives", 20);
+        checked(client, &b);
+        let position = |text: &str| -> u64 {
+            let at = text.split_whitespace().find_map(|word| word.strip_prefix("at="));
+            at.and_then(|at| at.parse().ok()).unwrap_or_else(|| panic!("no position in {text:?}"))
+        };
+        let here: Vec<&str> = lines(b.seen(), "state checked").collect();
+        let last = here.last().map(|text| position(text)).expect("no state was checked");
+        let there: Vec<&str> = there.lines().filter(|line| line.contains("state recorded")).collect();
+        // What was recorded last may not have left the host that died.
+        let reached = there.iter().filter(|line| position(line) <= last);
+        let recorded: Vec<&str> = reached.clone().flat_map(|line| lines(line, "state recorded")).collect();
+        assert_eq!(recorded, here);
+        assert!(
+            there.len() - here.len() <= 1,
+            "{} states were recorded, {} checked",
+            there.len(),
+            here.len()
+        );
+        let age = reached.last().map(|line| age_ms(line, killed)).expect("a state");
+        eprintln!("kill {case}: {} states are equal, the last was {age} ms old", here.len());
+        assert!(age < 1000, "the last state that was checked is {age} ms old");
+        end(b);
+    }
+}
+
+/// How old a line of the log was at a time, ms, by the seconds of its time stamp.
+fn age_ms(line: &str, then: SystemTime) -> u64 {
+    let seconds = line.split_once('Z').and_then(|(time, _)| time.rsplit_once(':')).map(|(_, s)| s);
+    let at_ms = seconds.and_then(|s| s.parse::<f64>().ok()).map(|s| (s * 1000.0) as u64);
+    let then = then.duration_since(SystemTime::UNIX_EPOCH).expect("a time").as_millis() as u64 % 60_000;
+    (then + 60_000 - at_ms.unwrap_or_else(|| panic!("no time in {line:?}"))) % 60_000
 }
 
 #[test]

@@ -2,48 +2,20 @@
 
 mod support;
 
+use std::collections::BTreeMap;
 use std::io::{Read, Write};
-use std::net::TcpStream;
-use std::time::Duration;
+use std::net::{TcpStream, UdpSocket};
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal::{SIGCONT, SIGSTOP};
-use support::counter::Counter;
 use support::pair::{Host, Site, inside};
+use support::row::{BARE, LIVES, LONG, end, fenced, one_lives, pair, pair_with};
 use support::vm::{Vm, vmft_in};
 use support::{can_network, has_guest};
-
-const BARE: [&str; 4] = ["--guest", "bare", "--memory-mib", "32"];
-const LIVES: &str = "this side lives";
-/// Longer than the timeout of a pair with default options.
-const LONG: Duration = Duration::from_millis(2500);
-
-/// A pair with a client that counts, unless the test cannot run here.
-fn pair(test: &str) -> Option<(Site, Vm, Vm, Counter)> {
-    if !has_guest(test, "bare") || !can_network(test) {
-        return None;
-    }
-    let site = Site::new();
-    let (a, b) = site.pair(&BARE);
-    let client = Counter::bare(&site.ns("client"));
-    client.wait_for(20, 20);
-    Some((site, a, b, client))
-}
-
-/// The client was right to the end, and so was the one that lives.
-fn end(client: Counter, survivor: Vm) {
-    client.wait_for(50, 30);
-    let seen = client.finish().unwrap_or_else(|e| panic!("{e}\n{}", survivor.seen()));
-    eprintln!("{} replies, longest gap {:?}", seen.replies, seen.gap);
-    survivor.terminate();
-    let (status, output) = survivor.finish(30);
-    assert!(status.success() && !output.contains("divergence"), "{output}");
-}
-
-fn fenced(loser: Vm) {
-    let (status, output) = loser.finish(20);
-    assert_eq!(status.code(), Some(6), "{output}");
-    assert!(output.contains("fenced") && !output.contains(LIVES), "{output}");
-}
 
 #[test]
 fn a_primary_that_was_stopped_is_fenced_when_it_goes_on() {
@@ -98,22 +70,142 @@ fn a_backup_that_is_cut_off_from_everything_is_fenced() {
     end(client, a);
 }
 
-#[test]
-fn without_a_quorum_nobody_lives_until_it_is_back() {
-    let Some((mut site, a, mut b, client)) = pair("without_a_quorum_nobody_lives_until_it_is_back") else {
-        return;
-    };
+/// A fault while the store has no quorum: nobody lives and nothing is said until it is back, and then exactly one lives.
+fn without_a_quorum(
+    test: &str,
+    fault: impl FnOnce(&Site, Vm, Vm) -> [Option<Vm>; 2],
+    heal: impl FnOnce(&Site),
+) {
+    let Some((mut site, a, b, client)) = pair(test) else { return };
     site.stop_store(1);
     site.stop_store(2);
     client.wait_for(50, 20);
-    drop(a);
-    b.wait_for("asking the store", 20);
+    let mut sides = fault(&site, a, b);
+    for side in sides.iter_mut().flatten() {
+        side.wait_for("asking the store", 20);
+    }
     let replies = client.replies();
     std::thread::sleep(LONG);
     assert_eq!(client.replies(), replies, "somebody answers without a verdict");
+    assert!(sides.iter_mut().flatten().all(|side| !side.has_printed(LIVES) && !side.has_ended()));
     site.start_store(1);
+    match sides {
+        [Some(a), Some(b)] => {
+            std::thread::sleep(LONG);
+            heal(&site);
+            let (host, survivor) = one_lives(a, b);
+            eprintln!("{host:?} lives");
+            end(client, survivor);
+        }
+        [survivor, other] => {
+            let mut survivor = survivor.or(other).expect("a side");
+            survivor.wait_for(LIVES, 30);
+            end(client, survivor);
+        }
+    }
+}
+
+#[test]
+fn without_a_quorum_a_killed_primary_is_not_replaced_until_it_is_back() {
+    let test = "without_a_quorum_a_killed_primary_is_not_replaced_until_it_is_back";
+    without_a_quorum(test, |_, _, b| [None, Some(b)], |_| ());
+}
+
+#[test]
+fn without_a_quorum_a_primary_whose_backup_is_killed_is_silent_until_it_is_back() {
+    let test = "without_a_quorum_a_primary_whose_backup_is_killed_is_silent_until_it_is_back";
+    without_a_quorum(test, |_, a, _| [Some(a), None], |_| ());
+}
+
+#[test]
+fn without_a_quorum_both_sides_of_a_cut_link_are_silent_until_it_is_back() {
+    let cut = |site: &Site, a, b| {
+        site.set_port("log", Host::A, false);
+        [Some(a), Some(b)]
+    };
+    without_a_quorum("without_a_quorum_both_sides_of_a_cut_link_are_silent_until_it_is_back", cut, |_| ());
+}
+
+#[test]
+fn without_a_quorum_the_sides_of_an_isolated_primary_are_silent_until_it_is_back() {
+    let pull = |site: &Site, up| ["br0", "ctl", "log"].map(|bridge| site.set_port(bridge, Host::A, up));
+    let cut = |site: &Site, a, b| {
+        pull(site, false);
+        [Some(a), Some(b)]
+    };
+    let test = "without_a_quorum_the_sides_of_an_isolated_primary_are_silent_until_it_is_back";
+    without_a_quorum(test, cut, |site| drop(pull(site, true)));
+}
+
+#[test]
+fn acknowledgements_that_come_after_the_suspicion_change_nothing() {
+    let test = "acknowledgements_that_come_after_the_suspicion_change_nothing";
+    for mute in [Host::B, Host::A] {
+        let Some((site, a, b, client)) = pair(test) else { return };
+        site.set_mute(mute, true);
+        client.wait_for(100, 30);
+        // What was under way arrives now.
+        site.set_mute(mute, false);
+        let (host, survivor) = one_lives(a, b);
+        eprintln!("{mute:?} was not heard, {host:?} lives");
+        end(client, survivor);
+    }
+}
+
+#[test]
+fn a_log_that_stalls_under_load_slows_the_guest_and_goes_on() {
+    let test = "a_log_that_stalls_under_load_slows_the_guest_and_goes_on";
+    let options = ["--timeout-ms", "5000", "--buffer-mib", "1"];
+    let Some((site, mut a, mut b, client)) = pair_with(test, &options, &[]) else { return };
+    // Frames that the guest has no use for fill the log.
+    let (stop, load) = flood(&site);
+    for stall in 0..3 {
+        client.wait_for(50, 60);
+        match stall {
+            0 => b.signal(SIGSTOP),
+            _ => site.set_port("log", Host::A, false),
+        }
+        std::thread::sleep(Duration::from_secs(2));
+        let held = status(&site);
+        match stall {
+            0 => b.signal(SIGCONT),
+            _ => site.set_port("log", Host::A, true),
+        }
+        let lag = held["lag_bytes"].as_u64().expect("bytes");
+        eprintln!("stall {stall}: lag {lag} bytes, {} outputs held", held["outputs_held"]);
+        assert!((256 << 10..2 << 20).contains(&lag), "{lag} bytes of log wait, the buffer has 1 MiB");
+    }
+    client.wait_for(50, 60);
+    stop.store(true, Ordering::Relaxed);
+    load.join().expect("load");
+    assert_eq!(status(&site)["protected"], true);
+    assert!(!a.has_printed("lost") && !b.has_printed("lost"), "{}{}", a.seen(), b.seen());
+    drop(a);
     b.wait_for(LIVES, 30);
     end(client, b);
+}
+
+/// Sends the guest datagrams without end, from the client.
+fn flood(site: &Site) -> (Arc<AtomicBool>, JoinHandle<()>) {
+    let stop = Arc::new(AtomicBool::new(false));
+    let stopped = stop.clone();
+    let load = inside(&site.ns("client"), move || {
+        let socket = UdpSocket::bind("10.77.0.1:0").expect("bind");
+        while !stopped.load(Ordering::Relaxed) {
+            // The guest refuses them, which the next one is told.
+            socket.send_to(&[7; 1400], (support::net::GUEST, 9)).ok();
+            std::thread::sleep(Duration::from_micros(200));
+        }
+    });
+    (stop, load)
+}
+
+/// What `vmft status` says of the primary.
+fn status(site: &Site) -> serde_json::Value {
+    let mut ask = Command::new(support::vm::VMFT);
+    let asked = ask.args(["status", "--json", "--control"]).arg(site.control(Host::A)).output();
+    let output = asked.expect("vmft status");
+    serde_json::from_slice(&output.stdout).expect("JSON")
 }
 
 #[test]
@@ -148,16 +240,28 @@ fn sides_that_differ_are_refused_with_the_field_named() {
     assert!(a.finish(20).0.success());
 }
 
+/// How often a backup has refused a caller, by the reason.
+fn reasons(backup: &mut Vm) -> BTreeMap<String, usize> {
+    let mut reasons = BTreeMap::new();
+    backup.has_printed("");
+    for (_, why) in backup.seen().lines().filter_map(|line| line.split_once("refused: ")) {
+        let why = why.split(" from=").next().unwrap_or(why);
+        *reasons.entry(why.to_owned()).or_default() += 1;
+    }
+    reasons
+}
+
 #[test]
 fn callers_that_are_no_peer_do_not_disturb_a_pair() {
     let Some((site, a, mut b, client)) = pair("callers_that_are_no_peer_do_not_disturb_a_pair") else {
         return;
     };
-    let attempts = std::env::var("VMFT_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(200);
+    let attempts = support::cases(200);
     let calls = inside(&site.ns("a"), move || {
-        let mut silent = Vec::new();
+        let (mut silent, mut called) = (Vec::new(), 0);
         for n in 0..attempts {
             let Ok(mut tcp) = TcpStream::connect("10.78.0.2:7500") else { continue };
+            called += 1;
             tcp.set_read_timeout(Some(Duration::from_secs(2))).expect("timeout");
             match n % 4 {
                 // Garbage, in one piece or two.
@@ -171,9 +275,18 @@ fn callers_that_are_no_peer_do_not_disturb_a_pair() {
                 ),
             }
         }
+        called
     });
-    calls.join().expect("calls");
-    b.wait_for("refused", 20);
+    let called = calls.join().expect("calls");
+    // Each is refused, and why is logged.
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while reasons(&mut b).values().sum::<usize>() < called && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    let reasons = reasons(&mut b);
+    eprintln!("{called} callers: {reasons:#?}");
+    assert_eq!(reasons.values().sum::<usize>(), called);
+    assert!(reasons.len() >= 3, "garbage, broken off and slow ones differ");
     // One with a certificate that nobody has pinned, and one of another VM.
     let keys = site.dir.join("other-keys");
     test_and_set::keys::make_set(&keys, &[1], &["x".into(), "y".into()]).expect("keys");

@@ -112,6 +112,20 @@ impl<O: Outside, L: Log<Error = O::Error>> Recorder<O, L> {
         last.into_iter().try_for_each(|entry| self.append(at, entry)).map_err(LoopError::Source)
     }
 
+    /// The log says here how the machine stands, which goes on elsewhere.
+    ///
+    /// # Errors
+    /// The log's.
+    pub fn note_state(&mut self, machine: &mut Machine) -> Result<(), LoopError<O::Error>> {
+        if machine.is_between() {
+            return Ok(());
+        }
+        let at = machine.position();
+        let state = logged_state(&machine.digest()?);
+        let noted = [Entry::Mark { time_ns: machine.time_ns() }, Entry::State(state)];
+        noted.into_iter().try_for_each(|entry| self.append(at, entry)).map_err(LoopError::Source)
+    }
+
     fn append(&mut self, position: Position, entry: Entry) -> Result<(), O::Error> {
         self.append_exits()?;
         self.log.append(&Record { position, entry })

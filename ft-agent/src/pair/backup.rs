@@ -18,8 +18,9 @@ use vmm::guest_loop::{LoopError, Turn};
 use vmm::replay::{ReplayError, Replayer};
 use vmm::{GuestLoop, Machine, Slot};
 
+use super::failpoint;
 use super::go_live::{end_beyond_the_log, go_live, run_alone};
-use super::guest::{ChannelRecords, PairStandby};
+use super::guest::{ChannelRecords, PairStandby, log_full_state};
 use super::link::{Link, LinkError};
 use super::options::PairPlan;
 use super::replica::Replica;
@@ -87,6 +88,12 @@ fn follow(side: &Side, replica: &Arc<Replica>, machine: Machine, images: Vec<(u8
     let source = Replayer::new(ChannelRecords::new(replica.clone()), standby);
     let mut guest = GuestLoop { machine, source };
     let end = loop {
+        if failpoint::reached("flip") {
+            let ram = guest.machine.ram();
+            let page = ram.pages() / 2;
+            ram.page(page)[0] ^= 1;
+            ram.note_written(page);
+        }
         match guest.turn() {
             Ok(Turn::Again) => {}
             Ok(Turn::Paused) => break None,
@@ -125,6 +132,7 @@ fn live(
         }
     }
     let behind_ns = source.records().behind_ns(machine.time_ns());
+    log_full_state(&mut machine);
     match go_live(side, replica, machine, source.into_standby(), behind_ns) {
         Ok(guest) => {
             let (exit, machine) = run_alone(replica, guest);

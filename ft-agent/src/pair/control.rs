@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use agent::{Event, Phase};
+use agent::Phase;
 use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, UnixAddr};
 use nix::sys::stat::{Mode, fchmod};
 use serde::{Deserialize, Serialize};
@@ -137,7 +137,7 @@ fn failover(replica: &Arc<Replica>) -> Reply {
     if status.phase != Phase::Protected {
         return Reply::Refused("there is no backup that could go on".into());
     }
-    replica.handle(Event::HandOver);
+    replica.hand_over();
     Reply::Done
 }
 

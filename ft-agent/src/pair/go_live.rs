@@ -68,7 +68,7 @@ pub fn run_alone(replica: &Arc<Replica>, mut guest: GuestLoop<Live<Guarded>>) ->
             }
         }
         match replica.attend(true) {
-            Duty::Run | Duty::Alone => {}
+            Duty::Run | Duty::Alone | Duty::HandOver => {}
             Duty::Stop => {
                 replica.guest_ended(EndReason::Stopped);
                 return (replica.wait_exit(), guest.machine);

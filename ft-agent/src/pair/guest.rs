@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 
 use entry::log::{Entry, LoggedInput, Record};
 use entry::{Answer, DiskRequest, DiskResult, Input, Output, Position, Question};
+use tracing::{Level, debug};
+use vmm::Machine;
 use vmm::machine::StateDigest;
 use vmm::record::Log;
 use vmm::replay::{Records, Standby};
@@ -70,7 +72,7 @@ impl Outside for Guarded {
     }
 
     fn digest(&mut self, at: Position, digest: StateDigest) -> Result<(), Error> {
-        tracing::debug!(at = at.count, digest = %digest.total(), "state");
+        debug!(at = at.count, digest = %digest.total(), "state");
         Ok(())
     }
 }
@@ -82,6 +84,9 @@ impl Log for ChannelLog {
     type Error = Error;
 
     fn append(&mut self, record: &Record) -> Result<(), Error> {
+        if let Entry::State(state) = &record.entry {
+            debug!(at = record.position.count, vcpu = %state.vcpu, devices = %state.devices, ram = %state.ram, "state recorded");
+        }
         self.0.append(record);
         Ok(())
     }
@@ -99,12 +104,14 @@ pub struct ChannelRecords {
     at: Position,
     /// The last reading of guest time, and when it was replayed.
     time: Option<(u64, Instant)>,
+    /// The record that was taken last, if it is a state: it has been checked when the next is asked for.
+    state: Option<(Position, entry::log::StateDigest)>,
 }
 
 impl ChannelRecords {
     /// What the replica receives.
     pub fn new(replica: Arc<Replica>) -> ChannelRecords {
-        ChannelRecords { replica, taken: 0, at: Position::default(), time: None }
+        ChannelRecords { replica, taken: 0, at: Position::default(), time: None, state: None }
     }
 
     /// How far guest time `time_ns` is behind what the primary's would be by now.
@@ -118,10 +125,16 @@ impl Records for ChannelRecords {
     type Error = Infallible;
 
     fn next(&mut self) -> Result<Option<Record>, Infallible> {
+        if let Some((at, state)) = self.state.take() {
+            debug!(at = at.count, vcpu = %state.vcpu, devices = %state.devices, ram = %state.ram, "state checked");
+        }
         let record = self.replica.next_record(self.taken, self.at);
         if let Some(Record { position, entry }) = &record {
             self.taken += 1;
             self.at = *position;
+            if let Entry::State(state) = entry {
+                self.state = Some((*position, *state));
+            }
             if let Entry::Mark { time_ns } | Entry::Input(LoggedInput::Clock { time_ns }) = entry {
                 self.time = Some((*time_ns, Instant::now()));
             }
@@ -130,10 +143,21 @@ impl Records for ChannelRecords {
     }
 }
 
+/// Logs a digest of the whole state, RAM read from end to end, for who wants to compare the sides of a handover.
+pub fn log_full_state(machine: &mut Machine) {
+    if tracing::enabled!(Level::DEBUG) {
+        let at = machine.position().count;
+        match machine.full_digest() {
+            Ok(digest) => debug!(at, digest = %digest.total(), "full state"),
+            Err(e) => debug!(at, "no state: {e}"),
+        }
+    }
+}
+
 /// How long a backup waits for one request to its own disk.
 const DISK_PATIENCE: Duration = Duration::from_secs(60);
 
-type Done = (u64, Result<DiskResult, Error>);
+type Done = (u64, DiskResult);
 
 /// A backup's disks and gate.
 pub struct PairStandby {
@@ -155,10 +179,19 @@ impl PairStandby {
     pub fn new(replica: Arc<Replica>, images: impl Iterator<Item = (u8, Image)>) -> PairStandby {
         let start = |(slot, image)| {
             let (tell, done): (Sender<Done>, _) = channel();
-            let disk = Disk::start(image, move |id, result| tell.send((id, result)).is_ok());
+            let replica = replica.clone();
+            // A disk that fails is told at once: the other side goes on alone, and this one never takes.
+            let disk = Disk::start(image, move |id, result| match result {
+                Ok(result) => tell.send((id, result)).is_ok(),
+                Err(e) => {
+                    replica.fail(e);
+                    false
+                }
+            });
             (slot, StandbyDisk { disk, done, results: BTreeMap::new(), pending: Vec::new() })
         };
-        PairStandby { replica, disks: images.map(start).collect() }
+        let disks = images.map(start).collect();
+        PairStandby { replica, disks }
     }
 
     /// The images, once all that was begun on them has ended.
@@ -197,7 +230,7 @@ impl Standby for PairStandby {
                 |e| Error::Host { what: format!("disk in slot {slot}"), source: std::io::Error::other(e) };
             let (done, result) = disk.done.recv_timeout(DISK_PATIENCE).map_err(late)?;
             disk.pending.retain(|pending| *pending != done);
-            disk.results.insert(done, result?);
+            disk.results.insert(done, result);
         }
     }
 

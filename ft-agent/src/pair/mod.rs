@@ -15,6 +15,7 @@ mod announce;
 mod backup;
 mod console;
 mod control;
+mod failpoint;
 mod forget;
 mod go_live;
 mod guest;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use agent::{Exit, Role};
+use agent::{Event, Exit, Role};
 use entry::log::EndReason;
 use test_and_set::names::Generation;
 use test_and_set::record::Phase;
@@ -16,7 +16,7 @@ use vmm::source::{Live, Stops};
 use vmm::{GuestLoop, Machine};
 
 use super::go_live::run_alone;
-use super::guest::{ChannelLog, Guarded};
+use super::guest::{ChannelLog, Guarded, log_full_state};
 use super::link::Link;
 use super::options::PairPlan;
 use super::replica::{Duty, Replica};
@@ -127,8 +127,12 @@ fn record(replica: &Arc<Replica>, machine: Machine, live: Live<Guarded>) -> (Exi
                 return (replica.wait_exit(), guest.machine);
             }
         }
-        match replica.attend(false) {
-            Duty::Run => {}
+        let duty = match replica.attend(false) {
+            Duty::HandOver => hand_over(replica, &mut guest),
+            duty => duty,
+        };
+        match duty {
+            Duty::Run | Duty::HandOver => {}
             Duty::Alone => {
                 let GuestLoop { machine, source } = guest;
                 return run_alone(replica, GuestLoop { machine, source: source.into_live() });
@@ -143,4 +147,15 @@ fn record(replica: &Arc<Replica>, machine: Machine, live: Live<Guarded>) -> (Exi
             Duty::Exit(exit) => return (exit, guest.machine),
         }
     }
+}
+
+/// Says in the log how the guest stands, so that the backup goes on only from the same, and waits for what comes of it.
+fn hand_over(replica: &Arc<Replica>, guest: &mut GuestLoop<Recorder<Guarded, ChannelLog>>) -> Duty {
+    let GuestLoop { machine, source } = guest;
+    if let Err(e) = source.note_state(machine) {
+        replica.fail(e.into());
+    }
+    log_full_state(machine);
+    replica.handle(Event::HandOver);
+    replica.attend(false)
 }

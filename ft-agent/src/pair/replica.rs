@@ -25,11 +25,12 @@ use nix::time::{ClockId, clock_gettime};
 use test_and_set::blocking::Blocking;
 use test_and_set::names::{Generation, VmName};
 use test_and_set::store::{Outcome, StoreError, chain};
-use tracing::{debug, info, warn};
+use tracing::{debug, error, info, warn};
 use vmm::gate::Gate;
 use vmm::inbox::InboxSender;
 
 use super::announce::Announcer;
+use super::failpoint;
 use super::hook::Hook;
 use super::link::Link;
 use super::spent::Spent;
@@ -42,6 +43,8 @@ use crate::outside::{ConsoleOut, Outlet};
 const STORE_PATIENCE: Duration = Duration::from_secs(1);
 /// A guest's thread that waits makes a turn at least so often, so that its peer sees it alive.
 pub const TURN_INTERVAL: Duration = Duration::from_millis(50);
+/// How long the guest's thread may take to end once its side is out.
+const END_PATIENCE: Duration = Duration::from_secs(10);
 /// The longest that a guest that is slowed sleeps at once.
 const SLOW_MAX_NS: u64 = 20_000_000;
 
@@ -54,6 +57,8 @@ pub enum Duty {
     Alone,
     /// End its run: the user wants it.
     Stop,
+    /// Say in the log how it stands, and that it goes on elsewhere.
+    HandOver,
     /// Leave.
     Exit(Exit),
 }
@@ -86,7 +91,10 @@ struct State {
     alone: bool,
     paused: bool,
     stop: bool,
+    hand_over: bool,
     exit: Option<Exit>,
+    /// The guest's thread has seen the exit, or there is none.
+    finished: bool,
     refused: Option<Refusal>,
     /// The first failure of this host's own.
     failed: Option<Error>,
@@ -134,7 +142,9 @@ impl Replica {
             alone: false,
             paused: false,
             stop: false,
+            hand_over: false,
             exit: None,
+            finished: false,
             refused: None,
             failed: None,
             sleeps_until: 0,
@@ -284,7 +294,8 @@ impl Replica {
 
     /// Lets waiting threads, and that of the guest, look.
     fn announce_change(&self, state: &State) {
-        if state.alone || state.paused || state.stop || state.exit.is_some() {
+        let State { alone, paused, stop, hand_over, exit, .. } = state;
+        if *alone || *paused || *stop || *hand_over || exit.is_some() {
             self.attention.store(true, Ordering::Release);
             if let Some(guest) = &state.guest {
                 guest.nudge();
@@ -314,7 +325,7 @@ impl Replica {
             let (socket, wants_write, sleep) = {
                 let mut state = self.lock();
                 if state.exit.is_some() {
-                    return;
+                    return self.end_if_stuck(state);
                 }
                 let deadline = state.deadline();
                 state.sleeps_until = deadline;
@@ -343,6 +354,17 @@ impl Replica {
             state.tick_announcer();
             self.settle(state);
             self.changed.notify_all();
+        }
+    }
+
+    /// A guest's thread that is stuck must not keep what is another's to use now: the tap, the disks, the sockets.
+    fn end_if_stuck(&self, state: Guard<'_>) {
+        let waiting = self.changed.wait_timeout_while(state, END_PATIENCE, |state| !state.finished);
+        let (mut state, waited) = waiting.unwrap_or_else(PoisonError::into_inner);
+        if let Some(exit) = state.exit.take().filter(|_| waited.timed_out()) {
+            let out = Error::Out(exit);
+            error!("{out}; the guest's thread is stuck, and is left behind");
+            std::process::exit(out.code().into());
         }
     }
 
@@ -405,6 +427,9 @@ impl Replica {
                 state.paused = false;
                 return if alone_already { Duty::Run } else { Duty::Alone };
             }
+            if std::mem::take(&mut state.hand_over) {
+                return Duty::HandOver;
+            }
             if !state.paused {
                 self.attention.store(false, Ordering::Release);
                 return Duty::Run;
@@ -450,6 +475,7 @@ impl Replica {
         let mut state = self.lock();
         self.close(&mut state);
         state.exit.get_or_insert(exit);
+        state.finished = true;
         self.announce_change(&state);
         drop(state);
         self.wake_pump();
@@ -462,9 +488,26 @@ impl Replica {
         self.announce_change(&state);
     }
 
-    /// Lets the connections end that were closed.
+    /// A primary lets the backup go on, as soon as its guest's thread has said in the log how the guest stands; a backup
+    /// leaves.
+    pub fn hand_over(self: &Arc<Self>) {
+        let mut state = self.lock();
+        if state.agent.status(now_ns()).role == Role::Backup {
+            drop(state);
+            return self.handle(Event::HandOver);
+        }
+        state.hand_over = true;
+        self.announce_change(&state);
+    }
+
+    /// The guest's thread is done. Lets the connections end that were closed.
     pub fn finish(&self) {
-        let closing = std::mem::take(&mut self.lock().closing);
+        let closing = {
+            let mut state = self.lock();
+            state.finished = true;
+            self.changed.notify_all();
+            std::mem::take(&mut state.closing)
+        };
         for thread in closing {
             // It does not panic, and if it did there would be nothing to close any more.
             thread.join().ok();
@@ -565,6 +608,7 @@ impl Replica {
 
     /// Primary: the guest's loop makes a turn; it waits here as long as its guest is too fast.
     pub fn look(self: &Arc<Self>, at: Position) {
+        failpoint::wedge("guest");
         let (begin, mut rested) = (now_ns(), 0);
         let mut state = self.lock();
         loop {
@@ -626,6 +670,7 @@ impl Replica {
     /// Backup: everything that was taken has been replayed, up to here; waits for the next record. `None`: there are no
     /// more.
     pub fn next_record(self: &Arc<Self>, replayed: u64, at: Position) -> Option<Record> {
+        failpoint::wedge("guest");
         self.handle(Event::Replayed { records: replayed, position: at });
         let mut state = self.lock();
         loop {
@@ -688,14 +733,18 @@ impl State {
 
     /// Lets out what may leave, asking before each.
     fn release(&mut self) {
-        while let Some(output) = self.gate.release(self.agent.release_limit(now_ns())) {
+        loop {
+            failpoint::stop("before-decision");
+            let Some(output) = self.gate.release(self.agent.release_limit(now_ns())) else { return };
             self.spent.held_ns.add(now_ns());
+            failpoint::stop("before-write");
             if self.alone && matches!(output, Output::Frame { .. }) {
                 self.story.frame(now_ns());
             }
             if let Err(e) = self.outlet.send(output) {
                 warn!("an output is lost: {e}");
             }
+            failpoint::stop("after-write");
             // Who lives alone has no log that counts them.
             if !self.alone {
                 self.agent.released(now_ns(), self.gate.released());

@@ -3,7 +3,7 @@
 use std::io::IsTerminal;
 use std::sync::Arc;
 
-use agent::{Agent, Config, Event, Exit, Phase, Role};
+use agent::{Agent, Config, Exit, Phase, Role};
 use entry::PositionUnit;
 use entry::identity::Identity;
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -135,7 +135,7 @@ pub fn leave_on_signals(replica: &Arc<Replica>) -> Result<(), Error> {
     std::thread::spawn(move || {
         for _ in signals.forever() {
             match replica.status().phase {
-                Phase::Protected => replica.handle(Event::HandOver),
+                Phase::Protected => replica.hand_over(),
                 Phase::Alone => replica.stop(),
                 Phase::Starting => replica.leave(Exit::Stopped),
                 // It is ending, or has to wait for a verdict.

@@ -1,11 +1,13 @@
 //! What the end-to-end tests share: hosts in network namespaces, running guests, and how to skip.
 #![allow(dead_code, reason = "each test binary uses its part")]
 
+pub mod capture;
 pub mod counter;
 #[path = "../../src/image_list.rs"]
 mod image_list;
 pub mod net;
 pub mod pair;
+pub mod row;
 pub mod vm;
 
 use std::io::Write;
@@ -19,6 +21,11 @@ pub fn skip(test: &str, reason: &str) {
     let file = std::fs::OpenOptions::new().append(true).create(true).open(path);
     file.and_then(|mut f| writeln!(f, "{test}: {reason}"))
         .expect("the list of skipped tests is not writable");
+}
+
+/// How often a test repeats what it does: VMFT_CASES, or this.
+pub fn cases(default: u64) -> u64 {
+    std::env::var("VMFT_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(default)
 }
 
 /// Skips the test unless namespaces can be made here. `true`: go on.

@@ -114,6 +114,18 @@ impl Site {
         ip(&["-n", &self.ns("lan"), "link", "set", &port, if up { "up" } else { "down" }]);
     }
 
+    /// Loses everything that a host sends over the logging channel's network, or no longer; the other direction stays.
+    pub fn set_mute(&self, host: Host, mute: bool) {
+        let (ns, other) = (self.ns(host.name()), ["10.78.0.2", "10.78.0.1"][host as usize]);
+        // A neighbour that is not there.
+        match mute {
+            true => {
+                ip(&["-n", &ns, "neigh", "replace", other, "lladdr", "02:00:00:00:00:99", "dev", "link0"])
+            }
+            false => ip(&["-n", &ns, "neigh", "delete", other, "dev", "link0"]),
+        }
+    }
+
     /// Starts a member of the store.
     pub fn start_store(&mut self, id: u64) {
         let address = |id: u64| format!("10.79.0.3:{}", 7400 + id);
@@ -182,9 +194,15 @@ impl Site {
 
     /// Both sides of a pair, running: the guest is ready.
     pub fn pair(&self, machine: &[&str]) -> (Vm, Vm) {
-        let mut b = Vm::start(&mut self.replica(Host::B, machine));
+        self.pair_with(machine, &[])
+    }
+
+    /// The same with variables of the environment.
+    pub fn pair_with(&self, machine: &[&str], variables: &[(&str, &str)]) -> (Vm, Vm) {
+        let start = |host| Vm::start(self.replica(host, machine).envs(variables.iter().copied()));
+        let mut b = start(Host::B);
         b.wait_for("waiting for a primary", 30);
-        let mut a = Vm::start(&mut self.replica(Host::A, machine));
+        let mut a = start(Host::A);
         a.wait_for("READY", 180);
         (a, b)
     }

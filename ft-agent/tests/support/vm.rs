@@ -98,6 +98,14 @@ impl Vm {
         stat.rsplit(')').next().is_none_or(|rest| rest.trim_start().starts_with('Z') || rest.is_empty())
     }
 
+    /// It has printed `text`, by now.
+    pub fn has_printed(&mut self, text: &str) -> bool {
+        for bytes in self.output.try_iter() {
+            self.seen.push_str(&String::from_utf8_lossy(&bytes));
+        }
+        self.seen.contains(text)
+    }
+
     /// What it has printed, as far as it was waited for.
     pub fn seen(&self) -> &str {
         &self.seen

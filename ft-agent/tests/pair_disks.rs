@@ -1,0 +1,163 @@
+//! Rows of the fault table with a disk that is written to: Linux with a file system, of which each host has a copy.
+
+mod support;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use support::pair::{Host, Site};
+use support::row::LIVES;
+use support::vm::Vm;
+use support::{can_network, has, has_guest, skip};
+
+/// Files that the guest writes, one after the other, each synchronised before the guest says so.
+const FILES: u32 = 60;
+/// Lines in a file, all different.
+const LINES: u32 = 10_000;
+
+/// Both hosts' copies of an empty file system, unless the test cannot run here.
+fn disks(test: &str) -> Option<(Site, [PathBuf; 2])> {
+    if !has_guest(test, "linux") || !can_network(test) {
+        return None;
+    }
+    for tool in ["mkfs.ext4", "e2fsck", "debugfs"] {
+        if !has(tool) {
+            skip(test, &format!("needs {tool} (scripts/test installs e2fsprogs)"));
+            return None;
+        }
+    }
+    let site = Site::new();
+    let disks = ["a", "b"].map(|host| site.dir.join(format!("{host}.img")));
+    std::fs::File::create(&disks[0]).and_then(|f| f.set_len(64 << 20)).expect("image");
+    tool("mkfs.ext4", &["-q", "-E", "lazy_itable_init=0", &name(&disks[0])]);
+    tool("cp", &["--sparse=always", &name(&disks[0]), &name(&disks[1])]);
+    Some((site, disks))
+}
+
+fn name(path: &Path) -> String {
+    path.display().to_string()
+}
+
+fn tool(program: &str, args: &[&str]) -> Vec<u8> {
+    let output = Command::new(program).args(args).output().expect(program);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{program}: {}{said}", String::from_utf8_lossy(&output.stdout));
+    output.stdout
+}
+
+/// A side whose guest writes files.
+fn writer(site: &Site, host: Host, disk: &Path) -> Command {
+    let write = format!(
+        "cd /disk; for i in $(seq 1 {FILES}); do seq $((i*{LINES})) $((i*{LINES}+{LINES}-1)) >f$i; sync; \
+         echo WROTE $i; done; cd /; umount /disk"
+    );
+    let cmdline = format!("vmft.noservices vmft.exec=\"{write}\"");
+    site.replica(host, &["--guest", "linux", "--disk", &name(disk), "--cmdline", &cmdline])
+}
+
+/// The same with its disk on a file system that is soon full.
+fn writer_on_a_small_host(site: &Site, host: Host, disk: &Path) -> Command {
+    const ROOM_KIB: u64 = 1024;
+    use std::os::unix::fs::MetadataExt;
+    let used_kib = std::fs::metadata(disk).expect("image").blocks() / 2;
+    let small = site.dir.join(format!("small-{}", host.name()));
+    std::fs::create_dir(&small).expect("directory");
+    let copy = small.join("disk.img");
+    let vmft = writer(site, host, &copy);
+    // `ip netns exec` gives its command mounts of its own, which end with it.
+    let mut args = vmft.get_args().map(|arg| arg.to_owned()).collect::<Vec<_>>();
+    let then = format!(
+        "mount -t tmpfs -o size={}k tmpfs {small} && cp --sparse=always {disk} {copy} && exec \"$@\"",
+        used_kib + ROOM_KIB,
+        small = name(&small),
+        disk = name(disk),
+        copy = name(&copy)
+    );
+    let place = args.iter().position(|arg| arg == support::vm::VMFT).expect("the program");
+    let shell = ["sh", "-c", &then, "sh"].map(Into::into);
+    args.splice(place..place, shell);
+    let mut command = Command::new(vmft.get_program());
+    command.args(args);
+    command
+}
+
+/// Numbers of the files that the guest has said to have written.
+fn written(output: &str) -> Vec<u32> {
+    let numbers = output.lines().filter_map(|line| line.trim().strip_prefix("WROTE "));
+    numbers.filter_map(|n| n.parse().ok()).collect()
+}
+
+/// The guest has written everything and powered off; the copy of the side that lived has it all.
+fn check(survivor: Vm, disk: &Path) -> String {
+    let (status, output) = survivor.finish(120);
+    assert!(status.success() && output.contains("EXIT 0"), "{output}");
+    tool("e2fsck", &["-fn", &name(disk)]);
+    for i in 1..=FILES {
+        let file = tool("debugfs", &["-R", &format!("cat f{i}"), &name(disk)]);
+        let wanted: String = (i * LINES..(i + 1) * LINES).map(|n| format!("{n}\n")).collect();
+        assert!(file == wanted.as_bytes(), "file {i} is damaged");
+    }
+    output
+}
+
+fn sidecar(disk: &Path) -> String {
+    std::fs::read_to_string(format!("{}.vmft", disk.display())).expect("sidecar")
+}
+
+#[test]
+fn writes_that_are_under_way_when_the_primary_dies_are_all_there() {
+    const TEST: &str = "writes_that_are_under_way_when_the_primary_dies_are_all_there";
+    for case in 0..support::cases(2).min(30) {
+        let Some((site, [disk_a, disk_b])) = disks(TEST) else { return };
+        let mut b = Vm::start(&mut writer(&site, Host::B, &disk_b));
+        b.wait_for("waiting for a primary", 30);
+        let mut a = Vm::start(&mut writer(&site, Host::A, &disk_a));
+        a.wait_for(&format!("WROTE {}", 3 + case * 7 % 40), 180);
+        std::thread::sleep(Duration::from_millis(case * 13 % 50));
+        a.signal(nix::sys::signal::Signal::SIGKILL);
+        let (_, said) = a.finish(10);
+        b.wait_for(LIVES, 20);
+        let acknowledged = written(&said).last().copied().expect("a file");
+        let output = check(b, &disk_b);
+        let requests = output.lines().find_map(|l| l.split_once("requests=").map(|(_, n)| n.to_owned()));
+        let went_on = written(&output);
+        eprintln!("{acknowledged} files were acknowledged, {requests:?} requests issued again, {went_on:?}");
+        assert!(went_on[0] <= acknowledged + 1, "{went_on:?} follows {acknowledged}");
+        assert!(went_on.windows(2).all(|pair| pair[1] == pair[0] + 1), "{went_on:?}");
+        assert!(sidecar(&disk_a).contains("\"in_use\": true"), "{}", sidecar(&disk_a));
+        assert!(sidecar(&disk_b).contains("\"in_use\": false"), "{}", sidecar(&disk_b));
+        let (status, output) = Vm::start(&mut writer(&site, Host::A, &disk_a)).finish(30);
+        assert_eq!(status.code(), Some(2), "{output}");
+        assert!(output.contains("the newest copy of disk-0"), "{output}");
+    }
+}
+
+#[test]
+fn a_backup_whose_disk_fails_says_so_and_never_lives() {
+    const TEST: &str = "a_backup_whose_disk_fails_says_so_and_never_lives";
+    let Some((site, [disk_a, disk_b])) = disks(TEST) else { return };
+    let mut b = Vm::start(&mut writer_on_a_small_host(&site, Host::B, &disk_b));
+    b.wait_for("waiting for a primary", 30);
+    let mut a = Vm::start(&mut writer(&site, Host::A, &disk_a));
+    a.wait_for(LIVES, 180);
+    assert!(a.seen().contains("it has failed") && a.seen().contains("No space left"), "{}", a.seen());
+    let (status, output) = b.finish(20);
+    assert_eq!(status.code(), Some(3), "{output}");
+    assert!(output.contains("No space left") && !output.contains(LIVES), "{output}");
+    check(a, &disk_a);
+}
+
+#[test]
+fn a_primary_whose_disk_fails_lets_its_backup_go_on() {
+    const TEST: &str = "a_primary_whose_disk_fails_lets_its_backup_go_on";
+    let Some((site, [disk_a, disk_b])) = disks(TEST) else { return };
+    let mut b = Vm::start(&mut writer(&site, Host::B, &disk_b));
+    b.wait_for("waiting for a primary", 30);
+    let a = Vm::start(&mut writer_on_a_small_host(&site, Host::A, &disk_a));
+    b.wait_for(LIVES, 180);
+    let (status, output) = a.finish(20);
+    assert_eq!(status.code(), Some(3), "{output}");
+    assert!(output.contains("No space left") && !output.contains(LIVES), "{output}");
+    check(b, &disk_b);
+}
