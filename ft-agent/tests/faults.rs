@@ -128,13 +128,13 @@ fn without_a_quorum_both_sides_of_a_cut_link_are_silent_until_it_is_back() {
 
 #[test]
 fn without_a_quorum_the_sides_of_an_isolated_primary_are_silent_until_it_is_back() {
-    let pull = |site: &Site, up| ["br0", "ctl", "log"].map(|bridge| site.set_port(bridge, Host::A, up));
+    let pull = |site: &Site, up| ["br0", "ctl", "log"].into_iter().for_each(|bridge| site.set_port(bridge, Host::A, up));
     let cut = |site: &Site, a, b| {
         pull(site, false);
         [Some(a), Some(b)]
     };
     let test = "without_a_quorum_the_sides_of_an_isolated_primary_are_silent_until_it_is_back";
-    without_a_quorum(test, cut, |site| drop(pull(site, true)));
+    without_a_quorum(test, cut, |site| pull(site, true));
 }
 
 #[test]
