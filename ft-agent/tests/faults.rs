@@ -128,7 +128,9 @@ fn without_a_quorum_both_sides_of_a_cut_link_are_silent_until_it_is_back() {
 
 #[test]
 fn without_a_quorum_the_sides_of_an_isolated_primary_are_silent_until_it_is_back() {
-    let pull = |site: &Site, up| ["br0", "ctl", "log"].into_iter().for_each(|bridge| site.set_port(bridge, Host::A, up));
+    let pull = |site: &Site, up| {
+        ["br0", "ctl", "log"].into_iter().for_each(|bridge| site.set_port(bridge, Host::A, up))
+    };
     let cut = |site: &Site, a, b| {
         pull(site, false);
         [Some(a), Some(b)]

@@ -29,9 +29,12 @@ fn disks(test: &str) -> Option<(Site, [PathBuf; 2])> {
     }
     let site = Site::new();
     let disks = ["a", "b"].map(|host| site.dir.join(format!("{host}.img")));
-    std::fs::File::create(&disks[0]).and_then(|f| f.set_len(64 << 20)).expect("image");
-    tool("mkfs.ext4", &["-q", "-E", "lazy_itable_init=0", &name(&disks[0])]);
-    tool("cp", &["--sparse=always", &name(&disks[0]), &name(&disks[1])]);
+    let blank = site.dir.join("blank.img");
+    std::fs::File::create(&blank).and_then(|f| f.set_len(64 << 20)).expect("image");
+    tool("mkfs.ext4", &["-q", "-E", "lazy_itable_init=0", &name(&blank)]);
+    for disk in &disks {
+        tool("cp", &["--sparse=always", &name(&blank), &name(disk)]);
+    }
     Some((site, disks))
 }
 

@@ -126,9 +126,9 @@ impl Agent {
             Event::Forgotten(done) => self.forgotten(now, done),
             Event::Ready => {
                 self.ready = true;
-                self.take_when_able();
+                self.take_when_able(now);
             }
-            Event::Replayed { records, position } => self.replayed(records, position),
+            Event::Replayed { records, position } => self.replayed(now, records, position),
             Event::HostFailed(reason) => self.host_failed(reason),
             Event::GuestEnded(reason) => self.guest_ended(now, reason),
             Event::HandOver => self.hand_over(now),
@@ -151,9 +151,14 @@ impl Agent {
         self.outbox.wrote(n);
     }
 
+    fn is_deciding(&self) -> bool {
+        matches!(self.state, State::Suspecting | State::Taking)
+    }
+
     /// When [`Event::Tick`] is due at the latest.
     pub fn deadline(&self) -> Option<u64> {
-        let beat = self.connected.then_some(self.next_beat);
+        // Without a peer it is this side's own loop that is looked at as often.
+        let beat = (self.connected || self.is_deciding()).then_some(self.next_beat);
         let batch = match &self.side {
             Some(Side::Primary(sender)) => sender.deadline(),
             _ => None,
@@ -168,6 +173,7 @@ impl Agent {
         if let Some(Side::Primary(sender)) = &mut self.side {
             sender.tick(now, &mut self.outbox);
         }
+        self.take_when_able(now);
         self.offer_release(now);
     }
 
@@ -304,7 +310,7 @@ impl Agent {
                 receiver.released(outputs)?;
                 self.actions.push_back(Action::Drop);
             }
-            (Message::HandOver, Some(Side::Backup(_))) if self.state == State::Protected => self.succeed(),
+            (Message::HandOver, Some(Side::Backup(_))) if self.state == State::Protected => self.succeed(now),
             (Message::End(reason), Some(Side::Backup(_))) if self.state == State::Protected => {
                 self.peer_ended(reason);
             }
@@ -332,13 +338,13 @@ impl Agent {
         }
     }
 
-    fn replayed(&mut self, records: u64, position: Position) {
+    fn replayed(&mut self, now: u64, records: u64, position: Position) {
         self.position = position;
         if let Some(Side::Backup(receiver)) = &mut self.side {
             receiver.move_replayed(records);
         }
         self.acknowledge();
-        self.take_when_able();
+        self.take_when_able(now);
         self.finish_when_replayed();
     }
 
@@ -349,12 +355,17 @@ impl Agent {
                 self.watch.idle(now);
             }
         }
+        let suspicion = self.watch.tick(now).filter(|_| !self.is_deciding());
         if self.connected {
-            let suspects = matches!(self.state, State::Suspecting | State::Taking);
-            if let Some(suspicion) = self.watch.tick(now).filter(|_| !suspects) {
+            if let Some(suspicion) = suspicion {
                 self.lost(now, suspicion);
             } else if now >= self.next_beat && self.side.is_some() {
                 self.send_beat(now);
+            }
+        } else if self.is_deciding() {
+            self.next_beat = now + self.config.timing.beat_interval_ns;
+            if self.watch.is_stuck(now) {
+                self.host_failed("its guest's loop is stuck");
             }
         }
         self.ask_again(now);

@@ -74,13 +74,13 @@ impl Agent {
     }
 
     /// Backup: the primary has stopped its guest and wants it to go on here.
-    pub(crate) fn succeed(&mut self) {
+    pub(crate) fn succeed(&mut self, now: u64) {
         self.state = State::Succeeding;
         self.handing_over = true;
         if let Some(Side::Backup(receiver)) = &mut self.side {
             receiver.close();
         }
-        self.take_when_able();
+        self.take_when_able(now);
     }
 
     /// Backup: the VM has ended. It never takes; its disks are complete when the rest is replayed.

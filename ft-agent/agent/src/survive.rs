@@ -8,7 +8,7 @@ use crate::event::{Action, Exit, Refusal, Suspicion, Verdict};
 
 impl Agent {
     /// The peer is lost. Before anything runs it is only refused; afterwards this is one-way (rule 3).
-    pub(crate) fn lost(&mut self, _now: u64, suspicion: Suspicion) {
+    pub(crate) fn lost(&mut self, now: u64, suspicion: Suspicion) {
         match &mut self.state {
             State::Waiting | State::Met => self.refuse(match suspicion {
                 Suspicion::Failed(reason) => Refusal::Told(reason),
@@ -19,9 +19,9 @@ impl Agent {
                 *lost = Some(suspicion);
                 self.disconnect();
             }
-            State::Protected | State::HandingOver { .. } | State::Succeeding => self.suspect(suspicion),
+            State::Protected | State::HandingOver { .. } | State::Succeeding => self.suspect(now, suspicion),
             State::Ending { .. } => match self.config.role {
-                crate::Role::Primary => self.suspect(suspicion),
+                crate::Role::Primary => self.suspect(now, suspicion),
                 // It knows of the end, and the other side knows that or will ask the store.
                 crate::Role::Backup => self.disconnect(),
             },
@@ -32,7 +32,7 @@ impl Agent {
 
     /// Closes the channel before anything else: what is acknowledged from here on is nothing, and what was acknowledged is
     /// received and will be replayed.
-    fn suspect(&mut self, suspicion: Suspicion) {
+    fn suspect(&mut self, now: u64, suspicion: Suspicion) {
         if let State::Ending { reason, .. } = &self.state {
             self.ended = Some(*reason);
         }
@@ -41,7 +41,7 @@ impl Agent {
         if self.has(Rule::CloseBeforeTake) && self.has(Rule::OneWaySuspicion) {
             self.close_channel();
         }
-        self.take_when_able();
+        self.take_when_able(now);
     }
 
     fn close_channel(&mut self) {
@@ -54,9 +54,9 @@ impl Agent {
         }
     }
 
-    /// Takes once it could live: a primary at once, a backup when all that it received is replayed and its tap and disks
-    /// are ready (rule 4).
-    pub(crate) fn take_when_able(&mut self) {
+    /// Takes once it could live: a primary while its guest's loop turns, a backup when all that it received is replayed and
+    /// its tap and disks are ready (rule 4).
+    pub(crate) fn take_when_able(&mut self, now: u64) {
         let handed_over = self.state == State::Succeeding;
         if self.state != State::Suspecting && !handed_over {
             return;
@@ -65,7 +65,7 @@ impl Agent {
             Some(Side::Backup(receiver)) => {
                 self.ready && (receiver.is_drained() || !self.has(Rule::ReplayBeforeTake))
             }
-            _ => true,
+            _ => self.watch.is_turning(now),
         };
         if able {
             self.state = State::Taking;

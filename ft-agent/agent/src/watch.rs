@@ -82,6 +82,16 @@ impl Watch {
         self.turn_at = now;
     }
 
+    /// This side's guest loop has made a turn not long ago.
+    pub(crate) fn is_turning(&self, now: u64) -> bool {
+        now.saturating_sub(self.turn_at) <= self.timing.timeout_ns / 2
+    }
+
+    /// This side's guest loop makes no turns, and that is not because this side itself was stopped.
+    pub(crate) fn is_stuck(&self, now: u64) -> bool {
+        now >= self.judge_from && now.saturating_sub(self.turn_at) >= self.timing.progress_timeout_ns
+    }
+
     pub(crate) fn turns(&self) -> u64 {
         self.turns
     }
@@ -114,6 +124,6 @@ impl Watch {
     /// stopped in between: what it heard is proven by our own stamp, not by when its word was read.
     pub(crate) fn is_fresh(&self, now: u64) -> bool {
         let recent = |at: u64| now.saturating_sub(at) <= self.timing.timeout_ns / 2;
-        self.echoed.is_some_and(|at| recent(at) && at >= self.resumed_at) && recent(self.turn_at)
+        self.echoed.is_some_and(|at| recent(at) && at >= self.resumed_at) && self.is_turning(now)
     }
 }

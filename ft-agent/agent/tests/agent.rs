@@ -306,6 +306,42 @@ fn rule_4_a_backup_that_failed_says_so_and_never_takes() {
 }
 
 #[test]
+fn rule_4_a_primary_whose_guest_is_stuck_does_not_take() {
+    let mut pair = Pair::protected();
+    pair.pass(100 * MS);
+    let stuck = pair.now;
+    let tick = |pair: &mut Pair, until: u64| {
+        while pair.now < until {
+            pair.now += 10 * MS;
+            pair.primary.handle(pair.now, Event::Tick);
+        }
+    };
+    tick(&mut pair, stuck + 900 * MS);
+    pair.primary.handle(pair.now, Event::Disconnected);
+    let suspected = Action::Suspected(Suspicion::Disconnected);
+    assert_eq!(pair.primary_actions(), [suspected, Action::Close]);
+    tick(&mut pair, stuck + TIMING.progress_timeout_ns - 10 * MS);
+    pair.primary.turn(pair.now, Position::default());
+    assert_eq!(pair.primary_actions(), [take(1)], "it turns again, late, and could live");
+}
+
+#[test]
+fn a_side_whose_guest_stays_stuck_while_it_is_alone_gives_up() {
+    let mut pair = Pair::protected();
+    pair.pass(100 * MS);
+    let stuck = pair.now;
+    pair.backup.handle(pair.now, Event::Disconnected);
+    pair.backup_actions();
+    while pair.now < stuck + TIMING.progress_timeout_ns {
+        assert_eq!(phase(&pair.backup), Phase::Deciding);
+        pair.now += 10 * MS;
+        pair.backup.handle(pair.now, Event::Tick);
+    }
+    let failed = Exit::Failed("its guest's loop is stuck".into());
+    assert_eq!(pair.backup_actions().last(), Some(&Action::Halt(failed)));
+}
+
+#[test]
 fn rule_5_nothing_leaves_when_the_peer_was_not_heard_for_half_the_timeout() {
     let mut pair = Pair::protected();
     pair.pass(100 * MS);
