@@ -4,6 +4,7 @@ mod support;
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::process::Command;
 use std::time::{Duration, Instant, SystemTime};
 
 use support::counter::{Counter, Seen};
@@ -32,7 +33,7 @@ fn end(survivor: Vm) {
 
 fn kill_primary(guest: &[&str], client: fn(&str) -> Counter, cases: u64) {
     let site = Site::new();
-    let mut gaps = Vec::new();
+    let (mut gaps, mut splits) = (Vec::new(), Vec::new());
     for case in 0..cases {
         let (a, mut b) = site.pair(guest);
         let client = client(&site.ns("client"));
@@ -43,6 +44,7 @@ fn kill_primary(guest: &[&str], client: fn(&str) -> Counter, cases: u64) {
         b.wait_for("this side lives", 20);
         let alive = killed.elapsed();
         client.wait_for(50, 30);
+        splits.push(split_ms(&site));
         let seen = checked(client, &b);
         eprintln!(
             "failover {case}: alive after {alive:?}, {} replies, longest gap {:?}",
@@ -57,6 +59,24 @@ fn kill_primary(guest: &[&str], client: fn(&str) -> Counter, cases: u64) {
         "{cases} failovers: the longest gap {:?}, half of them within {middle:?}",
         gaps[gaps.len() - 1]
     );
+    for (n, step) in STEPS.iter().enumerate() {
+        let mut times: Vec<f64> = splits.iter().map(|split| split[n]).collect();
+        times.sort_unstable_by(f64::total_cmp);
+        let at = |percent| times[(times.len() - 1) * percent / 100];
+        eprintln!("  {step} after the loss: half within {:.1} ms, 99 % within {:.1} ms", at(50), at(99));
+    }
+}
+
+/// What `vmft status` tells of a failover.
+const STEPS: [&str; 4] = ["asked_ms", "verdict_ms", "running_ms", "first_frame_ms"];
+
+/// When each step of B's failover was done, ms after it held its peer for lost.
+fn split_ms(site: &Site) -> [f64; 4] {
+    let mut ask = Command::new(support::vm::VMFT);
+    let asked = ask.args(["status", "--json", "--control"]).arg(site.control(Host::B)).output();
+    let status: serde_json::Value =
+        serde_json::from_slice(&asked.expect("vmft status").stdout).expect("JSON");
+    STEPS.map(|step| status["failover"][step].as_f64().unwrap_or_else(|| panic!("no {step} in {status}")))
 }
 
 #[test]
