@@ -199,7 +199,7 @@ fn the_states_of_a_primary_that_was_killed_are_those_its_backup_has_checked() {
         let last = here.last().map(|text| position(text)).expect("no state was checked");
         let there: Vec<&str> = there.lines().filter(|line| line.contains("state recorded")).collect();
         // What was recorded last may not have left the host that died.
-        let reached = there.iter().filter(|line| position(line) <= last);
+        let mut reached = there.iter().filter(|line| position(line) <= last);
         let recorded: Vec<&str> = reached.clone().flat_map(|line| lines(line, "state recorded")).collect();
         assert_eq!(recorded, here);
         assert!(
@@ -208,7 +208,7 @@ fn the_states_of_a_primary_that_was_killed_are_those_its_backup_has_checked() {
             there.len(),
             here.len()
         );
-        let age = reached.last().map(|line| age_ms(line, killed)).expect("a state");
+        let age = reached.next_back().map(|line| age_ms(line, killed)).expect("a state");
         eprintln!("kill {case}: {} states are equal, the last was {age} ms old", here.len());
         assert!(age < 1000, "the last state that was checked is {age} ms old");
         end(b);
