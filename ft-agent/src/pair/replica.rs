@@ -360,9 +360,11 @@ impl Replica {
     /// A guest's thread that is stuck must not keep what is another's to use now: the tap, the disks, the sockets.
     fn end_if_stuck(&self, state: Guard<'_>) {
         let waiting = self.changed.wait_timeout_while(state, END_PATIENCE, |state| !state.finished);
-        let (mut state, waited) = waiting.unwrap_or_else(PoisonError::into_inner);
-        if let Some(exit) = state.exit.take().filter(|_| waited.timed_out()) {
-            let out = Error::Out(exit);
+        let (state, waited) = waiting.unwrap_or_else(PoisonError::into_inner);
+        if let Some(exit) = &state.exit
+            && waited.timed_out()
+        {
+            let out = Error::Out(exit.clone());
             error!("{out}; the guest's thread is stuck, and is left behind");
             std::process::exit(out.code().into());
         }
