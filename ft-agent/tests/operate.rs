@@ -8,7 +8,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use support::counter::{Counter, tell_bare};
 use support::pair::{Host, Site, inside};
@@ -38,6 +38,18 @@ fn ask(control: &Path, verb: &[&str]) -> (i32, String, String) {
 fn report(control: &Path) -> (i32, serde_json::Value) {
     let (code, out, errors) = ask(control, &["status", "--json"]);
     (code, serde_json::from_str(&out).unwrap_or_else(|e| panic!("{e} in {out:?}, {errors}")))
+}
+
+/// The same once the peer has told where it is, which its next heartbeat does.
+fn report_with_peer(control: &Path) -> (i32, serde_json::Value) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        let (code, told) = report(control);
+        if told["peer_position"] != 0 || Instant::now() > deadline {
+            return (code, told);
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 /// What a host answers to a scrape of its metrics.
@@ -93,7 +105,7 @@ fn a_pair_is_watched_and_handed_over_through_its_control_sockets() {
     let (code, out, _) = ask(&at_a, &["status"]);
     assert!(code == 0 && out.starts_with("PROTECTED: VM vm, primary (protected), generation 1"), "{out}");
     for (control, role) in [(&at_a, "primary"), (&at_b, "backup")] {
-        let (code, told) = report(control);
+        let (code, told) = report_with_peer(control);
         assert_eq!((code, &told["role"], &told["protected"]), (0, &role.into(), &true.into()), "{told}");
         for count in ["recorded", "acked", "replayed", "outputs_recorded", "position", "peer_position"] {
             assert!(told[count].as_u64().expect(count) > 0, "{count} in {told}");

@@ -67,13 +67,26 @@ fn undefined(bytes: &[u8], offset: u16) -> Decoded {
     let mut decoder = Decoder::new(64, longest, OPTIONS | DecoderOptions::NO_INVALID_CHECK);
     let ins = decoder.decode();
     if decoder.last_error() == DecoderError::NoMoreBytes {
-        return Decoded::Cut;
+        // Undefined whatever its immediates are: they are not fetched, and so cannot fault.
+        return match lacks_immediates_of_sse4a(longest) {
+            true => faulting(offset, longest.len(), threaded!(|cpu, _, _| cpu.undefined())),
+            false => Decoded::Cut,
+        };
     }
     // An instruction that is longer than one can be is #GP(0).
     if ins.code() == Code::INVALID && ins.len() >= LENGTH_MAX {
         return faulting(offset, LENGTH_MAX, threaded!(|cpu, _, _| cpu.general_protection(0)));
     }
     faulting(offset, ins.len(), threaded!(|cpu, _, _| cpu.undefined()))
+}
+
+/// SSE4a's EXTRQ and INSERTQ have two immediates; we have no SSE4a.
+fn lacks_immediates_of_sse4a(bytes: &[u8]) -> bool {
+    let mut whole = [0; LENGTH_MAX];
+    whole[..bytes.len()].copy_from_slice(bytes);
+    let ins = Decoder::new(64, &whole, OPTIONS | DecoderOptions::NO_INVALID_CHECK).decode();
+    let has_two = matches!(ins.code(), Code::Extrq_xmm_imm8_imm8 | Code::Insertq_xmm_xmm_imm8_imm8);
+    has_two && ins.len() <= bytes.len() + 2
 }
 
 fn faulting(offset: u16, len: usize, exec: Handler) -> Decoded {
