@@ -170,6 +170,12 @@ fn an_instruction_that_crosses_into_an_unmapped_page_faults_there() {
     g.set_pte(CODE + 0x1000, 0);
     assert_eq!(g.run(), Outcome::Fault { vector: 14, error: Some(0x10), rip: CODE + 0x1000 });
     assert_eq!(g.state.retired, 2);
+    // INSERTQ is undefined here, so that its immediates are not fetched.
+    let at = CODE + 0xffb;
+    let mut g = Guest::asm(|a| a.jmp(rbx)).reg(3, at);
+    g.write(at, &[0xf2, 0x44, 0x0f, 0x78, 0xf0]);
+    g.set_pte(CODE + 0x1000, 0);
+    assert_eq!(g.run(), Outcome::Fault { vector: 6, error: None, rip: at });
 }
 
 #[test]
