@@ -37,7 +37,8 @@ impl Outside for Guarded {
     }
 
     fn stop_requested(&mut self) -> bool {
-        self.replica.needs_attention() || self.inlet.stop_requested()
+        // A device that has failed stops the inlet, and the next look for an input tells of it.
+        self.replica.needs_attention()
     }
 
     fn time_ns(&mut self) -> Option<u64> {
