@@ -1,7 +1,8 @@
 //! What an exit costs on this host's KVM, and what vmft adds to it: `cargo bench -p vmft-vmm --bench kvm_exits`.
 //!
-//! The same program is run twice: by KVM_RUN in a loop that does nothing else, and by the engine, which completes each
-//! access, counts and digests it. The median of some rounds is told.
+//! The same program is run three times in turn: by KVM_RUN in a loop that does nothing else, by the engine, which answers each
+//! access, counts and digests it, and by the engine with a whole boundary behind each access, as a replay has it. The
+//! median of some rounds is told.
 #![allow(unsafe_code, clippy::disallowed_methods, clippy::disallowed_types)]
 
 #[path = "../tests/vcpu/mod.rs"]
@@ -27,16 +28,21 @@ fn main() {
     if !has_kvm("kvm_exits") {
         return;
     }
-    println!("{:8} {:>12} {:>12} {:>8}", "exit", "KVM_RUN", "vmft", "adds");
+    println!("{:8} {:>12} {:>12} {:>8} {:>12} {:>8}", "exit", "KVM_RUN", "vmft", "adds", "settled", "adds");
     for program in exits(EXITS) {
-        let mut times: Vec<(f64, f64)> = (0..ROUNDS).map(|_| (bare(&program), engine(&program))).collect();
-        let mut median = |of: fn(&(f64, f64)) -> f64| {
-            times.sort_by(|a, b| of(a).total_cmp(&of(b)));
-            of(&times[ROUNDS / 2])
-        };
-        let (bare, engine) = (median(|t| t.0), median(|t| t.1));
-        let adds = (engine / bare - 1.0) * 100.0;
-        println!("{:8} {bare:>9.2} us {engine:>9.2} us {adds:>6.1} %", program.name);
+        let mut times: Vec<[f64; 3]> =
+            (0..ROUNDS).map(|_| [bare(&program), engine(&program, false), engine(&program, true)]).collect();
+        let [bare, engine, settled] = [0, 1, 2].map(|of| {
+            times.sort_by(|a, b| a[of].total_cmp(&b[of]));
+            times[ROUNDS / 2][of]
+        });
+        let adds = |time: f64| (time / bare - 1.0) * 100.0;
+        println!(
+            "{:8} {bare:>9.2} us {engine:>9.2} us {:>6.1} % {settled:>9.2} us {:>6.1} %",
+            program.name,
+            adds(engine),
+            adds(settled)
+        );
     }
 }
 
@@ -44,8 +50,8 @@ fn per_exit(start: Instant) -> f64 {
     start.elapsed().as_secs_f64() * 1e6 / f64::from(EXITS)
 }
 
-/// Microseconds an exit by the engine.
-fn engine(program: &Program) -> f64 {
+/// Microseconds an exit by the engine; `settle`: with a whole boundary behind each.
+fn engine(program: &Program, settle: bool) -> f64 {
     let Guest { mut ram, mut vcpu, .. } = Guest::new(Engine::KvmSync, program);
     let mut window = false;
     let mut halts = 0;
@@ -62,7 +68,12 @@ fn engine(program: &Program) -> f64 {
                 halts += 1;
                 window = true;
             }
-            _ => assert_eq!(vcpu.complete(&mut ram, 0).unwrap(), None),
+            _ => {
+                assert_eq!(vcpu.complete(&mut ram, 0).unwrap(), None);
+                if settle {
+                    assert_eq!(vcpu.settle(&mut ram).unwrap(), None);
+                }
+            }
         }
         if vcpu.position().count.is_multiple_of(64) {
             vcpu.take_exits();

@@ -234,6 +234,9 @@ impl Machine {
         loop {
             self.fire_timers();
             if self.has_outputs() || until.is_some_and(|until| self.position() >= until) {
+                if let Some(stop) = self.settle()? {
+                    return Ok(stop);
+                }
                 self.halted = halt_is_known;
                 return Ok(if self.has_outputs() { Stop::Outputs } else { Stop::Reached });
             }
@@ -316,12 +319,35 @@ impl Machine {
                 self.unfinished = Some(value);
                 return Ok(Some(Stop::Question(question.clone())));
             }
-            match self.vcpu.complete(&mut self.ram, value)? {
+            match self.complete(value)? {
                 None => return Ok(self.after_access()),
                 Some(Exit::Shutdown) => return Ok(Some(Stop::End(End::TripleFault))),
                 Some(next) => exit = next,
             }
         }
+    }
+
+    /// Answers the guest. What is to be told is told of a whole boundary, so the instruction is finished first.
+    fn complete(&mut self, value: u64) -> Result<Option<Exit>, MachineError> {
+        let next = self.vcpu.complete(&mut self.ram, value)?;
+        if next.is_some() || !(self.has_outputs() || self.effects.request.is_some()) {
+            return Ok(next);
+        }
+        Ok(self.vcpu.settle(&mut self.ram)?)
+    }
+
+    /// Makes the position a whole boundary.
+    fn settle(&mut self) -> Result<Option<Stop>, MachineError> {
+        while let Some(exit) = self.vcpu.settle(&mut self.ram)? {
+            let stop = match exit {
+                Exit::Shutdown => Some(Stop::End(End::TripleFault)),
+                exit => self.access(exit)?,
+            };
+            if stop.is_some() {
+                return Ok(stop);
+            }
+        }
+        Ok(None)
     }
 
     /// Finishes the instruction whose question was answered, so that the machine is at a whole boundary.
@@ -331,11 +357,14 @@ impl Machine {
             return Ok(Some(Stop::Question(question.clone())));
         }
         let Some(value) = self.unfinished.take() else { return Ok(None) };
-        let stop = match self.vcpu.complete(&mut self.ram, value)? {
+        let mut stop = match self.complete(value)? {
             None => self.after_access(),
             Some(Exit::Shutdown) => Some(Stop::End(End::TripleFault)),
             Some(next) => self.access(next)?,
         };
+        if stop.is_none() {
+            stop = self.settle()?;
+        }
         self.fire_timers();
         Ok(stop)
     }

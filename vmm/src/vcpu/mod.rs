@@ -235,9 +235,15 @@ pub trait Vcpu: Send {
     /// Runs the guest until something is to be told. Pages that [`Ram::take_changed`] lists are taken note of first.
     fn run(&mut self, ram: &mut Ram, limit: &Limit) -> Result<Exit, VcpuError>;
 
-    /// Finishes the instruction that the last exit came from, with the value read (ignored for writes).
-    /// `None`: it is done and the position is a whole boundary; else the next thing that it asks.
+    /// Answers the last exit with the value read (ignored for writes). `None`: run on, or [`Vcpu::settle`] for a whole
+    /// boundary; else the next thing that the instruction asks.
     fn complete(&mut self, ram: &mut Ram, value: u64) -> Result<Option<Exit>, VcpuError>;
+
+    /// Makes the position a whole boundary after [`Vcpu::complete`], which may leave it to the next run to finish the
+    /// instruction. `None`: it is one; else the next thing that the instruction asks.
+    fn settle(&mut self, _ram: &mut Ram) -> Result<Option<Exit>, VcpuError> {
+        Ok(None)
+    }
 
     /// Where the guest is.
     fn position(&self) -> Position;

@@ -51,6 +51,8 @@ pub struct Guest {
     /// Interrupts that wait: at a HLT the next one comes.
     pub interrupts: Vec<u8>,
     pub seen: Vec<Seen>,
+    /// Only what the guest asks is noted: a whole boundary is there where the engine needs one.
+    pub lazy: bool,
 }
 
 impl Guest {
@@ -75,13 +77,20 @@ impl Guest {
         }
         let mut vcpu = engine.vcpu(&ram).unwrap();
         vcpu.reset(&Start { entry: CODE, boot_params: DATA, page_tables: PAGE_TABLES, gdt: GDT }).unwrap();
-        Guest { ram, vcpu, interrupts: program.interrupts.clone(), seen: Vec::new() }
+        Guest { ram, vcpu, interrupts: program.interrupts.clone(), seen: Vec::new(), lazy: false }
     }
 
     /// Runs to the position, or to the program's end: a HLT for which no interrupt is left, or a shutdown. `true`: at
     /// the end.
     pub fn run(&mut self, until: Option<Position>) -> bool {
         loop {
+            if until.is_some_and(|until| self.vcpu.position() >= until) {
+                match self.vcpu.settle(&mut self.ram).unwrap() {
+                    None => return false,
+                    Some(exit) => self.access(exit),
+                }
+                continue;
+            }
             // An interrupt waits from the first HLT on.
             let window = self.seen.iter().any(|s| s.exit == Exit::Halted) && !self.interrupts.is_empty();
             let limit = Limit { until, interrupt_window: window, time_offset_ns: 0 };
@@ -119,7 +128,14 @@ impl Guest {
             };
             let next = self.vcpu.complete(&mut self.ram, answer).unwrap();
             match next {
-                None => return self.note(exit, answer),
+                None if self.lazy => return self.note(exit, answer),
+                None => match self.vcpu.settle(&mut self.ram).unwrap() {
+                    None => return self.note(exit, answer),
+                    Some(next) => {
+                        self.seen.push(Seen { exit, answer, registers: [0; 18] });
+                        exit = next;
+                    }
+                },
                 Some(next) => {
                     // Registers in the middle of an instruction are nobody's.
                     self.seen.push(Seen { exit, answer, registers: [0; 18] });
@@ -130,6 +146,9 @@ impl Guest {
     }
 
     fn note(&mut self, exit: Exit, answer: u64) {
+        if self.lazy {
+            return self.seen.push(Seen { exit, answer, registers: [0; 18] });
+        }
         let cpu = self.cpu();
         let mut registers = [0; 18];
         registers[..16].copy_from_slice(&cpu.gpr);

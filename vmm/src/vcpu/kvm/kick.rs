@@ -42,6 +42,11 @@ impl Kick for Kicks {
 }
 
 impl Kicks {
+    /// A kick waits to be taken.
+    pub fn pending(&self) -> bool {
+        self.pending.load(Ordering::SeqCst)
+    }
+
     /// Takes the pending kick, to be called at a position.
     pub fn take(&self) -> bool {
         self.pending.swap(false, Ordering::SeqCst)

@@ -6,8 +6,10 @@
 //! answered at the next; what the guest did in between is not lost, for a replay does it again.
 //! [`Positions::Steps`] is for tests: an exit after each instruction.
 //!
-//! I/O is completed by entering KVM_RUN with `immediate_exit` set, which finishes the instruction and executes no other.
-//! So a position is always a whole boundary.
+//! KVM finishes an access when it is entered again. Mostly that is to run the guest on; where somebody has to be sure that an
+//! instruction is done ([`Vcpu::settle`], a kick, a limit, an interrupt to deliver), it is entered with `immediate_exit` set,
+//! which finishes the instruction and executes no other. Each access counts, so that positions do not depend on it; an
+//! instruction with several has no whole boundary between them, and stops behind them all.
 
 mod cpuid;
 mod fpu;
@@ -72,6 +74,8 @@ pub struct KvmVcpu {
     /// The single-step flag is set in KVM.
     stepping: bool,
     access: Option<(Access, Exit)>,
+    /// The last access is answered, and KVM was not entered since.
+    unfinished: bool,
     trace: Trace,
     kicks: Arc<Kicks>,
 }
@@ -108,27 +112,37 @@ impl KvmVcpu {
             halted: false,
             stepping: false,
             access: None,
+            unfinished: false,
             trace: Trace::default(),
             kicks: Arc::default(),
         })
     }
 
     fn load(&mut self, cpu: &CpuState) -> Result<(), VcpuError> {
+        // What an access would still do to the registers is over before they are set.
+        while self.access.take().is_some() || self.unfinished {
+            self.finish()?;
+        }
         state::restore(&mut self.vcpu, cpu)?;
         self.halted = cpu.halted;
-        self.access = None;
         // `ready_for_interrupt_injection` and the shared registers are of the last return of KVM_RUN.
-        self.settle()
+        self.finish()?;
+        Ok(())
     }
 
-    /// Finishes what the last exit left unfinished, without executing another instruction.
-    fn settle(&mut self) -> Result<(), VcpuError> {
+    /// Finishes what the last exit left unfinished, without executing another instruction. What the same instruction
+    /// asks next, if it does.
+    fn finish(&mut self) -> Result<Option<Exit>, VcpuError> {
+        self.unfinished = false;
         self.vcpu.set_kvm_immediate_exit(1);
         let returned = run(&mut self.vcpu);
         self.vcpu.set_kvm_immediate_exit(0);
         match returned? {
-            Returned::Interrupted => Ok(()),
-            Returned::Exit(KVM_EXIT_DEBUG) if self.stepping => Ok(()),
+            Returned::Interrupted => Ok(None),
+            // The instruction is done, and KVM reports the step at once.
+            Returned::Exit(KVM_EXIT_DEBUG) if self.stepping => Ok(None),
+            Returned::Exit(KVM_EXIT_IO | KVM_EXIT_MMIO) => self.asked().map(Some),
+            Returned::Exit(KVM_EXIT_SHUTDOWN) => Ok(Some(Exit::Shutdown)),
             Returned::Exit(reason) => Err(self.unexpected(reason)),
         }
     }
@@ -140,17 +154,25 @@ impl KvmVcpu {
     }
 
     /// What can be told at this boundary without running the guest.
-    fn before_entry(&mut self, limit: &Limit) -> Option<Exit> {
-        if limit.until.is_some_and(|until| self.position() >= until) {
-            return Some(Exit::Reached);
+    fn before_entry(&mut self, limit: &Limit) -> Result<Option<Exit>, VcpuError> {
+        let reached = limit.until.is_some_and(|until| self.position() >= until);
+        let kicked = self.at_position && !self.halted && self.kicks.pending();
+        if self.unfinished
+            && (reached || kicked || limit.interrupt_window)
+            && let Some(more) = self.finish()?
+        {
+            return Ok(Some(more));
         }
-        if self.at_position && !self.halted && self.kicks.take() {
-            return Some(Exit::Kicked);
+        if reached {
+            return Ok(Some(Exit::Reached));
+        }
+        if kicked && self.kicks.take() {
+            return Ok(Some(Exit::Kicked));
         }
         if limit.interrupt_window && self.takes_interrupts() {
-            return Some(self.window());
+            return Ok(Some(self.window()));
         }
-        self.halted.then_some(Exit::Halted)
+        Ok(self.halted.then_some(Exit::Halted))
     }
 
     fn window(&mut self) -> Exit {
@@ -162,7 +184,7 @@ impl KvmVcpu {
     /// Runs the guest to its next synchronous exit, or until somebody kicks.
     fn run_to_exit(&mut self, limit: &Limit) -> Result<Exit, VcpuError> {
         loop {
-            if let Some(exit) = self.before_entry(limit) {
+            if let Some(exit) = self.before_entry(limit)? {
                 return Ok(exit);
             }
             if let Some(exit) = self.enter(limit)? {
@@ -174,6 +196,7 @@ impl KvmVcpu {
     /// Enters the guest once. `None`: there is nothing to tell yet.
     fn enter(&mut self, limit: &Limit) -> Result<Option<Exit>, VcpuError> {
         self.at_position = false;
+        self.unfinished = false;
         self.vcpu.get_kvm_run().request_interrupt_window = limit.interrupt_window.into();
         match self.kicks.while_running(&mut self.vcpu, run)? {
             Returned::Interrupted => Ok(self.kicks.take_news().then_some(Exit::Between)),
@@ -186,6 +209,7 @@ impl KvmVcpu {
             KVM_EXIT_IO | KVM_EXIT_MMIO => self.asked().map(Some),
             KVM_EXIT_HLT => {
                 self.halted = true;
+                self.trace.halt(run_area::registers(&mut self.vcpu));
                 self.arrive();
                 Ok(Some(Exit::Halted))
             }
@@ -218,8 +242,8 @@ impl KvmVcpu {
         let (number, value) = run_area::msr(&mut self.vcpu);
         let answer = if write { msr::write(number).then_some(value) } else { msr::read(number, time_ns) };
         run_area::answer_msr(&mut self.vcpu, answer);
-        self.trace.msr(write, number, answer);
-        self.settle()?;
+        self.trace.msr(run_area::registers(&mut self.vcpu), write, number, answer);
+        self.finish()?;
         // With #GP on its way this is no boundary: the next exit counts for both.
         if answer.is_some() {
             self.arrive();
@@ -227,13 +251,13 @@ impl KvmVcpu {
         Ok(())
     }
 
-    /// An instruction has left and is finished, or was stepped over: this is the next position.
+    /// An access is answered, or an instruction has left otherwise or was stepped over: this is the next position.
     fn arrive(&mut self) {
         self.count += 1;
         self.within = 0;
         self.at_position = true;
         if self.positions == Positions::Exits {
-            self.trace.complete(run_area::registers(&mut self.vcpu));
+            self.trace.complete();
         }
     }
 
@@ -275,29 +299,24 @@ impl Vcpu for KvmVcpu {
     fn complete(&mut self, ram: &mut Ram, value: u64) -> Result<Option<Exit>, VcpuError> {
         assert!(self.vm.is_of(ram), "a vCPU runs with the RAM that it was made for");
         let Some((access, exit)) = self.access.take() else { return Ok(None) };
-        self.trace.access(&exit, value);
+        self.trace.access(run_area::registers(&mut self.vcpu), &exit, value);
         if let Some(rest) = access.answer(&mut self.vcpu, value) {
             let exit = rest.exit(&mut self.vcpu);
             self.access = Some((rest, exit));
             return Ok(Some(exit));
         }
-        self.vcpu.set_kvm_immediate_exit(1);
-        let returned = run(&mut self.vcpu);
-        self.vcpu.set_kvm_immediate_exit(0);
-        match returned? {
-            Returned::Interrupted => {
-                self.arrive();
-                Ok(None)
-            }
-            Returned::Exit(KVM_EXIT_IO | KVM_EXIT_MMIO) => self.asked().map(Some),
-            // The instruction is done, and KVM reports the step at once.
-            Returned::Exit(KVM_EXIT_DEBUG) if self.stepping => {
-                self.arrive();
-                Ok(None)
-            }
-            Returned::Exit(KVM_EXIT_SHUTDOWN) => Ok(Some(Exit::Shutdown)),
-            Returned::Exit(other) => Err(self.unexpected(other)),
+        self.unfinished = true;
+        // A step counts when it is done, and KVM would do the next instruction along with it.
+        let next = if self.positions == Positions::Steps { self.finish()? } else { None };
+        if next.is_none() {
+            self.arrive();
         }
+        Ok(next)
+    }
+
+    fn settle(&mut self, ram: &mut Ram) -> Result<Option<Exit>, VcpuError> {
+        assert!(self.vm.is_of(ram), "a vCPU runs with the RAM that it was made for");
+        if self.unfinished { self.finish() } else { Ok(None) }
     }
 
     fn position(&self) -> Position {
@@ -312,6 +331,7 @@ impl Vcpu for KvmVcpu {
     }
 
     fn save(&self) -> Result<VcpuState, VcpuError> {
+        assert!(!self.unfinished, "a vCPU is saved at a whole boundary");
         let cpu = state::save(&self.vcpu, self.count, self.halted)?;
         Ok(VcpuState::Kvm(Box::new(KvmState {
             cpu,

@@ -28,7 +28,7 @@ impl KvmVcpu {
     /// Steps the guest to its next exit or to the limit.
     pub(super) fn run_steps(&mut self, ram: &Ram, limit: &Limit) -> Result<Exit, VcpuError> {
         loop {
-            if let Some(exit) = self.before_entry(limit) {
+            if let Some(exit) = self.before_entry(limit)? {
                 return Ok(exit);
             }
             self.deliver(ram)?;

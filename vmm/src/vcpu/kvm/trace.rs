@@ -24,8 +24,8 @@ impl Trace {
         Trace { chain, words: Vec::new() }
     }
 
-    /// The guest asked, and was answered.
-    pub fn access(&mut self, exit: &Exit, answer: u64) {
+    /// The guest asked, with these registers, and was answered.
+    pub fn access(&mut self, regs: &kvm_regs, exit: &Exit, answer: u64) {
         let (kind, place, size, value) = match *exit {
             Exit::PioIn { port, size } => (1, port.into(), size, answer),
             Exit::PioOut { port, size, value } => (2, port.into(), size, value.into()),
@@ -33,18 +33,22 @@ impl Trace {
             Exit::MmioWrite { addr, size, value } => (4, addr, size, value),
             _ => (0, 0, 0, 0),
         };
-        self.extend([kind, place, size.into(), value]);
+        self.extend(regs, [kind, place, size.into(), value]);
     }
 
     /// The guest accessed a model-specific register; `value` is what it read or wrote, `None` is #GP.
-    pub fn msr(&mut self, write: bool, number: u32, value: Option<u64>) {
-        self.extend([5 + u64::from(write), number.into(), value.is_some().into(), value.unwrap_or(0)]);
+    pub fn msr(&mut self, regs: &kvm_regs, write: bool, number: u32, value: Option<u64>) {
+        let kind = 5 + u64::from(write);
+        self.extend(regs, [kind, number.into(), value.is_some().into(), value.unwrap_or(0)]);
     }
 
-    /// The exit is over, and these are the registers behind it.
-    pub fn complete(&mut self, regs: &kvm_regs) {
-        self.extend(state::general(regs));
-        self.extend([regs.rip, state::flags(regs)]);
+    /// The guest sleeps.
+    pub fn halt(&mut self, regs: &kvm_regs) {
+        self.extend(regs, [7, 0, 0, 0]);
+    }
+
+    /// The exit is over.
+    pub fn complete(&mut self) {
         self.words.push(self.chain as u16);
     }
 
@@ -53,7 +57,13 @@ impl Trace {
         std::mem::take(&mut self.words)
     }
 
-    fn extend<const N: usize>(&mut self, values: [u64; N]) {
-        self.chain = xxh3_64_with_seed(values.map(u64::to_le_bytes).as_flattened(), self.chain);
+    /// Extends the chain by what was asked and the registers with which KVM left. Those behind the instruction would cost
+    /// another entry; they are seen at the next exit.
+    fn extend(&mut self, regs: &kvm_regs, [kind, place, size, value]: [u64; 4]) {
+        let mut words = [0; 22];
+        words[..4].copy_from_slice(&[kind, place, size, value]);
+        words[4..20].copy_from_slice(&state::general(regs));
+        words[20..].copy_from_slice(&[regs.rip, state::flags(regs)]);
+        self.chain = xxh3_64_with_seed(words.map(u64::to_le_bytes).as_flattened(), self.chain);
     }
 }
