@@ -11,6 +11,7 @@ use soft_cpu::decode::LENGTH_MAX;
 
 use crate::catalogue::{self, Excluded};
 use crate::layout::{CODE, CODE_LEN};
+use crate::state::Start;
 
 /// The status flags in RFLAGS.
 pub const STATUS: u64 = 0x8d5;
@@ -199,6 +200,16 @@ pub fn analyse(code: &[u8], at: u64, roots: &[u64]) -> Result<Flow, Reject> {
 }
 
 impl Flow {
+    /// Whether there is at `rip` an instruction that the soft CPU does not offer, and that the analysis has not seen:
+    /// a branch led into the middle of another one, by a register that had changed.
+    pub fn strayed(&self, start: &Start, rip: u64) -> bool {
+        let Some(bytes) = rip.checked_sub(start.rip).and_then(|o| start.code.get(o as usize..)) else {
+            return false;
+        };
+        let ins = Decoder::with_ip(64, bytes, rip, DecoderOptions::NONE).decode();
+        !self.nodes.contains_key(&rip) && catalogue::vet(&ins) == Err(Excluded::NotOffered)
+    }
+
     /// Flags that are undefined when the case ends at `rip`: all that ever are when it ends elsewhere. A trap's
     /// RIP is behind its instruction, of one byte or two.
     pub fn undefined_at(&self, rip: u64, trap: bool) -> u64 {
