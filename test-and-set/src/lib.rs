@@ -38,7 +38,7 @@
 //!   answered `Stale` or `Refused` has changed nothing; every command may be repeated.
 //! - [`store`] is the trait. A call ends at its deadline; an error is *unknown*, never *no*.
 //! - [`wire`] describes the bytes of `raft://`; [`link`] is one connection with any number of questions under way.
-//! - [`server`] is one member. [`server::raft`] is the only file that names openraft; [`server::log`] lets a leader write to its disk
+//! - [`server`] is one member. [`server::raft`] is the only module that names openraft; [`server::log`] lets a leader write to its disk
 //!   while it sends to the others; [`server::disk`] is on the disk (fsync) when it returns. A member is bound to its data: each one
 //!   notes the data of the others at first contact, and lets nobody in who comes with other data.
 //! - [`checker`] judges histories, [`conformance`] is what every store must pass.

@@ -1,7 +1,7 @@
 //! The server behind `raft://`: one member of the store.
 //!
 //! ```text
-//! connections ──> Node ──> raft (the only file that names openraft) ──> log ──> disk (redb, fsync)
+//! connections ──> Node ──> raft (the only module that names openraft) ──> log ──> disk (redb, fsync)
 //!   TLS, bounds     |        |
 //! metrics ──────────┘        └──> peers ──> link (the same bytes, to the other members)
 //! ```

@@ -1,0 +1,106 @@
+//! The log and the vote, as openraft wants them.
+
+use std::fmt::Debug;
+use std::io;
+use std::ops::RangeBounds;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
+use openraft::storage::{LogFlushed, RaftLogStorage};
+use openraft::{LogId, LogState, OptionalSend, RaftLogReader, StorageIOError, Vote};
+use serde::de::DeserializeOwned;
+
+use super::{Entry, Failed, Types, decode, encode, reading, writing};
+use crate::server::disk::Disk;
+use crate::server::log::Log;
+use crate::wire::NodeId;
+
+/// The log and the vote of this member.
+#[derive(Clone)]
+pub struct LogStore {
+    pub id: NodeId,
+    pub log: Arc<Log>,
+    pub disk: Arc<Disk>,
+    /// Whether the vote is that of a leader, this member.
+    pub leads: Arc<AtomicBool>,
+}
+
+impl LogStore {
+    fn read<T: DeserializeOwned>(&self, name: &'static str) -> Result<Option<T>, Failed> {
+        let bytes = self.disk.get(name).map_err(reading)?;
+        bytes.map(|bytes| decode(name, &bytes)).transpose().map_err(reading)
+    }
+}
+
+impl RaftLogReader<Types> for LogStore {
+    async fn try_get_log_entries<B>(&mut self, range: B) -> Result<Vec<Entry>, Failed>
+    where
+        B: RangeBounds<u64> + Clone + Debug + OptionalSend,
+    {
+        let entries = self.log.read(range).map_err(reading)?;
+        entries.iter().map(|bytes| decode("entry", bytes).map_err(reading)).collect()
+    }
+}
+
+impl RaftLogStorage<Types> for LogStore {
+    type LogReader = Self;
+
+    async fn get_log_state(&mut self) -> Result<LogState<Types>, Failed> {
+        let last_purged_log_id = self.read("purged")?;
+        let last = self.disk.last().map_err(reading)?;
+        let last: Option<Entry> = last.map(|bytes| decode("entry", &bytes)).transpose().map_err(reading)?;
+        Ok(LogState {
+            last_purged_log_id,
+            last_log_id: last.map(|entry| entry.log_id).or(last_purged_log_id),
+        })
+    }
+
+    async fn get_log_reader(&mut self) -> Self {
+        self.clone()
+    }
+
+    async fn save_vote(&mut self, vote: &Vote<NodeId>) -> Result<(), Failed> {
+        let save = async { self.log.settle().await?.put("vote", &encode(vote)?) };
+        save.await.map_err(|error| StorageIOError::write_vote(&error))?;
+        self.leads.store(vote.committed && vote.leader_id.voted_for() == Some(self.id), Relaxed);
+        Ok(())
+    }
+
+    /// A leader's vote is read as a candidate's. openraft 0.9 would resume the leadership of a member that restarts within its
+    /// term, and then answer reads from the first entry of that term on, before it has applied the later ones that it
+    /// acknowledged. A candidate has to be elected anew, and its first entry comes behind all of them.
+    async fn read_vote(&mut self) -> Result<Option<Vote<NodeId>>, Failed> {
+        let vote: Option<Vote<NodeId>> = self.read("vote")?;
+        Ok(vote.map(|vote| Vote {
+            committed: vote.committed && vote.leader_id.voted_for() != Some(self.id),
+            ..vote
+        }))
+    }
+
+    // The committed index is not saved: at start the snapshot is applied, and the rest of the log once it is known to be committed.
+
+    async fn append<I>(&mut self, entries: I, flushed: LogFlushed<Types>) -> Result<(), Failed>
+    where
+        I: IntoIterator<Item = Entry> + OptionalSend,
+        I::IntoIter: OptionalSend,
+    {
+        let encoded = entries.into_iter().map(|entry| Ok((entry.log_id.index, encode(&entry)?)));
+        let encoded = encoded.collect::<Result<Vec<_>, _>>().map_err(writing)?;
+        let written = if self.leads.load(Relaxed) {
+            self.log.append_soon(encoded)
+        } else {
+            self.log.append(encoded).await
+        };
+        flushed.log_io_completed(written.map_err(io::Error::other));
+        Ok(())
+    }
+
+    async fn truncate(&mut self, log_id: LogId<NodeId>) -> Result<(), Failed> {
+        self.log.settle().await.and_then(|disk| disk.truncate(log_id.index)).map_err(writing)
+    }
+
+    async fn purge(&mut self, log_id: LogId<NodeId>) -> Result<(), Failed> {
+        let purge = async { self.log.settle().await?.purge(log_id.index, &encode(&log_id)?) };
+        purge.await.map_err(writing)
+    }
+}

@@ -1,0 +1,304 @@
+//! The only place that names openraft: our types in its traits, and a small handle that hides it again.
+//!
+//! The entries, votes and messages of openraft are bytes to all other modules. What Raft needs on the disk is there before its
+//! call returns, but for what a leader appends: see [`crate::server::log`].
+#![allow(clippy::result_large_err, reason = "openraft's errors are what they are")]
+
+mod log_store;
+mod machine;
+mod network;
+#[cfg(test)]
+pub mod testing;
+
+use std::collections::BTreeMap;
+use std::io::Cursor;
+use std::sync::Arc;
+use std::time::Duration;
+
+use openraft::error::{CheckIsLeaderError, ClientWriteError, RaftError};
+use openraft::{
+    BasicNode, ChangeMembers, Config, ServerState, SnapshotMeta, SnapshotPolicy, StorageError,
+    StorageIOError, StoredMembership,
+};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use self::log_store::LogStore;
+use self::machine::Machine;
+use self::network::Callers;
+use crate::names::VmName;
+use crate::record::{Command, Reply, State};
+use crate::server::disk::{Disk, DiskError};
+use crate::server::log::Log;
+use crate::server::peers::Peers;
+use crate::wire::{Failure, MemberStatus, NodeId};
+
+/// One command in the log.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Write {
+    vm: VmName,
+    command: Command,
+}
+
+openraft::declare_raft_types!(
+    /// Our types in openraft's.
+    Types: D = Write, R = Reply, Node = BasicNode
+);
+
+type Entry = openraft::Entry<Types>;
+type Membership = StoredMembership<NodeId, BasicNode>;
+type Meta = SnapshotMeta<NodeId, BasicNode>;
+type Failed = StorageError<NodeId>;
+
+/// How long the leader waits for a majority before it says that there is none.
+const QUORUM_PATIENCE: Duration = Duration::from_millis(350);
+/// How long adding or removing a member may take.
+const MEMBERS_PATIENCE: Duration = Duration::from_secs(20);
+
+fn encode(value: &impl Serialize) -> Result<Vec<u8>, DiskError> {
+    postcard::to_stdvec(value).map_err(|source| DiskError::Decode { what: "value", source })
+}
+
+fn decode<T: DeserializeOwned>(what: &'static str, bytes: &[u8]) -> Result<T, DiskError> {
+    postcard::from_bytes(bytes).map_err(|source| DiskError::Decode { what, source })
+}
+
+fn reading(error: DiskError) -> Failed {
+    StorageIOError::read(&error).into()
+}
+
+fn writing(error: DiskError) -> Failed {
+    StorageIOError::write(&error).into()
+}
+
+/// When to suspect the leader, and when to compact the log.
+#[derive(Debug, Clone, Copy)]
+pub struct Timing {
+    /// The leader is heard at least so often, in milliseconds. It is suspected after 7.5 to 10 of these intervals.
+    pub heartbeat_ms: u64,
+    /// Commands between two snapshots.
+    pub snapshot_every: u64,
+}
+
+impl Default for Timing {
+    fn default() -> Self {
+        Self { heartbeat_ms: 40, snapshot_every: 10_000 }
+    }
+}
+
+/// Commands that stay in the log behind a snapshot, for members that are a little late.
+const LOG_KEPT: u64 = 1000;
+
+/// A member's Raft: the handle that the rest of the server uses.
+#[derive(Clone)]
+pub struct Raft {
+    raft: openraft::Raft<Types>,
+    machine: Machine,
+    disk: Arc<Disk>,
+}
+
+/// How a member cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// Its data cannot be read.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// openraft's reason.
+    #[error("Raft cannot start: {0}")]
+    Raft(String),
+}
+
+impl Raft {
+    /// Starts the member with what its disk holds.
+    pub async fn start(
+        id: NodeId,
+        disk: Arc<Disk>,
+        peers: Arc<Peers>,
+        timing: Timing,
+    ) -> Result<Self, StartError> {
+        let config = Config {
+            cluster_name: "vmft".into(),
+            heartbeat_interval: timing.heartbeat_ms,
+            election_timeout_min: timing.heartbeat_ms * 5 / 2,
+            election_timeout_max: timing.heartbeat_ms * 5,
+            snapshot_policy: SnapshotPolicy::LogsSinceLast(timing.snapshot_every),
+            replication_lag_threshold: timing.snapshot_every * 2,
+            max_in_snapshot_log_to_keep: LOG_KEPT.min(timing.snapshot_every),
+            ..Config::default()
+        };
+        let config = Arc::new(config.validate().map_err(|e| StartError::Raft(e.to_string()))?);
+        let log = Arc::new(Log::new(disk.clone())?);
+        let machine = Machine::load(log.clone(), disk.clone(), peers.clone())?;
+        let store = LogStore { id, log: log.clone(), disk: disk.clone(), leads: Arc::default() };
+        let raft = openraft::Raft::new(id, config, Callers { peers, log }, store, machine.clone()).await;
+        Ok(Self { raft: raft.map_err(|e| StartError::Raft(e.to_string()))?, machine, disk })
+    }
+
+    /// Forms the cluster, unless this member is in one already. Every first member does so, with the same list.
+    pub async fn form(&self, members: &BTreeMap<NodeId, String>) -> Result<(), StartError> {
+        let failed = |e: String| StartError::Raft(e);
+        if self.raft.is_initialized().await.map_err(|e| failed(e.to_string()))? {
+            return Ok(());
+        }
+        let nodes: BTreeMap<_, _> =
+            members.iter().map(|(id, address)| (*id, BasicNode::new(address))).collect();
+        match self.raft.initialize(nodes).await {
+            // Another member was faster, and its log is here already.
+            Ok(()) | Err(RaftError::APIError(openraft::error::InitializeError::NotAllowed(_))) => Ok(()),
+            Err(error) => Err(failed(error.to_string())),
+        }
+    }
+
+    /// Applies a command, if this member leads and reaches a majority.
+    pub async fn command(&self, vm: VmName, command: Command) -> Result<Reply, Failure> {
+        if self.disk.is_full() {
+            return Err(Failure::DiskFull);
+        }
+        match tokio::time::timeout(QUORUM_PATIENCE, self.raft.client_write(Write { vm, command })).await {
+            Err(_) => Err(Failure::NoQuorum),
+            Ok(Ok(response)) => Ok(response.data),
+            Ok(Err(RaftError::APIError(ClientWriteError::ForwardToLeader(to)))) => {
+                Err(Failure::NotLeader(to.leader_node.map(|node| node.addr)))
+            }
+            Ok(Err(RaftError::APIError(ClientWriteError::ChangeMembershipError(e)))) => {
+                Err(Failure::Members(e.to_string()))
+            }
+            Ok(Err(RaftError::Fatal(_))) => Err(self.why_stopped()),
+        }
+    }
+
+    /// Looks at the state as it is now: everything answered before the call is in it.
+    pub async fn look<T>(&self, look: impl FnOnce(&State) -> T) -> Result<T, Failure> {
+        match tokio::time::timeout(QUORUM_PATIENCE, self.raft.ensure_linearizable()).await {
+            Ok(Ok(_)) => Ok(look(&self.machine.applied().state)),
+            Err(_) | Ok(Err(RaftError::APIError(CheckIsLeaderError::QuorumNotEnough(_)))) => {
+                Err(Failure::NoQuorum)
+            }
+            Ok(Err(RaftError::APIError(CheckIsLeaderError::ForwardToLeader(to)))) => {
+                Err(Failure::NotLeader(to.leader_node.map(|node| node.addr)))
+            }
+            Ok(Err(RaftError::Fatal(_))) => Err(self.why_stopped()),
+        }
+    }
+
+    fn why_stopped(&self) -> Failure {
+        if self.disk.is_full() { Failure::DiskFull } else { Failure::Stopped }
+    }
+
+    /// Adds a member, first as a learner until it has caught up.
+    pub async fn add_member(&self, id: NodeId, address: String) -> Result<(), Failure> {
+        self.change_members(async {
+            self.raft.add_learner(id, BasicNode::new(address), true).await?;
+            self.raft.change_membership(ChangeMembers::AddVoterIds([id].into()), false).await
+        })
+        .await
+    }
+
+    /// Removes a member.
+    pub async fn remove_member(&self, id: NodeId) -> Result<(), Failure> {
+        let members = self.raft.metrics().borrow().membership_config.clone();
+        if members.membership().get_node(&id).is_none() {
+            return Err(Failure::Members(format!("{id} is not a member")));
+        }
+        let is_voter = members.membership().voter_ids().any(|voter| voter == id);
+        let change = if is_voter {
+            ChangeMembers::RemoveVoters([id].into())
+        } else {
+            ChangeMembers::RemoveNodes([id].into())
+        };
+        self.change_members(self.raft.change_membership(change, false)).await
+    }
+
+    async fn change_members<T>(
+        &self,
+        change: impl Future<Output = Result<T, RaftError<NodeId, ClientWriteError<NodeId, BasicNode>>>>,
+    ) -> Result<(), Failure> {
+        match tokio::time::timeout(MEMBERS_PATIENCE, change).await {
+            Err(_) => {
+                Err(Failure::Members(format!("not done within {MEMBERS_PATIENCE:?}; ask for the status")))
+            }
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(RaftError::APIError(ClientWriteError::ForwardToLeader(to)))) => {
+                Err(Failure::NotLeader(to.leader_node.map(|node| node.addr)))
+            }
+            Ok(Err(RaftError::APIError(ClientWriteError::ChangeMembershipError(e)))) => {
+                Err(Failure::Members(e.to_string()))
+            }
+            Ok(Err(RaftError::Fatal(_))) => Err(self.why_stopped()),
+        }
+    }
+
+    /// What Raft knows now.
+    pub fn view(&self) -> View {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow();
+        let config = metrics.membership_config.membership();
+        let matched = |id: &NodeId| metrics.replication.as_ref()?.get(id)?.map(|log_id| log_id.index);
+        let members = config.nodes().map(|(id, node)| {
+            let votes = config.voter_ids().any(|voter| voter == *id);
+            (*id, MemberStatus { address: node.addr.clone(), votes, matched_index: matched(id) })
+        });
+        let role = match metrics.state {
+            _ if metrics.running_state.is_err() => "stopped",
+            ServerState::Learner => "learner",
+            ServerState::Follower => "follower",
+            ServerState::Candidate => "candidate",
+            ServerState::Leader => "leader",
+            ServerState::Shutdown => "stopped",
+        };
+        View {
+            role,
+            term: metrics.current_term,
+            leader: metrics.current_leader,
+            members: members.collect(),
+            last_log_index: metrics.last_log_index,
+            applied_index: metrics.last_applied.map(|l| l.index),
+            snapshot_index: metrics.snapshot.map(|l| l.index),
+            purged_index: metrics.purged.map(|l| l.index),
+            vms: self.machine.applied().state.len() as u64,
+        }
+    }
+
+    /// The leader's number and address, as far as it is known.
+    pub fn leader(&self) -> Option<(NodeId, String)> {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow();
+        let id = metrics.current_leader?;
+        Some((id, metrics.membership_config.membership().get_node(&id)?.addr.clone()))
+    }
+
+    /// Waits until Raft has stopped, and says why.
+    pub async fn stopped(&self) -> String {
+        let mut metrics = self.raft.metrics();
+        loop {
+            if let Err(fatal) = &metrics.borrow_and_update().running_state {
+                return fatal.to_string();
+            }
+            if metrics.changed().await.is_err() {
+                return "it was shut down".into();
+            }
+        }
+    }
+
+    /// Stops the member.
+    pub async fn stop(&self) {
+        if let Err(error) = self.raft.shutdown().await {
+            eprintln!("Raft did not stop well: {error}");
+        }
+    }
+}
+
+/// What Raft knows at one moment; the fields are those of [`crate::wire::Status`].
+#[derive(Debug)]
+#[expect(missing_docs, reason = "described in wire::Status")]
+pub struct View {
+    pub role: &'static str,
+    pub term: u64,
+    pub leader: Option<NodeId>,
+    pub members: BTreeMap<NodeId, MemberStatus>,
+    pub last_log_index: Option<u64>,
+    pub applied_index: Option<u64>,
+    pub snapshot_index: Option<u64>,
+    pub purged_index: Option<u64>,
+    pub vms: u64,
+}

@@ -1,0 +1,183 @@
+//! What members say to each other: this one asks, and answers when it is asked.
+
+use std::io::Cursor;
+use std::sync::Arc;
+use std::time::Duration;
+
+use openraft::error::{Fatal, RPCError, RaftError, ReplicationClosed, StreamingError, Unreachable};
+use openraft::network::{Backoff, RPCOption};
+use openraft::raft::{
+    AppendEntriesRequest, AppendEntriesResponse, InstallSnapshotRequest, InstallSnapshotResponse,
+    SnapshotResponse, VoteRequest, VoteResponse,
+};
+use openraft::{BasicNode, LogId, OptionalSend, RaftNetwork, RaftNetworkFactory, Snapshot, Vote};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::{Raft, Types};
+use crate::link::LinkError;
+use crate::server::log::Log;
+use crate::server::peers::{Peer, Peers};
+use crate::wire::{self, CHUNK_BYTES, Failure, NodeId, PeerAnswer, PeerAsk};
+
+type CallError = RPCError<NodeId, BasicNode, RaftError<NodeId>>;
+
+/// How long one part of a snapshot may take, its installation included.
+const CHUNK_PATIENCE: Duration = Duration::from_secs(10);
+/// Pause before a member that cannot be reached is tried again.
+const UNREACHABLE_PAUSE: Duration = Duration::from_millis(60);
+
+/// Makes the callers for other members.
+pub struct Callers {
+    pub peers: Arc<Peers>,
+    pub log: Arc<Log>,
+}
+
+/// Calls one other member.
+pub struct Caller {
+    peers: Arc<Peers>,
+    peer: Arc<Peer>,
+    log: Arc<Log>,
+    /// The last committed id that the member was told.
+    told: Option<LogId<NodeId>>,
+}
+
+impl RaftNetworkFactory<Types> for Callers {
+    type Network = Caller;
+
+    async fn new_client(&mut self, to: NodeId, node: &BasicNode) -> Caller {
+        let (peers, log) = (self.peers.clone(), self.log.clone());
+        Caller { peer: self.peers.get(to, &node.addr), peers, log, told: None }
+    }
+}
+
+impl Caller {
+    /// Every failure is "unreachable": the pause that openraft makes then is right for all of them.
+    async fn call<T: DeserializeOwned>(&self, ask: &PeerAsk, patience: Duration) -> Result<T, Unreachable> {
+        match self.peers.ask(&self.peer, ask, patience).await.map_err(|e| Unreachable::new(&e))? {
+            PeerAnswer::Done(bytes) => {
+                wire::decode(&bytes).map_err(|e| Unreachable::new(&LinkError::from(e)))
+            }
+            PeerAnswer::Failed(failure) => Err(Unreachable::new(&failure)),
+        }
+    }
+}
+
+fn bytes_for(body: &impl Serialize) -> Result<Vec<u8>, Unreachable> {
+    wire::encode(body).map_err(|e| Unreachable::new(&e))
+}
+
+impl RaftNetwork<Types> for Caller {
+    async fn append_entries(
+        &mut self,
+        mut rpc: AppendEntriesRequest<Types>,
+        option: RPCOption,
+    ) -> Result<AppendEntriesResponse<NodeId>, CallError> {
+        // openraft counts this member's own copy at once; the others hear of it when it is on the disk.
+        let flushed = |index| self.log.first_unflushed().is_none_or(|first| first > index);
+        if rpc.leader_commit.is_some_and(|commit| flushed(commit.index)) {
+            self.told = rpc.leader_commit;
+        }
+        rpc.leader_commit = self.told;
+        // openraft gives up at its own time, in which case this call's end is never seen: so it ends a little before.
+        let patience = option.hard_ttl().mul_f64(0.9);
+        Ok(self.call(&PeerAsk::Append(bytes_for(&rpc)?), patience).await?)
+    }
+
+    async fn vote(
+        &mut self,
+        rpc: VoteRequest<NodeId>,
+        option: RPCOption,
+    ) -> Result<VoteResponse<NodeId>, CallError> {
+        Ok(self.call(&PeerAsk::Vote(bytes_for(&rpc)?), option.hard_ttl().mul_f64(0.9)).await?)
+    }
+
+    async fn install_snapshot(
+        &mut self,
+        _: InstallSnapshotRequest<Types>,
+        _: RPCOption,
+    ) -> Result<
+        InstallSnapshotResponse<NodeId>,
+        RPCError<NodeId, BasicNode, RaftError<NodeId, openraft::error::InstallSnapshotError>>,
+    > {
+        // `full_snapshot` below takes its place.
+        Err(Unreachable::new(&LinkError::Ended).into())
+    }
+
+    async fn full_snapshot(
+        &mut self,
+        vote: Vote<NodeId>,
+        snapshot: Snapshot<Types>,
+        cancel: impl Future<Output = ReplicationClosed> + OptionalSend + 'static,
+        _: RPCOption,
+    ) -> Result<SnapshotResponse<NodeId>, StreamingError<Types, Fatal<NodeId>>> {
+        let send = async {
+            let state = snapshot.snapshot.get_ref();
+            let whole = state.len() / CHUNK_BYTES * CHUNK_BYTES;
+            for offset in (0..whole).step_by(CHUNK_BYTES) {
+                let bytes = state[offset..offset + CHUNK_BYTES].to_vec();
+                let part = PeerAsk::Snapshot { offset: offset as u64, bytes, finish: None };
+                self.call::<()>(&part, CHUNK_PATIENCE).await?;
+            }
+            let finish = Some(bytes_for(&(&vote, &snapshot.meta))?);
+            let last = PeerAsk::Snapshot { offset: whole as u64, bytes: state[whole..].to_vec(), finish };
+            Ok(self.call(&last, CHUNK_PATIENCE).await?)
+        };
+        tokio::select! {
+            sent = send => sent,
+            closed = cancel => Err(closed.into()),
+        }
+    }
+
+    fn backoff(&self) -> Backoff {
+        Backoff::new(std::iter::repeat(UNREACHABLE_PAUSE))
+    }
+}
+
+impl Raft {
+    /// Answers another member. `snapshot` collects the parts of a snapshot of one connection.
+    pub async fn answer(&self, ask: PeerAsk, snapshot: &tokio::sync::Mutex<Vec<u8>>) -> PeerAnswer {
+        self.try_answer(ask, snapshot).await.map_or_else(PeerAnswer::Failed, PeerAnswer::Done)
+    }
+
+    async fn try_answer(
+        &self,
+        ask: PeerAsk,
+        snapshot: &tokio::sync::Mutex<Vec<u8>>,
+    ) -> Result<Vec<u8>, Failure> {
+        match ask {
+            PeerAsk::Append(bytes) => {
+                let rpc: AppendEntriesRequest<Types> = decode_rpc(&bytes)?;
+                if !rpc.entries.is_empty() && self.disk.is_full() {
+                    return Err(Failure::DiskFull);
+                }
+                self.encode_answer(self.raft.append_entries(rpc).await)
+            }
+            PeerAsk::Vote(bytes) => self.encode_answer(self.raft.vote(decode_rpc(&bytes)?).await),
+            PeerAsk::Snapshot { offset, bytes, finish } => {
+                let mut parts = snapshot.lock().await;
+                if offset == 0 {
+                    parts.clear();
+                }
+                if parts.len() as u64 != offset || self.disk.is_full() {
+                    return Err(if self.disk.is_full() { Failure::DiskFull } else { Failure::Stopped });
+                }
+                parts.extend(bytes);
+                let Some(finish) = finish else { return self.encode_answer::<_, Fatal<NodeId>>(Ok(())) };
+                let (vote, meta) = decode_rpc(&finish)?;
+                let snapshot =
+                    Snapshot { meta, snapshot: Box::new(Cursor::new(std::mem::take(&mut *parts))) };
+                self.encode_answer(self.raft.install_full_snapshot(vote, snapshot).await)
+            }
+        }
+    }
+
+    fn encode_answer<T: Serialize, E>(&self, answer: Result<T, E>) -> Result<Vec<u8>, Failure> {
+        let answer = answer.map_err(|_| self.why_stopped())?;
+        wire::encode(&answer).map_err(|_| Failure::Stopped)
+    }
+}
+
+fn decode_rpc<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Failure> {
+    wire::decode(bytes).map_err(|_| Failure::Stopped)
+}
