@@ -53,6 +53,8 @@ impl Blocking {
                 Ok(runtime) => runtime,
                 Err(error) => return drop(made.send(Err(StoreError::Thread(error)))),
             };
+            // Without it a verdict takes longer on a busy machine, and that is all.
+            crate::slice::shorten().ok();
             runtime.block_on(async {
                 let handle = tokio::runtime::Handle::current();
                 // Who asked may have gone; then `stopped` is closed, too.

@@ -44,7 +44,11 @@
 //! - [`checker`] judges histories, [`conformance`] is what every store must pass.
 //!
 //! What openraft 0.9 does not do, done here: it resumes a leader's term after a restart and may then read an old state, so a
-//! restarted leader is a candidate; and it fsyncs before it sends, so the log goes around that.
+//! restarted leader is a candidate; it fsyncs before it sends, so the log goes around that; and it tells each commit in a call
+//! that the next entry waits for, so the network puts the two together.
+//!
+//! A verdict is a chain of small steps in several processes, and waits for each thread to be woken: a member takes them on one
+//! thread, and that thread asks for a short time [`slice`].
 
 pub mod blocking;
 mod cas;
@@ -56,6 +60,7 @@ pub mod keys;
 pub mod link;
 pub mod raft_client;
 pub mod server;
+pub mod slice;
 pub mod store;
 pub mod tls;
 pub mod url;

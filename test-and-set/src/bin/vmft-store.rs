@@ -137,8 +137,8 @@ fn main() -> ExitCode {
 }
 
 fn run(verb: Verb) -> Result<(), Box<dyn Error>> {
-    // One may wait in a follower's fsync while the other goes on; more would only wake each other.
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    // One thread: a verdict is a chain of small steps, and each one that another thread takes costs a wake-up.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         match verb {
             Verb::Serve(serve) => {

@@ -170,8 +170,11 @@ fn page<'s>(records: impl Iterator<Item = (&'s VmName, &'s Record)>) -> Vec<(VmN
     records.take(PAGE_RECORDS_MAX).take_while(fits).map(|(vm, record)| (vm.clone(), record.clone())).collect()
 }
 
-/// Runs a member until its storage fails.
+/// Runs a member until its storage fails. On a runtime of this thread only, its threads have a short time slice.
 pub async fn serve(settings: Settings) -> Result<(), ServeError> {
+    if let Err(error) = crate::slice::shorten() {
+        eprintln!("slower on a busy machine, without a short time slice: {error}");
+    }
     let keys = Arc::new(Keys::load(&settings.keys)?);
     let dialer =
         Dialer { tls: crate::tls::connector(&keys)?, keys: keys.clone(), cluster: settings.cluster.clone() };

@@ -2,7 +2,7 @@
 
 use std::io::Cursor;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use openraft::error::{Fatal, RPCError, RaftError, ReplicationClosed, StreamingError, Unreachable};
 use openraft::network::{Backoff, RPCOption};
@@ -40,6 +40,8 @@ pub struct Caller {
     log: Arc<Log>,
     /// The last committed id that the member was told.
     told: Option<LogId<NodeId>>,
+    /// When the member last confirmed that its log is this leader's, and up to which entry.
+    confirmed: Option<(Instant, Option<LogId<NodeId>>)>,
 }
 
 impl RaftNetworkFactory<Types> for Callers {
@@ -47,7 +49,7 @@ impl RaftNetworkFactory<Types> for Callers {
 
     async fn new_client(&mut self, to: NodeId, node: &BasicNode) -> Caller {
         let (peers, log) = (self.peers.clone(), self.log.clone());
-        Caller { peer: self.peers.get(to, &node.addr), peers, log, told: None }
+        Caller { peer: self.peers.get(to, &node.addr), peers, log, told: None, confirmed: None }
     }
 }
 
@@ -73,6 +75,13 @@ impl RaftNetwork<Types> for Caller {
         mut rpc: AppendEntriesRequest<Types>,
         option: RPCOption,
     ) -> Result<AppendEntriesResponse<NodeId>, CallError> {
+        // openraft tells at once what is committed, in a call of its own that the next entry would have to wait for. A member
+        // that was heard just now learns it with that entry, or with the next heartbeat.
+        let is_fresh =
+            |(at, upto): &(Instant, _)| *upto == rpc.prev_log_id && at.elapsed() < option.hard_ttl() / 2;
+        if rpc.entries.is_empty() && self.confirmed.as_ref().is_some_and(is_fresh) {
+            return Ok(AppendEntriesResponse::Success);
+        }
         // openraft counts this member's own copy at once; the others hear of it when it is on the disk.
         let flushed = |index| self.log.first_unflushed().is_none_or(|first| first > index);
         if rpc.leader_commit.is_some_and(|commit| flushed(commit.index)) {
@@ -81,7 +90,10 @@ impl RaftNetwork<Types> for Caller {
         rpc.leader_commit = self.told;
         // openraft gives up at its own time, in which case this call's end is never seen: so it ends a little before.
         let patience = option.hard_ttl().mul_f64(0.9);
-        Ok(self.call(&PeerAsk::Append(bytes_for(&rpc)?), patience).await?)
+        let answer = self.call(&PeerAsk::Append(bytes_for(&rpc)?), patience).await?;
+        let upto = rpc.entries.last().map_or(rpc.prev_log_id, |entry| Some(entry.log_id));
+        self.confirmed = matches!(answer, AppendEntriesResponse::Success).then(|| (Instant::now(), upto));
+        Ok(answer)
     }
 
     async fn vote(
