@@ -20,6 +20,9 @@ enum What {
     Latency {
         #[arg(long, default_value_t = 10_000)]
         verdicts: usize,
+        /// While as many threads as there are CPUs compute without pause.
+        #[arg(long)]
+        loaded: bool,
     },
     /// The time to the next verdict after the leader is killed.
     Failover {
@@ -53,13 +56,14 @@ enum What {
 
 fn main() {
     match Bench::parse().what {
-        What::Latency { verdicts } => {
+        What::Latency { verdicts, loaded } => {
             if let Some(why) = support::Etcd::missing() {
                 return println!("SKIPPED: {why}");
             }
-            let (ours, etcd) = support::latency::beside_etcd(verdicts);
-            println!("verdict of three members:        {ours}");
-            println!("transaction of three etcd nodes: {etcd}");
+            let beside = support::latency::beside_etcd(verdicts, loaded);
+            println!("verdict of three members, mutual TLS:          {}", beside.ours);
+            println!("transaction of three etcd nodes, mutual TLS:   {}", beside.with_tls);
+            println!("transaction of three etcd nodes, plain:        {}", beside.plain);
         }
         What::Failover { kills } => {
             println!("leader killed to next verdict:   {}", support::latency::failover(kills));

@@ -36,7 +36,10 @@ fn main() {
             support::blocking_suite(&Blocking::connect(&cluster.url())?);
             Ok(())
         }),
-        with_need("etcd", support::Etcd::missing(), || run_at(&support::Etcd::start(1).url)),
+        with_need("etcd", support::Etcd::missing(), || run_at(&support::Etcd::start(1).url())),
+        with_need("etcd_with_mutual_tls", support::Etcd::missing(), || {
+            run_at(&support::Etcd::start_with_tls(1).url())
+        }),
         with_need("zookeeper", support::ZooKeeper::missing(), || run_at(&support::ZooKeeper::start().url)),
     ];
     libtest_mimic::run(&Arguments::from_args(), trials).exit();

@@ -1,6 +1,7 @@
 //! Stores that a test starts on loopback ports of its own, and stops at its end.
 #![allow(dead_code, reason = "each test uses its part")]
 
+mod etcd;
 pub mod hostile;
 pub mod latency;
 pub mod nemesis;
@@ -14,6 +15,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+pub use etcd::Etcd;
 use libtest_mimic::{Failed, Trial};
 use tempfile::TempDir;
 use test_and_set::keys;
@@ -169,42 +171,6 @@ pub fn client(url: &str) -> std::sync::Arc<dyn TestAndSet> {
 pub fn find_program(name: &str) -> Option<PathBuf> {
     let places = ["/usr/bin", "/usr/sbin", "/usr/local/bin", "/bin", "/sbin"];
     places.iter().map(|dir| Path::new(dir).join(name)).find(|path| path.exists())
-}
-
-/// Members of etcd.
-pub struct Etcd {
-    pub url: String,
-    pub clients: Vec<String>,
-    _dir: TempDir,
-    _nodes: Vec<Running>,
-}
-
-impl Etcd {
-    /// Why it cannot be started here.
-    pub fn missing() -> Option<&'static str> {
-        find_program("etcd")
-            .is_none()
-            .then_some("etcd is not installed, run test-and-set/tests/install-peers")
-    }
-
-    pub fn start(members: usize) -> Self {
-        let dir = tempfile::tempdir().expect("a directory");
-        let ports: Vec<_> = (0..members).map(|_| (free_port(), free_port())).collect();
-        let peer = |i: usize| format!("http://127.0.0.1:{}", ports[i].1);
-        let cluster: Vec<_> = (0..members).map(|i| format!("n{i}={}", peer(i))).collect();
-        let nodes = (0..members).map(|i| {
-            let client = format!("http://127.0.0.1:{}", ports[i].0);
-            let mut command = Command::new("etcd");
-            command.args(["--name", &format!("n{i}"), "--initial-cluster", &cluster.join(",")]);
-            command.args(["--listen-client-urls", &client, "--advertise-client-urls", &client]);
-            command.args(["--listen-peer-urls", &peer(i), "--initial-advertise-peer-urls", &peer(i)]);
-            command.arg("--data-dir").arg(dir.path().join(format!("data{i}")));
-            Running::start(&mut command, &dir.path().join(format!("{i}.log")))
-        });
-        let nodes = nodes.collect();
-        let clients: Vec<_> = ports.iter().map(|(client, _)| format!("127.0.0.1:{client}")).collect();
-        Self { url: format!("etcd://{}", clients.join(",")), clients, _dir: dir, _nodes: nodes }
-    }
 }
 
 /// One ZooKeeper server.

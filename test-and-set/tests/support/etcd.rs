@@ -1,0 +1,100 @@
+//! Members of etcd on loopback ports of their own, plain or with mutual TLS.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, ExtendedKeyUsagePurpose, IsCa, KeyPair};
+use tempfile::TempDir;
+use test_and_set::etcd::EtcdStore;
+
+use super::{Running, find_program, free_port};
+
+/// Members of etcd.
+pub struct Etcd {
+    pub clients: Vec<String>,
+    has_tls: bool,
+    dir: TempDir,
+    _nodes: Vec<Running>,
+}
+
+impl Etcd {
+    /// Why it cannot be started here.
+    pub fn missing() -> Option<&'static str> {
+        find_program("etcd")
+            .is_none()
+            .then_some("etcd is not installed, run test-and-set/tests/install-peers")
+    }
+
+    /// Starts so many members that speak without TLS.
+    pub fn start(members: usize) -> Self {
+        Self::start_as(members, false)
+    }
+
+    /// Starts so many members with mutual TLS between them and to their clients.
+    pub fn start_with_tls(members: usize) -> Self {
+        Self::start_as(members, true)
+    }
+
+    fn start_as(members: usize, has_tls: bool) -> Self {
+        let dir = tempfile::tempdir().expect("a directory");
+        if has_tls {
+            make_keys(dir.path());
+        }
+        let scheme = if has_tls { "https" } else { "http" };
+        let ports: Vec<_> = (0..members).map(|_| (free_port(), free_port())).collect();
+        let peer = |i: usize| format!("{scheme}://127.0.0.1:{}", ports[i].1);
+        let cluster: Vec<_> = (0..members).map(|i| format!("n{i}={}", peer(i))).collect();
+        let nodes = (0..members).map(|i| {
+            let client = format!("{scheme}://127.0.0.1:{}", ports[i].0);
+            let mut command = Command::new("etcd");
+            command.args(["--name", &format!("n{i}"), "--initial-cluster", &cluster.join(",")]);
+            command.args(["--listen-client-urls", &client, "--advertise-client-urls", &client]);
+            command.args(["--listen-peer-urls", &peer(i), "--initial-advertise-peer-urls", &peer(i)]);
+            command.arg("--data-dir").arg(dir.path().join(format!("data{i}")));
+            for side in ["", "peer-"].into_iter().filter(|_| has_tls) {
+                command.arg(format!("--{side}client-cert-auth"));
+                for (option, file) in
+                    [("trusted-ca-file", "ca.crt"), ("cert-file", "own.crt"), ("key-file", "own.key")]
+                {
+                    command.arg(format!("--{side}{option}")).arg(dir.path().join(file));
+                }
+            }
+            Running::start(&mut command, &dir.path().join(format!("{i}.log")))
+        });
+        let nodes = nodes.collect();
+        let clients = ports.iter().map(|(client, _)| format!("127.0.0.1:{client}")).collect();
+        Self { clients, has_tls, dir, _nodes: nodes }
+    }
+
+    fn keys(&self) -> Option<&Path> {
+        self.has_tls.then(|| self.dir.path())
+    }
+
+    pub fn url(&self) -> String {
+        let keys = self.keys().map(|dir| format!("?keys={}", dir.display())).unwrap_or_default();
+        format!("etcd://{}{keys}", self.clients.join(","))
+    }
+
+    /// A client of one member only.
+    pub fn client_of(&self, member: usize) -> EtcdStore {
+        EtcdStore::new(&self.clients[member..=member], "/vmft", self.keys()).expect("a client")
+    }
+}
+
+/// One certificate for all members and clients, and the authority that signed it.
+fn make_keys(dir: &Path) {
+    let mut authority = CertificateParams::default();
+    authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let key = KeyPair::generate().expect("a key");
+    let authority = CertifiedIssuer::self_signed(authority, key).expect("an authority");
+    let mut own = CertificateParams::new(["127.0.0.1".to_string()]).expect("a name");
+    own.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+    let key = KeyPair::generate().expect("a key");
+    let certificate = own.signed_by(&key, &authority).expect("a certificate");
+    let files =
+        [("ca.crt", authority.pem()), ("own.crt", certificate.pem()), ("own.key", key.serialize_pem())];
+    for (name, pem) in files {
+        fs::write(dir.join(name), pem).expect("a file");
+    }
+}
