@@ -78,10 +78,10 @@ pub fn curves(report: &Report) -> Vec<Curve> {
             let name = row.workload.name;
             let (axis, workload, at) = match (varied, row.workload.point) {
                 (Some((axis, at)), _) => (axis, name, at),
-                (None, Some((axis, at))) => {
+                (None, Some((axis, at))) if setting.is_empty() => {
                     (axis, name.trim_end_matches(|c: char| c.is_ascii_digit()).trim(), at)
                 }
-                (None, None) => continue,
+                (None, _) => continue,
             };
             all.entry((axis.into(), workload.into())).or_default().extend(Point::new(at, &row));
         }
@@ -109,7 +109,7 @@ pub fn tables(out: &mut String, curves: &[Curve]) -> std::fmt::Result {
         writeln!(out, "\n## By {axis}\n")?;
         writeln!(
             out,
-            "| workload | {axis} | unprotected /s | protected /s | ratio (95 % interval) | CPU ratio | added p50 µs | log Mbit/s |"
+            "| workload | {axis} | unprotected /s | protected /s | ratio (95 % interval) | CPU ratio | added p50 µs | log of a pair, Mbit/s |"
         )?;
         writeln!(out, "|---|---|---|---|---|---|---|---|")?;
         for curve in curves.iter().filter(|curve| curve.axis == axis) {
@@ -140,7 +140,7 @@ fn slopes(out: &mut String, curve: &Curve) -> std::fmt::Result {
     let told = |slope: Option<f64>| slope.map_or("–".into(), |slope| format!("{slope:+.4}"));
     writeln!(
         out,
-        "- {}: for each doubling of {} the ratio changes by {}, the CPU ratio by {}; each one more adds {} Mbit/s of log.",
+        "- {}: for each doubling of {} the ratio changes by {}, the CPU ratio by {}; each one more adds {} Mbit/s to a pair's log.",
         curve.workload,
         curve.axis,
         told(curve.for_a_doubling(|p| p.ratio.median)),
@@ -170,7 +170,7 @@ mod tests {
         let mut out = String::new();
         tables(&mut out, &[curve]).unwrap();
         assert!(
-            out.contains("ratio changes by -0.1000, the CPU ratio by –; each one more adds +0.5000 Mbit/s"),
+            out.contains("ratio changes by -0.1000, the CPU ratio by –; each one more adds +0.5000 Mbit/s to a pair's log"),
             "{out}"
         );
     }

@@ -122,9 +122,7 @@ pub enum Error {
 pub fn run(args: &BenchArgs) -> Result<(), Error> {
     let wanted = args.guest.select(&args.only)?;
     let mut report = report::Report::open(args)?;
-    if args.rounds > 0 {
-        rounds::prepare(args, &wanted)?;
-    }
+    rounds::prepare(args, if args.rounds > 0 { &wanted } else { &[] })?;
     let begin = report.rounds(&args.setting);
     for round in begin..begin + args.rounds {
         report.runs.extend(rounds::round(args, &wanted, round)?);

@@ -2,8 +2,10 @@
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{IpAddr, TcpStream};
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 
@@ -206,40 +208,70 @@ fn redis_request(command: &str) -> Request {
     }
 }
 
-/// So many clients at the same time, each asking on a connection of its own.
+/// A connection on which one request follows the other.
+struct Client {
+    socket: TcpStream,
+    sent: Instant,
+    answer: [u8; 256],
+    len: usize,
+}
+
+impl Client {
+    fn ask(&mut self, request: Request) -> io::Result<()> {
+        (self.sent, self.len) = (Instant::now(), 0);
+        self.socket.write_all(request.bytes)
+    }
+
+    /// Takes what has come; true when that was all of the answer.
+    fn take(&mut self, request: Request) -> io::Result<bool> {
+        self.len += read_some(&mut self.socket, &mut self.answer[self.len..])?;
+        let answer = &self.answer[..self.len];
+        if matches!(answer[0], b'-' | b'e') {
+            return Err(io::Error::other(String::from_utf8_lossy(answer).into_owned()));
+        }
+        Ok(answer.iter().filter(|b| **b == b'\n').count() >= request.lines || answer == b"$-1\r\n")
+    }
+}
+
+/// So many clients at the same time, each asking on a connection of its own; one thread has them all, as redis-benchmark's.
+/// What is answered in time counts, and the others' answers are awaited.
 fn clients(
     connections: usize,
     time: Duration,
     connect: impl Fn() -> io::Result<TcpStream>,
     request: Request,
 ) -> io::Result<Outcome> {
-    let sockets = (0..connections).map(|_| connect()).collect::<io::Result<Vec<_>>>()?;
-    let start = Instant::now();
-    let clients: Vec<_> =
-        sockets.into_iter().map(|socket| std::thread::spawn(move || client(socket, request, time))).collect();
-    let mut sum = Outcome::default();
-    for client in clients {
-        let one = client.join().unwrap_or_else(|_| Err(io::Error::other("a client panicked")))?;
-        sum = sum.beside(one);
+    let client = |socket| Client { socket, sent: Instant::now(), answer: [0; 256], len: 0 };
+    let mut asking = (0..connections).map(|_| connect().map(client)).collect::<io::Result<Vec<_>>>()?;
+    let end = Instant::now() + time;
+    asking.iter_mut().try_for_each(|client| client.ask(request))?;
+    let mut latencies_us = Vec::new();
+    while !asking.is_empty() {
+        for at in readable(&asking)?.into_iter().rev() {
+            if !asking[at].take(request)? {
+                continue;
+            }
+            let now = Instant::now();
+            if now < end {
+                latencies_us.push((now - asking[at].sent).as_micros() as u32);
+                asking[at].ask(request)?;
+            } else {
+                asking.swap_remove(at);
+            }
+        }
     }
-    sum.seconds = start.elapsed().as_secs_f64();
-    Ok(sum)
+    Ok(Outcome { operations: latencies_us.len() as f64, seconds: time.as_secs_f64(), latencies_us })
 }
 
-/// Sends one request after the other.
-fn client(mut socket: TcpStream, request: Request, time: Duration) -> io::Result<Outcome> {
-    let mut answer = [0; 256];
-    until(time, || {
-        socket.write_all(request.bytes)?;
-        let mut len = 0;
-        while answer[..len].split(|b| *b == b'\n').count() <= request.lines && &answer[..len] != b"$-1\r\n" {
-            len += read_some(&mut socket, &mut answer[len..])?;
-        }
-        if matches!(answer[0], b'-' | b'e') {
-            return Err(io::Error::other(String::from_utf8_lossy(&answer[..len]).into_owned()));
-        }
-        Ok(())
-    })
+/// Waits until there is an answer to some; which ones, in order.
+fn readable(clients: &[Client]) -> io::Result<Vec<usize>> {
+    let mut watched: Vec<_> =
+        clients.iter().map(|client| PollFd::new(client.socket.as_fd(), PollFlags::POLLIN)).collect();
+    let patience = PollTimeout::try_from(PATIENCE).unwrap_or(PollTimeout::MAX);
+    if poll(&mut watched, patience)? == 0 {
+        return Err(ErrorKind::TimedOut.into());
+    }
+    Ok((0..watched.len()).filter(|at| watched[*at].any() == Some(true)).collect())
 }
 
 /// Sends so many bytes a second and waits until all have come back. A byte's time runs from when it was due.

@@ -125,7 +125,7 @@ impl std::str::FromStr for Peer {
 
     /// `NAME=ADDRESS,PID`.
     fn from_str(text: &str) -> Result<Peer, String> {
-        let parts = text.split_once('=').and_then(|(name, rest)| Some((name, rest.rsplit_once(',')?)));
+        let parts = text.rsplit_once('=').and_then(|(name, rest)| Some((name, rest.rsplit_once(',')?)));
         let (name, (guest, pid)) = parts.ok_or("it is not NAME=ADDRESS,PID")?;
         let guest = guest.parse().map_err(|_| format!("{guest:?} is no address"))?;
         let pid = pid.parse().map_err(|_| format!("{pid:?} is no process"))?;
@@ -363,8 +363,8 @@ mod tests {
 
     #[test]
     fn peers_are_named() {
-        let peer: Peer = "QEMU TCG=10.0.0.9,77".parse().unwrap();
-        assert_eq!(peer, Peer { name: "QEMU TCG".into(), guest: [10, 0, 0, 9].into(), pid: 77 });
+        let peer: Peer = "QEMU rr=record=10.0.0.9,77".parse().unwrap();
+        assert_eq!(peer, Peer { name: "QEMU rr=record".into(), guest: [10, 0, 0, 9].into(), pid: 77 });
         assert!("QEMU=10.0.0.9".parse::<Peer>().is_err());
         assert!("QEMU=10.0.0,9".parse::<Peer>().unwrap_err().contains("address"));
     }

@@ -104,8 +104,10 @@ impl Report {
         for (what, text) in last.iter().flat_map(|slice| &slice.about) {
             writeln!(out, "| {what} | {} |", text.replace('|', "\\|"))?;
         }
-        let others = self.slices.iter().filter(|slice| last.is_none_or(|last| !std::ptr::eq(*slice, last)));
-        let told: BTreeSet<_> = others.map(Slice::told).collect();
+        let mut told: BTreeSet<_> = self.slices.iter().map(Slice::told).collect();
+        if let Some(last) = last {
+            told.remove(&last.told());
+        }
         for (command, commit) in told {
             writeln!(out, "| also | {command} ({commit}) |")?;
         }
