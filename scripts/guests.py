@@ -17,12 +17,12 @@ def sh(*command, **kw):
     return subprocess.run(command, check=True, capture_output=True, text=True, **kw).stdout
 
 
-def prepare(*packages):
-    """Installs packages, builds the Linux guest, and vmft unless another is asked for."""
+def prepare(*packages, guest="linux"):
+    """Installs packages, builds the guest, and vmft unless another is asked for."""
     sh(os.path.join(ROOT, "scripts/needs"), "iproute2", *packages)
     if "VMFT" not in os.environ and subprocess.run(["cargo", "build", "--release", "--bin", "vmft"], cwd=ROOT).returncode:
         raise SystemExit("the build failed")
-    sh(os.path.join(ROOT, "guest-images/build"), "linux")
+    sh(os.path.join(ROOT, "guest-images/build"), guest)
 
 
 class Hosts:
@@ -109,3 +109,25 @@ def vmft(extra, net, command=("run",)):
     """vmft's command line for the Linux guest."""
     line = [VMFT, *command, "--guest", "linux", "--cpu", "soft", "--memory-mib", str(MEMORY_MIB), "--cmdline", extra]
     return line + (["--tap", "tap0", "--ip", f"{GUEST}/24"] if net else [])
+
+
+def qemu(extra, ip=None, icount=None, log=None, tap="tap0", mac=None, memory_mib=MEMORY_MIB):
+    """QEMU's command line for the Linux guest: TCG on a microvm without TSC and APIC, as vmft's machine is. With icount
+    (as its option -icount has it) instructions are counted; with log it records there, and virtio-net then needs
+    tx=timer, else the replay never ends."""
+    lines = open(os.path.join(CACHE, "images/linux")).read().splitlines()
+    image = dict(line.split("=", 1) for line in lines if "=" in line)
+    append = f"{image['linux.cmdline']} lpj=1000000 reboot=t {extra}"
+    if ip:
+        address, prefix = ip.split("/")
+        append += f" ip={address}:::{'.'.join(str(0xffffffff << 32 - int(prefix) >> s & 255) for s in (24, 16, 8, 0))}::eth0:off"
+    line = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio",
+            "-M", "microvm,pic=on,pit=on,rtc=on,isa-serial=on,acpi=off", "-accel", "tcg", "-cpu", "qemu64,-tsc,-apic",
+            "-m", str(memory_mib), "-kernel", image["linux.kernel"], "-initrd", image["linux.initrd"], "-append", append]
+    if icount:
+        line += ["-icount", icount + (f",rr=record,rrfile={log}" if log else "")]
+    if ip:
+        line += ["-netdev", f"tap,id=n0,ifname={tap},script=no,downscript=no",
+                 "-device", "virtio-net-device,netdev=n0" + (f",mac={mac}" if mac else "") + (",tx=timer" if icount else "")]
+        line += ["-object", "filter-replay,id=replay,netdev=n0"] if log else []
+    return line

@@ -2,16 +2,37 @@
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{IpAddr, TcpStream};
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use crate::workloads::Load;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::unistd::Pid;
+
+use crate::workloads::{Guest, Load};
 
 /// How long a guest may take to answer.
 pub const PATIENCE: Duration = Duration::from_secs(60);
-/// Ports of the guest's own servers of [`start_servers`].
-const SINK: u16 = 5001;
-const SOURCE: u16 = 5002;
-const ECHO: u16 = 5003;
+/// What the source of the bare guest is asked for: more than it sends in a run.
+const SOURCE_BYTES: u64 = 1 << 40;
+
+/// Ports of a guest's servers.
+struct Ports {
+    sink: u16,
+    source: u16,
+    echo: u16,
+    /// Of the bare guest only.
+    counter: u16,
+    work: u16,
+}
+
+/// Those of [`start_servers`] for Linux, and those that the bare guest has.
+const fn ports(guest: Guest) -> Ports {
+    match guest {
+        Guest::Linux => Ports { sink: 5001, source: 5002, echo: 5003, counter: 0, work: 0 },
+        Guest::Bare => Ports { sink: 7779, source: 7780, echo: 7778, counter: 7777, work: 7781 },
+    }
+}
 
 /// How a run went.
 #[derive(Clone, Debug, Default)]
@@ -24,14 +45,34 @@ pub struct Outcome {
     pub latencies_us: Vec<u32>,
 }
 
-/// Starts the servers in a guest that are not there from the start.
+impl Outcome {
+    /// Both, of two guests at the same time.
+    pub fn beside(mut self, other: Outcome) -> Outcome {
+        self.operations += other.operations;
+        self.seconds = self.seconds.max(other.seconds);
+        self.latencies_us.extend(other.latencies_us);
+        self
+    }
+}
+
+/// Keeps this thread, and those that it starts, on one core.
+///
+/// # Errors
+/// There is no such core.
+pub fn pin(core: usize) -> io::Result<()> {
+    let mut set = CpuSet::new();
+    set.set(core).and_then(|()| sched_setaffinity(Pid::from_raw(0), &set)).map_err(io::Error::from)
+}
+
+/// Starts the servers in a Linux guest that are not there from the start.
 ///
 /// # Errors
 /// The guest does not answer.
 pub fn start_servers(guest: IpAddr) -> io::Result<()> {
-    for (name, port) in [("tcp-sink", SINK), ("tcp-source", SOURCE), ("tcp-echo", ECHO)] {
+    let Ports { sink, source, echo, .. } = ports(Guest::Linux);
+    for (name, port) in [("tcp-sink", sink), ("tcp-source", source), ("tcp-echo", echo)] {
         if connect(guest, port).is_err() {
-            work(guest, name, u32::from(port))?;
+            work(Guest::Linux, guest, name, u32::from(port))?;
             listens(guest, port)?;
         }
     }
@@ -55,22 +96,38 @@ fn listens(guest: IpAddr, port: u16) -> io::Result<()> {
 ///
 /// # Errors
 /// The guest does not answer as it should.
-pub fn run(load: Load, guest: IpAddr, time: Duration) -> io::Result<Outcome> {
+pub fn run(kind: Guest, load: Load, guest: IpAddr, time: Duration) -> io::Result<Outcome> {
+    let ports = ports(kind);
     match load {
-        Load::Redis(command, connections) => redis(guest, command, connections, time),
+        Load::Redis(command, connections) => {
+            clients(connections, time, || connect(guest, REDIS), redis_request(command))
+        }
+        Load::Counter(connections) => clients(
+            connections,
+            time,
+            || connect(guest, ports.counter),
+            Request { bytes: b"add 1\n", lines: 1 },
+        ),
+        Load::Paced(rate) => paced(connect(guest, ports.echo)?, rate, time),
         Load::PingPong => {
-            let mut socket = connect(guest, ECHO)?;
+            let mut socket = connect(guest, ports.echo)?;
             until(time, || {
                 socket.write_all(b"x")?;
                 socket.read_exact(&mut [0])
             })
         }
-        Load::Receive => receive(guest, time),
-        Load::Transmit => transmit(guest, time),
+        Load::Receive => receive(connect(guest, ports.sink)?, time),
+        Load::Transmit => {
+            let mut socket = connect(guest, ports.source)?;
+            if kind == Guest::Bare {
+                writeln!(socket, "{SOURCE_BYTES}")?;
+            }
+            transmit(socket, time)
+        }
         Load::Http(path) => until(time, || http(guest, path).map(drop)),
         // Its time is its value; one run has no distribution.
         Load::Work(name, size) => {
-            let outcome = until(Duration::ZERO, || work(guest, name, size))?;
+            let outcome = until(Duration::ZERO, || work(kind, guest, name, size))?;
             Ok(Outcome { latencies_us: Vec::new(), ..outcome })
         }
         Load::Idle => {
@@ -88,8 +145,13 @@ pub fn run(load: Load, guest: IpAddr, time: Duration) -> io::Result<Outcome> {
 ///
 /// # Errors
 /// The connection has ended.
-pub fn round_trips(guest: IpAddr, start: Instant, time: Duration) -> io::Result<Vec<(f64, f64)>> {
-    let mut socket = connect(guest, ECHO)?;
+pub fn round_trips(
+    kind: Guest,
+    guest: IpAddr,
+    start: Instant,
+    time: Duration,
+) -> io::Result<Vec<(f64, f64)>> {
+    let mut socket = connect(guest, ports(kind).echo)?;
     let mut trips = Vec::new();
     until(time, || {
         let begin = Instant::now();
@@ -128,47 +190,113 @@ fn until(time: Duration, mut operation: impl FnMut() -> io::Result<()>) -> io::R
     })
 }
 
-fn redis(guest: IpAddr, command: &str, connections: usize, time: Duration) -> io::Result<Outcome> {
-    let sockets = (0..connections).map(|_| connect(guest, 6379)).collect::<io::Result<Vec<_>>>()?;
-    let start = Instant::now();
-    let clients: Vec<_> = sockets.into_iter().map(|s| client_of_redis(s, command, time)).collect();
-    let mut sum = Outcome::default();
-    for client in clients {
-        let one = client.join().unwrap_or_else(|_| Err(io::Error::other("a client panicked")))?;
-        sum.operations += one.operations;
-        sum.latencies_us.extend(one.latencies_us);
-    }
-    sum.seconds = start.elapsed().as_secs_f64();
-    Ok(sum)
+const REDIS: u16 = 6379;
+
+/// What a client asks again and again, and how many lines the answer has.
+#[derive(Clone, Copy)]
+struct Request {
+    bytes: &'static [u8],
+    lines: usize,
 }
 
-/// Sends one command after the other, on a thread of its own.
-fn client_of_redis(
-    mut socket: TcpStream,
-    command: &str,
+fn redis_request(command: &str) -> Request {
+    match command {
+        "set" => Request { bytes: b"*3\r\n$3\r\nSET\r\n$3\r\nkey\r\n$3\r\nxxx\r\n", lines: 1 },
+        // The answer has a second line, unless there is nothing.
+        "get" => Request { bytes: b"*2\r\n$3\r\nGET\r\n$3\r\nkey\r\n", lines: 2 },
+        _ => Request { bytes: b"*2\r\n$4\r\nINCR\r\n$7\r\ncounter\r\n", lines: 1 },
+    }
+}
+
+/// A connection on which one request follows the other.
+struct Client {
+    socket: TcpStream,
+    sent: Instant,
+    answer: [u8; 256],
+    len: usize,
+}
+
+impl Client {
+    fn ask(&mut self, request: Request) -> io::Result<()> {
+        (self.sent, self.len) = (Instant::now(), 0);
+        self.socket.write_all(request.bytes)
+    }
+
+    /// Takes what has come; true when that was all of the answer.
+    fn take(&mut self, request: Request) -> io::Result<bool> {
+        self.len += read_some(&mut self.socket, &mut self.answer[self.len..])?;
+        let answer = &self.answer[..self.len];
+        if matches!(answer[0], b'-' | b'e') {
+            return Err(io::Error::other(String::from_utf8_lossy(answer).into_owned()));
+        }
+        Ok(answer.iter().filter(|b| **b == b'\n').count() >= request.lines || answer == b"$-1\r\n")
+    }
+}
+
+/// So many clients at the same time, each asking on a connection of its own; one thread has them all, as redis-benchmark's.
+/// What is answered in time counts, and the others' answers are awaited.
+fn clients(
+    connections: usize,
     time: Duration,
-) -> std::thread::JoinHandle<io::Result<Outcome>> {
-    let request: &[u8] = match command {
-        "set" => b"*3\r\n$3\r\nSET\r\n$3\r\nkey\r\n$3\r\nxxx\r\n",
-        "get" => b"*2\r\n$3\r\nGET\r\n$3\r\nkey\r\n",
-        _ => b"*2\r\n$4\r\nINCR\r\n$7\r\ncounter\r\n",
-    };
-    // The answer to a GET has a second line, unless there is nothing.
-    let lines = if command == "get" { 2 } else { 1 };
-    std::thread::spawn(move || {
-        let mut answer = [0; 256];
-        until(time, || {
-            socket.write_all(request)?;
-            let mut len = 0;
-            while answer[..len].split(|b| *b == b'\n').count() <= lines && &answer[..len] != b"$-1\r\n" {
-                len += read_some(&mut socket, &mut answer[len..])?;
+    connect: impl Fn() -> io::Result<TcpStream>,
+    request: Request,
+) -> io::Result<Outcome> {
+    let client = |socket| Client { socket, sent: Instant::now(), answer: [0; 256], len: 0 };
+    let mut asking = (0..connections).map(|_| connect().map(client)).collect::<io::Result<Vec<_>>>()?;
+    let end = Instant::now() + time;
+    asking.iter_mut().try_for_each(|client| client.ask(request))?;
+    let mut latencies_us = Vec::new();
+    while !asking.is_empty() {
+        for at in readable(&asking)?.into_iter().rev() {
+            if !asking[at].take(request)? {
+                continue;
             }
-            if answer[0] == b'-' {
-                return Err(io::Error::other(String::from_utf8_lossy(&answer[..len]).into_owned()));
+            let now = Instant::now();
+            if now < end {
+                latencies_us.push((now - asking[at].sent).as_micros() as u32);
+                asking[at].ask(request)?;
+            } else {
+                asking.swap_remove(at);
             }
-            Ok(())
+        }
+    }
+    Ok(Outcome { operations: latencies_us.len() as f64, seconds: time.as_secs_f64(), latencies_us })
+}
+
+/// Waits until there is an answer to some; which ones, in order.
+fn readable(clients: &[Client]) -> io::Result<Vec<usize>> {
+    let mut watched: Vec<_> =
+        clients.iter().map(|client| PollFd::new(client.socket.as_fd(), PollFlags::POLLIN)).collect();
+    let patience = PollTimeout::try_from(PATIENCE).unwrap_or(PollTimeout::MAX);
+    if poll(&mut watched, patience)? == 0 {
+        return Err(ErrorKind::TimedOut.into());
+    }
+    Ok((0..watched.len()).filter(|at| watched[*at].any() == Some(true)).collect())
+}
+
+/// Sends so many bytes a second and waits until all have come back. A byte's time runs from when it was due.
+fn paced(mut socket: TcpStream, rate: u32, time: Duration) -> io::Result<Outcome> {
+    let count = (time.as_secs_f64() * f64::from(rate)).ceil() as u32;
+    let start = Instant::now();
+    let due = move |n: u32| start + Duration::from_secs(1) / rate * n;
+    let mut writer = socket.try_clone()?;
+    let sender = std::thread::spawn(move || {
+        (0..count).try_for_each(|n| {
+            std::thread::sleep(due(n).saturating_duration_since(Instant::now()));
+            writer.write_all(b"x")
         })
-    })
+    });
+    let mut latencies_us = Vec::new();
+    let mut bytes = [0; 4096];
+    while latencies_us.len() < count as usize {
+        let len = read_some(&mut socket, &mut bytes)?;
+        let now = Instant::now();
+        let late = |n| now.saturating_duration_since(due(n)).as_micros() as u32;
+        let back = latencies_us.len() as u32;
+        latencies_us.extend((back..back + len as u32).map(late));
+    }
+    sender.join().unwrap_or_else(|_| Err(io::Error::other("a client panicked")))?;
+    Ok(Outcome { operations: f64::from(count), seconds: start.elapsed().as_secs_f64(), latencies_us })
 }
 
 fn read_some(socket: &mut TcpStream, into: &mut [u8]) -> io::Result<usize> {
@@ -179,8 +307,7 @@ fn read_some(socket: &mut TcpStream, into: &mut [u8]) -> io::Result<usize> {
 }
 
 /// The guest has all of it when it closes its end.
-fn receive(guest: IpAddr, time: Duration) -> io::Result<Outcome> {
-    let mut socket = connect(guest, SINK)?;
+fn receive(mut socket: TcpStream, time: Duration) -> io::Result<Outcome> {
     let block = vec![0x5a; 64 << 10];
     let (start, mut bytes) = (Instant::now(), 0);
     while start.elapsed() < time {
@@ -195,8 +322,7 @@ fn receive(guest: IpAddr, time: Duration) -> io::Result<Outcome> {
     })
 }
 
-fn transmit(guest: IpAddr, time: Duration) -> io::Result<Outcome> {
-    let mut socket = connect(guest, SOURCE)?;
+fn transmit(mut socket: TcpStream, time: Duration) -> io::Result<Outcome> {
     let mut block = vec![0; 256 << 10];
     // A process begins in the guest; its start is not bulk.
     read_some(&mut socket, &mut block)?;
@@ -215,8 +341,18 @@ fn transmit(guest: IpAddr, time: Duration) -> io::Result<Outcome> {
 ///
 /// # Errors
 /// It fails.
-pub fn work(guest: IpAddr, name: &str, size: u32) -> io::Result<()> {
-    let told = http(guest, &format!("/cgi-bin/workload?{name}+{size}"))?;
+pub fn work(kind: Guest, guest: IpAddr, name: &str, size: u32) -> io::Result<()> {
+    let told = match kind {
+        Guest::Linux => http(guest, &format!("/cgi-bin/workload?{name}+{size}"))?,
+        Guest::Bare => {
+            let mut socket = connect(guest, ports(kind).work)?;
+            writeln!(socket, "{name} {size}")?;
+            socket.shutdown(std::net::Shutdown::Write)?;
+            let mut answer = Vec::new();
+            socket.read_to_end(&mut answer)?;
+            answer
+        }
+    };
     let told = String::from_utf8_lossy(&told);
     if told.lines().any(|line| line.starts_with(&format!("{name} {size} "))) {
         return Ok(());

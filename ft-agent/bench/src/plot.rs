@@ -3,9 +3,11 @@
 use std::path::Path;
 
 use plotters::coord::Shift;
+use plotters::coord::ranged1d::ValueFormatter;
 use plotters::prelude::*;
 
 use crate::Error;
+use crate::growth::{Curve, Point};
 use crate::report::Row;
 use crate::rounds::Side;
 use crate::stats::Histogram;
@@ -130,6 +132,81 @@ fn latency(area: &Canvas, row: &Row) -> Drawn {
             .draw_series(line)?
             .label(name)
             .legend(move |(x, y)| PathElement::new([(x, y), (x + 16, y)], color));
+    }
+    let labels = SeriesLabelPosition::LowerLeft;
+    chart.configure_series_labels().position(labels).background_style(WHITE.mix(0.8)).draw()?;
+    Ok(())
+}
+
+/// Curves along an axis: ratios with their intervals, operations a second, and the log.
+pub fn growth(path: &Path, axis: &str, curves: &[&Curve]) -> Result<(), Error> {
+    type Value = fn(&Point) -> f64;
+    let panels: [(&str, Value, Option<Value>); 3] = [
+        ("protected over unprotected", |p| p.ratio.median, None),
+        ("operations a second; grey: unprotected", |p| p.protected, Some(|p| p.unprotected)),
+        ("log, Mbit/s", |p| p.log_mbit_per_s, None),
+    ];
+    draw(path, (900, 900), |canvas| {
+        for (n, (area, (name, value, beside))) in canvas.split_evenly((3, 1)).iter().zip(panels).enumerate() {
+            let (min, max) = if n == 0 { (0.8, 1.1) } else { (f64::MAX, 0.0) };
+            let values = || {
+                let all = curves.iter().flat_map(|c| &c.points);
+                all.flat_map(|p| [value(p), beside.map_or(f64::NAN, |b| b(p))]).filter(|v| *v > 0.0)
+            };
+            let (low, high) = (values().fold(min, f64::min) * 0.95, values().fold(max, f64::max) * 1.05);
+            if low >= high {
+                continue;
+            }
+            let places = || curves.iter().flat_map(|c| &c.points).map(|p| p.at);
+            let range = places().fold(f64::MAX, f64::min)..places().fold(0.0, f64::max);
+            let mut builder = ChartBuilder::on(area);
+            builder.caption(name, ("sans-serif", 16)).margin(10).x_label_area_size(34).y_label_area_size(60);
+            let range = range.log_scale().base(2.0);
+            // Operations and log differ by orders of magnitude, ratios do not.
+            if n == 0 {
+                let chart = builder.build_cartesian_2d(range, low..high)?;
+                curves_on(chart, axis, curves, value, beside, true)?;
+            } else {
+                let chart = builder.build_cartesian_2d(range, (low..high).log_scale())?;
+                curves_on(chart, axis, curves, value, beside, false)?;
+            }
+        }
+        Ok(())
+    })
+}
+
+fn curves_on<'a, X, Y>(
+    mut chart: ChartContext<'a, SVGBackend<'a>, Cartesian2d<X, Y>>,
+    axis: &str,
+    curves: &[&Curve],
+    value: fn(&Point) -> f64,
+    beside: Option<fn(&Point) -> f64>,
+    with_slope: bool,
+) -> Drawn
+where
+    X: Ranged<ValueType = f64> + ValueFormatter<f64>,
+    Y: Ranged<ValueType = f64> + ValueFormatter<f64>,
+{
+    chart.configure_mesh().x_desc(axis).draw()?;
+    for (n, curve) in curves.iter().enumerate() {
+        let color = Palette99::pick(n).to_rgba();
+        let line = |value: fn(&Point) -> f64| {
+            curve.points.iter().map(move |p| (p.at, value(p))).filter(|(_, y)| *y > 0.0).collect::<Vec<_>>()
+        };
+        if let Some(beside) = beside {
+            chart.draw_series(LineSeries::new(line(beside), UNPROTECTED.mix(0.6)))?;
+        }
+        let slope = curve.for_a_doubling(value).filter(|_| with_slope);
+        let label =
+            slope.map_or(curve.workload.clone(), |s| format!("{}: {s:+.4} a doubling", curve.workload));
+        chart
+            .draw_series(LineSeries::new(line(value), color.stroke_width(2)).point_size(3))?
+            .label(label)
+            .legend(move |(x, y)| PathElement::new([(x, y), (x + 16, y)], color));
+        if with_slope {
+            let intervals = curve.points.iter().map(|p| [(p.at, p.ratio.low), (p.at, p.ratio.high)]);
+            chart.draw_series(intervals.map(|ends| PathElement::new(ends, color)))?;
+        }
     }
     let labels = SeriesLabelPosition::LowerLeft;
     chart.configure_series_labels().position(labels).background_style(WHITE.mix(0.8)).draw()?;

@@ -1,32 +1,35 @@
 //! The report: a folder with the raw data, the table and the pictures, all made from `raw.json`.
 
-use std::fmt::Write as _;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use crate::growth::{axes, curves};
 use crate::rounds::{PairRun, Run, Side};
-use crate::stats::{Median, median};
+use crate::stats::{Median, center_of_ratios, median};
 use crate::timeline::Timeline;
-use crate::workloads::{Load, WORKLOADS, Workload};
-use crate::{BenchArgs, Error, plot};
-
-/// What the ping-pong may cost beside a round trip of the channel, µs.
-const PING_PONG_BAR_US: f64 = 100.0;
+use crate::workloads::{Guest, Load, Workload};
+use crate::{BenchArgs, Error, plot, tables};
 
 /// All that was measured: `raw.json`.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Report {
-    /// The machine and the versions: what, text.
-    pub about: Vec<(String, String)>,
-    /// Options of the last slice.
-    pub args: BenchArgs,
-    /// Rounds made.
-    pub rounds: usize,
+    /// When rounds were added: the machine and the versions.
+    pub slices: Vec<Slice>,
     /// All runs.
     pub runs: Vec<Run>,
     /// The pair over time.
     pub timeline: Option<Timeline>,
+}
+
+/// One time at which something was measured.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Slice {
+    /// Its options.
+    pub args: BenchArgs,
+    /// The machine and the versions: what, text.
+    pub about: Vec<(String, String)>,
 }
 
 /// A row of the table, from the rounds of one workload.
@@ -35,8 +38,10 @@ pub struct Row<'a> {
     pub workload: &'static Workload,
     /// Protected/unprotected of the rounds.
     pub ratio: Option<Median>,
-    /// Runs of each side.
+    /// Runs of each side that count.
     pub sides: [Vec<&'a Run>; 2],
+    /// Runs of the peers.
+    pub peers: Vec<&'a Run>,
 }
 
 impl Row<'_> {
@@ -57,27 +62,67 @@ impl Row<'_> {
                 "cpu_s_per_operation": self.of(side, Run::cpu_s_per_operation),
             })
         };
+        let peers: BTreeMap<_, _> =
+            self.peer_names().into_iter().map(|name| (name, self.peer(name))).collect();
         serde_json::json!({
             "workload": self.workload.name,
             "unprotected": side(Side::Unprotected),
             "protected": side(Side::Protected),
             "ratio": self.ratio,
-            "cpu_ratio": self.paired(Run::cpu_s_per_operation),
+            "cpu_ratio": self.cpu_ratio(),
             "bar": self.workload.bar,
             "paper": self.workload.paper,
-            "log_mbit_per_s": self.of_pair(|pair| pair.log_bytes as f64 * 8e-6 / pair.seconds),
+            "log_mbit_per_s": self.log_mbit_per_s(),
+            "peers_per_s": peers,
         })
     }
 
-    /// Protected/unprotected, round by round.
-    fn paired(&self, value: impl Fn(&Run) -> Option<f64>) -> Option<Median> {
-        let partner = |run: &Run| self.sides[0].iter().find(|other| other.round == run.round);
-        let ratio = |run: &&Run| Some(value(run)? / value(partner(run)?)?);
-        median(self.sides[1].iter().filter_map(ratio))
+    /// Protected/unprotected of the rounds, each from the runs of that round.
+    fn paired(&self, value: impl Fn(&[&Run]) -> Option<f64>) -> Option<Median> {
+        let by_round = |side: Side| {
+            let mut rounds: BTreeMap<usize, Vec<&Run>> = BTreeMap::new();
+            self.sides[side as usize].iter().for_each(|run| rounds.entry(run.round).or_default().push(run));
+            rounds
+        };
+        let unprotected = by_round(Side::Unprotected);
+        let ratio =
+            |(round, runs): (usize, Vec<&Run>)| Some(value(&runs)? / value(unprotected.get(&round)?)?);
+        center_of_ratios(by_round(Side::Protected).into_iter().filter_map(ratio))
     }
 
-    fn of_pair(&self, value: impl Fn(&PairRun) -> f64) -> f64 {
+    /// Of the CPU time of the guests' processes for an operation.
+    pub fn cpu_ratio(&self) -> Option<Median> {
+        self.paired(|runs| {
+            let cpu: f64 = runs.iter().map(|run| run.cpu_s.first().copied()).sum::<Option<f64>>()?;
+            Some(cpu / runs.iter().map(|run| run.operations).sum::<f64>())
+        })
+    }
+
+    /// Median over the runs of the pair.
+    pub fn of_pair(&self, value: impl Fn(&PairRun) -> f64) -> f64 {
         self.of(Side::Protected, |run| run.pair.as_ref().map(&value))
+    }
+
+    /// Traffic of the channel.
+    pub fn log_mbit_per_s(&self) -> f64 {
+        self.of_pair(|pair| pair.log_bytes as f64 * 8e-6 / pair.seconds)
+    }
+
+    /// What protection adds to the median latency; NaN without latencies.
+    pub fn added_us(&self) -> f64 {
+        let p50 = |side| self.of(side, |run| Some(run.p50_us).filter(|us| *us > 0.0));
+        p50(Side::Protected) - p50(Side::Unprotected)
+    }
+
+    /// Names of the peers that were measured.
+    pub fn peer_names(&self) -> Vec<&str> {
+        let names: BTreeSet<_> = self.peers.iter().filter_map(|run| run.peer.as_deref()).collect();
+        names.into_iter().collect()
+    }
+
+    /// Operations a second on a peer.
+    pub fn peer(&self, name: &str) -> Option<Median> {
+        median(self.peers.iter().filter(|run| run.peer.as_deref() == Some(name)).map(|run| run.rate()))
     }
 }
 
@@ -93,16 +138,45 @@ impl Report {
         };
         std::fs::create_dir_all(&args.out).map_err(failed(&args.out))?;
         let raw = args.out.join("raw.json");
-        let mut report =
-            Report { about: about(), args: args.clone(), rounds: 0, runs: Vec::new(), timeline: None };
+        let mut report = Report { slices: Vec::new(), runs: Vec::new(), timeline: None };
         if raw.exists() {
             let text = std::fs::read(&raw).map_err(failed(&raw))?;
-            let old: Report = serde_json::from_slice(&text).map_err(|e| failed(&raw)(e.into()))?;
-            (report.rounds, report.runs, report.timeline) = (old.rounds, old.runs, old.timeline);
+            report = serde_json::from_slice(&text).map_err(|e| failed(&raw)(e.into()))?;
+            if report.guest() != args.guest {
+                return Err(failed(&raw)(std::io::Error::other("it is of another guest")));
+            }
         }
         let notes = args.notes.iter().map(|note| note.split_once('=').unwrap_or((note, "")));
-        report.about.extend(notes.map(|(what, text)| (what.into(), text.into())));
+        let notes = notes.map(|(what, text)| (what.into(), text.into()));
+        let about = about().into_iter().chain(notes).collect();
+        report.slices.push(Slice { args: args.clone(), about });
         Ok(report)
+    }
+
+    fn guest(&self) -> Guest {
+        self.slices.first().map_or(Guest::default(), |slice| slice.args.guest)
+    }
+
+    /// The last slice with a setting.
+    pub fn slice(&self, setting: &str) -> Option<&Slice> {
+        self.slices.iter().rfind(|slice| slice.args.setting == setting)
+    }
+
+    /// Rounds made with a setting.
+    pub fn rounds(&self, setting: &str) -> usize {
+        let runs = self.runs.iter().filter(|run| run.setting == setting);
+        runs.map(|run| run.round + 1).max().unwrap_or(0)
+    }
+
+    /// What was varied, in the order of its first slice.
+    pub fn settings(&self) -> Vec<&str> {
+        let mut settings: Vec<&str> = Vec::new();
+        for slice in &self.slices {
+            if !settings.contains(&slice.args.setting.as_str()) {
+                settings.push(&slice.args.setting);
+            }
+        }
+        settings
     }
 
     /// Writes `raw.json`.
@@ -119,197 +193,54 @@ impl Report {
     /// # Errors
     /// It cannot be written or drawn.
     pub fn write(&self, folder: &Path) -> Result<(), Error> {
-        let rows = self.rows();
-        write(folder, "report.md", self.text(&rows).as_bytes())?;
-        let table = serde_json::to_vec_pretty(&rows.iter().map(Row::json).collect::<Vec<_>>());
+        let curves = curves(self);
+        write(folder, "report.md", tables::text(self, &curves).as_bytes())?;
+        let settings = self.settings().into_iter();
+        let tables = settings.map(|s| (s, self.rows(s).iter().map(Row::json).collect::<Vec<_>>()));
+        let tables: BTreeMap<_, _> = tables.collect();
+        let table = serde_json::to_vec_pretty(&serde_json::json!({ "tables": tables, "curves": curves }));
         write(folder, "table.json", &table.unwrap_or_else(|e| unreachable!("plain data: {e}")))?;
+        let rows = self.main_rows("");
         plot::ratios(&folder.join("ratios.svg"), &rows)?;
         plot::latencies(&folder.join("latency.svg"), &rows)?;
+        for axis in axes(&curves) {
+            let name = axis.split(' ').next().unwrap_or_default();
+            let curves: Vec<_> = curves.iter().filter(|curve| curve.axis == axis).collect();
+            plot::growth(&folder.join(format!("growth-{name}.svg")), axis, &curves)?;
+        }
         match &self.timeline {
             Some(timeline) => plot::timeline(&folder.join("timeline.svg"), timeline),
             None => Ok(()),
         }
     }
 
-    /// The rows of what was measured.
-    pub fn rows(&self) -> Vec<Row<'_>> {
+    /// The rows of what was measured with a setting.
+    pub fn rows(&self, setting: &str) -> Vec<Row<'_>> {
         let row = |workload: &'static Workload| {
-            let side = |side| self.runs.iter().filter(move |r| r.workload == workload.name && r.side == side);
-            let sides = [side(Side::Unprotected).collect::<Vec<_>>(), side(Side::Protected).collect()];
-            let partner =
-                |run: &Run| sides[0].iter().find(|other| other.round == run.round).map(|r| r.rate());
-            let ratios = sides[1].iter().filter_map(|run| Some(run.rate() / partner(run)?));
-            let ratio = if workload.load == Load::Idle { None } else { median(ratios) };
-            Row { workload, ratio, sides }
-        };
-        WORKLOADS.iter().map(row).filter(|row| !row.sides[1].is_empty()).collect()
-    }
-
-    fn text(&self, rows: &[Row]) -> String {
-        let mut out = String::new();
-        self.tables(&mut out, rows).unwrap_or_else(|e| unreachable!("a String takes everything: {e}"));
-        out
-    }
-
-    fn tables(&self, out: &mut String, rows: &[Row]) -> std::fmt::Result {
-        let guests = self.args.unprotected.len();
-        writeln!(out, "{} rounds; {guests} unprotected guest(s) in the pair's place.\n", self.rounds)?;
-        writeln!(out, "| workload | unprotected | protected | ratio (95 % interval) | bar | paper 2010 |")?;
-        writeln!(out, "|---|---|---|---|---|---|")?;
-        for row in rows {
-            self.speed(out, row)?;
-        }
-        writeln!(out, "\nCPU time is of the guest's process and, for the pair, of the backup's.\n")?;
-        writeln!(
-            out,
-            "| workload | p50 µs | p99 µs | added p50 µs | CPU ms/op unprotected | primary | ratio | backup | \
-             log Mbit/s | lag ms p50 | max |"
-        )?;
-        writeln!(out, "|---|---|---|---|---|---|---|---|---|---|---|")?;
-        for row in rows {
-            cost(out, row)?;
-        }
-        writeln!(
-            out,
-            "\nWhere the time of the protected guest's thread goes (the rest is guest code and exits), and what the \
-             channel does for an output.\n"
-        )?;
-        writeln!(
-            out,
-            "| workload | guest and exits | recording | slowed | idle | outputs/s | held µs | writes/output | reads/output |"
-        )?;
-        writeln!(out, "|---|---|---|---|---|---|---|---|---|")?;
-        for row in rows.iter().filter(|row| row.sides[1].iter().any(|run| run.pair.is_some())) {
-            spent(out, row)?;
-        }
-        self.failover(out)?;
-        writeln!(out, "\n| | |\n|---|---|")?;
-        for (what, text) in &self.about {
-            writeln!(out, "| {what} | {} |", text.replace('|', "\\|"))?;
-        }
-        Ok(())
-    }
-
-    fn speed(&self, out: &mut String, row: &Row) -> std::fmt::Result {
-        let Some(ratio) = row.ratio else { return Ok(()) };
-        let (unit, scale) = match row.workload.load {
-            Load::Receive | Load::Transmit => ("Mbit/s", 1e-6),
-            _ => ("/s", 1.0),
-        };
-        let rate = |side| number(row.of(side, |run| Some(run.rate() * scale)));
-        let bar = match (row.workload.load, row.workload.bar, self.args.channel_rtt_us) {
-            (Load::PingPong, _, Some(rtt)) => {
-                let (added, bar) = (added_us(row), rtt + PING_PONG_BAR_US);
-                let verdict = if added <= bar { "met" } else { "**missed**" };
-                format!("added {added:.0} µs at most {bar:.0} µs: {verdict}")
+            let runs = || {
+                let of = move |run: &&Run| {
+                    run.setting == setting && run.workload == workload.name && !run.repeated
+                };
+                self.runs.iter().filter(of)
+            };
+            let side = |side| runs().filter(move |run| run.peer.is_none() && run.side == side).collect();
+            let sides = [side(Side::Unprotected), side(Side::Protected)];
+            let peers = runs().filter(|run| run.peer.is_some()).collect();
+            let mut row = Row { workload, ratio: None, sides, peers };
+            if workload.load != Load::Idle {
+                let sum =
+                    |runs: &[&Run], value: fn(&Run) -> f64| runs.iter().map(|run| value(run)).sum::<f64>();
+                row.ratio = row.paired(|runs| Some(sum(runs, |r| r.operations) / sum(runs, |r| r.seconds)));
             }
-            (_, Some(bar), _) => format!("{bar:.2} {}", judged(ratio, bar)),
-            _ => String::new(),
+            row
         };
-        let paper = row.workload.paper.map_or(String::new(), |(ratio, what)| format!("{ratio:.2} {what}"));
-        writeln!(
-            out,
-            "| {} | {} {unit} | {} {unit} | {} | {bar} | {paper} |",
-            row.workload.name,
-            rate(Side::Unprotected),
-            rate(Side::Protected),
-            interval(ratio)
-        )
+        let all = self.guest().workloads().iter();
+        all.map(row).filter(|row| !row.sides[1].is_empty()).collect()
     }
 
-    fn failover(&self, out: &mut String) -> std::fmt::Result {
-        let Some((timeline, killed)) = self.timeline.as_ref().and_then(|t| Some((t, t.killed_s?))) else {
-            return Ok(());
-        };
-        let longest = timeline.round_trips.iter().map(|(_, ms)| *ms).fold(0.0, f64::max);
-        writeln!(
-            out,
-            "\nThe primary was killed {killed:.2} s into the timeline; on a connection that lived through it the longest \
-             round trip was {longest:.0} ms."
-        )
-    }
-}
-
-fn judged(ratio: Median, bar: f64) -> &'static str {
-    match ratio {
-        r if r.low >= bar => "met",
-        r if r.high >= bar => "not excluded by the interval",
-        _ => "**missed**",
-    }
-}
-
-fn interval(ratio: Median) -> String {
-    format!("{:.3} ({:.3}–{:.3})", ratio.median, ratio.low, ratio.high)
-}
-
-fn added_us(row: &Row) -> f64 {
-    row.of(Side::Protected, |run| Some(run.p50_us)) - row.of(Side::Unprotected, |run| Some(run.p50_us))
-}
-
-fn cost(out: &mut String, row: &Row) -> std::fmt::Result {
-    // A megabit is the operation of bulk transfers, a second that of an idle guest.
-    let scale = match row.workload.load {
-        Load::Receive | Load::Transmit => 1e6,
-        _ => 1.0,
-    };
-    let cpu = |side, process: usize| {
-        let each = |run: &Run| Some(run.cpu_s.get(process)? * 1e3 * scale / run.operations);
-        number(row.of(side, each))
-    };
-    let has_latency = row.sides[1].iter().any(|run| run.p50_us > 0.0);
-    let latency = |value: fn(&Run) -> f64| {
-        let of = |side| number(row.of(side, |run| Some(value(run))));
-        if has_latency {
-            format!("{} → {}", of(Side::Unprotected), of(Side::Protected))
-        } else {
-            String::new()
-        }
-    };
-    let added = if has_latency { format!("{:.0}", added_us(row)) } else { String::new() };
-    let lags =
-        row.sides[1].iter().filter_map(|run| run.pair.as_ref()).flat_map(|pair| pair.lags_ms.iter().copied());
-    let lags: Vec<f64> = lags.collect();
-    writeln!(
-        out,
-        "| {} | {} | {} | {added} | {} | {} | {} | {} | {} | {} | {} |",
-        row.workload.name,
-        latency(|run| run.p50_us),
-        latency(|run| run.p99_us),
-        cpu(Side::Unprotected, 0),
-        cpu(Side::Protected, 0),
-        row.paired(Run::cpu_s_per_operation).map_or(String::new(), interval),
-        cpu(Side::Protected, 1),
-        number(row.of_pair(|pair| pair.log_bytes as f64 * 8e-6 / pair.seconds)),
-        number(median(lags.iter().copied()).map_or(f64::NAN, |m| m.median)),
-        number(lags.iter().copied().fold(f64::NAN, f64::max))
-    )
-}
-
-fn spent(out: &mut String, row: &Row) -> std::fmt::Result {
-    let share = |value: fn(&PairRun) -> f64| row.of_pair(|pair| value(pair) / pair.seconds / 10.0);
-    let (recording, slowed, idle) = (share(|p| p.recording_ms), share(|p| p.slowed_ms), share(|p| p.idle_ms));
-    let an_output =
-        |value: fn(&PairRun) -> f64| number(row.of_pair(|pair| value(pair) / pair.outputs.max(1) as f64));
-    writeln!(
-        out,
-        "| {} | {:.1} % | {recording:.1} % | {slowed:.1} % | {idle:.1} % | {} | {} | {} | {} |",
-        row.workload.name,
-        100.0 - recording - slowed - idle,
-        number(row.of_pair(|pair| pair.outputs as f64 / pair.seconds)),
-        an_output(|p| p.held_ms * 1e3),
-        an_output(|p| p.writes),
-        an_output(|p| p.reads)
-    )
-}
-
-/// Three digits that count.
-fn number(value: f64) -> String {
-    match value.abs() {
-        _ if value.is_nan() => "–".into(),
-        a if a >= 100.0 => format!("{value:.0}"),
-        a if a >= 10.0 => format!("{value:.1}"),
-        a if a >= 1.0 => format!("{value:.2}"),
-        _ => format!("{value:.3}"),
+    /// Without the points of curves.
+    pub fn main_rows(&self, setting: &str) -> Vec<Row<'_>> {
+        self.rows(setting).into_iter().filter(|row| row.workload.point.is_none()).collect()
     }
 }
 
@@ -330,23 +261,4 @@ fn about() -> Vec<(String, String)> {
         ("load when it began".into(), read("/proc/loadavg").trim().into()),
         ("vmft".into(), env!("CARGO_PKG_VERSION").into()),
     ]
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_bar_is_judged_by_the_interval() {
-        let ratio = |low, high| Median { median: (low + high) / 2.0, low, high };
-        assert_eq!(judged(ratio(0.96, 1.0), 0.95), "met");
-        assert_eq!(judged(ratio(0.94, 0.96), 0.95), "not excluded by the interval");
-        assert_eq!(judged(ratio(0.8, 0.9), 0.95), "**missed**");
-    }
-
-    #[test]
-    fn numbers_have_three_digits_that_count() {
-        let numbers = [1234.5, 12.34, 1.234, 0.0123, f64::NAN].map(number);
-        assert_eq!(numbers, ["1234", "12.3", "1.23", "0.012", "–"]);
-    }
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-/// A median with its distribution-free 95 % interval.
+/// A median, or a center, with its distribution-free 95 % interval.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Median {
     /// The median.
@@ -35,6 +35,52 @@ pub fn median(values: impl IntoIterator<Item = f64>) -> Option<Median> {
     let k = k.max(1);
     let middle = (values[(n - 1) / 2] + values[n / 2]) / 2.0;
     Some(Median { median: middle, low: values[k - 1], high: values[n - k] })
+}
+
+/// Center of these values and its 95 % interval by Hodges and Lehmann, for values that lie alike on both sides of it: the
+/// median of the means of all pairs. Ratios of which neither side is preferred do so as logarithms. The interval is that
+/// of Wilcoxon's signed ranks, a fifth narrower than the median's. `None` without values; under six, the range.
+pub fn center_of_ratios(ratios: impl IntoIterator<Item = f64>) -> Option<Median> {
+    let logs: Vec<f64> = ratios.into_iter().map(f64::ln).filter(|v| v.is_finite()).collect();
+    let n = logs.len();
+    if n == 0 {
+        return None;
+    }
+    let pair = |i: usize| (i..n).map(move |j| (i, j));
+    let mut means: Vec<f64> = (0..n).flat_map(pair).map(|(i, j)| (logs[i] + logs[j]) / 2.0).collect();
+    means.sort_by(f64::total_cmp);
+    let all = means.len();
+    let k = ranks_beyond(n).max(1);
+    let median = (means[(all - 1) / 2] + means[all / 2]) / 2.0;
+    Some(Median { median: median.exp(), low: means[k - 1].exp(), high: means[all - k].exp() })
+}
+
+/// The largest k for which a sum of signed ranks of n values is below k with a probability of at most 2.5 %.
+fn ranks_beyond(n: usize) -> usize {
+    // Each rank counts or not, as a coin says.
+    let mut probability = vec![1.0];
+    for rank in 1..=n {
+        let mut next = vec![0.0; probability.len() + rank];
+        for (sum, p) in probability.iter().enumerate() {
+            next[sum] += p / 2.0;
+            next[sum + rank] += p / 2.0;
+        }
+        probability = next;
+    }
+    let below = probability.iter().scan(0.0, |sum, p| {
+        *sum += p;
+        Some(*sum)
+    });
+    below.take_while(|below| *below <= 0.025).count()
+}
+
+/// The straight line through points by least squares: change of y for 1 of x. `None` for fewer than two places.
+pub fn slope(points: &[(f64, f64)]) -> Option<f64> {
+    let n = points.len() as f64;
+    let (sx, sy) = points.iter().fold((0.0, 0.0), |(sx, sy), (x, y)| (sx + x, sy + y));
+    let (sxx, sxy) = points.iter().fold((0.0, 0.0), |(sxx, sxy), (x, y)| (sxx + x * x, sxy + x * y));
+    let spread = n * sxx - sx * sx;
+    (spread > 0.0).then(|| (n * sxy - sx * sy) / spread)
 }
 
 /// The value below which this share of the sorted values is; 0 when there are none.
@@ -93,6 +139,24 @@ mod tests {
         assert_eq!((m.low, m.median, m.high), (1.0, 3.5, 6.0));
         assert_eq!(median([2.0]).unwrap(), Median { median: 2.0, low: 2.0, high: 2.0 });
         assert_eq!(median([f64::NAN]), None);
+    }
+
+    #[test]
+    fn centers_are_those_of_the_tables() {
+        // Critical values of the signed ranks at 5 %, two-sided: 0 for 6, 8 for 10, 137 for 30.
+        assert_eq!([6, 10, 30].map(ranks_beyond), [1, 9, 138]);
+        let m = center_of_ratios([0.5, 1.0, 2.0]).unwrap();
+        assert!((m.median - 1.0).abs() < 1e-12 && m.low == 0.5 && m.high == 2.0);
+        // One wild value moves it little.
+        let m = center_of_ratios([1.0, 1.01, 0.99, 1.02, 0.98, 1.0, 1.0, 9.0]).unwrap();
+        assert!(m.median < 1.02 && m.low < 1.0 && m.low > 0.97, "{m:?}");
+        assert_eq!(center_of_ratios([]), None);
+    }
+
+    #[test]
+    fn a_line_goes_through_its_points() {
+        assert!((slope(&[(1.0, 3.0), (2.0, 5.0), (4.0, 9.0)]).unwrap() - 2.0).abs() < 1e-12);
+        assert_eq!(slope(&[(1.0, 3.0), (1.0, 4.0)]), None);
     }
 
     #[test]

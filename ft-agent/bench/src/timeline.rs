@@ -8,12 +8,12 @@ use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
 use crate::watch::status;
-use crate::workloads::Load;
+use crate::workloads::{Guest, Load};
 use crate::{BenchArgs, Error, load};
 
 /// Between two looks at the pair.
 const STEP: Duration = Duration::from_millis(20);
-/// Connections of redis that load it.
+/// Connections that load it.
 const CONNECTIONS: usize = 10;
 
 /// See the module. Times are in s from the start.
@@ -38,7 +38,7 @@ pub fn record(args: &BenchArgs, seconds: f64) -> Result<Timeline, Error> {
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let looks = scope.spawn(|| look(args, start, &done));
-        let load = scope.spawn(|| load::run(Load::Redis("set", CONNECTIONS), guest, time));
+        let load = scope.spawn(|| load::run(args.guest, load_of(args.guest), guest, time));
         let killed_s = args.kill.map(|pid| {
             scope.spawn(move || {
                 std::thread::sleep(time / 2);
@@ -47,7 +47,7 @@ pub fn record(args: &BenchArgs, seconds: f64) -> Result<Timeline, Error> {
                 start.elapsed().as_secs_f64()
             })
         });
-        let round_trips = load::round_trips(guest, start, time);
+        let round_trips = load::round_trips(args.guest, guest, start, time);
         let loaded = load.join();
         done.store(true, Ordering::Relaxed);
         loaded.unwrap_or_else(|_| Err(std::io::Error::other("a client panicked"))).map_err(named)?;
@@ -57,6 +57,13 @@ pub fn record(args: &BenchArgs, seconds: f64) -> Result<Timeline, Error> {
             round_trips: round_trips.map_err(named)?,
         })
     })
+}
+
+fn load_of(guest: Guest) -> Load {
+    match guest {
+        Guest::Linux => Load::Redis("set", CONNECTIONS),
+        Guest::Bare => Load::Counter(CONNECTIONS),
+    }
 }
 
 fn look(args: &BenchArgs, start: Instant, done: &AtomicBool) -> Vec<(f64, String, f64, u64)> {

@@ -28,6 +28,7 @@
 //! | 7778 | 4 | echo |
 //! | 7779 | 4 | sink: at the client's end, one line `BYTES CHECKSUM MS` with [`pattern::Checksum`] in hexadecimal |
 //! | 7780 | 4 | source: for each line with a number, that many bytes of [`pattern::fill`], from its start |
+//! | 7781 | 4 | work: for each line `spin ROUNDS` or `mem PASSES`, so much of that workload (`mem` on 1 MiB) with seed 1, then `NAME SIZE RESULT` |
 #![cfg_attr(not(test), no_std)]
 
 pub mod boot_params;

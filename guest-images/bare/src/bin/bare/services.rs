@@ -2,9 +2,9 @@
 
 use crate::console::finish;
 use crate::ram::Free;
-use crate::timer;
+use crate::{timer, workload};
 use bare::counter::{Counter, Line, Lines, Outcome, REPLY_LEN_MAX};
-use bare::pattern::{Checksum, fill};
+use bare::pattern::{Checksum, Spin, fill, mem_pass};
 use core::fmt::Write;
 use smoltcp::iface::{SocketHandle, SocketSet};
 use smoltcp::socket::tcp::{Socket, SocketBuffer};
@@ -12,9 +12,13 @@ use smoltcp::time::Duration;
 
 const COUNTERS: usize = 32;
 const BULKS: usize = 4;
+const WORKS: usize = 4;
+const WORK_PORT: u16 = 7781;
+/// Words that `mem` rewrites: 1 MiB.
+const AREA: u64 = 1 << 17;
 
 /// Connections that can be open at the same time, of all services.
-pub const CONNECTIONS: usize = COUNTERS + 3 * BULKS;
+pub const CONNECTIONS: usize = COUNTERS + 3 * BULKS + WORKS;
 
 const SMALL: usize = 4096;
 const LARGE: usize = 65536;
@@ -24,7 +28,11 @@ const TIMEOUT: Duration = Duration::from_secs(60);
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
 /// All connections, open or waiting for a client.
-pub struct Connections([Connection; CONNECTIONS]);
+pub struct Connections {
+    all: [Connection; CONNECTIONS],
+    /// What `mem` rewrites.
+    area: &'static mut [u64],
+}
 
 struct Connection {
     socket: SocketHandle,
@@ -37,6 +45,7 @@ enum Service {
     Echo,
     Sink(Checksum),
     Source { lines: Lines, at: u64, end: u64 },
+    Work(Lines),
 }
 
 impl Service {
@@ -45,6 +54,7 @@ impl Service {
             7777 => Self::Counter(Lines::new()),
             7778 => Self::Echo,
             7779 => Self::Sink(Checksum::default()),
+            WORK_PORT => Self::Work(Lines::new()),
             _ => Self::Source { lines: Lines::new(), at: 0, end: 0 },
         }
     }
@@ -53,10 +63,11 @@ impl Service {
 impl Connections {
     /// Makes the sockets; they listen from the first [`Self::serve`] on.
     pub fn new(sockets: &mut SocketSet, free: &mut Free) -> Self {
-        Self(core::array::from_fn(|i| {
+        let connection = |i: usize| {
             let (port, len) = match i.checked_sub(COUNTERS) {
                 None => (7777, SMALL),
-                Some(i) => (7778 + (i / BULKS) as u16, LARGE),
+                Some(i) if i < 3 * BULKS => (7778 + (i / BULKS) as u16, LARGE),
+                Some(_) => (WORK_PORT, SMALL),
             };
             let mut socket =
                 Socket::new(SocketBuffer::new(free.take_bytes(len)), SocketBuffer::new(free.take_bytes(len)));
@@ -65,21 +76,26 @@ impl Connections {
             socket.set_ack_delay(None);
             socket.set_nagle_enabled(false);
             Connection { socket: sockets.add(socket), port, service: Service::new(port) }
-        }))
+        };
+        let all = core::array::from_fn(connection);
+        let area = free.take_words(AREA);
+        // RAM is zero at power-on, but not after a reset by another guest's code.
+        area.fill(0);
+        Self { all, area }
     }
 
     /// Does what clients ask for, as far as it goes now. True if a socket changed.
     pub fn serve(&mut self, sockets: &mut SocketSet, counter: &mut Counter) -> bool {
         let mut changed = false;
-        for connection in &mut self.0 {
-            changed |= connection.serve(sockets.get_mut(connection.socket), counter);
+        for connection in &mut self.all {
+            changed |= connection.serve(sockets.get_mut(connection.socket), counter, self.area);
         }
         changed
     }
 }
 
 impl Connection {
-    fn serve(&mut self, socket: &mut Socket, counter: &mut Counter) -> bool {
+    fn serve(&mut self, socket: &mut Socket, counter: &mut Counter, area: &mut [u64]) -> bool {
         if !socket.is_open() {
             self.service = Service::new(self.port);
             socket.listen(self.port).expect("a closed socket can listen");
@@ -90,6 +106,7 @@ impl Connection {
             Service::Echo => echo(socket),
             Service::Sink(checksum) => sink(checksum, socket),
             Service::Source { lines, at, end } => source(lines, at, end, socket),
+            Service::Work(lines) => work(lines, socket, area),
         };
         // The client has said all it wants, and got its answers: they leave before the FIN.
         let busy = matches!(self.service, Service::Source { at, end, .. } if at < end);
@@ -164,6 +181,34 @@ fn source(lines: &mut Lines, at: &mut u64, end: &mut u64, socket: &mut Socket) -
         *at += socket.send(give).expect("it has room, so it may send");
     }
     changed
+}
+
+/// Computes what one line asks for, and answers it with the name, the size and the result.
+fn work(lines: &mut Lines, socket: &mut Socket, area: &mut [u64]) -> bool {
+    if !socket.can_recv() || room(socket) < REPLY_LEN_MAX {
+        return false;
+    }
+    let parse = |line: &[u8]| {
+        let (name, size) = str::from_utf8(line).ok()?.split_once(' ')?;
+        Some((
+            name == "mem",
+            size.parse::<u64>().ok().filter(|&size| size > 0 && matches!(name, "spin" | "mem"))?,
+        ))
+    };
+    match next_line(lines, socket, parse) {
+        Some(Some((true, passes))) => {
+            let sum = (0..passes).fold(0, |_, pass| mem_pass(area, 1, pass));
+            reply(socket, format_args!("mem {passes} {sum:016x}"));
+        }
+        Some(Some((false, rounds))) => {
+            let mut spin = Spin::new(1);
+            workload::spin_rounds(&mut spin, rounds);
+            reply(socket, format_args!("spin {rounds} {:016x}", spin.x));
+        }
+        Some(None) => socket.abort(),
+        None => {}
+    }
+    true
 }
 
 /// Bytes that can be written to a socket now.

@@ -23,7 +23,7 @@ pub fn spin(options: &Options) {
 }
 
 /// [`Spin::round`], `rounds` times (not 0), with every variable in a register.
-fn spin_rounds(spin: &mut Spin, rounds: u64) {
+pub fn spin_rounds(spin: &mut Spin, rounds: u64) {
     // SAFETY: only the named registers and the flags change.
     unsafe {
         asm!(
