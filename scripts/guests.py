@@ -17,12 +17,12 @@ def sh(*command, **kw):
     return subprocess.run(command, check=True, capture_output=True, text=True, **kw).stdout
 
 
-def prepare(*packages):
-    """Installs packages, builds the Linux guest, and vmft unless another is asked for."""
+def prepare(*packages, guest="linux"):
+    """Installs packages, builds the guest, and vmft unless another is asked for."""
     sh(os.path.join(ROOT, "scripts/needs"), "iproute2", *packages)
     if "VMFT" not in os.environ and subprocess.run(["cargo", "build", "--release", "--bin", "vmft"], cwd=ROOT).returncode:
         raise SystemExit("the build failed")
-    sh(os.path.join(ROOT, "guest-images/build"), "linux")
+    sh(os.path.join(ROOT, "guest-images/build"), guest)
 
 
 class Hosts:
