@@ -135,7 +135,8 @@ fn without_root(test: &str, machine: &[&str]) {
         kvm = place("kvm-$$"),
         vmft = place("vmft"),
     );
-    let options = [&["--kernel", &place("kernel"), "--memory-mib", "32"][..], machine].concat();
+    let kernel = place("kernel");
+    let options = [&["--kernel", &kernel, "--memory-mib", "32"][..], machine].concat();
     let side = |host| Vm::start(&mut under(site.replica(host, &options), &["sh", "-c", &as_nobody, "sh"]));
     let mut b = side(Host::B);
     b.wait_for("waiting for a primary", 30);

@@ -82,6 +82,7 @@ impl Side {
                 None
             }
         };
+        failpoint::watch();
         let store = Blocking::connect(&plan.store).map_err(|e| wrong_store(&e))?;
         std::thread::spawn(move || quorum::warn_if_lost_with_this_host(&url));
         Ok(Side { plan, keys: keys.into(), store, tap, sidecars, hook, confinement })
