@@ -128,12 +128,19 @@ fn without_root(test: &str, machine: &[&str]) {
     std::fs::copy(image("bare", "kernel"), place("kernel")).expect("copy");
     let owned = Command::new("chown").args(["-R", NOBODY]).arg(&site.dir).status();
     assert!(owned.expect("chown").success());
-    // The mounts of `ip netns exec` are its own.
+    // Where udev has not given the devices to their groups, or to all; the mounts of `ip netns exec` are its own.
+    let given = |device: &str, number: u32| {
+        let node = place(&device.replace('/', "-"));
+        let node = format!("{node}-$$");
+        format!(
+            "if [ -e {device} ]; then mknod {node} c 10 {number}; chown {NOBODY} {node}; mount --bind {node} {device}; fi"
+        )
+    };
     let as_nobody = format!(
-        "if [ -e /dev/kvm ]; then mknod {kvm} c 10 232 && chown {NOBODY} {kvm} && mount --bind {kvm} /dev/kvm; fi && \
-         shift && exec setpriv --reuid {NOBODY} --regid {NOBODY} --clear-groups {vmft} \"$@\"",
-        kvm = place("kvm-$$"),
-        vmft = place("vmft"),
+        "{}; {}; shift; exec setpriv --reuid {NOBODY} --regid {NOBODY} --clear-groups {} \"$@\"",
+        given("/dev/kvm", 232),
+        given("/dev/net/tun", 200),
+        place("vmft"),
     );
     let kernel = place("kernel");
     let options = [&["--kernel", &kernel, "--memory-mib", "32"][..], machine].concat();

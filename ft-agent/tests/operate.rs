@@ -266,7 +266,7 @@ fn the_console_of_a_pair_takes_what_is_typed_on_the_side_that_lives() {
     at_b.type_in("n=0\n");
     std::thread::sleep(Duration::from_millis(500));
     drop(a);
-    b.wait_for(LIVES, 20);
+    b.wait_for("going live", 20);
     drop(at_a);
     // The shell is the same one as before.
     at_b.type_in("echo $((n + 1))\n");

@@ -34,12 +34,17 @@ pub fn inject(
             let (rip, rax, orig_rax) = (before.rip - 2, number as u64, u64::MAX);
             let call = nix::libc::user_regs_struct { rip, rax, orig_rax, rdi, rsi, rdx, r10, ..before };
             ptrace::setregs(thread, call).expect("registers");
-            ptrace::step(thread, None).expect("step");
-            stopped(thread);
-            let result = ptrace::getregs(thread).expect("registers").rax as i64;
+            // A stop may come before the call, too.
+            let mut after = call;
+            while after.rip == rip {
+                ptrace::step(thread, None).expect("step");
+                stopped(thread);
+                after = ptrace::getregs(thread).expect("registers");
+            }
+            assert_eq!(after.rip, before.rip, "the thread is elsewhere");
             ptrace::setregs(thread, before).expect("registers");
             ptrace::detach(thread, None).expect("detach");
-            return result;
+            return after.rax as i64;
         }
         ptrace::detach(thread, None).expect("detach");
         std::thread::sleep(Duration::from_millis(5));
