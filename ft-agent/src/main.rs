@@ -1,8 +1,10 @@
 //! vmft: a virtual machine that goes on running when the host under it dies.
 
+mod confine;
 mod doctor;
 mod engine;
 mod error;
+mod failpoint;
 mod guest;
 mod image_list;
 mod images;

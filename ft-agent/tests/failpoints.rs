@@ -90,19 +90,32 @@ fn a_backup_whose_guest_is_stuck_is_lost_although_it_is_heard() {
     assert!(output.contains("stuck") && !output.contains(LIVES), "{output}");
 }
 
-#[test]
-fn a_backup_that_diverges_says_where_and_never_lives() {
-    let test = "a_backup_that_diverges_says_where_and_never_lives";
-    let Some((site, mut a, b, client)) = pair_with(test, &[], &[(Host::B, "flip")]) else { return };
-    set_off(&site, "flip");
-    a.wait_for(LIVES, 20);
-    assert!(a.seen().contains("it has failed: divergence at position"), "{}", a.seen());
+/// A bit of a backup's RAM flips: it ends with these words and this exit code, and the primary, which is told, goes on alone.
+fn flipped(test: &str, failpoint: &str, told: &str, says: &str, code: i32) {
+    let Some((site, mut a, b, client)) = pair_with(test, &[], &[(Host::B, failpoint)]) else { return };
+    set_off(&site, failpoint);
+    // The scrub is once around these 32 MiB in 12 s.
+    a.wait_for(LIVES, 60);
+    assert!(a.seen().contains(&format!("it has failed: {told}")), "{}", a.seen());
     let (status, output) = b.finish(20);
-    assert_eq!(status.code(), Some(5), "{output}");
-    assert!(output.contains("the state's RAM differ") && !output.contains(LIVES), "{output}");
+    assert_eq!(status.code(), Some(code), "{output}");
+    assert!(output.contains(says) && !output.contains(LIVES), "{output}");
     client.wait_for(50, 20);
     let seen = client.finish().unwrap_or_else(|e| panic!("{e}"));
     assert!(seen.gap < Duration::from_secs(2), "{seen:?}");
     a.terminate();
     assert!(a.finish(30).0.success());
+}
+
+#[test]
+fn a_backup_that_diverges_says_where_and_never_lives() {
+    let test = "a_backup_that_diverges_says_where_and_never_lives";
+    flipped(test, "flip", "divergence at position", "the state's RAM differ", 5);
+}
+
+#[test]
+fn a_page_that_is_changed_behind_the_guests_back_is_found_although_nobody_writes_it() {
+    let test = "a_page_that_is_changed_behind_the_guests_back_is_found_although_nobody_writes_it";
+    let found = "memory: page 4096 of the guest's RAM was changed";
+    flipped(test, "flip-unseen", found, found, 3);
 }

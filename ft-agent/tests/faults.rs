@@ -16,6 +16,7 @@ use support::pair::{Host, Site, inside};
 use support::row::{BARE, LIVES, LONG, end, fenced, one_lives, pair, pair_with};
 use support::vm::{Vm, vmft_in};
 use support::{can_network, has_guest};
+use test_and_set::blocking::Blocking;
 
 #[test]
 fn a_primary_that_was_stopped_is_fenced_when_it_goes_on() {
@@ -137,6 +138,28 @@ fn without_a_quorum_the_sides_of_an_isolated_primary_are_silent_until_it_is_back
     };
     let test = "without_a_quorum_the_sides_of_an_isolated_primary_are_silent_until_it_is_back";
     without_a_quorum(test, cut, |site| pull(site, true));
+}
+
+#[test]
+fn a_verdict_whose_reply_is_lost_is_the_same_when_it_is_asked_for_again() {
+    const TEST: &str = "a_verdict_whose_reply_is_lost_is_the_same_when_it_is_asked_for_again";
+    let Some((site, a, mut b, client)) = pair(TEST) else { return };
+    // The store hears B, and B does not hear the store.
+    site.set_store_mute(Host::B, true);
+    drop(a);
+    b.wait_for("the store does not answer", 20);
+    let url = site.store_url("a");
+    let store =
+        inside(&site.ns("a"), move || Blocking::connect(&url)).join().expect("thread").expect("store");
+    let holder =
+        || store.get(&"vm".parse().expect("name"), LONG).expect("record").and_then(|record| record.holder());
+    let told = holder().expect("B has won");
+    std::thread::sleep(LONG);
+    assert!(!b.has_printed(LIVES) && !b.has_ended(), "{}", b.seen());
+    site.set_store_mute(Host::B, false);
+    b.wait_for(LIVES, 20);
+    assert_eq!(holder(), Some(told));
+    end(client, b);
 }
 
 #[test]

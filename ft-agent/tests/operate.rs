@@ -244,3 +244,39 @@ fn a_vm_whose_hosts_have_died_starts_again_once_it_is_forgotten() {
     assert_eq!(report(&site.control(Host::B)).1["generation"], 2);
     drop((a, b));
 }
+
+#[test]
+fn the_console_of_a_pair_takes_what_is_typed_on_the_side_that_lives() {
+    const TEST: &str = "the_console_of_a_pair_takes_what_is_typed_on_the_side_that_lives";
+    if !has_guest(TEST, "linux") || !can_network(TEST) {
+        return;
+    }
+    let site = Site::new();
+    let (a, mut b) = site.pair(&["--guest", "linux", "--cmdline", "vmft.noservices"]);
+    let attach = |host| {
+        let console = Vm::start(Command::new(VMFT).args(["console", "--control"]).arg(site.control(host)));
+        std::thread::sleep(Duration::from_millis(500));
+        console
+    };
+    let mut at_a = attach(Host::A);
+    at_a.type_in("n=41; echo $((n * 100))\n");
+    at_a.wait_for("4100", 30);
+    // The backup takes nothing before it lives.
+    let mut at_b = attach(Host::B);
+    at_b.type_in("n=0\n");
+    std::thread::sleep(Duration::from_millis(500));
+    drop(a);
+    b.wait_for("going live", 20);
+    drop(at_a);
+    // The shell is the same one as before.
+    at_b.type_in("echo $((n + 1))\n");
+    at_b.wait_for("\n42\r", 30);
+    at_b.type_in("\x01x");
+    assert!(at_b.finish(10).0.success());
+    // Somebody else may attach, and end the run as one does at a terminal.
+    let mut again = attach(Host::B);
+    again.type_in("poweroff\n");
+    again.finish(30);
+    let (status, output) = b.finish(30);
+    assert!(status.success() && output.contains("the VM has ended"), "{output}");
+}

@@ -7,8 +7,8 @@ use std::process::Command;
 use std::time::Duration;
 
 use support::pair::{Host, Site};
-use support::row::LIVES;
-use support::vm::Vm;
+use support::row::{LIVES, set_off};
+use support::vm::{Vm, under};
 use support::{can_network, has, has_guest, skip};
 
 /// Files that the guest writes, one after the other, each synchronised before the guest says so.
@@ -67,9 +67,7 @@ fn writer_on_a_small_host(site: &Site, host: Host, disk: &Path) -> Command {
     let small = site.dir.join(format!("small-{}", host.name()));
     std::fs::create_dir(&small).expect("directory");
     let copy = small.join("disk.img");
-    let vmft = writer(site, host, &copy);
     // `ip netns exec` gives its command mounts of its own, which end with it.
-    let mut args = vmft.get_args().map(|arg| arg.to_owned()).collect::<Vec<_>>();
     let then = format!(
         "mount -t tmpfs -o size={}k tmpfs {small} && cp --sparse=always {disk} {copy} && exec \"$@\"",
         used_kib + ROOM_KIB,
@@ -77,12 +75,7 @@ fn writer_on_a_small_host(site: &Site, host: Host, disk: &Path) -> Command {
         disk = name(disk),
         copy = name(&copy)
     );
-    let place = args.iter().position(|arg| arg == support::vm::VMFT).expect("the program");
-    let shell = ["sh", "-c", &then, "sh"].map(Into::into);
-    args.splice(place..place, shell);
-    let mut command = Command::new(vmft.get_program());
-    command.args(args);
-    command
+    under(writer(site, host, &copy), &["sh", "-c", &then, "sh"])
 }
 
 /// Numbers of the files that the guest has said to have written.
@@ -163,4 +156,81 @@ fn a_primary_whose_disk_fails_lets_its_backup_go_on() {
     assert_eq!(status.code(), Some(3), "{output}");
     assert!(output.contains("No space left") && !output.contains(LIVES), "{output}");
     check(b, &disk_b);
+}
+
+#[test]
+fn a_request_that_is_in_flight_when_the_primary_dies_is_issued_again() {
+    const TEST: &str = "a_request_that_is_in_flight_when_the_primary_dies_is_issued_again";
+    let Some((site, [disk_a, disk_b])) = disks(TEST) else { return };
+    if !cfg!(debug_assertions) {
+        return skip(TEST, "needs failpoints, which a release build has not");
+    }
+    let mut b = Vm::start(&mut writer(&site, Host::B, &disk_b));
+    b.wait_for("waiting for a primary", 30);
+    let caught = format!("disk:{}", site.dir.join("disk").display());
+    let mut a = Vm::start(writer(&site, Host::A, &disk_a).env("VMFT_FAILPOINT", caught));
+    a.wait_for("WROTE 5", 180);
+    // From now on its disk does nothing any more: the guest waits for it.
+    set_off(&site, "disk");
+    std::thread::sleep(Duration::from_millis(300));
+    a.signal(nix::sys::signal::Signal::SIGKILL);
+    a.finish(10);
+    b.wait_for("going live", 20);
+    let requests = b.seen().lines().find_map(|line| line.split_once("requests=")).expect("a number").1;
+    assert!(requests.trim().parse::<u32>().expect("a number") > 0, "no request was in flight");
+    check(b, &disk_b);
+}
+
+/// A copy of the disk loses its end while the guest writes: that host fails, and the other side has everything.
+fn shortened(test: &str, victim: Host) {
+    let Some((site, disks)) = disks(test) else { return };
+    let mut b = Vm::start(&mut writer(&site, Host::B, &disks[1]));
+    b.wait_for("waiting for a primary", 30);
+    let mut a = Vm::start(&mut writer(&site, Host::A, &disks[0]));
+    a.wait_for("WROTE 5", 180);
+    let image = std::fs::OpenOptions::new().write(true).open(&disks[victim as usize]).expect("image");
+    image.set_len(1 << 20).expect("shortened");
+    let (loser, mut survivor) = match victim {
+        Host::A => (a, b),
+        Host::B => (b, a),
+    };
+    survivor.wait_for(LIVES, 60);
+    let (status, output) = loser.finish(20);
+    assert_eq!(status.code(), Some(3), "{output}");
+    assert!(output.contains("it has 1048576 bytes, and had 67108864 at the start"), "{output}");
+    assert!(!output.contains(LIVES), "{output}");
+    check(survivor, &disks[1 - victim as usize]);
+}
+
+#[test]
+fn a_primary_whose_image_is_shortened_lets_its_backup_go_on() {
+    shortened("a_primary_whose_image_is_shortened_lets_its_backup_go_on", Host::A);
+}
+
+#[test]
+fn a_backup_whose_image_is_shortened_never_lives() {
+    shortened("a_backup_whose_image_is_shortened_never_lives", Host::B);
+}
+
+#[test]
+fn an_image_that_was_cut_off_is_refused_at_the_start() {
+    const TEST: &str = "an_image_that_was_cut_off_is_refused_at_the_start";
+    let Some((site, [disk_a, disk_b])) = disks(TEST) else { return };
+    let cut = |bytes| {
+        let image = std::fs::OpenOptions::new().write(true).open(&disk_b).expect("image");
+        image.set_len(bytes).expect("shortened");
+    };
+    cut((32 << 20) + 100);
+    let (status, output) = Vm::start(&mut writer(&site, Host::B, &disk_b)).finish(30);
+    assert_eq!(status.code(), Some(2), "{output}");
+    assert!(output.contains("its size, 33554532 bytes, is not a positive multiple of 512"), "{output}");
+    // Whole sectors it could be, but it is not its peer's.
+    cut(32 << 20);
+    let mut b = Vm::start(&mut writer(&site, Host::B, &disk_b));
+    b.wait_for("waiting for a primary", 30);
+    let mut a = Vm::start(&mut writer(&site, Host::A, &disk_a));
+    for side in [&mut a, &mut b] {
+        side.wait_for("identity: disk-0", 20);
+    }
+    assert!(!a.seen().contains("the pair is open") && !a.seen().contains("READY"), "{}", a.seen());
 }

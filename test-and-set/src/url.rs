@@ -1,6 +1,6 @@
 //! Where a store is: `raft://`, `etcd://` or `zookeeper://`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use crate::names::{ClusterName, NameError};
@@ -49,6 +49,15 @@ impl StoreUrl {
     pub fn nodes(&self) -> &[String] {
         match self {
             Self::Raft { nodes, .. } | Self::Etcd { nodes, .. } | Self::ZooKeeper { nodes, .. } => nodes,
+        }
+    }
+
+    /// Directory of the keys that its client reads.
+    pub fn keys(&self) -> Option<&Path> {
+        match self {
+            Self::Raft { keys, .. } => Some(keys),
+            Self::Etcd { keys, .. } => keys.as_deref(),
+            Self::ZooKeeper { .. } => None,
         }
     }
 }

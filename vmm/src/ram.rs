@@ -41,6 +41,12 @@ pub enum RamError {
         /// The host's error.
         source: vm_memory::mmap::MmapRegionError,
     },
+    /// A page is not what was written to it: the host's memory is faulty, or a program on it.
+    #[error("memory: page {page} of the guest's RAM was changed behind the guest's back")]
+    Changed {
+        /// Which page of the mapping.
+        page: u32,
+    },
     /// The host would not take pages back.
     #[error("memory: the host cannot clear the guest's pages")]
     Clear(#[source] std::io::Error),
@@ -127,6 +133,8 @@ pub struct Ram {
     /// Hash of each page with its number, 0 for a page of zeros; and their sum.
     hashes: Vec<u128>,
     sum: u128,
+    /// The page that the scrub looks at next.
+    scrub_at: u32,
 }
 
 impl Ram {
@@ -168,6 +176,7 @@ impl Ram {
             stale_list: Vec::new(),
             hashes: vec![0; pages],
             sum: 0,
+            scrub_at: 0,
         })
     }
 
@@ -243,10 +252,20 @@ impl Ram {
         Digest((0..self.pages()).fold(0, |sum, page| sum.wrapping_add(self.page_hash(page))))
     }
 
-    /// Pages among `pages` whose content is not what the digest was last computed from, although nobody reported a
-    /// write: a page that was changed behind the machine's back. Call after [`Ram::digest`].
-    pub fn scrub(&mut self, pages: std::ops::Range<u32>) -> Vec<u32> {
-        pages.filter(|&page| self.page_hash(page) != self.hashes[page as usize]).collect()
+    /// Looks at the next `count` pages, all of RAM in turn, for one whose content is not what the digest was last computed from,
+    /// although nobody reported a write. To be called right after [`Ram::digest`].
+    ///
+    /// # Errors
+    /// [`RamError::Changed`]: there is one.
+    pub fn scrub(&mut self, count: u32) -> Result<(), RamError> {
+        for _ in 0..count.min(self.pages()) {
+            let page = self.scrub_at;
+            self.scrub_at = (page + 1) % self.pages();
+            if self.page_hash(page) != self.hashes[page as usize] {
+                return Err(RamError::Changed { page });
+            }
+        }
+        Ok(())
     }
 
     /// Hash of a page's number and content when the digest was last computed, to name the pages that differ.
@@ -328,10 +347,12 @@ mod tests {
         let mut ram = Ram::new(8 * PAGE as u64).unwrap();
         ram.digest();
         ram.as_mut_slice()[5 * PAGE] = 1;
-        assert_eq!(ram.scrub(0..8), [5]);
+        let found: Vec<bool> = (0..4).map(|_| ram.scrub(2).is_err()).collect();
+        assert_eq!(found, [false, false, true, false], "the pages are looked at in turn");
+        assert!(matches!(ram.scrub(100), Err(RamError::Changed { page: 5 })));
         ram.note_written(5);
         ram.digest();
-        assert!(ram.scrub(0..8).is_empty());
+        assert!(ram.scrub(100).is_ok());
     }
 
     #[test]

@@ -9,6 +9,7 @@ use std::thread::JoinHandle;
 use entry::{DiskRequest, DiskResult, DiskWork};
 
 use crate::error::Error;
+use crate::failpoint;
 use crate::options;
 
 /// Bytes in a sector.
@@ -67,6 +68,12 @@ impl Image {
     /// The host's: it is no answer for the guest.
     pub fn perform(&self, request: &DiskRequest) -> Result<DiskResult, Error> {
         let failed = |what: String| Error::host(format!("{}: {what}", self.path.display()));
+        // A write would make a file that was cut off long again, with zeros for what is lost.
+        let bytes = self.file.metadata().map_err(failed("size".into()))?.len();
+        if bytes != self.bytes {
+            let why = format!("it has {bytes} bytes, and had {} at the start", self.bytes);
+            return Err(failed("size".into())(std::io::Error::other(why)));
+        }
         match &request.work {
             DiskWork::Read { offset, len } => {
                 let mut data = vec![0; *len as usize];
@@ -102,6 +109,7 @@ impl Disk {
         let (requests, work) = channel::<DiskRequest>();
         let thread = std::thread::spawn(move || {
             for request in work {
+                failpoint::wedge("disk");
                 let result = image.perform(&request);
                 let failed = result.is_err();
                 if !done(request.id, result) || failed {

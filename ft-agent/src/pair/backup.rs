@@ -1,5 +1,6 @@
 //! `vmft backup`: replays what its primary records, and goes live when that is lost.
 
+use std::convert::Infallible;
 use std::net::{TcpListener, TcpStream};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -18,14 +19,15 @@ use vmm::guest_loop::{LoopError, Turn};
 use vmm::replay::{ReplayError, Replayer};
 use vmm::{GuestLoop, Machine, Slot};
 
-use super::failpoint;
 use super::go_live::{end_beyond_the_log, go_live, run_alone};
 use super::guest::{ChannelRecords, PairStandby, log_full_state};
+use super::guest_thread::GuestThread;
 use super::link::{Link, LinkError};
 use super::options::PairPlan;
 use super::replica::Replica;
 use super::start::{Side, leave_on_signals};
 use crate::error::Error;
+use crate::failpoint;
 use crate::guest::Guest;
 use crate::outside::disk::Image;
 
@@ -77,46 +79,67 @@ pub fn run(plan: PairPlan) -> Result<(), Error> {
     let slots = guest.config.slots.iter().enumerate();
     let slots = slots.filter(|(_, s)| matches!(s, Slot::Disk { .. })).map(|(n, _)| n as u8);
     side.sidecars.write(generation, true)?;
-    let machine = guest.boot()?;
-    let (exit, position) = follow(&side, &replica, machine, slots.zip(images).collect());
+    let images = slots.zip(images).collect();
+    let (machine, thread) = side.boot(guest)?;
+    let (exit, position) = follow(&side, &replica, thread, machine, images);
     super::ended(&side, Some(generation), &replica, exit, position)
 }
 
 /// Replays until the log ends, then does what the verdict says.
-fn follow(side: &Side, replica: &Arc<Replica>, machine: Machine, images: Vec<(u8, Image)>) -> (Exit, u64) {
+fn follow(
+    side: &Side,
+    replica: &Arc<Replica>,
+    thread: GuestThread,
+    machine: Machine,
+    images: Vec<(u8, Image)>,
+) -> (Exit, u64) {
     let standby = PairStandby::new(replica.clone(), images.into_iter());
     let source = Replayer::new(ChannelRecords::new(replica.clone()), standby);
-    let mut guest = GuestLoop { machine, source };
-    let end = loop {
-        if failpoint::reached("flip") {
-            let ram = guest.machine.ram();
-            let page = ram.pages() / 2;
-            ram.page(page)[0] ^= 1;
-            ram.note_written(page);
-        }
-        match guest.turn() {
-            Ok(Turn::Again) => {}
-            Ok(Turn::Paused) => break None,
-            Ok(Turn::Finished(end)) => break Some(end),
-            Err(e) => {
-                replica.fail(failure(e));
-                return (replica.wait_exit(), guest.machine.position().count);
-            }
+    let (end, guest) = thread.with(GuestLoop { machine, source }, replay);
+    let at = guest.machine.position().count;
+    let end = match end {
+        Ok(end) => end,
+        Err(e) => {
+            replica.fail(failure(e));
+            return (replica.wait_exit(), at);
         }
     };
-    let at = guest.machine.position().count;
     info!(position = at, "replayed to the end of the log");
     if let Err(exit) = replica.wait_verdict() {
         return (exit, at);
     }
-    let (exit, machine) = live(side, replica, guest, end);
+    let (exit, machine) = live(side, replica, thread, guest, end);
     (exit, machine.map_or(at, |m| m.position().count))
+}
+
+type Replay = GuestLoop<Replayer<ChannelRecords, PairStandby>>;
+
+/// Replays until the log, or the guest's run, ends.
+fn replay(guest: &mut Replay) -> Result<Option<End>, LoopError<ReplayError<Infallible, Error>>> {
+    loop {
+        for (flip, noted) in [("flip", true), ("flip-unseen", false)] {
+            if failpoint::reached(flip) {
+                let ram = guest.machine.ram();
+                let page = ram.pages() / 2;
+                ram.page(page)[0] ^= 1;
+                if noted {
+                    ram.note_written(page);
+                }
+            }
+        }
+        match guest.turn()? {
+            Turn::Again => {}
+            Turn::Paused => return Ok(None),
+            Turn::Finished(end) => return Ok(Some(end)),
+        }
+    }
 }
 
 fn live(
     side: &Side,
     replica: &Arc<Replica>,
-    guest: GuestLoop<Replayer<ChannelRecords, PairStandby>>,
+    thread: GuestThread,
+    guest: Replay,
     end: Option<End>,
 ) -> (Exit, Option<Machine>) {
     let GuestLoop { mut machine, source } = guest;
@@ -135,7 +158,7 @@ fn live(
     log_full_state(&mut machine);
     match go_live(side, replica, machine, source.into_standby(), behind_ns) {
         Ok(guest) => {
-            let (exit, machine) = run_alone(replica, guest);
+            let (exit, machine) = run_alone(replica, &thread, guest);
             (exit, Some(machine))
         }
         Err(e) => {

@@ -12,6 +12,7 @@ use vmm::source::{Live, Stops};
 use vmm::{GuestLoop, Machine};
 
 use super::guest::{Guarded, PairStandby};
+use super::guest_thread::GuestThread;
 use super::replica::{Duty, Replica};
 use super::start::{NET_SLOT, Side};
 use crate::error::Error;
@@ -54,9 +55,15 @@ pub fn go_live(
 }
 
 /// Runs a guest that has no backup, to its end.
-pub fn run_alone(replica: &Arc<Replica>, mut guest: GuestLoop<Live<Guarded>>) -> (Exit, Machine) {
+pub fn run_alone(
+    replica: &Arc<Replica>,
+    thread: &GuestThread,
+    mut guest: GuestLoop<Live<Guarded>>,
+) -> (Exit, Machine) {
     loop {
-        match guest.run() {
+        let turn;
+        (turn, guest) = thread.with(guest, GuestLoop::run);
+        match turn {
             Ok(Turn::Finished(end)) => {
                 replica.guest_ended(EndReason::Guest(end));
                 return (replica.wait_exit(), guest.machine);

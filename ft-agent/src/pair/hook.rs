@@ -1,18 +1,34 @@
 //! `--hook COMMAND`: told of each change between PROTECTED and UNPROTECTED.
 
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
-use std::sync::mpsc::{Sender, channel};
+use std::sync::Arc;
 
 use agent::{Phase, Status};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use test_and_set::names::VmName;
 use tracing::warn;
 
 use super::status::{phase_name, role_name, word};
 use crate::error::Error;
 
-/// The user's command, run for one change after the other on a thread of its own, so that nothing ever waits for it.
+/// Reads a line for each change and runs the user's command for it, one after the other. It ends with the replica, which
+/// itself may start no program.
+const RUNNER: &str = r#"
+while read -r VMFT_STATE VMFT_VM VMFT_ROLE VMFT_PHASE VMFT_GENERATION; do
+    export VMFT_STATE VMFT_VM VMFT_ROLE VMFT_PHASE VMFT_GENERATION
+    /bin/sh -c "$0" </dev/null || echo "vmft: the hook has failed: exit code $?" >&2
+done
+"#;
+
+/// The user's command, run by a process of its own, so that nothing ever waits for it.
+#[derive(Clone)]
 pub struct Hook {
-    changes: Sender<Status>,
+    changes: Arc<File>,
+    vm: VmName,
     last: Option<bool>,
 }
 
@@ -21,12 +37,24 @@ impl Hook {
     /// `VMFT_PHASE` and `VMFT_GENERATION` in its environment.
     ///
     /// # Errors
-    /// There is no thread to be had.
-    pub fn start(command: String, vm: VmName) -> Result<Hook, Error> {
-        let (changes, wait) = channel();
-        let run = move || wait.into_iter().for_each(|status| tell(&command, &vm, &status));
-        std::thread::Builder::new().name("hook".into()).spawn(run).map_err(Error::host("thread"))?;
-        Ok(Hook { changes, last: None })
+    /// There is no process to be had.
+    pub fn start(command: &str, vm: VmName) -> Result<Hook, Error> {
+        let start = || {
+            let runner = Command::new("/bin/sh")
+                .args(["-c", RUNNER, command])
+                .stdin(Stdio::piped())
+                // Standard output is the guest's console.
+                .stdout(std::io::stderr())
+                // What a terminal sends to the replica is not for it.
+                .process_group(0)
+                .spawn()?;
+            let changes: OwnedFd =
+                runner.stdin.map(Into::into).unwrap_or_else(|| unreachable!("it is piped"));
+            fcntl(&changes, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+            Ok(changes.into())
+        };
+        let changes: File = start().map_err(Error::host("hook"))?;
+        Ok(Hook { changes: changes.into(), vm, last: None })
     }
 
     /// What the replica is now. A side that starts, ends or is out is neither.
@@ -36,29 +64,15 @@ impl Hook {
             Phase::Deciding | Phase::Alone => false,
             Phase::Starting | Phase::Ending | Phase::Out => return,
         };
-        if self.last.replace(protected) != Some(protected) {
-            // The thread ends with this.
-            self.changes.send(*status).ok();
+        if self.last.replace(protected) == Some(protected) {
+            return;
         }
-    }
-}
-
-fn tell(command: &str, vm: &VmName, status: &Status) {
-    let generation = status.generation.map_or(String::new(), |g| g.to_string());
-    let ended = Command::new("/bin/sh")
-        .args(["-c", command])
-        .env("VMFT_STATE", word(status.phase == Phase::Protected))
-        .env("VMFT_VM", vm.as_str())
-        .env("VMFT_ROLE", role_name(status.role))
-        .env("VMFT_PHASE", phase_name(status.phase))
-        .env("VMFT_GENERATION", generation)
-        .stdin(Stdio::null())
-        // Standard output is the guest's console.
-        .stdout(std::io::stderr())
-        .status();
-    match ended {
-        Ok(status) if status.success() => {}
-        Ok(status) => warn!("the hook has failed: {status}"),
-        Err(e) => warn!("the hook cannot be run: {e}"),
+        let generation = status.generation.map_or(String::new(), |g| g.to_string());
+        let (vm, role, phase) = (self.vm.as_str(), role_name(status.role), phase_name(status.phase));
+        // A line is written whole or not at all.
+        let line = format!("{} {vm} {role} {phase} {generation}\n", word(protected));
+        if let Err(e) = (&*self.changes).write_all(line.as_bytes()) {
+            warn!("the hook is not told: {e}");
+        }
     }
 }

@@ -46,6 +46,9 @@ pub struct PairOptions {
     /// Where Prometheus scrapes /metrics, over plain HTTP
     #[arg(long, value_name = "ADDRESS:PORT")]
     pub metrics: Option<SocketAddr>,
+    /// Do not confine the process by seccomp and landlock: for debugging
+    #[arg(long)]
+    pub no_confine: bool,
     /// Silence after which the peer is lost, the same on both sides [default: 1000]
     #[arg(long, value_name = "MS")]
     pub timeout_ms: Option<u64>,
@@ -86,6 +89,8 @@ pub struct PairPlan {
     pub hook: Option<String>,
     /// Where metrics are told.
     pub metrics: Option<SocketAddr>,
+    /// The process is confined after its start.
+    pub confine: bool,
     /// When somebody is late.
     pub timing: Timing,
     /// Bounds of what is kept.
@@ -141,6 +146,7 @@ impl PairOptions {
             control: o.control,
             hook: o.hook,
             metrics: o.metrics,
+            confine: !o.no_confine,
             timing,
             buffers,
             machine: o.machine.check()?,
@@ -159,6 +165,7 @@ impl PairOptions {
             control: self.control.or(file.control),
             hook: self.hook.or(file.hook),
             metrics: self.metrics.or(file.metrics),
+            no_confine: self.no_confine || file.no_confine,
             timeout_ms: self.timeout_ms.or(file.timeout_ms),
             heartbeat_ms: self.heartbeat_ms.or(file.heartbeat_ms),
             progress_timeout_ms: self.progress_timeout_ms.or(file.progress_timeout_ms),

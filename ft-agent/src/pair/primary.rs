@@ -17,6 +17,7 @@ use vmm::{GuestLoop, Machine};
 
 use super::go_live::run_alone;
 use super::guest::{ChannelLog, Guarded, log_full_state};
+use super::guest_thread::GuestThread;
 use super::link::Link;
 use super::options::PairPlan;
 use super::replica::{Duty, Replica};
@@ -42,7 +43,7 @@ pub fn run(plan: PairPlan) -> Result<(), Error> {
     let (guest, images) = Guest::new(&plan.machine, clock)?;
     let identity = guest.identity()?;
     let side = Side::open(plan)?;
-    let machine = guest.boot()?;
+    let (machine, thread) = side.boot(guest)?;
     let generation = next_generation(&side)?;
     let inbox = Inbox::new(machine.kicker(), INBOX_CAPACITY);
     let replica = side.replica(Role::Primary, identity, generation)?;
@@ -66,9 +67,9 @@ pub fn run(plan: PairPlan) -> Result<(), Error> {
     for (slot, image) in (first_disk..).zip(images) {
         inlet.attach_disk(slot, image);
     }
-    let unit = guest.config.engine.unit();
+    let unit = side.plan.engine_unit();
     let live = Live::new(Guarded { inlet, replica: replica.clone() }, unit, Stops::default());
-    let (exit, machine) = record(&replica, machine, live);
+    let (exit, machine) = record(&replica, &thread, machine, live);
     super::ended(&side, Some(generation), &replica, exit, machine.position().count)
 }
 
@@ -112,11 +113,18 @@ fn connect(side: &Side, peer: &str, replica: &Arc<Replica>) -> Result<(), Error>
 }
 
 /// Runs the guest and records it, until this side is alone or out.
-fn record(replica: &Arc<Replica>, machine: Machine, live: Live<Guarded>) -> (Exit, Machine) {
+fn record(
+    replica: &Arc<Replica>,
+    thread: &GuestThread,
+    machine: Machine,
+    live: Live<Guarded>,
+) -> (Exit, Machine) {
     let source = Recorder::new(live, ChannelLog(replica.clone()), Pace::BACKUP);
     let mut guest = GuestLoop { machine, source };
     loop {
-        match guest.run() {
+        let turn;
+        (turn, guest) = thread.with(guest, GuestLoop::run);
+        match turn {
             Ok(Turn::Finished(end)) => {
                 replica.guest_ended(EndReason::Guest(end));
                 return (replica.wait_exit(), guest.machine);
@@ -135,7 +143,7 @@ fn record(replica: &Arc<Replica>, machine: Machine, live: Live<Guarded>) -> (Exi
             Duty::Run | Duty::HandOver => {}
             Duty::Alone => {
                 let GuestLoop { machine, source } = guest;
-                return run_alone(replica, GuestLoop { machine, source: source.into_live() });
+                return run_alone(replica, thread, GuestLoop { machine, source: source.into_live() });
             }
             Duty::Stop => {
                 if let Err(e) = guest.source.stop(&mut guest.machine) {

@@ -68,6 +68,11 @@ impl Sidecars {
         Ok(Sidecars { vm: vm.clone(), disks, discard })
     }
 
+    /// Where they lie.
+    pub fn paths(&self) -> impl Iterator<Item = &Path> {
+        self.disks.values().map(|(path, _)| path.as_path())
+    }
+
     /// This side's copies.
     pub fn copies(&self) -> BTreeMap<DiskName, CopyId> {
         self.disks.iter().map(|(name, (_, copy))| (name.clone(), *copy)).collect()

@@ -1,6 +1,7 @@
 //! What both sides do before they meet: keys, store, devices, signals.
 
 use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use agent::{Agent, Config, Exit, Phase, Role};
@@ -14,17 +15,23 @@ use test_and_set::names::{Generation, Incarnation};
 use test_and_set::record::Member;
 use test_and_set::store::chain;
 use test_and_set::url::StoreUrl;
+use tracing::warn;
 use tracing_subscriber::EnvFilter;
+use vmm::{Engine, Machine};
 
 use super::announce::Announcer;
 use super::console::{Readers, to_stdout};
 use super::control::Control;
+use super::guest_thread::GuestThread;
 use super::hook::Hook;
 use super::options::PairPlan;
 use super::replica::{Replica, now_ns};
 use super::sidecar::Sidecars;
 use super::{metrics, quorum};
+use crate::confine::{self, Needs};
 use crate::error::Error;
+use crate::failpoint;
+use crate::guest::Guest;
 use crate::outside::tap::Tap;
 use crate::outside::{ConsoleOut, Inlet, Outlet};
 
@@ -50,22 +57,52 @@ pub struct Side {
     pub tap: Option<Arc<Tap>>,
     /// Which copies its disks are.
     pub sidecars: Sidecars,
+    /// The user's command for each change.
+    hook: Option<Hook>,
+    /// What the guest's thread may not do.
+    confinement: Option<confine::GuestThread>,
 }
 
 impl Side {
-    /// Opens what is needed.
+    /// Opens what is needed, and confines the process to that. To be called on the only thread.
     ///
     /// # Errors
     /// A field of the options is wrong, or the tap cannot be opened.
     pub fn open(plan: PairPlan) -> Result<Side, Error> {
+        let wrong_store = |e: &dyn std::error::Error| Error::config("store", chain(e));
+        let url = plan.store.parse::<StoreUrl>().map_err(|e| wrong_store(&e))?;
         let keys = Keys::load(&plan.keys).map_err(|e| Error::config("keys", chain(&e)))?;
-        let store = Blocking::connect(&plan.store).map_err(|e| Error::config("store", chain(&e)))?;
-        if let Ok(url) = plan.store.parse::<StoreUrl>() {
-            std::thread::spawn(move || quorum::warn_if_lost_with_this_host(&url));
-        }
         let tap = plan.machine.net.as_ref().map(|net| Tap::open(&net.tap)).transpose()?.map(Arc::new);
         let sidecars = Sidecars::read(&plan.name, &plan.machine.disks, plan.discard_newer)?;
-        Ok(Side { plan, keys: keys.into(), store, tap, sidecars })
+        let hook = plan.hook.as_ref().map(|command| Hook::start(command, plan.name.clone())).transpose()?;
+        let confinement = match plan.confine {
+            true => Some(confine::process(&needs(&plan, &url, &sidecars))),
+            false => {
+                warn!("not confined, as was asked for");
+                None
+            }
+        };
+        failpoint::watch();
+        let store = Blocking::connect(&plan.store).map_err(|e| wrong_store(&e))?;
+        std::thread::spawn(move || quorum::warn_if_lost_with_this_host(&url));
+        Ok(Side { plan, keys: keys.into(), store, tap, sidecars, hook, confinement })
+    }
+
+    /// The machine at the start of its boot, and the thread that will run it.
+    ///
+    /// # Errors
+    /// The files cannot be booted, or the host has no memory for it.
+    pub fn boot(&self, guest: Guest) -> Result<(Machine, GuestThread), Error> {
+        let thread = GuestThread::start()?;
+        let confinement = self.confinement;
+        let machine = thread.run(move || {
+            let machine = guest.boot();
+            if let Some(confinement) = confinement {
+                confinement.confine();
+            }
+            machine
+        });
+        Ok((machine?, thread))
     }
 
     /// Listens on the control socket and for scrapes, where there are to be any.
@@ -120,8 +157,29 @@ impl Side {
             ports.push((tap.clone(), net.mac));
         }
         let agent = Agent::new(config, now_ns());
-        let hook = plan.hook.clone().map(|command| Hook::start(command, plan.name.clone())).transpose()?;
-        Replica::new(plan.name.clone(), self.store.clone(), agent, outlet, Announcer::new(ports), hook)
+        let announcer = Announcer::new(ports);
+        Replica::new(plan.name.clone(), self.store.clone(), agent, outlet, announcer, self.hook.clone())
+    }
+}
+
+/// What a side still opens once it is confined.
+fn needs(plan: &PairPlan, url: &StoreUrl, sidecars: &Sidecars) -> Needs {
+    let kvm = plan.machine.engine != Engine::Soft;
+    let beside = |path: &Path| match path.parent() {
+        Some(dir) if dir != Path::new("") => dir.to_owned(),
+        _ => PathBuf::from("."),
+    };
+    Needs {
+        read: url.keys().map(Path::to_owned).into_iter().chain(["/dev/urandom".into()]).collect(),
+        devices: kvm.then(|| "/dev/kvm".into()).into_iter().collect(),
+        make_in: sidecars
+            .paths()
+            .chain(plan.control.as_deref())
+            .chain(failpoint::file())
+            .map(beside)
+            .collect(),
+        listen: plan.listen.into_iter().chain(plan.metrics).map(|address| address.port()).collect(),
+        kvm,
     }
 }
 

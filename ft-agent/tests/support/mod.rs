@@ -5,6 +5,7 @@ pub mod capture;
 pub mod counter;
 #[path = "../../src/image_list.rs"]
 mod image_list;
+pub mod inject;
 pub mod net;
 pub mod pair;
 pub mod row;

@@ -116,14 +116,13 @@ impl Site {
 
     /// Loses everything that a host sends over the logging channel's network, or no longer; the other direction stays.
     pub fn set_mute(&self, host: Host, mute: bool) {
-        let (ns, other) = (self.ns(host.name()), ["10.78.0.2", "10.78.0.1"][host as usize]);
-        // A neighbour that is not there.
-        match mute {
-            true => {
-                ip(&["-n", &ns, "neigh", "replace", other, "lladdr", "02:00:00:00:00:99", "dev", "link0"])
-            }
-            false => ip(&["-n", &ns, "neigh", "delete", other, "dev", "link0"]),
-        }
+        let other = ["10.78.0.2", "10.78.0.1"][host as usize];
+        lose(&self.ns(host.name()), other, "link0", mute);
+    }
+
+    /// Loses everything that the store sends to a host, or no longer.
+    pub fn set_store_mute(&self, host: Host, mute: bool) {
+        lose(&self.ns("store"), ["10.79.0.1", "10.79.0.2"][host as usize], "ctl0", mute);
     }
 
     /// Starts a member of the store.
@@ -206,6 +205,14 @@ impl Site {
         a.wait_for("READY", 180);
         (a, b)
     }
+}
+
+/// Sends what is for an address to a neighbour that is not there, or no longer.
+fn lose(namespace: &str, address: &str, interface: &str, lost: bool) {
+    let begin =
+        ["-n", namespace, "neigh", if lost { "replace" } else { "delete" }, address, "dev", interface];
+    let end: &[&str] = if lost { &["lladdr", "02:00:00:00:00:99"] } else { &[] };
+    ip(&[&begin[..], end].concat());
 }
 
 impl Host {

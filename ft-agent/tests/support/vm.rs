@@ -15,6 +15,16 @@ pub fn vmft_in(namespace: &str) -> Command {
     c
 }
 
+/// The same command with these words before the program, which is to execute it.
+pub fn under(vmft: Command, wrapper: &[&str]) -> Command {
+    let mut args = vmft.get_args().map(|arg| arg.to_owned()).collect::<Vec<_>>();
+    let place = args.iter().position(|arg| arg == VMFT).expect("the program");
+    args.splice(place..place, wrapper.iter().map(Into::into));
+    let mut command = Command::new(vmft.get_program());
+    command.args(args).envs(vmft.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    command
+}
+
 /// A `vmft` process and what it prints. Killed on drop.
 pub struct Vm {
     child: Child,

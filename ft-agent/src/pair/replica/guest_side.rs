@@ -1,0 +1,226 @@
+//! What the guest's thread, and the one that it works for, have to do with a replica.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
+
+use agent::{Event, Exit, NextRecord, Pace};
+use entry::log::{EndReason, Entry, Record};
+use entry::{Output, Position};
+use test_and_set::names::Generation;
+use vmm::inbox::InboxSender;
+
+use super::{Guard, Replica, TURN_INTERVAL, now_ns};
+use crate::failpoint;
+
+/// The longest that a guest that is slowed sleeps at once.
+const SLOW_MAX_NS: u64 = 20_000_000;
+
+/// What the guest's thread has to do next.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Duty {
+    /// Run the guest.
+    Run,
+    /// Run it alone.
+    Alone,
+    /// End its run: the user wants it.
+    Stop,
+    /// Say in the log how it stands, and that it goes on elsewhere.
+    HandOver,
+    /// Leave.
+    Exit(Exit),
+}
+
+impl Replica {
+    /// From where the guest's thread is woken.
+    pub fn set_guest(&self, guest: InboxSender) {
+        let mut state = self.lock();
+        state.guest = Some(guest);
+        self.announce_change(&state);
+    }
+
+    /// Waits until the pair is open, the peer is refused (`None`), or this side is out.
+    ///
+    /// # Errors
+    /// This side is out.
+    pub fn wait_started(&self, until_refused: bool) -> Result<Option<Generation>, Exit> {
+        let mut state = self.lock();
+        loop {
+            if let Some(exit) = &state.exit {
+                return Err(exit.clone());
+            }
+            if state.started.is_some() {
+                return Ok(state.started);
+            }
+            if until_refused && state.refused.is_some() {
+                return Ok(None);
+            }
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Whether the guest's thread has another duty than to run.
+    pub fn needs_attention(&self) -> bool {
+        self.attention.load(Ordering::Acquire)
+    }
+
+    /// What the guest's thread has to do, which waits here while its guest has to rest.
+    pub fn attend(&self, alone_already: bool) -> Duty {
+        let mut state = self.lock();
+        loop {
+            if let Some(exit) = &state.exit {
+                return Duty::Exit(exit.clone());
+            }
+            if state.stop {
+                state.stop = false;
+                return Duty::Stop;
+            }
+            if state.alone {
+                self.attention.store(false, Ordering::Release);
+                state.paused = false;
+                return if alone_already { Duty::Run } else { Duty::Alone };
+            }
+            if std::mem::take(&mut state.hand_over) {
+                return Duty::HandOver;
+            }
+            if !state.paused {
+                self.attention.store(false, Ordering::Release);
+                return Duty::Run;
+            }
+            state = self.rest(state);
+        }
+    }
+
+    /// Waits until the replica is out.
+    pub fn wait_exit(&self) -> Exit {
+        let mut state = self.lock();
+        loop {
+            if let Some(exit) = &state.exit {
+                return exit.clone();
+            }
+            state = self.rest(state);
+        }
+    }
+
+    /// Waits until this side lives or is out.
+    pub fn wait_verdict(&self) -> Result<(), Exit> {
+        let mut state = self.lock();
+        loop {
+            if let Some(exit) = &state.exit {
+                return Err(exit.clone());
+            }
+            if state.alone {
+                return Ok(());
+            }
+            state = self.rest(state);
+        }
+    }
+
+    /// A turn of a guest's loop that has nothing to do.
+    fn rest<'a>(&'a self, mut state: Guard<'a>) -> Guard<'a> {
+        let at = state.agent.status(now_ns()).position;
+        state.agent.turn(now_ns(), at);
+        self.changed.wait_timeout(state, TURN_INTERVAL).unwrap_or_else(PoisonError::into_inner).0
+    }
+
+    /// A guest's thread that has waited makes a turn.
+    pub fn turn(self: &Arc<Self>) {
+        let mut state = self.lock();
+        let at = state.agent.status(now_ns()).position;
+        state.agent.turn(now_ns(), at);
+        self.settle(state);
+    }
+
+    /// Primary: the guest's loop makes a turn; it waits here as long as its guest is too fast.
+    pub fn look(self: &Arc<Self>, at: Position) {
+        failpoint::wedge("guest");
+        let (begin, mut rested) = (now_ns(), 0);
+        let mut state = self.lock();
+        loop {
+            let now = now_ns();
+            state.agent.turn(now, at);
+            let pace = state.agent.pace(now);
+            let ran = now.saturating_sub(state.looked_at);
+            self.settle(state);
+            let rest_begins = now_ns();
+            match pace {
+                _ if self.needs_attention() => break,
+                Pace::Free => break,
+                Pace::Share(share) => {
+                    let rest = ran.saturating_mul(1000 - share) / share.max(1);
+                    std::thread::sleep(Duration::from_nanos(rest.min(SLOW_MAX_NS)));
+                    rested += now_ns() - rest_begins;
+                    break;
+                }
+                Pace::Stop => {
+                    let waiting = self.changed.wait_timeout(self.lock(), TURN_INTERVAL);
+                    state = waiting.unwrap_or_else(PoisonError::into_inner).0;
+                    rested += now_ns() - rest_begins;
+                }
+            }
+        }
+        let end = now_ns();
+        self.lock().looked_at = end;
+        self.spent.slowed_ns.add(rested);
+        self.spent.recording_ns.add(end - begin - rested);
+    }
+
+    /// Primary: appends a record. An output's is sent at the next [`Replica::look`], together with those of the other
+    /// outputs of the same exit.
+    pub fn append(self: &Arc<Self>, record: &Record) {
+        let begin = now_ns();
+        let mut state = self.lock();
+        state.agent.append(now_ns(), record);
+        if !matches!(record.entry, Entry::Output(_)) {
+            self.settle(state);
+        }
+        self.spent.recording_ns.add(now_ns() - begin);
+    }
+
+    /// Holds an output until it may leave.
+    pub fn hold(self: &Arc<Self>, output: Output) {
+        let begin = now_ns();
+        let mut state = self.lock();
+        state.gate.hold(output);
+        self.spent.held_ns.sub(begin);
+        state.drop_released();
+        state.release();
+        // Nobody looks at a guest that is alone; one with a backup is looked at before it runs on.
+        if state.alone {
+            self.settle(state);
+        }
+        self.spent.recording_ns.add(now_ns() - begin);
+    }
+
+    /// Backup: everything that was taken has been replayed, up to here; waits for the next record. `None`: there are no
+    /// more.
+    pub fn next_record(self: &Arc<Self>, replayed: u64, at: Position) -> Option<Record> {
+        failpoint::wedge("guest");
+        self.handle(Event::Replayed { records: replayed, position: at });
+        let mut state = self.lock();
+        loop {
+            if state.exit.is_some() {
+                return None;
+            }
+            state.agent.turn(now_ns(), at);
+            match state.agent.next_record() {
+                NextRecord::Record(record) => return Some(record),
+                NextRecord::End => return None,
+                NextRecord::Wait => {
+                    let waiting = self.changed.wait_timeout(state, TURN_INTERVAL);
+                    state = waiting.unwrap_or_else(PoisonError::into_inner).0;
+                }
+            }
+        }
+    }
+
+    /// The guest's run is over.
+    pub fn guest_ended(self: &Arc<Self>, reason: EndReason) {
+        self.handle(Event::GuestEnded(reason));
+    }
+
+    /// The guest runs on, after this side went live.
+    pub fn runs_on(&self) {
+        self.lock().story.running(now_ns());
+    }
+}

@@ -1,0 +1,95 @@
+//! The wall clock of a host steps: nothing of a pair is decided by it.
+
+mod support;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use support::counter::Counter;
+use support::pair::{Host, Site};
+use support::row::{BARE, LIVES, end};
+use support::vm::{Vm, under};
+use support::{can_network, has, has_guest, skip};
+
+/// A library that lets the wall clock of a process be off by as many seconds as a file says, whenever it is read.
+const STEPPED_CLOCK: &str = r#"
+#include <fcntl.h>
+#include <stdlib.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+static int file = -1;
+__attribute__((constructor)) static void begin(void) { file = open(getenv("STEPPED_BY"), O_RDONLY | O_CLOEXEC); }
+int clock_gettime(clockid_t clock, struct timespec *now) {
+    int failed = syscall(SYS_clock_gettime, clock, now);
+    char text[32] = "";
+    if (!failed && clock == CLOCK_REALTIME && pread(file, text, sizeof text - 1, 0) > 0) now->tv_sec += atol(text);
+    return failed;
+}
+"#;
+
+fn library(site: &Site) -> PathBuf {
+    let (source, library) = (site.dir.join("stepped.c"), site.dir.join("stepped.so"));
+    std::fs::write(&source, STEPPED_CLOCK).expect("source");
+    let built =
+        Command::new("cc").args(["-shared", "-fPIC", "-O1", "-o"]).arg(&library).arg(&source).status();
+    assert!(built.expect("cc").success());
+    library
+}
+
+/// The hour in which a side has logged its last line.
+fn hour(side: &Vm) -> u32 {
+    let times = side.seen().lines().filter_map(|line| line.split_once('T')?.1.get(..2)?.parse().ok());
+    times.last().unwrap_or_else(|| panic!("no time in {}", side.seen()))
+}
+
+#[test]
+fn steps_of_the_wall_clock_change_nothing() {
+    const TEST: &str = "steps_of_the_wall_clock_change_nothing";
+    if !has_guest(TEST, "bare") || !can_network(TEST) {
+        return;
+    }
+    for tool in ["cc", "unshare"] {
+        if !has(tool) {
+            return skip(TEST, &format!("needs {tool}"));
+        }
+    }
+    let site = Site::new();
+    let library = library(&site);
+    let steps = ["a", "b"].map(|host| site.dir.join(format!("steps-{host}")));
+    let step = |file: &Path, hours: i64| std::fs::write(file, (hours * 3600).to_string()).expect("step");
+    steps.iter().for_each(|file| step(file, 0));
+    let side = |host| {
+        // Their other clocks differ, too, by eleven days.
+        let boot = ["0", "1000000"][host as usize];
+        let wrapper = ["unshare", "--time", "--monotonic", boot, "--boottime", boot];
+        // A guest's thread that is confined could not read by how much the clock is off.
+        let options = [&BARE[..], &["--no-confine"]].concat();
+        let mut command = under(site.replica(host, &options), &wrapper);
+        Vm::start(command.env("LD_PRELOAD", &library).env("STEPPED_BY", &steps[host as usize]))
+    };
+    let mut b = side(Host::B);
+    b.wait_for("waiting for a primary", 30);
+    let mut a = side(Host::A);
+    a.wait_for("READY", 60);
+    // This one is also told of time by the guest, whose clock may not go back.
+    let client = Counter::bare(&site.ns("client"));
+    client.wait_for(20, 20);
+    let before = hour(&b);
+    for hours in [1, -1, 0, -1, 1] {
+        steps.iter().for_each(|file| step(file, hours));
+        client.wait_for(100, 20);
+        std::thread::sleep(Duration::from_millis(1500));
+    }
+    assert!(!a.has_printed("lost") && !b.has_printed("lost"), "{}{}", a.seen(), b.seen());
+    // In the middle of a failover as well.
+    drop(a);
+    step(&steps[1], 5);
+    b.wait_for(LIVES, 20);
+    let after = hour(&b);
+    step(&steps[1], -5);
+    client.wait_for(100, 20);
+    assert!([4, 5, 6].contains(&((after + 24 - before) % 24)), "the clock was not stepped: {}", b.seen());
+    end(client, b);
+}

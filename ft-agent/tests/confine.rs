@@ -1,0 +1,176 @@
+//! What a replica may not do once it is confined, and that it needs no root.
+
+mod support;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::Command;
+
+use nix::libc::*;
+use support::counter::Counter;
+use support::inject::inject;
+use support::net::ip;
+use support::pair::{Host, Site};
+use support::row::{LIVES, end, pair_with};
+use support::vm::{VMFT, Vm, under};
+use support::{can_network, has, has_guest, has_kvm, image, skip};
+
+/// What the kernel says of each thread of a process, by the thread's name: the number of its seccomp filters.
+fn filters(vm: &Vm) -> BTreeMap<String, u32> {
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", vm.id())).expect("threads");
+    let mut filters = BTreeMap::new();
+    for task in tasks.flatten() {
+        // A thread may have ended.
+        let Ok(status) = std::fs::read_to_string(task.path().join("status")) else { continue };
+        let field = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name));
+            line.unwrap_or_else(|| panic!("no {name} in {status}")).trim().to_owned()
+        };
+        assert_eq!(field("NoNewPrivs:"), "1", "{status}");
+        filters.insert(field("Name:"), field("Seccomp_filters:").parse().expect("a number"));
+    }
+    filters
+}
+
+#[test]
+fn every_thread_is_confined_and_the_guests_to_less() {
+    const TEST: &str = "every_thread_is_confined_and_the_guests_to_less";
+    let Some((_site, mut a, mut b, client)) = pair_with(TEST, &[], &[]) else { return };
+    for side in [&mut a, &mut b] {
+        for who in ["process", "guest's thread"] {
+            side.wait_for(&format!("{who} confined by landlock"), 20);
+            side.wait_for(&format!("{who} confined by seccomp to "), 20);
+        }
+        let filters = filters(side);
+        let more: Vec<&str> =
+            filters.iter().filter(|(_, n)| **n == 2).map(|(name, _)| name.as_str()).collect();
+        assert_eq!(more, ["guest"], "{filters:?}");
+        assert!(filters.len() > 4 && filters.values().all(|n| *n > 0), "{filters:?}");
+    }
+    drop(a);
+    end(client, b);
+}
+
+/// What it is, the call, and its arguments by the address of a path.
+type Try = (&'static str, c_long, fn(u64) -> [u64; 4]);
+
+/// Calls that an intruder would like to make.
+const TRIES: [Try; 6] = [
+    ("read a file", SYS_openat, |path| [AT_FDCWD as u64, path, O_RDONLY as u64, 0]),
+    ("make a file", SYS_openat, |path| [AT_FDCWD as u64, path, (O_CREAT | O_WRONLY) as u64, 0o600]),
+    ("connect", SYS_socket, |_| [AF_INET as u64, SOCK_STREAM as u64, 0, 0]),
+    ("have a file in memory", SYS_memfd_create, |path| [path, 0, 0, 0]),
+    ("be another user", SYS_setuid, |_| [u64::MAX, 0, 0, 0]),
+    ("unshare", SYS_unshare, |_| [CLONE_FS as u64, 0, 0, 0]),
+];
+
+/// What comes of [`TRIES`] on a thread of a replica: whether each was done.
+fn tries(vm: &Vm, thread: &str, dir: &Path) -> Vec<(&'static str, bool)> {
+    let made = dir.join(format!("made-by-{thread}"));
+    let attempt = |(what, number, arguments): &Try| {
+        let path = if *what == "make a file" { made.as_path() } else { Path::new("/proc/version") };
+        let result = inject(vm.id(), thread, *number, path, arguments);
+        let refused = [-i64::from(EPERM), -i64::from(EACCES)].contains(&result);
+        assert!(refused || result >= 0 || *what == "be another user", "{what} on {thread}: {result}");
+        (*what, !refused)
+    };
+    TRIES.iter().map(attempt).collect()
+}
+
+#[test]
+fn a_confined_replica_is_refused_what_it_does_not_need() {
+    const TEST: &str = "a_confined_replica_is_refused_what_it_does_not_need";
+    for confined in [true, false] {
+        let options: &[&str] = if confined { &[] } else { &["--no-confine"] };
+        let Some((site, a, b, client)) = pair_with(TEST, options, &[]) else { return };
+        let elsewhere = site.dir.join("keys");
+        for thread in ["guest", "pump"] {
+            let done: Vec<_> = tries(&b, thread, &elsewhere)
+                .into_iter()
+                .filter(|(_, done)| *done)
+                .map(|(what, _)| what)
+                .collect();
+            let expected = match (confined, thread) {
+                (true, "guest") => vec![],
+                (true, _) => vec!["connect"],
+                (false, _) => TRIES.map(|(what, ..)| what).to_vec(),
+            };
+            assert_eq!(done, expected, "{thread}, confined: {confined}");
+        }
+        drop(a);
+        end(client, b);
+    }
+}
+
+/// User and group without any rights.
+const NOBODY: &str = "65534";
+
+/// A pair whose two sides are nobody's, with taps that are theirs and a device for KVM that is.
+fn without_root(test: &str, machine: &[&str]) {
+    if !has_guest(test, "bare") || !can_network(test) {
+        return;
+    }
+    for tool in ["setpriv", "mknod"] {
+        if !has(tool) {
+            return skip(test, &format!("needs {tool}"));
+        }
+    }
+    let site = Site::new();
+    let place = |file: &str| site.dir.join(file).display().to_string();
+    for host in ["a", "b"] {
+        let ns = site.ns(host);
+        ip(&["-n", &ns, "link", "delete", "tap0"]);
+        ip(&["-n", &ns, "tuntap", "add", "tap0", "mode", "tap", "user", NOBODY]);
+        ip(&["-n", &ns, "link", "set", "tap0", "master", "br0", "up"]);
+    }
+    // Root's own directories are closed to others.
+    std::fs::copy(VMFT, place("vmft")).expect("copy");
+    std::fs::copy(image("bare", "kernel"), place("kernel")).expect("copy");
+    let owned = Command::new("chown").args(["-R", NOBODY]).arg(&site.dir).status();
+    assert!(owned.expect("chown").success());
+    // Where udev has not given the devices to their groups, or to all; the mounts of `ip netns exec` are its own.
+    let given = |device: &str, number: u32| {
+        let node = place(&device.replace('/', "-"));
+        let node = format!("{node}-$$");
+        format!(
+            "if [ -e {device} ]; then mknod {node} c 10 {number}; chown {NOBODY} {node}; mount --bind {node} {device}; fi"
+        )
+    };
+    let as_nobody = format!(
+        "{}; {}; shift; exec setpriv --reuid {NOBODY} --regid {NOBODY} --clear-groups {} \"$@\"",
+        given("/dev/kvm", 232),
+        given("/dev/net/tun", 200),
+        place("vmft"),
+    );
+    let kernel = place("kernel");
+    let options = [&["--kernel", &kernel, "--memory-mib", "32"][..], machine].concat();
+    let side = |host| Vm::start(&mut under(site.replica(host, &options), &["sh", "-c", &as_nobody, "sh"]));
+    let mut b = side(Host::B);
+    b.wait_for("waiting for a primary", 30);
+    let mut a = side(Host::A);
+    a.wait_for("READY", 60);
+    for side in [&a, &b] {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", side.id())).expect("status");
+        let whose = status.lines().find_map(|line| line.strip_prefix("Uid:")).expect("a user");
+        assert!(whose.split_whitespace().all(|id| id == NOBODY), "{whose}");
+        assert!(status.contains("CapEff:\t0000000000000000"), "{status}");
+    }
+    let client = Counter::bare(&site.ns("client"));
+    client.wait_for(20, 20);
+    drop(a);
+    b.wait_for(LIVES, 20);
+    end(client, b);
+}
+
+#[test]
+fn a_pair_needs_no_root() {
+    without_root("a_pair_needs_no_root", &[]);
+}
+
+#[test]
+fn a_pair_on_kvm_needs_no_root() {
+    const TEST: &str = "a_pair_on_kvm_needs_no_root";
+    if has_kvm(TEST) {
+        without_root(TEST, &["--cpu", "kvm", "--positions", "sync"]);
+    }
+}

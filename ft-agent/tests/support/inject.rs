@@ -1,0 +1,74 @@
+//! A system call that another process is made to do.
+
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use nix::libc::c_long;
+use nix::sys::ptrace;
+use nix::sys::wait::{WaitPidFlag, waitpid};
+use nix::unistd::Pid;
+
+/// Makes the thread of this name in a process do a system call, whose arguments may have the address of a path; what it returns.
+///
+/// The thread is caught in a system call of its own, which it then goes on with.
+pub fn inject(
+    process: u32,
+    thread: &str,
+    number: c_long,
+    path: &Path,
+    arguments: &dyn Fn(u64) -> [u64; 4],
+) -> i64 {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        assert!(Instant::now() < deadline, "thread {thread} of {process} is never in a system call");
+        let thread = find(process, thread);
+        ptrace::attach(thread).expect("attach");
+        stopped(thread);
+        let before = ptrace::getregs(thread).expect("registers");
+        // Behind a system call that was interrupted, or not.
+        if before.orig_rax as i64 >= 0 {
+            let text = before.rsp - 4096;
+            write(thread, text, path);
+            let [rdi, rsi, rdx, r10] = arguments(text);
+            let (rip, rax, orig_rax) = (before.rip - 2, number as u64, u64::MAX);
+            let call = nix::libc::user_regs_struct { rip, rax, orig_rax, rdi, rsi, rdx, r10, ..before };
+            ptrace::setregs(thread, call).expect("registers");
+            // A stop may come before the call, too.
+            let mut after = call;
+            while after.rip == rip {
+                ptrace::step(thread, None).expect("step");
+                stopped(thread);
+                after = ptrace::getregs(thread).expect("registers");
+            }
+            assert_eq!(after.rip, before.rip, "the thread is elsewhere");
+            ptrace::setregs(thread, before).expect("registers");
+            ptrace::detach(thread, None).expect("detach");
+            return after.rax as i64;
+        }
+        ptrace::detach(thread, None).expect("detach");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn find(process: u32, name: &str) -> Pid {
+    let tasks = std::fs::read_dir(format!("/proc/{process}/task")).expect("threads").flatten();
+    let mut named = tasks
+        .filter(|task| std::fs::read_to_string(task.path().join("comm")).is_ok_and(|n| n.trim() == name));
+    let task = named.next().unwrap_or_else(|| panic!("no thread {name}")).file_name();
+    Pid::from_raw(task.to_str().and_then(|id| id.parse().ok()).expect("a number"))
+}
+
+fn stopped(thread: Pid) {
+    waitpid(thread, Some(WaitPidFlag::__WALL)).expect("wait");
+}
+
+/// Writes a C string into the memory of a thread that is stopped.
+fn write(thread: Pid, at: u64, text: &Path) {
+    let mut bytes = text.as_os_str().as_bytes().to_vec();
+    bytes.resize(bytes.len() / 8 * 8 + 8, 0);
+    for (n, word) in bytes.chunks_exact(8).enumerate() {
+        let word = i64::from_le_bytes(word.try_into().expect("eight bytes"));
+        ptrace::write(thread, (at + 8 * n as u64) as ptrace::AddressType, word).expect("write");
+    }
+}
