@@ -121,15 +121,51 @@ impl Bitmap for RegionLog {
     }
 }
 
+/// A set of pages, a bit each and as a list.
+#[derive(Debug, Default)]
+struct Pages {
+    bits: Vec<u64>,
+    list: Vec<u32>,
+}
+
+impl Pages {
+    fn new(pages: usize) -> Pages {
+        Pages { bits: vec![0; pages.div_ceil(64)], list: Vec::new() }
+    }
+
+    fn insert(&mut self, page: u32) {
+        let (word, bit) = (page as usize / 64, 1 << (page % 64));
+        if self.bits[word] & bit == 0 {
+            self.bits[word] |= bit;
+            self.list.push(page);
+        }
+    }
+
+    /// Empties it.
+    fn take(&mut self) -> Vec<u32> {
+        for page in &self.list {
+            self.bits[*page as usize / 64] = 0;
+        }
+        std::mem::take(&mut self.list)
+    }
+}
+
+/// RAM as it was once, and which pages may differ since.
+struct Kept {
+    content: Vec<u8>,
+    written: Pages,
+}
+
 /// The guest's RAM with its digest.
 pub struct Ram {
     /// Owns the mapping; the regions of `memory` lie in it.
     mapping: MmapRegion<()>,
     memory: GuestMemory,
     changed: Arc<WriteLog>,
-    /// Pages whose hash is stale, a bit each and as a list.
-    stale: Vec<u64>,
-    stale_list: Vec<u32>,
+    /// Pages whose hash is stale.
+    stale: Pages,
+    /// From the first [`Ram::keep`] on.
+    kept: Option<Kept>,
     /// Hash of each page with its number, 0 for a page of zeros; and their sum.
     hashes: Vec<u128>,
     sum: u128,
@@ -172,8 +208,8 @@ impl Ram {
             mapping,
             memory,
             changed,
-            stale: vec![0; pages.div_ceil(64)],
-            stale_list: Vec::new(),
+            stale: Pages::new(pages),
+            kept: None,
             hashes: vec![0; pages],
             sum: 0,
             scrub_at: 0,
@@ -226,20 +262,53 @@ impl Ram {
 
     /// The engine wrote to this page since it last said so.
     pub fn note_written(&mut self, page: u32) {
-        let (word, bit) = (page as usize / 64, 1 << (page % 64));
-        if self.stale[word] & bit == 0 {
-            self.stale[word] |= bit;
-            self.stale_list.push(page);
+        self.stale.insert(page);
+        if let Some(kept) = &mut self.kept {
+            kept.written.insert(page);
         }
+    }
+
+    /// Notes what devices have written and the engine was not told of yet.
+    fn note_changed(&mut self) {
+        for page in self.changed.clone().list().iter() {
+            self.note_written(*page);
+        }
+    }
+
+    /// Keeps RAM as it is now, for [`Ram::go_back`]. The first time costs a copy of it, later ones what was written since. The
+    /// engine must have reported its own.
+    pub fn keep(&mut self) {
+        self.note_changed();
+        let (len, pages) = (self.len() as usize, self.pages());
+        let mut kept = self.kept.take().unwrap_or_else(|| {
+            let mut written = Pages::new(pages as usize);
+            (0..pages).filter(|page| !is_zero(self.page(*page))).for_each(|page| written.insert(page));
+            Kept { content: vec![0; len], written }
+        });
+        for page in kept.written.take() {
+            let start = page as usize * PAGE;
+            kept.content[start..start + PAGE].copy_from_slice(self.page(page));
+        }
+        self.kept = Some(kept);
+    }
+
+    /// Makes RAM what it was at the last [`Ram::keep`]. The engine must have reported its own writes, and learns of these by
+    /// [`Ram::take_changed`].
+    pub fn go_back(&mut self) {
+        self.note_changed();
+        let Some(mut kept) = self.kept.take() else { return };
+        for page in kept.written.take() {
+            let start = page as usize * PAGE;
+            self.page(page).copy_from_slice(&kept.content[start..start + PAGE]);
+            self.changed.mark(page as usize);
+        }
+        self.kept = Some(kept);
     }
 
     /// Digest of all of RAM, from the pages written since the last one. The engine must have reported its own.
     pub fn digest(&mut self) -> Digest {
-        for page in self.changed.clone().list().iter() {
-            self.note_written(*page);
-        }
-        for page in std::mem::take(&mut self.stale_list) {
-            self.stale[page as usize / 64] &= !(1 << (page % 64));
+        self.note_changed();
+        for page in self.stale.take() {
             let hash = self.page_hash(page);
             let old = std::mem::replace(&mut self.hashes[page as usize], hash);
             self.sum = self.sum.wrapping_sub(old).wrapping_add(hash);
@@ -295,9 +364,8 @@ impl Ram {
             return Err(RamError::Clear(std::io::Error::last_os_error()));
         }
         self.changed.clear();
-        for page in std::mem::take(&mut self.stale_list) {
-            self.stale[page as usize / 64] = 0;
-        }
+        self.stale.take();
+        self.kept = None;
         self.hashes.fill(0);
         self.sum = 0;
         Ok(())

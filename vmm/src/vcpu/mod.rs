@@ -1,7 +1,8 @@
 //! The virtual CPU as the machine sees it: a trait of few methods, exits as data.
 //!
 //! An engine executes guest instructions until something must be told, says what it is in an [`Exit`], and calls
-//! nobody. `soft` is the software CPU, `kvm` the host's own behind `/dev/kvm`.
+//! nobody. `soft` is the software CPU, `kvm` the host's own behind `/dev/kvm`; `landing` makes an engine with counted
+//! branches as positions of either.
 
 use std::sync::Arc;
 
@@ -11,6 +12,7 @@ use soft_cpu::CpuState;
 
 use crate::machine::digest_of;
 use crate::ram::Ram;
+use landing::{CountedState, Landings};
 
 mod kvm;
 pub mod landing;
@@ -19,6 +21,7 @@ pub mod simulated;
 mod soft;
 
 pub use kvm::{KvmState, KvmVcpu, Positions};
+use simulated::SimulatedVcpu;
 pub use soft::SoftVcpu;
 use soft::start_state;
 
@@ -104,6 +107,8 @@ pub enum VcpuState {
     Soft(Box<CpuState>),
     /// Of the engine on KVM.
     Kvm(Box<KvmState>),
+    /// Of an engine whose positions are counted branches.
+    Counted(Box<CountedState>),
 }
 
 /// Names of the general registers, in their encoding's order.
@@ -118,11 +123,17 @@ impl VcpuState {
         match self {
             VcpuState::Soft(cpu) => cpu,
             VcpuState::Kvm(kvm) => &kvm.cpu,
+            VcpuState::Counted(counted) => counted.engine.cpu(),
         }
     }
 
     /// Registers by name, to say what differs between two states. What is too large to show is a digest of it.
     pub fn registers(&self) -> Vec<(&'static str, u128)> {
+        if let VcpuState::Counted(counted) = self {
+            let [exits, branches, ..] = counted.at;
+            let position = [("exits", exits.into()), ("branches", branches.into())];
+            return [counted.engine.registers(), position.to_vec()].concat();
+        }
         let cpu = self.cpu();
         let sys = &cpu.sys;
         let mut registers: Vec<_> = GENERAL.into_iter().zip(cpu.gpr.map(u128::from)).collect();
@@ -190,6 +201,9 @@ pub enum VcpuError {
     /// The host's KVM cannot do what the engine needs; use the soft engine.
     #[error("this host's KVM has not what the engine needs: {0}")]
     KvmLacks(&'static str),
+    /// Which counter would be exact on this CPU is not known; use other positions (see `vmft doctor`).
+    #[error("this host's CPU ({0}) is not in the table of exact branch counters")]
+    UnknownCounter(String),
     /// The host's CPU is too old; use the soft engine.
     #[error("the host's CPU lacks features of CPUID {place}: {missing:#x}")]
     CpuLacks {
@@ -222,6 +236,17 @@ pub enum VcpuError {
     /// The guest debugs itself and is in the middle of an exception; save a little later.
     #[error("exception {0} is on its way: this is no boundary to save the vCPU at")]
     ExceptionPending(u8),
+}
+
+/// Registers that a program computes with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct General {
+    /// RAX to R15 in their encoding's order.
+    pub gpr: [u64; 16],
+    /// RIP.
+    pub rip: u64,
+    /// RFLAGS.
+    pub rflags: u64,
 }
 
 /// Makes a running vCPU return [`Exit::Kicked`], from any thread.
@@ -266,9 +291,17 @@ pub trait Vcpu: Send {
     /// Reports all pages that the guest wrote since the last call by [`Ram::note_written`].
     fn report_written(&mut self, ram: &mut Ram) -> Result<(), VcpuError>;
 
+    /// Changes registers at a whole boundary.
+    fn change_registers(&mut self, change: &mut dyn FnMut(&mut General)) -> Result<(), VcpuError>;
+
     /// A check word for each synchronous exit since the last call, where exits are positions: equal for equal guests.
     fn take_exits(&mut self) -> Vec<u16> {
         Vec::new()
+    }
+
+    /// What became of positions that had to be landed on, for engines that count branches.
+    fn landings(&self) -> Landings {
+        Landings::default()
     }
 }
 
@@ -282,11 +315,24 @@ pub enum Engine {
     KvmSync,
     /// The same, a position an instruction: for tests, thousands of times slower.
     KvmStep,
+    /// The host's CPU behind KVM; positions are branches that its counter counts.
+    KvmCounter,
+    /// The same with a counter that is simulated by single steps: for tests.
+    KvmStepCounter,
+    /// The software CPU with a simulated branch counter: for tests.
+    SoftCounter,
 }
 
 impl Engine {
     /// All of them.
-    pub const ALL: [Engine; 3] = [Engine::Soft, Engine::KvmSync, Engine::KvmStep];
+    pub const ALL: [Engine; 6] = [
+        Engine::Soft,
+        Engine::KvmSync,
+        Engine::KvmStep,
+        Engine::KvmCounter,
+        Engine::KvmStepCounter,
+        Engine::SoftCounter,
+    ];
 
     /// Its name in identities.
     pub fn name(self) -> &'static str {
@@ -294,6 +340,9 @@ impl Engine {
             Engine::Soft => "soft",
             Engine::KvmSync => "kvm-sync",
             Engine::KvmStep => "kvm-step",
+            Engine::KvmCounter => "kvm-counter",
+            Engine::KvmStepCounter => "kvm-step-counter",
+            Engine::SoftCounter => "soft-counter",
         }
     }
 
@@ -308,7 +357,13 @@ impl Engine {
             Engine::Soft => PositionUnit::Instructions,
             Engine::KvmSync => PositionUnit::SynchronousExits,
             Engine::KvmStep => PositionUnit::Steps,
+            Engine::KvmCounter | Engine::KvmStepCounter | Engine::SoftCounter => PositionUnit::Branches,
         }
+    }
+
+    /// The host's CPU executes the guest, which cannot trap all that tells the time or chance.
+    pub fn is_kvm(self) -> bool {
+        !matches!(self, Engine::Soft | Engine::SoftCounter)
     }
 
     /// Makes a vCPU for that RAM.
@@ -317,6 +372,9 @@ impl Engine {
             Engine::Soft => Ok(Box::new(SoftVcpu::new(ram.len()))),
             Engine::KvmSync => Ok(Box::new(KvmVcpu::new(ram, Positions::Exits)?)),
             Engine::KvmStep => Ok(Box::new(KvmVcpu::new(ram, Positions::Steps)?)),
+            Engine::KvmCounter => kvm::counted(ram),
+            Engine::KvmStepCounter => kvm::counted_by_steps(ram),
+            Engine::SoftCounter => Ok(Box::new(SimulatedVcpu::for_tests(ram.len()))),
         }
     }
 }

@@ -7,7 +7,7 @@ use entry::Position;
 use soft_cpu::state::{Registers, Segment, TableRegister, seg};
 use soft_cpu::{CpuState, Exit as SoftExit, RunLimit, SoftCpu};
 
-use super::{Exit, Kick, Limit, Start, Vcpu, VcpuError, VcpuState};
+use super::{Exit, General, Kick, Limit, Start, Vcpu, VcpuError, VcpuState};
 use crate::ram::Ram;
 
 /// See the module.
@@ -121,6 +121,15 @@ impl Vcpu for SoftVcpu {
 
     fn kicker(&self) -> Arc<dyn Kick> {
         Arc::new(SoftKick(self.kick.clone()))
+    }
+
+    fn change_registers(&mut self, change: &mut dyn FnMut(&mut General)) -> Result<(), VcpuError> {
+        let mut state = self.cpu.save();
+        let mut general = General { gpr: state.gpr, rip: state.rip, rflags: state.rflags };
+        change(&mut general);
+        General { gpr: state.gpr, rip: state.rip, rflags: state.rflags } = general;
+        self.cpu.restore(&state);
+        Ok(())
     }
 
     fn report_written(&mut self, ram: &mut Ram) -> Result<(), VcpuError> {

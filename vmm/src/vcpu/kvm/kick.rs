@@ -3,18 +3,18 @@
 
 use std::cell::Cell;
 use std::ptr::null_mut;
-use std::sync::Once;
+use std::sync::{Mutex, Once, PoisonError};
+use std::time::Duration;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU8, Ordering};
 
 use kvm_ioctls::VcpuFd;
 
 use super::super::Kick;
+use super::super::perf::{GracePeriod, thread_id};
 
 thread_local! {
     /// `immediate_exit` of the vCPU that this thread is running.
     static RUNNING: Cell<*mut u8> = const { Cell::new(null_mut()) };
-    /// This thread's id, once it was asked for.
-    static THREAD: Cell<i32> = const { Cell::new(0) };
 }
 
 /// What a vCPU and its kickers share.
@@ -26,6 +26,32 @@ pub struct Kicks {
     news: AtomicBool,
     /// The thread that is in KVM_RUN, or about to be; 0: none.
     thread: AtomicI32,
+    /// A kicked guest is interrupted when this is over, not at once.
+    grace: Option<Grace>,
+}
+
+/// How long a kicked guest may go on, and the timer that ends it, of the thread that runs the vCPU.
+struct Grace {
+    period: Duration,
+    timer: Mutex<Option<(i32, GracePeriod)>>,
+}
+
+impl Grace {
+    /// Calls `with` with the timer, if there is one. `false`: there is none, or it fails.
+    fn timer(&self, with: impl FnOnce(&GracePeriod) -> std::io::Result<bool>) -> bool {
+        let timer = self.timer.lock().unwrap_or_else(PoisonError::into_inner);
+        timer.as_ref().is_some_and(|(_, timer)| with(timer).unwrap_or(false))
+    }
+
+    /// Makes the timer this thread's.
+    fn move_here(&self) {
+        let thread = thread_id();
+        let mut timer = self.timer.lock().unwrap_or_else(PoisonError::into_inner);
+        if timer.as_ref().is_none_or(|(of, _)| *of != thread) {
+            // Without a timer a kick interrupts at once.
+            *timer = GracePeriod::new(self.period, signal()).ok().map(|timer| (thread, timer));
+        }
+    }
 }
 
 impl Kick for Kicks {
@@ -34,14 +60,27 @@ impl Kick for Kicks {
         self.news.store(true, Ordering::SeqCst);
         let thread = self.thread.load(Ordering::SeqCst);
         if thread != 0 {
-            // SAFETY: a signal to a thread of this process, for which `install` has set a handler. A thread that has left
-            // KVM_RUN meanwhile runs the handler for nothing; one that has ended makes the call fail, which is as well.
-            unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, signal()) };
+            self.interrupt(thread);
         }
     }
 }
 
 impl Kicks {
+    /// Kicks that let the guest go on for `period`.
+    pub fn after(period: Duration) -> Kicks {
+        Kicks { grace: Some(Grace { period, timer: Mutex::default() }), ..Kicks::default() }
+    }
+
+    /// The thread is to leave KVM_RUN: now, or when its time is over.
+    fn interrupt(&self, thread: i32) {
+        let waits = self.grace.as_ref().is_some_and(|grace| grace.timer(|timer| timer.kick().map(|()| true)));
+        if !waits {
+            // SAFETY: a signal to a thread of this process, for which `install` has set a handler. A thread that has left
+            // KVM_RUN meanwhile runs the handler for nothing; one that has ended makes the call fail, which is as well.
+            unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, signal()) };
+        }
+    }
+
     /// A kick waits to be taken.
     pub fn pending(&self) -> bool {
         self.pending.load(Ordering::SeqCst)
@@ -49,7 +88,12 @@ impl Kicks {
 
     /// Takes the pending kick, to be called at a position.
     pub fn take(&self) -> bool {
-        self.pending.swap(false, Ordering::SeqCst)
+        let kicked = self.pending.load(Ordering::SeqCst) && self.pending.swap(false, Ordering::SeqCst);
+        if kicked && let Some(grace) = &self.grace {
+            self.news.store(false, Ordering::SeqCst);
+            grace.timer(GracePeriod::take);
+        }
+        kicked
     }
 
     /// A kick came since the last call.
@@ -61,10 +105,13 @@ impl Kicks {
     pub fn while_running<T>(&self, vcpu: &mut VcpuFd, run: impl FnOnce(&mut VcpuFd) -> T) -> T {
         let flag = &raw mut vcpu.get_kvm_run().immediate_exit;
         RUNNING.set(flag);
+        if let Some(grace) = &self.grace {
+            grace.move_here();
+        }
         self.thread.store(thread_id(), Ordering::SeqCst);
         // A kicker that came too early to see the thread is seen here.
         if self.news.load(Ordering::SeqCst) {
-            set(flag);
+            self.interrupt(thread_id());
         }
         let result = run(vcpu);
         self.thread.store(0, Ordering::SeqCst);
@@ -72,14 +119,6 @@ impl Kicks {
         vcpu.set_kvm_immediate_exit(0);
         result
     }
-}
-
-fn thread_id() -> i32 {
-    if THREAD.get() == 0 {
-        // SAFETY: it has no arguments and always succeeds.
-        THREAD.set(unsafe { libc::gettid() });
-    }
-    THREAD.get()
 }
 
 fn set(flag: *mut u8) {
@@ -95,7 +134,7 @@ extern "C" fn on_signal(_: libc::c_int) {
     }
 }
 
-fn signal() -> libc::c_int {
+pub fn signal() -> libc::c_int {
     libc::SIGRTMIN() + 3
 }
 

@@ -18,6 +18,7 @@ mod kick;
 mod msr;
 mod run_area;
 mod state;
+mod steered;
 mod step;
 mod trace;
 
@@ -29,11 +30,12 @@ use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
 use soft_cpu::CpuState;
 
-use super::{Exit, Kick, Limit, Start, Vcpu, VcpuError, VcpuState, start_state};
+use super::{Exit, General, Kick, Limit, Start, Vcpu, VcpuError, VcpuState, start_state};
 use crate::ram::Ram;
 use host::Vm;
 use kick::Kicks;
 use run_area::Access;
+pub use steered::{counted, counted_by_steps};
 use trace::Trace;
 
 /// What the engine counts.
@@ -43,6 +45,8 @@ pub enum Positions {
     Exits,
     /// Single steps.
     Steps,
+    /// Branches, which somebody else counts.
+    Branches,
 }
 
 /// A saved vCPU of this engine.
@@ -71,6 +75,8 @@ pub struct KvmVcpu {
     /// The guest was not run on since `count` changed: this is a position.
     at_position: bool,
     halted: bool,
+    /// KVM breaks here.
+    breakpoint: Option<u64>,
     /// The single-step flag is set in KVM.
     stepping: bool,
     access: Option<(Access, Exit)>,
@@ -110,6 +116,7 @@ impl KvmVcpu {
             within: 0,
             at_position: true,
             halted: false,
+            breakpoint: None,
             stepping: false,
             access: None,
             unfinished: false,
@@ -291,7 +298,7 @@ impl Vcpu for KvmVcpu {
             return Err(VcpuError::Overshot { engine: "kvm", target, now: self.position() });
         }
         match self.positions {
-            Positions::Exits => self.run_to_exit(limit),
+            Positions::Exits | Positions::Branches => self.run_to_exit(limit),
             Positions::Steps => self.run_steps(ram, limit),
         }
     }
@@ -361,6 +368,17 @@ impl Vcpu for KvmVcpu {
 
     fn kicker(&self) -> Arc<dyn Kick> {
         self.kicks.clone()
+    }
+
+    fn change_registers(&mut self, change: &mut dyn FnMut(&mut General)) -> Result<(), VcpuError> {
+        assert!(!self.unfinished, "registers are changed at a whole boundary");
+        let mut regs = self.vcpu.get_regs().map_err(failed("reading registers"))?;
+        let mut general = General { gpr: state::general(&regs), rip: regs.rip, rflags: regs.rflags };
+        change(&mut general);
+        regs = state::general_registers(&general);
+        self.vcpu.set_regs(&regs).map_err(failed("setting registers"))?;
+        *run_area::registers(&mut self.vcpu) = regs;
+        Ok(())
     }
 
     fn report_written(&mut self, ram: &mut Ram) -> Result<(), VcpuError> {

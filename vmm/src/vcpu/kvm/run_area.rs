@@ -131,10 +131,16 @@ pub fn share_registers(vcpu: &mut VcpuFd) {
     vcpu.get_kvm_run().kvm_valid_regs = KVM_SYNC_X86_REGS.into();
 }
 
-/// The general registers at the last return of KVM_RUN.
-pub fn registers(vcpu: &mut VcpuFd) -> &kvm_regs {
+/// The general registers at the last return of KVM_RUN, for reading and to follow what is set since.
+pub fn registers(vcpu: &mut VcpuFd) -> &mut kvm_regs {
     // SAFETY: `share_registers` has asked for these, so the kernel fills them in at every return; plain numbers.
-    unsafe { &vcpu.get_kvm_run().s.regs.regs }
+    unsafe { &mut vcpu.get_kvm_run().s.regs.regs }
+}
+
+/// DR6 of a KVM_EXIT_DEBUG.
+pub fn debug_status(vcpu: &mut VcpuFd) -> u64 {
+    // SAFETY: the caller has seen KVM_EXIT_DEBUG; plain numbers.
+    unsafe { vcpu.get_kvm_run().__bindgen_anon_1.debug.arch.dr6 }
 }
 
 /// What KVM says of an exit that it could not handle: suberror and, of a failed emulation, the instruction's bytes.

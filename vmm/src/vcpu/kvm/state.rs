@@ -9,14 +9,16 @@ use kvm_ioctls::VcpuFd;
 use soft_cpu::CpuState;
 use soft_cpu::state::{Registers, Segment, Shadow, TableRegister, X87};
 
-use super::super::VcpuError;
+use super::super::{General, VcpuError};
 use super::{failed, fpu, run_area};
 
 /// Registers behind RDMSR that are not in `kvm_sregs`.
 const MSRS: [u32; 9] =
     [0x174, 0x175, 0x176, 0x277, 0xc000_0081, 0xc000_0082, 0xc000_0083, 0xc000_0084, 0xc000_0102];
+/// RFLAGS.TF.
+pub const TF: u64 = 1 << 8;
 /// RFLAGS.RF.
-const RF: u64 = 1 << 16;
+pub const RF: u64 = 1 << 16;
 
 /// The whole state at a boundary; `retired` is `count`.
 pub fn save(vcpu: &VcpuFd, count: u64, halted: bool) -> Result<CpuState, VcpuError> {
@@ -64,7 +66,8 @@ pub fn restore(vcpu: &mut VcpuFd, s: &CpuState) -> Result<(), VcpuError> {
     run.apic_base = old.apic_base;
     vcpu.set_sregs(&kvm_sregs { apic_base: old.apic_base, ..sregs(s) })
         .map_err(failed("setting system registers"))?;
-    vcpu.set_regs(&regs(s)).map_err(failed("setting registers"))?;
+    let general = General { gpr: s.gpr, rip: s.rip, rflags: s.rflags };
+    vcpu.set_regs(&general_registers(&general)).map_err(failed("setting registers"))?;
     fpu::restore(vcpu, s)?;
     let debug = kvm_debugregs { db: s.sys.dr, dr6: s.sys.dr6, dr7: s.sys.dr7, ..Default::default() };
     vcpu.set_debug_regs(&debug).map_err(failed("setting debug registers"))?;
@@ -95,9 +98,10 @@ pub fn flags(r: &kvm_regs) -> u64 {
     r.rflags & !RF
 }
 
-fn regs(s: &CpuState) -> kvm_regs {
-    let [rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15] = s.gpr;
-    let (rip, rflags) = (s.rip, s.rflags);
+/// KVM's form of general registers.
+pub fn general_registers(general: &General) -> kvm_regs {
+    let [rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15] = general.gpr;
+    let (rip, rflags) = (general.rip, general.rflags);
     kvm_regs { rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15, rip, rflags }
 }
 

@@ -20,7 +20,7 @@ use crate::ram::Ram;
 /// Bytes of a gate in the IDT (SDM 3A, figure 7-8).
 const GATE: u64 = 16;
 /// HLT's only byte.
-const HLT: u8 = 0xf4;
+pub(super) const HLT: u8 = 0xf4;
 /// DR7: breakpoint 0 is on and breaks execution.
 const BREAK_ON_0: u64 = 2;
 
@@ -34,7 +34,7 @@ impl KvmVcpu {
             self.deliver(ram)?;
             // A stepped HLT is reported as a step, and its sleep is lost.
             let halts = self.byte_at_rip(ram)? == Some(HLT);
-            self.step_by_step(!halts)?;
+            self.debug(None, !halts)?;
             // Each step is a position, so nobody has to be told between two.
             match self.enter(&Limit { interrupt_window: false, ..*limit })? {
                 None | Some(Exit::Between) => {}
@@ -44,18 +44,13 @@ impl KvmVcpu {
     }
 
     /// Lets a queued interrupt in, up to its handler's first instruction.
-    fn deliver(&mut self, ram: &Ram) -> Result<(), VcpuError> {
+    pub(super) fn deliver(&mut self, ram: &Ram) -> Result<(), VcpuError> {
         let events = self.vcpu.get_vcpu_events().map_err(failed("reading events"))?;
         if events.interrupt.injected == 0 {
             return Ok(());
         }
         let handler = self.handler(ram, events.interrupt.nr)?;
-        let mut debug =
-            kvm_guest_debug { control: KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP, ..Default::default() };
-        debug.arch.debugreg[0] = handler;
-        debug.arch.debugreg[7] = BREAK_ON_0;
-        self.vcpu.set_guest_debug(&debug).map_err(failed("setting a breakpoint"))?;
-        self.stepping = false;
+        self.debug(Some(handler), false)?;
         loop {
             match run(&mut self.vcpu)? {
                 Returned::Interrupted => {}
@@ -80,20 +75,29 @@ impl KvmVcpu {
     }
 
     /// The first byte of the next instruction, if it is in RAM.
-    fn byte_at_rip(&mut self, ram: &Ram) -> Result<Option<u8>, VcpuError> {
+    pub(super) fn byte_at_rip(&mut self, ram: &Ram) -> Result<Option<u8>, VcpuError> {
         let rip = run_area::registers(&mut self.vcpu).rip;
         let place = self.vcpu.translate_gva(rip).map_err(failed("translating RIP"))?;
         Ok(ram.memory().read_obj(GuestAddress(place.physical_address)).ok().filter(|_| place.valid != 0))
     }
 
-    /// Turns stepping on or off.
-    fn step_by_step(&mut self, on: bool) -> Result<(), VcpuError> {
-        if self.stepping != on {
-            let control = if on { KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP } else { 0 };
-            let debug = kvm_guest_debug { control, ..Default::default() };
-            self.vcpu.set_guest_debug(&debug).map_err(failed("setting single steps"))?;
-            self.stepping = on;
+    /// Sets the breakpoint, or none, and turns stepping on or off.
+    pub(super) fn debug(&mut self, breakpoint: Option<u64>, step: bool) -> Result<(), VcpuError> {
+        if (self.breakpoint, self.stepping) == (breakpoint, step) {
+            return Ok(());
         }
+        let mut debug = kvm_guest_debug::default();
+        for (on, control) in [
+            (breakpoint.is_some() || step, KVM_GUESTDBG_ENABLE),
+            (step, KVM_GUESTDBG_SINGLESTEP),
+            (breakpoint.is_some(), KVM_GUESTDBG_USE_HW_BP),
+        ] {
+            debug.control |= if on { control } else { 0 };
+        }
+        debug.arch.debugreg[0] = breakpoint.unwrap_or(0);
+        debug.arch.debugreg[7] = breakpoint.map_or(0, |_| BREAK_ON_0);
+        self.vcpu.set_guest_debug(&debug).map_err(failed("setting breakpoint and steps"))?;
+        (self.breakpoint, self.stepping) = (breakpoint, step);
         Ok(())
     }
 }

@@ -3,6 +3,7 @@
 use std::cmp::Ordering;
 
 use entry::Position;
+use serde::{Deserialize, Serialize};
 
 use crate::ram::Ram;
 
@@ -16,8 +17,8 @@ const TRIES: u32 = 64;
 const LOOK_AGAIN: u64 = 1000;
 
 /// What happened so far, for reports. Not state.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Stats {
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Landings {
     /// Kicked guests that were stopped at a branch.
     pub anchored: u64,
     /// Kicked guests that came to no branch and were stopped at their next exit.
@@ -26,25 +27,39 @@ pub struct Stats {
     pub landed: u64,
     /// Breakpoints that were no arrival yet.
     pub passed: u64,
+    /// Positions that were missed, and sought again from a state before with twice the margin.
+    pub retries: u64,
+}
+
+/// Where the guest is, as far as exits and branches tell.
+#[derive(Clone, Copy, Debug)]
+pub struct Mark {
+    /// Exits that the guest made by itself.
+    exits: u64,
+    /// Branches retired at the last stop.
+    branches: u64,
+    /// Nothing has run since the last of `exits` was completed.
+    whole: bool,
+    halted: bool,
+    /// The branch at which the guest was stopped last.
+    landed: Option<Position>,
+    /// The last place at which it could be stopped.
+    last: Position,
 }
 
 /// See the module.
 pub struct Lander {
     margin: Margin,
-    /// Exits that the guest made by itself.
-    exits: u64,
-    /// Branches retired at the last stop.
-    branches: u64,
+    now: Mark,
     /// To be added to the counter.
     offset: u64,
-    /// Nothing has run since the last of `exits` was completed.
-    whole: bool,
-    halted: bool,
     /// A kick was taken and not yet answered.
     owed: bool,
-    /// The branch at which the guest was stopped last.
-    landed: Option<Position>,
-    stats: Stats,
+    /// Tries to stop the guest for the kick that is owed.
+    tries: u32,
+    /// The guest stands where it cannot be stopped for good, and the caller knows.
+    between: bool,
+    stats: Landings,
     /// The trap that is left alone, to see what comes of it.
     #[cfg(test)]
     pub(super) without: Option<Trap>,
@@ -55,14 +70,19 @@ impl Lander {
     pub fn new(margin: Margin) -> Lander {
         Lander {
             margin,
-            exits: 0,
-            branches: 0,
+            now: Mark {
+                exits: 0,
+                branches: 0,
+                whole: true,
+                halted: false,
+                landed: None,
+                last: Position::default(),
+            },
             offset: 0,
-            whole: true,
-            halted: false,
             owed: false,
-            landed: None,
-            stats: Stats::default(),
+            tries: 0,
+            between: false,
+            stats: Landings::default(),
             #[cfg(test)]
             without: None,
         }
@@ -78,45 +98,75 @@ impl Lander {
         true
     }
 
-    /// Where the guest is. Away from branches and exits that is a count only, which orders before the branch ahead.
+    /// Where the guest is. Away from branches and exits that is a count only, which orders before the branch ahead;
+    /// after [`Exit::Between`] it is the last position.
     pub fn position(&self) -> Position {
-        match self.landed {
-            Some(at) if (at.count, at.within) == (self.exits, self.branches) => at,
+        match self.now.landed {
+            _ if self.between => self.now.last,
+            Some(at) if (at.count, at.within) == (self.now.exits, self.now.branches) => at,
             _ => self.here(0, 0),
         }
     }
 
     fn here(&self, rip: u64, registers: u64) -> Position {
-        Position { count: self.exits, within: self.branches, rip, registers }
+        Position { count: self.now.exits, within: self.now.branches, rip, registers }
     }
 
     /// What happened so far.
-    pub fn stats(&self) -> Stats {
+    pub fn stats(&self) -> Landings {
         self.stats
     }
 
-    /// The margin.
-    pub fn margin(&self) -> Margin {
-        self.margin
+    /// Where the guest is, to go [`Lander::back`] there.
+    pub fn mark(&self) -> Mark {
+        self.now
     }
 
-    /// Changes the margin, before another try.
-    pub fn set_margin(&mut self, margin: Margin) {
-        self.margin = margin;
+    /// The guest was put back to where it was at `mark`, after `missed`: the next try is more careful.
+    ///
+    /// # Errors
+    /// `missed`, when the margin is as wide as it may be: then the trouble is another one.
+    pub fn back<H: Steered>(
+        &mut self,
+        host: &mut H,
+        mark: Mark,
+        missed: VcpuError,
+    ) -> Result<(), VcpuError> {
+        self.margin = self.margin.widened().ok_or(missed)?;
+        self.stats.retries += 1;
+        if self.minds(Trap::Restored) {
+            self.offset = mark.branches.wrapping_sub(host.counter().read()?);
+        }
+        self.now = mark;
+        Ok(())
+    }
+
+    /// The way to `limit` is so long that it begins without a breakpoint, so that it may be missed.
+    pub fn may_miss(&self, limit: &Limit) -> bool {
+        let target = limit.until.filter(|at| at.rip != 0 && at.count == self.now.exits);
+        let step = target.map(|at| policy::next(self.now.branches, at.within, self.margin.ticks()));
+        matches!(step, Some(Step::RunFree(_)))
     }
 
     /// The access that the guest left for is done.
     pub fn completed<H: Steered>(&mut self, host: &mut H) -> Result<(), VcpuError> {
         self.look(host)?;
-        self.exits += 1;
-        self.whole = true;
+        self.now.exits += 1;
+        self.now.whole = true;
+        self.now.last = self.here(0, 0);
         Ok(())
+    }
+
+    /// The guest starts over; its position goes on.
+    pub fn reset(&mut self) {
+        (self.now.whole, self.now.halted, self.now.landed) = (true, false, None);
+        self.now.last = self.here(0, 0);
     }
 
     /// An interrupt was injected: the guest is at a whole boundary no more.
     pub fn injected(&mut self) {
-        self.whole = false;
-        self.halted = false;
+        self.now.whole = false;
+        self.now.halted = false;
     }
 
     /// The engine took over a state that was saved at `at`: [`Lander::position`] goes on from there.
@@ -130,20 +180,36 @@ impl Lander {
             self.offset = at.within.wrapping_sub(host.counter().read()?);
         }
         self.look(host)?;
-        (self.exits, self.whole, self.halted) = (at.count, at.rip == 0, halted);
-        self.landed = (at.rip != 0).then_some(at);
+        (self.now.exits, self.now.whole, self.now.halted) = (at.count, at.rip == 0, halted);
+        (self.now.landed, self.now.last) = ((at.rip != 0).then_some(at), at);
         Ok(())
     }
 
-    /// Runs the guest as [`crate::vcpu::Vcpu::run`] does.
+    /// Finishes an access where the guest is to be stopped, so that it is a whole boundary. `Some`: what the same
+    /// instruction asks next.
+    pub fn settle<H: Steered>(
+        &mut self,
+        host: &mut H,
+        ram: &mut Ram,
+        limit: &Limit,
+    ) -> Result<Option<Exit>, VcpuError> {
+        if !self.now.whole {
+            return Ok(None);
+        }
+        self.owed |= !self.now.halted && host.take_kick();
+        let stops = self.owed || limit.until.is_some_and(|until| until.count <= self.now.exits);
+        if stops { host.engine_mut().settle(ram) } else { Ok(None) }
+    }
+
+    /// Runs the guest as [`crate::vcpu::Vcpu::run`] does, after [`Lander::settle`].
     ///
     /// # Errors
     /// [`VcpuError::Overshot`] when the target was missed: restore an earlier state, widen the margin, try again.
     pub fn run<H: Steered>(&mut self, host: &mut H, ram: &mut Ram, limit: &Limit) -> Result<Exit, VcpuError> {
-        let Some(until) = limit.until.filter(|until| until.count <= self.exits) else {
+        let Some(until) = limit.until.filter(|until| until.count <= self.now.exits) else {
             return self.run_free(host, ram, limit);
         };
-        match (until.count, until.within).cmp(&(self.exits, self.branches)) {
+        match (until.count, until.within).cmp(&(self.now.exits, self.now.branches)) {
             _ if until == self.position() => Ok(Exit::Reached),
             Ordering::Less => Err(self.overshot(until)),
             _ if until.rip != 0 => self.seek(host, ram, limit, until),
@@ -157,30 +223,32 @@ impl Lander {
     }
 
     fn elsewhere(&self, rip: u64, what: &'static str) -> VcpuError {
-        LandingError::Elsewhere { branches: self.branches, rip, what }.into()
+        LandingError::Elsewhere { branches: self.now.branches, rip, what }.into()
     }
 
     fn look<H: Steered>(&mut self, host: &mut H) -> Result<(), VcpuError> {
-        self.branches = host.counter().read()?.wrapping_add(self.offset);
+        self.now.branches = host.counter().read()?.wrapping_add(self.offset);
         Ok(())
     }
 
     /// Lets the guest go, and takes down what came of it.
     fn go<H: Steered>(&mut self, host: &mut H, ram: &mut Ram, go: Go) -> Result<Stop, VcpuError> {
+        self.between = false;
         let stop = host.go(ram, go)?;
         self.look(host)?;
         match stop {
             // A guest that still halts has not left once more.
-            Stop::Exit(Exit::Halted) if self.halted => {}
+            Stop::Exit(Exit::Halted) if self.now.halted => {}
             Stop::Exit(Exit::Halted) => {
-                self.exits += 1;
-                (self.halted, self.whole) = (true, true);
+                self.now.exits += 1;
+                (self.now.halted, self.now.whole) = (true, true);
+                self.now.last = self.here(0, 0);
             }
             Stop::Kicked => {
-                self.owed = true;
-                self.whole &= self.halted;
+                (self.owed, self.tries) = (true, 0);
+                self.now.whole &= self.now.halted;
             }
-            _ => self.whole &= self.halted,
+            _ => self.now.whole &= self.now.halted,
         }
         Ok(stop)
     }
@@ -191,24 +259,26 @@ impl Lander {
         ram: &mut Ram,
         limit: &Limit,
     ) -> Result<Exit, VcpuError> {
-        let mut tries = 0;
         loop {
-            if self.owed && self.whole {
+            if self.owed && self.now.whole {
                 self.owed = false;
                 return Ok(Exit::Kicked);
             }
-            if self.owed && tries < TRIES {
-                tries += 1;
-                if let Some(exit) = self.settle(host, ram, limit)? {
+            if self.owed && self.tries < TRIES {
+                self.tries += 1;
+                if let Some(exit) = self.anchor(host, ram, limit)? {
                     return Ok(exit);
                 }
-                self.stats.starved += u64::from(tries == TRIES);
+                if self.tries == TRIES {
+                    self.stats.starved += 1;
+                    self.between = true;
+                    return Ok(Exit::Between);
+                }
                 continue;
             }
-            match self.go(host, ram, Go { window: limit.interrupt_window, ..Go::default() })? {
-                Stop::Exit(exit) => return Ok(self.left(exit)),
-                Stop::Kicked => tries = 0,
-                _ => {}
+            let go = Go { window: limit.interrupt_window, ..Go::default() };
+            if let Stop::Exit(exit) = self.go(host, ram, go)? {
+                return Ok(self.left(exit));
             }
         }
     }
@@ -220,7 +290,7 @@ impl Lander {
     }
 
     /// A kicked guest goes on to a place where it can be stopped for good. `None`: it did not come there.
-    fn settle<H: Steered>(
+    fn anchor<H: Steered>(
         &mut self,
         host: &mut H,
         ram: &mut Ram,
@@ -259,8 +329,8 @@ impl Lander {
 
     /// May an arrival at a branch be a position?
     fn is_position(&self, place: &Place) -> bool {
-        let last = self.landed.filter(|at| at.count == self.exits);
-        let again = last.is_some_and(|at| at.within == self.branches) && self.minds(Trap::SameCount);
+        let last = self.now.landed.filter(|at| at.count == self.now.exits);
+        let again = last.is_some_and(|at| at.within == self.now.branches) && self.minds(Trap::SameCount);
         let shadow = place.shadow && self.minds(Trap::Shadow);
         let debugs = place.debugs_itself && self.minds(Trap::GuestDebugs);
         !(again || shadow || debugs || place.in_flight)
@@ -278,7 +348,8 @@ impl Lander {
         if self.minds(Trap::LeftResumeFlag) {
             host.clear_resume_flag()?;
         }
-        self.landed = Some(self.here(place.rip, place.registers));
+        self.now.last = self.here(place.rip, place.registers);
+        self.now.landed = Some(self.now.last);
         Ok(())
     }
 
@@ -299,7 +370,8 @@ impl Lander {
                     if self.arrives(&place, target)? {
                         self.land(host, place)?;
                         // What the position is compared with is what was recorded.
-                        (self.branches, self.landed) = (target.within, Some(target));
+                        (self.now.branches, self.now.landed) = (target.within, Some(target));
+                        self.now.last = target;
                         self.stats.landed += 1;
                         return Ok(Exit::Reached);
                     }
@@ -322,7 +394,7 @@ impl Lander {
         window: bool,
         target: Position,
     ) -> Result<Stop, VcpuError> {
-        match policy::next(self.branches, target.within, self.margin.ticks()) {
+        match policy::next(self.now.branches, target.within, self.margin.ticks()) {
             Step::Overshot if self.minds(Trap::Late) => Err(self.overshot(target)),
             Step::RunFree(ticks) => {
                 host.counter().arm(ticks)?;
@@ -333,7 +405,7 @@ impl Lander {
                     self.offset = self
                         .offset
                         .wrapping_add(target.within - self.margin.ticks())
-                        .wrapping_sub(self.branches);
+                        .wrapping_sub(self.now.branches);
                 }
                 stop
             }
@@ -343,10 +415,10 @@ impl Lander {
 
     /// At the target's RIP: is this the arrival?
     fn arrives(&self, place: &Place, target: Position) -> Result<bool, VcpuError> {
-        if self.branches < target.within && self.minds(Trap::EarlierArrivals) {
+        if self.now.branches < target.within && self.minds(Trap::EarlierArrivals) {
             return Ok(false);
         }
-        if self.branches > target.within && self.minds(Trap::Late) {
+        if self.now.branches > target.within && self.minds(Trap::Late) {
             return Err(self.overshot(target));
         }
         if place.registers != target.registers && self.minds(Trap::Miscount) {
@@ -364,10 +436,10 @@ impl Lander {
         place: Place,
     ) -> Result<Stop, VcpuError> {
         self.stats.passed += 1;
-        let before = self.branches;
+        let before = self.now.branches;
         let go = Go { breakpoint: Some(place.rip), resume: true, step: false, window };
         let stop = self.go(host, ram, go)?;
-        let again = stop == Stop::Breakpoint && self.branches == before && host.place()? == place;
+        let again = stop == Stop::Breakpoint && self.now.branches == before && host.place()? == place;
         if !again || !self.minds(Trap::IgnoredResumeFlag) {
             return Ok(stop);
         }

@@ -15,19 +15,25 @@
 //! has breakpoints of its own enabled on the last stretch of a replay and not at its end does not meet them, for the
 //! host's breakpoint hides them.
 //!
-//! An engine brings [`Steered`] and [`TickCounter`]; it asks its [`Lander`] instead of running itself.
+//! An engine brings [`Steered`] and [`TickCounter`]; [`Counted`] makes a [`Vcpu`] of it, which asks its [`Lander`] how to
+//! run, and goes back and tries again where a position was missed.
 
+use std::sync::Arc;
+
+use xxhash_rust::xxh3::xxh3_64;
+
+use super::{Exit, Kick, Vcpu, VcpuError};
 use crate::ram::Ram;
 
-use super::{Exit, VcpuError};
-
 pub mod anchor;
+mod counted;
 mod lander;
 pub mod policy;
 #[cfg(test)]
 mod tests;
 
-pub use lander::{Lander, Stats};
+pub use counted::{Counted, CountedState};
+pub use lander::{Lander, Landings};
 
 /// Counts the conditional branches that the guest retires.
 pub trait TickCounter {
@@ -85,7 +91,16 @@ pub struct Place {
 }
 
 /// An engine below its [`super::Vcpu`]: run raw, and looked at where it stopped.
-pub trait Steered {
+pub trait Steered: Send {
+    /// The engine, for all but running, kicking and positions.
+    fn engine(&self) -> &dyn Vcpu;
+
+    /// See [`Steered::engine`].
+    fn engine_mut(&mut self) -> &mut dyn Vcpu;
+
+    /// Precedes [`Steered::go`], once a run: guest time minus what the engine itself adds, in ns.
+    fn prepare(&mut self, ram: &mut Ram, time_offset_ns: u64);
+
     /// Runs the guest until something happens. A signal or kick that comes before the run stops it at once, and once.
     fn go(&mut self, ram: &mut Ram, go: Go) -> Result<Stop, VcpuError>;
 
@@ -100,6 +115,22 @@ pub trait Steered {
 
     /// Its counter.
     fn counter(&mut self) -> &mut dyn TickCounter;
+
+    /// Takes a kick that has not stopped the guest yet.
+    fn take_kick(&mut self) -> bool;
+
+    /// A handle that stops [`Steered::go`] from other threads.
+    fn kicker(&self) -> Arc<dyn Kick>;
+}
+
+/// [`Place::registers`] of general registers, RFLAGS and CR3.
+pub fn registers_digest(gpr: &[u64; 16], rflags: u64, cr3: u64) -> u64 {
+    /// TF and RF.
+    const HOST: u64 = 1 << 8 | 1 << 16;
+    let mut words = [0; 18];
+    words[..16].copy_from_slice(gpr);
+    (words[16], words[17]) = (rflags & !HOST, cr3);
+    xxh3_64(words.map(u64::to_le_bytes).as_flattened())
 }
 
 /// A position cannot be landed on.
@@ -108,6 +139,9 @@ pub enum LandingError {
     /// The counter stopped being exact or could not be read: this host cannot keep positions (see `vmft doctor`).
     #[error("the branch counter: {0}")]
     Counter(&'static str),
+    /// The counter cannot be had (see `vmft doctor`).
+    #[error("the branch counter cannot be opened: {0}")]
+    Open(#[source] std::io::Error),
     /// The count is right and the guest is not: the counter miscounts, or the sides have diverged.
     #[error("at branch {branches}, RIP {rip:#x}: the count is the recorded one, but {what} not")]
     Elsewhere {

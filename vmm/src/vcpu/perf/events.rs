@@ -3,6 +3,9 @@
 //!
 //! Sources: Intel's and AMD's event lists as in Linux' `tools/perf/pmu-events`, and what rr has learnt of each.
 
+use std::arch::x86_64::__cpuid;
+use std::fmt;
+
 /// A CPU model as CPUID leaf 1 has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CpuModel {
@@ -12,8 +15,29 @@ pub struct CpuModel {
     pub family: u32,
     /// Model with the extended one.
     pub model: u32,
-    /// Stepping.
-    pub stepping: u32,
+}
+
+impl CpuModel {
+    /// The CPU that this program runs on.
+    pub fn host() -> CpuModel {
+        let vendor = __cpuid(0);
+        let bytes = [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes);
+        let eax = __cpuid(1).eax;
+        let (family, model) = (eax >> 8 & 15, eax >> 4 & 15);
+        // SDM 2A, CPUID: the extended parts count for some families only; AMD's rule gives the same for those here.
+        let extended = family == 15 || family == 6;
+        CpuModel {
+            vendor: String::from_utf8_lossy(bytes.as_flattened()).into_owned(),
+            family: family + if family == 15 { eax >> 20 & 255 } else { 0 },
+            model: model + if extended { eax >> 16 << 4 & 0xf0 } else { 0 },
+        }
+    }
+}
+
+impl fmt::Display for CpuModel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} family {:#x} model {:#x}", self.vendor, self.family, self.model)
+    }
 }
 
 /// Which cores of a hybrid CPU.
@@ -92,7 +116,7 @@ mod tests {
     use super::*;
 
     fn of(vendor: &str, family: u32, model: u32, core: Core) -> Option<u64> {
-        let cpu = CpuModel { vendor: vendor.into(), family, model, stepping: 0 };
+        let cpu = CpuModel { vendor: vendor.into(), family, model };
         event(&cpu, core).map(|event| event.config)
     }
 

@@ -146,9 +146,59 @@ impl TickCounter for PerfCounter {
     }
 }
 
-fn thread_id() -> libc::pid_t {
-    // SAFETY: takes nothing and always succeeds.
-    unsafe { libc::gettid() }
+/// A counter of the thread that asks: it goes on counting where another thread takes the vCPU over.
+pub struct ThreadCounter {
+    counting: Counting,
+    signal: i32,
+    /// What counters of other threads have counted.
+    before: u64,
+    open: Option<(libc::pid_t, PerfCounter)>,
+}
+
+impl ThreadCounter {
+    /// Opens nothing yet. An overflow sends `signal` to the thread that armed it.
+    pub fn new(counting: Counting, signal: i32) -> ThreadCounter {
+        ThreadCounter { counting, signal, before: 0, open: None }
+    }
+
+    fn here(&mut self) -> Result<&mut PerfCounter, LandingError> {
+        let thread = thread_id();
+        if self.open.as_ref().is_none_or(|(of, _)| *of != thread) {
+            if let Some((_, counter)) = self.open.take() {
+                self.before += counter.count()?;
+            }
+            let counter = PerfCounter::open(self.counting, self.signal).map_err(LandingError::Open)?;
+            self.open = Some((thread, counter));
+        }
+        match &mut self.open {
+            Some((_, counter)) => Ok(counter),
+            None => unreachable!("opened above"),
+        }
+    }
+}
+
+impl TickCounter for ThreadCounter {
+    fn read(&mut self) -> Result<u64, LandingError> {
+        let count = self.here()?.count()?;
+        Ok(self.before + count)
+    }
+
+    fn arm(&mut self, ticks: u64) -> Result<(), LandingError> {
+        self.here()?.arm(ticks)
+    }
+
+    fn disarm(&mut self) -> Result<(), LandingError> {
+        self.here()?.disarm()
+    }
+}
+
+/// This thread's id.
+pub(super) fn thread_id() -> libc::pid_t {
+    thread_local! {
+        // SAFETY: it takes nothing and always succeeds.
+        static ID: libc::pid_t = unsafe { libc::gettid() };
+    }
+    ID.with(|id| *id)
 }
 
 fn check(result: i32) -> io::Result<()> {

@@ -4,13 +4,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use soft_cpu::state::{Cpu, Shadow};
-use xxhash_rust::xxh3::Xxh3;
 
 use super::counter::{Chance, SimulatedCounter};
 use crate::ram::Ram;
-use crate::vcpu::landing::{Go, LandingError, Place, Steered, Stop, TickCounter, anchor};
+use crate::vcpu::landing::{
+    Go, LandingError, Place, Steered, Stop, TickCounter, anchor, registers_digest,
+};
 use crate::vcpu::soft::SoftKick;
-use crate::vcpu::{Exit, Kick, SoftVcpu, VcpuError};
+use crate::vcpu::{Exit, Kick, SoftVcpu, Vcpu, VcpuError};
 
 const TF: u64 = 1 << 8;
 const RF: u64 = 1 << 16;
@@ -30,24 +31,24 @@ pub struct Quirks {
 
 /// See the module.
 pub struct SimulatedHost {
-    pub(super) soft: SoftVcpu,
+    soft: SoftVcpu,
     counter: SimulatedCounter,
     quirks: Quirks,
     chance: Chance,
     kick: Arc<AtomicBool>,
     /// Instruction counts at which somebody kicks, descending.
     kicks: Vec<u64>,
-    stops_left: u32,
+    stops_left: u64,
 }
 
-/// Stops after which somebody goes in circles.
-const STOPS_MAX: u32 = 200_000;
+/// Stops after which somebody goes in circles, in tests that say when they begin.
+const STOPS_MAX: u64 = 200_000;
 
 impl SimulatedHost {
-    pub(super) fn new(ram_len: u64, counter: SimulatedCounter, quirks: Quirks) -> SimulatedHost {
+    pub(in crate::vcpu) fn new(ram_len: u64, counter: SimulatedCounter, quirks: Quirks) -> SimulatedHost {
         let soft = SoftVcpu::new(ram_len);
         let (kick, chance) = (Arc::default(), Chance::new(ram_len));
-        SimulatedHost { soft, counter, quirks, chance, kick, kicks: Vec::new(), stops_left: STOPS_MAX }
+        SimulatedHost { soft, counter, quirks, chance, kick, kicks: Vec::new(), stops_left: u64::MAX }
     }
 
     /// Another counter, and other troubles from here on.
@@ -75,14 +76,6 @@ impl SimulatedHost {
     /// The CPU's registers.
     pub fn cpu(&self) -> &Cpu {
         self.soft.cpu().cpu()
-    }
-
-    pub(super) fn set_time(&mut self, ram: &mut Ram, offset_ns: u64) {
-        self.soft.prepare(ram, offset_ns);
-    }
-
-    pub(super) fn kicker(&self) -> Arc<dyn Kick> {
-        Arc::new(SoftKick(self.kick.clone()))
     }
 
     /// What stops the guest before its next instruction.
@@ -159,6 +152,26 @@ impl SimulatedHost {
 }
 
 impl Steered for SimulatedHost {
+    fn engine(&self) -> &dyn Vcpu {
+        &self.soft
+    }
+
+    fn engine_mut(&mut self) -> &mut dyn Vcpu {
+        &mut self.soft
+    }
+
+    fn prepare(&mut self, ram: &mut Ram, time_offset_ns: u64) {
+        self.soft.prepare(ram, time_offset_ns);
+    }
+
+    fn take_kick(&mut self) -> bool {
+        self.kick.swap(false, Ordering::Acquire)
+    }
+
+    fn kicker(&self) -> Arc<dyn Kick> {
+        Arc::new(SoftKick(self.kick.clone()))
+    }
+
     fn go(&mut self, ram: &mut Ram, go: Go) -> Result<Stop, VcpuError> {
         if go.resume {
             self.soft.cpu_mut().set_resume_flag(true);
@@ -184,15 +197,10 @@ impl Steered for SimulatedHost {
     fn place(&mut self) -> Result<Place, VcpuError> {
         let in_flight = self.in_flight();
         let cpu = self.cpu();
-        let mut hash = Xxh3::new();
-        for value in &cpu.regs[..16] {
-            hash.update(&value.to_le_bytes());
-        }
-        hash.update(&(cpu.flags.to_bits() & !(TF | RF)).to_le_bytes());
-        hash.update(&cpu.sys.cr3.to_le_bytes());
+        let gpr: &[u64; 16] = cpu.regs.first_chunk().unwrap_or_else(|| unreachable!("RAX to R15 come first"));
         Ok(Place {
             rip: cpu.rip,
-            registers: hash.digest(),
+            registers: registers_digest(gpr, cpu.flags.to_bits(), cpu.sys.cr3),
             shadow: cpu.shadow != Shadow::None,
             in_flight,
             debugs_itself: cpu.flags.rest() & TF != 0 || cpu.sys.dr7 & 0xff != 0,

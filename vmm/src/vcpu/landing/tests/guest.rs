@@ -205,8 +205,8 @@ fn handler(vector: u8, a: &mut Asm) -> Result<(), IcedError> {
 
 /// Puts a program with tables and handlers into RAM, which is cleared.
 pub fn load(ram: &mut Ram, program: &[u8]) -> Start {
+    ram.clear().unwrap();
     let bytes = ram.as_mut_slice();
-    bytes.fill(0);
     let mut put = |at: u64, with: &[u8]| bytes[at as usize..][..with.len()].copy_from_slice(with);
     put(PML4, &(PDPT | 3).to_le_bytes());
     put(PDPT, &(PD | 3).to_le_bytes());

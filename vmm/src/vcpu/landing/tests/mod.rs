@@ -4,20 +4,19 @@ use std::collections::VecDeque;
 
 use entry::Position;
 use soft_cpu::state::Shadow;
+use vm_memory::{Bytes, GuestAddress};
 use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
 use super::policy::Margin;
-use super::{Lander, Trap, anchor};
+use super::{Lander, Steered, Trap, anchor};
 use crate::ram::Ram;
-use crate::vcpu::simulated::{Chance, Quirks, SimulatedCounter, SimulatedVcpu, Skid};
+use crate::vcpu::simulated::{Chance, Quirks, SimulatedCounter, SimulatedHost, SimulatedVcpu, Skid};
 use crate::vcpu::{Exit, Limit, Vcpu, VcpuError, VcpuState};
 
 mod guest;
 mod properties;
 mod traps;
 
-/// Exits between two snapshots.
-const SNAPSHOT_EVERY: u64 = 8;
 /// Turns of the loop after which a guest goes in circles.
 const TURNS_MAX: u32 = 20_000;
 
@@ -64,20 +63,11 @@ struct World {
     next: usize,
 }
 
-/// State to go back to.
-struct Snapshot {
-    cpu: VcpuState,
-    at: Position,
-    ram: Vec<u8>,
-    world: World,
-}
-
 /// A vCPU with RAM that runs one program after the other.
 struct Bench {
     vcpu: SimulatedVcpu,
     ram: Ram,
     world: World,
-    snapshot: Option<Snapshot>,
     /// The CPU before its first instruction.
     origin: VcpuState,
 }
@@ -85,25 +75,25 @@ struct Bench {
 impl Bench {
     fn new() -> Bench {
         let counter = SimulatedCounter::new(Skid::default(), 0);
-        let mut vcpu = SimulatedVcpu::new(guest::RAM, counter, Quirks::default(), Margin::new(1, 1));
+        let host = SimulatedHost::new(guest::RAM, counter, Quirks::default());
+        let mut vcpu = SimulatedVcpu::new(host, Lander::new(Margin::new(1, 1)));
         let mut ram = Ram::new(guest::RAM).unwrap();
         vcpu.reset(&guest::load(&mut ram, &[])).unwrap();
-        let origin = vcpu.save().unwrap();
-        Bench { vcpu, ram, world: World::default(), snapshot: None, origin }
+        let origin = vcpu.host.engine().save().unwrap();
+        Bench { vcpu, ram, world: World::default(), origin }
     }
 
     fn start(&mut self, program: &[u8], setting: &Setting, seed: u64) {
         guest::load(&mut self.ram, program);
         let mut counter = SimulatedCounter::new(setting.skid, seed);
         counter.miscounts_one_in = setting.miscounts_one_in;
-        self.vcpu.host().replace(counter, setting.quirks, seed);
-        self.vcpu.host().kick_at(Vec::new());
+        self.vcpu.host.replace(counter, setting.quirks, seed);
+        self.vcpu.host.kick_at(Vec::new());
         let mut lander = Lander::new(Margin::new(setting.margin, 1 << 20));
         lander.without = setting.without;
-        *self.vcpu.lander() = lander;
+        self.vcpu.lander = lander;
         self.vcpu.restore_at(&self.origin, Position::default()).unwrap();
         self.world = World::default();
-        self.snapshot = None;
     }
 
     /// Runs a program whose guest is kicked at these instruction counts, an input each.
@@ -115,8 +105,8 @@ impl Bench {
         seed: u64,
     ) -> Result<(Vec<Input>, Ending), Failure> {
         self.start(program, setting, seed);
-        let from = self.vcpu.host().retired();
-        self.vcpu.host().kick_at(kicks.iter().map(|at| from + at).collect());
+        let from = self.vcpu.host.retired();
+        self.vcpu.host.kick_at(kicks.iter().map(|at| from + at).collect());
         let mut inputs = Vec::new();
         let mut chance = Chance::new(seed);
         let ending = self.run(&mut inputs, |at, n| {
@@ -126,43 +116,18 @@ impl Bench {
         Ok((inputs, ending))
     }
 
-    /// Replays; after an overshoot goes back to the last snapshot and tries again with twice the margin.
-    /// Gives the ending and how often it had to.
+    /// Replays. Gives the ending and how often a position was missed and sought again.
     fn replay(
         &mut self,
         program: &[u8],
         inputs: &[Input],
         setting: &Setting,
         seed: u64,
-    ) -> Result<(Ending, u32), Failure> {
+    ) -> Result<(Ending, u64), Failure> {
         self.start(program, setting, seed);
         let mut inputs = inputs.to_vec();
-        let mut retries = 0;
-        loop {
-            match self.run(&mut inputs, |_, _| None) {
-                Err(Failure::Vcpu(e @ VcpuError::Overshot { .. })) => {
-                    let wider = self.vcpu.lander().margin().widened().ok_or(e)?;
-                    self.vcpu.lander().set_margin(wider);
-                    self.go_back()?;
-                    retries += 1;
-                }
-                ending => return Ok((ending?, retries)),
-            }
-        }
-    }
-
-    fn take_snapshot(&mut self) -> Result<(), VcpuError> {
-        let (cpu, at) = (self.vcpu.save()?, self.vcpu.position());
-        let (ram, world) = (self.ram.as_mut_slice().to_vec(), self.world.clone());
-        self.snapshot = Some(Snapshot { cpu, at, ram, world });
-        Ok(())
-    }
-
-    fn go_back(&mut self) -> Result<(), VcpuError> {
-        let snapshot = self.snapshot.as_ref().expect("taken at the start");
-        self.ram.as_mut_slice().copy_from_slice(&snapshot.ram);
-        self.world = snapshot.world.clone();
-        self.vcpu.restore_at(&snapshot.cpu, snapshot.at)
+        let ending = self.run(&mut inputs, |_, _| None)?;
+        Ok((ending, self.vcpu.landings().retries))
     }
 
     /// The guest loop of both: `new` makes an input where a guest was kicked, unless its inputs are known.
@@ -171,9 +136,6 @@ impl Bench {
         inputs: &mut Vec<Input>,
         mut new: impl FnMut(Position, usize) -> Option<Input>,
     ) -> Result<Ending, Failure> {
-        if self.snapshot.is_none() {
-            self.take_snapshot()?;
-        }
         for _ in 0..TURNS_MAX {
             let at = self.vcpu.position();
             if let Some(input) = inputs.get(self.world.next).copied() {
@@ -200,7 +162,7 @@ impl Bench {
                     self.vcpu.inject(vector)?;
                 }
                 Exit::Halted if self.world.pending.is_empty() => self.world.pending.push_back(guest::LOOPING),
-                Exit::Halted => {}
+                Exit::Halted | Exit::Between => {}
                 Exit::PioOut { port: guest::END_PORT, .. } => return Ok(self.ending()),
                 Exit::Shutdown => return Err(Failure::Shutdown),
                 exit => self.access(exit)?,
@@ -210,7 +172,7 @@ impl Bench {
     }
 
     fn apply(&mut self, input: Input) {
-        self.ram.as_mut_slice()[guest::INPUT as usize..][..8].copy_from_slice(&input.word.to_le_bytes());
+        self.ram.memory().write_obj(input.word, GuestAddress(guest::INPUT)).unwrap();
         self.world.pending.push_back(input.vector);
         self.world.next += 1;
     }
@@ -225,9 +187,6 @@ impl Bench {
                 Some(Exit::Shutdown) => return Err(Failure::Shutdown),
                 Some(next) => exit = next,
             }
-        }
-        if self.vcpu.position().count.is_multiple_of(SNAPSHOT_EVERY) {
-            self.take_snapshot()?;
         }
         Ok(())
     }
@@ -249,7 +208,7 @@ impl Bench {
 
     fn ending(&mut self) -> Ending {
         let digest = (xxh3_128(self.ram.as_mut_slice()), self.world.accesses);
-        let registers = *self.vcpu.host().cpu().regs.first_chunk().unwrap();
+        let registers = *self.vcpu.host.cpu().regs.first_chunk().unwrap();
         Ending { digest, registers, at: self.vcpu.position() }
     }
 }

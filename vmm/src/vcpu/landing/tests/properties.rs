@@ -38,7 +38,7 @@ struct Tally {
     inputs: usize,
     landed: u64,
     passed: u64,
-    retries: u32,
+    retries: u64,
 }
 
 fn schedules(seeds: std::ops::Range<u64>, skid: impl Fn(&mut Chance, u64) -> Skid) -> Tally {
@@ -59,7 +59,7 @@ fn schedules(seeds: std::ops::Range<u64>, skid: impl Fn(&mut Chance, u64) -> Ski
         let (again, retries) = replayed.unwrap_or_else(|e| panic!("seed {seed}: replay: {e:?}"));
         assert_eq!(again, ending, "seed {seed}");
         tally.inputs += inputs.len();
-        let stats = bench.vcpu.lander().stats();
+        let stats = bench.vcpu.landings();
         (tally.landed, tally.passed) = (tally.landed + stats.landed, tally.passed + stats.passed);
         tally.retries += retries;
     }
@@ -94,7 +94,7 @@ fn a_counter_that_stops_counting_is_an_error() {
     let mut bench = Bench::new();
     let program = guest::random(1);
     bench.start(&program, &Setting { margin: 10, ..Setting::default() }, 1);
-    bench.vcpu.host().simulated_counter().broken = true;
+    bench.vcpu.host.simulated_counter().broken = true;
     let failed = bench.run(&mut Vec::new(), |_, _| None);
     assert!(matches!(failed, Err(Failure::Vcpu(VcpuError::Landing(_)))), "{failed:?}");
 }

@@ -121,7 +121,7 @@ fn a_kick_is_answered_though_the_guest_leaves_by_itself() {
             inputs.len(),
             1,
             "seed {seed} {:?} {}",
-            bench.vcpu.lander().stats(),
+            bench.vcpu.landings(),
             bench.vcpu.host.retired()
         );
         let careless = Setting { without: Some(Trap::OwedKick), ..setting };
