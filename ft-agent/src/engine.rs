@@ -1,11 +1,10 @@
 //! Which engine runs the guest: the user's wish, and what this host can do.
 
-use std::path::Path;
-
 use clap::ValueEnum;
 use serde::Deserialize;
 use vmm::Engine;
 
+use crate::doctor;
 use crate::error::Error;
 
 /// Which CPU executes the guest.
@@ -41,29 +40,28 @@ pub enum Positions {
 /// # Errors
 /// What is asked for cannot be had here.
 pub fn choose(cpu: Cpu, positions: Positions) -> Result<Engine, Error> {
+    let asked = "as asked for".to_owned();
     let (engine, why) = match (cpu, positions) {
-        (Cpu::Auto, Positions::Auto) => (Engine::Soft, no_counter()),
-        (Cpu::Soft, Positions::Auto) => (Engine::Soft, "as asked for"),
+        (Cpu::Auto, Positions::Auto) => match doctor::exact() {
+            Ok(why) => (Engine::KvmCounter, why),
+            Err(why) => (Engine::Soft, format!("KVM would not be exact here: {why}")),
+        },
+        (Cpu::Soft, Positions::Auto) => (Engine::Soft, asked),
+        (Cpu::Soft, Positions::Counter) => (Engine::SoftCounter, "a simulated counter, for tests".into()),
         (Cpu::Auto | Cpu::Soft, _) => {
             return Err(Error::config("positions", "they are a choice of --cpu kvm only"));
         }
-        (Cpu::Kvm, Positions::Auto) => (Engine::KvmSync, no_counter()),
-        (Cpu::Kvm, Positions::Sync) => (Engine::KvmSync, "as asked for"),
-        (Cpu::Kvm, Positions::Step) => (Engine::KvmStep, "as asked for"),
-        (Cpu::Kvm, Positions::Counter) => return Err(Error::config("positions", no_counter())),
+        (Cpu::Kvm, Positions::Auto) => match doctor::exact() {
+            Ok(why) => (Engine::KvmCounter, why),
+            Err(why) => (Engine::KvmSync, format!("no exact counter here: {why}")),
+        },
+        (Cpu::Kvm, Positions::Sync) => (Engine::KvmSync, asked),
+        (Cpu::Kvm, Positions::Step) => (Engine::KvmStep, asked),
+        (Cpu::Kvm, Positions::Counter) => match doctor::exact() {
+            Ok(why) => (Engine::KvmCounter, why),
+            Err(why) => return Err(Error::config("positions", format!("no exact counter here: {why}"))),
+        },
     };
     eprintln!("engine: {} ({why})", engine.name());
     Ok(engine)
-}
-
-/// Why KVM cannot land by a counter here.
-fn no_counter() -> &'static str {
-    let perf = Path::new("/sys/bus/event_source/devices");
-    if !Path::new("/dev/kvm").exists() {
-        "this host has no /dev/kvm"
-    } else if !["cpu", "cpu_core"].iter().any(|unit| perf.join(unit).exists()) {
-        "this host has no hardware counter that KVM could land by"
-    } else {
-        "this vmft does not land by hardware counters yet"
-    }
 }

@@ -46,7 +46,13 @@ impl Guest {
         };
         let guest = Guest {
             config,
-            files: boot_files(&plan.kernel, plan.initrd.as_deref(), plan.cmdline.clone(), seed(clock)?)?,
+            files: boot_files(
+                &plan.kernel,
+                plan.initrd.as_deref(),
+                plan.cmdline.clone(),
+                seed(clock)?,
+                plan.engine,
+            )?,
             kernel: plan.kernel.clone(),
             initrd: plan.initrd.clone(),
             disks: plan.disks.clone(),
@@ -61,6 +67,16 @@ impl Guest {
     /// The files cannot be booted on it, or the host has no memory for it.
     pub fn boot(&self) -> Result<Machine, Error> {
         let plan = BootPlan::new(&self.files, &self.config)?;
+        if self.files.rewrite {
+            match plan.rewritten() {
+                Some(rewritten) if rewritten.is_empty() => {}
+                Some(rewritten) => eprintln!("kernel: {rewritten}"),
+                None => eprintln!(
+                    "kernel: warning: {} is no ELF file with sections, so that RDTSC and its like stay in it: a replay may differ",
+                    self.files.kernel.name
+                ),
+            }
+        }
         Ok(Machine::new(self.config.clone(), plan)?)
     }
 
@@ -126,10 +142,12 @@ impl Guest {
         let text =
             |name: &str| identity.get(name).ok_or_else(|| Error::config(name, "the log does not have it"));
         let cmdline = text("cmdline")?.to_owned();
-        let files = boot_files(&kernel, initrd.as_deref(), cmdline, parse("seed", text("seed")?, unhex)?)?;
+        let seed = parse("seed", text("seed")?, unhex)?;
+        let engine = parse("engine", text("engine")?, Engine::named)?;
+        let files = boot_files(&kernel, initrd.as_deref(), cmdline, seed, engine)?;
         let guest = Guest {
             config: MachineConfig {
-                engine: parse("engine", text("engine")?, Engine::named)?,
+                engine,
                 memory_bytes: parse("memory-bytes", text("memory-bytes")?, |t| t.parse().ok())?,
                 epoch_s: parse("epoch-s", text("epoch-s")?, |t| t.parse().ok())?,
                 slots: parse("slots", text("slots")?, |t| serde_json::from_str(t).ok())?,
@@ -205,12 +223,14 @@ fn boot_files(
     initrd: Option<&Path>,
     command_line: String,
     seed: [u8; 32],
+    engine: Engine,
 ) -> Result<BootFiles, Error> {
     Ok(BootFiles {
         kernel: read_file("kernel", kernel)?,
         initrd: initrd.map(|f| read_file("initrd", f)).transpose()?,
         command_line,
         seed: Some(seed),
+        rewrite: engine.is_kvm(),
     })
 }
 

@@ -11,6 +11,7 @@ use vmm::GuestLoop;
 use vmm::guest_loop::{LoopError, Turn};
 use vmm::narrow::{Narrowed, Pieces, narrow};
 use vmm::replay::{Records, ReplayError, Replayer, Standby};
+use vmm::vcpu::landing::Landings;
 
 use crate::error::Error;
 use crate::guest::{Elsewhere, Guest};
@@ -213,6 +214,12 @@ fn report(guest: &Replay, wall: Duration, args: &ReplayArgs) -> Result<(), Error
         Some(EndReason::Guest(end)) => eprintln!("the guest ended by {end:?}"),
         None if source.is_done() => eprintln!("the log says nothing of its end: the recorder died"),
         None => eprintln!("stopped at --to {}", args.to.unwrap_or(at)),
+    }
+    let Landings { landed, retries, .. } = guest.machine.counts().landings;
+    if landed + retries > 0 {
+        eprintln!(
+            "{landed} positions landed on by counter; {retries} missed and sought again with twice the margin"
+        );
     }
     if source.is_done() {
         tell_cut_off(source.records());

@@ -185,9 +185,7 @@ impl<'a> Session<'a> {
     ) -> Result<Session<'a>, Error> {
         let inbox = Inbox::new(machine.kicker(), INBOX_CAPACITY);
         let mut inlet = Inlet::new(inbox, clock, machine.time_ns(), 0)?;
-        if plan.engine.unit() == PositionUnit::SynchronousExits {
-            inlet.watch_for_starvation(plan.starvation);
-        }
+        inlet.watch_for_starvation(plan.engine.unit(), plan.starvation);
         let mut host =
             Host { inlet, outlet: Outlet::new(ConsoleOut::Printer(Printer::new(options.until.clone()))) };
         attach(&mut host, plan, images)?;

@@ -1,5 +1,6 @@
 //! What a run came to, for people and for programs.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::File;
 use std::path::Path;
@@ -8,6 +9,7 @@ use std::time::Duration;
 use entry::PositionUnit;
 use serde::Serialize;
 use vmm::Machine;
+use vmm::vcpu::landing::Landings;
 
 use crate::error::Error;
 use crate::outside::Traffic;
@@ -41,6 +43,10 @@ pub struct Summary {
     pub interrupts: u64,
     /// Times that another thread stopped the guest.
     pub kicks: u64,
+    /// What became of positions by a branch counter.
+    pub landings: Landings,
+    /// Addresses of kernel instructions that were made exits, by what they were.
+    pub rewritten: BTreeMap<&'static str, Vec<String>>,
     /// Frames sent to the network.
     pub frames_sent: u64,
     /// Frames that the host's network did not take.
@@ -72,6 +78,8 @@ impl Summary {
             halts: counts.halts,
             interrupts: counts.interrupts,
             kicks: counts.kicks,
+            landings: counts.landings,
+            rewritten: rewritten(machine),
             frames_sent: traffic.frames_sent,
             frames_dropped: traffic.frames_dropped,
             starved: traffic.starved.times,
@@ -104,6 +112,14 @@ impl fmt::Display for Summary {
             "exits: {} port, {} memory, {} halt, {} kick; {} interrupts; {} frames sent",
             self.pio, self.mmio, self.halts, self.kicks, self.interrupts, self.frames_sent
         )?;
+        let Landings { anchored, starved, landed, retries, .. } = self.landings;
+        if self.landings != Landings::default() {
+            writeln!(
+                f,
+                "branch counter: {anchored} kicks stopped at a branch and {starved} not, {landed} positions landed on, \
+                 {retries} missed and sought again with twice the margin"
+            )?;
+        }
         if self.starved > 0 {
             writeln!(
                 f,
@@ -116,6 +132,14 @@ impl fmt::Display for Summary {
         }
         Ok(())
     }
+}
+
+fn rewritten(machine: &Machine) -> BTreeMap<&'static str, Vec<String>> {
+    let mut all = BTreeMap::<_, Vec<_>>::new();
+    for (at, site) in machine.rewritten().iter().flat_map(|r| r.sites.iter()) {
+        all.entry(site.asks.name()).or_default().push(format!("{at:#x}"));
+    }
+    all
 }
 
 fn unit_name(unit: PositionUnit) -> &'static str {

@@ -176,7 +176,7 @@ impl Outside for World {
     }
 
     fn answer(&mut self, _at: Position, question: &Question) -> Result<Answer, Infallible> {
-        let Question::Entropy { len, .. } = question;
+        let Question::Entropy { len, .. } = question else { panic!("{question:?}") };
         Ok(Answer::Entropy(self.random.bytes((*len).into())))
     }
 
@@ -252,7 +252,8 @@ fn machine(kernel: &[u8], command_line: &str) -> Machine {
     ];
     let config = MachineConfig { engine: Engine::Soft, memory_bytes: 16 << 20, epoch_s: 0, slots };
     let kernel = BootFile { name: "bare".into(), bytes: kernel.to_vec().into() };
-    let files = BootFiles { kernel, initrd: None, command_line: command_line.into(), seed: Some([7; 32]) };
+    let (initrd, command_line, seed) = (None, command_line.into(), Some([7; 32]));
+    let files = BootFiles { kernel, initrd, command_line, seed, rewrite: false };
     let plan = BootPlan::new(&files, &config).unwrap();
     Machine::new(config, plan).unwrap()
 }

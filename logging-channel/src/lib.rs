@@ -18,7 +18,7 @@ pub mod receiver;
 pub mod sender;
 pub mod stream;
 
-use entry::log::{Entry, LoggedAnswer, LoggedInput, Record};
+use entry::log::{Entry, LoggedInput, Record};
 
 /// What a record weighs beside its payload: an upper bound of its size in memory.
 pub const RECORD_WEIGHT: u64 = 128;
@@ -28,7 +28,7 @@ const _: () = assert!(size_of::<Record>() as u64 <= RECORD_WEIGHT);
 pub fn weight(record: &Record) -> u64 {
     let payload = match &record.entry {
         Entry::Input(LoggedInput::Frame { bytes, .. } | LoggedInput::Console { bytes, .. }) => bytes.len(),
-        Entry::Answer(LoggedAnswer::Device(entry::Answer::Entropy(bytes))) => bytes.len(),
+        Entry::Answer(entry::Answer::Entropy(bytes)) => bytes.len(),
         _ => 0,
     };
     RECORD_WEIGHT + payload as u64

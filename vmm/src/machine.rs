@@ -8,12 +8,14 @@ use std::sync::Arc;
 use entry::{Answer, Digest, DiskRequest, End, Input, Output, Position, PositionUnit, Question};
 use serde::{Deserialize, Serialize};
 
+use crate::boot::rewrite::{self, Rewritten, Site};
 use crate::boot::{BootError, BootPlan};
 use crate::bus::{Bus, Target};
 use crate::clock::Clock;
 use crate::config::{ConfigError, MachineConfig, MachineIdentity};
 use crate::devices::{Context, Devices, Effects, Request};
 use crate::ram::{Ram, RamError};
+use crate::vcpu::landing::Landings;
 use crate::vcpu::{Exit, Kick, Limit, Vcpu, VcpuError};
 
 /// Raised whenever the same inputs may give another state.
@@ -79,6 +81,8 @@ pub struct Counts {
     pub kicks: u64,
     /// Guest time that passed while halted, in ns.
     pub idle_ns: u64,
+    /// Of positions by a branch counter.
+    pub landings: Landings,
 }
 
 /// Digest of a machine by parts, so that a difference has a place.
@@ -198,7 +202,12 @@ impl Machine {
 
     /// What happened so far.
     pub fn counts(&self) -> Counts {
-        self.counts
+        Counts { landings: self.vcpu.landings(), ..self.counts }
+    }
+
+    /// What of the kernel was rewritten, if its code was looked through.
+    pub fn rewritten(&self) -> Option<&Rewritten> {
+        self.plan.rewritten()
     }
 
     /// Stops [`Machine::run`] from another thread.
@@ -316,6 +325,13 @@ impl Machine {
     /// Serves an access of the guest to a device, to the end of its instruction.
     fn access(&mut self, mut exit: Exit) -> Result<Option<Stop>, MachineError> {
         loop {
+            if matches!(exit, Exit::PioOut { port, .. } if port == u16::from(rewrite::PORT)) {
+                match self.trapped()? {
+                    (Some(next), _) => exit = next,
+                    (None, stop) => return Ok(stop.or_else(|| self.after_access())),
+                }
+                continue;
+            }
             let value = self.dispatch(exit);
             if let Some(question) = &self.effects.question {
                 self.unfinished = Some(value);
@@ -327,6 +343,41 @@ impl Machine {
                 Some(next) => exit = next,
             }
         }
+    }
+
+    /// The guest leaves where an instruction may have been that tells the time or chance. What its OUT asks next, or the
+    /// question in its place.
+    fn trapped(&mut self) -> Result<(Option<Exit>, Option<Stop>), MachineError> {
+        self.counts.pio += 1;
+        let mut next = self.vcpu.complete(&mut self.ram, 0)?;
+        if next.is_none() {
+            next = self.vcpu.settle(&mut self.ram)?;
+        }
+        if let Some(Exit::Shutdown) = next {
+            return Ok((None, Some(Stop::End(End::TripleFault))));
+        }
+        let site = if next.is_none() { self.site()? } else { None };
+        let question = site.map(|site| site.question(self.time_ns()));
+        self.effects.question.clone_from(&question);
+        Ok((next, question.map(Stop::Question)))
+    }
+
+    /// The instruction whose OUT was executed last.
+    fn site(&mut self) -> Result<Option<Site>, MachineError> {
+        let Some(rewritten) = self.plan.rewritten() else { return Ok(None) };
+        let mut rip = 0;
+        self.vcpu.change_registers(&mut |registers| rip = registers.rip)?;
+        Ok(rewritten.sites.at(rip.wrapping_sub(rewrite::OUT)))
+    }
+
+    /// Does what the instruction would have done whose question has this answer.
+    fn instead(&mut self, question: Question, mut value: u64) -> Result<(), MachineError> {
+        let Some(site) = self.site()? else { return Err(MachineError::WrongAnswer(question)) };
+        if let Question::Time { .. } = question {
+            self.raise_time(value);
+            value = self.time_ns();
+        }
+        Ok(self.vcpu.change_registers(&mut |registers| site.apply(value, registers))?)
     }
 
     /// Answers the guest. What is to be told is told of a whole boundary, so the instruction is finished first.
@@ -439,18 +490,7 @@ impl Machine {
     pub fn apply(&mut self, input: Input) {
         let at = self.position();
         if let Input::Clock { time_ns } = input {
-            // Each deadline on the way happens at its own time, as when a halted guest skips to it.
-            let now_ns = self.time_ns();
-            let time_ns = time_ns.min(now_ns.saturating_add(CLOCK_STEP_MAX_NS));
-            if self.halted {
-                self.counts.idle_ns += time_ns.saturating_sub(now_ns);
-            }
-            while let Some(deadline) = self.devices.deadline_ns().filter(|deadline| *deadline <= time_ns) {
-                self.clock.raise(at, deadline);
-                self.fire_timers();
-            }
-            self.clock.raise(at, time_ns);
-            return;
+            return self.raise_time(time_ns);
         }
         // It may wake a halted guest: nobody may wait for the next deadline first.
         self.halted = false;
@@ -459,9 +499,27 @@ impl Machine {
         self.devices.apply(input, &mut cx);
     }
 
+    /// Moves guest time on, at most by [`CLOCK_STEP_MAX_NS`].
+    fn raise_time(&mut self, time_ns: u64) {
+        let (at, now_ns) = (self.position(), self.time_ns());
+        let time_ns = time_ns.min(now_ns.saturating_add(CLOCK_STEP_MAX_NS));
+        if self.halted {
+            self.counts.idle_ns += time_ns.saturating_sub(now_ns);
+        }
+        // Each deadline on the way happens at its own time, as when a halted guest skips to it.
+        while let Some(deadline) = self.devices.deadline_ns().filter(|deadline| *deadline <= time_ns) {
+            self.clock.raise(at, deadline);
+            self.fire_timers();
+        }
+        self.clock.raise(at, time_ns);
+    }
+
     /// Answers the question of [`Stop::Question`].
     pub fn answer(&mut self, answer: Answer) -> Result<(), MachineError> {
         let Some(question) = self.effects.question.take() else { return Ok(()) };
+        if let (Question::Time { .. } | Question::Random, Answer::Value(value)) = (&question, &answer) {
+            return self.instead(question, *value);
+        }
         let now_ns = self.time_ns();
         let mut cx = Context { now_ns, memory: self.ram.memory(), effects: &mut self.effects };
         match self.devices.answer(&question, answer, &mut cx) {

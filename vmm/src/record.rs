@@ -1,7 +1,7 @@
 //! Recording: a live source that appends everything to the log before it takes effect.
 
 use entry::codec::EXITS_MAX;
-use entry::log::{DiskStatus, EndReason, Entry, LoggedAnswer, LoggedInput, LoggedOutput, OutputTo, Record};
+use entry::log::{DiskStatus, EndReason, Entry, LoggedInput, LoggedOutput, OutputTo, Record};
 use entry::{Answer, Digest, DiskRequest, DiskResult, End, Input, Output, Position, PositionUnit, Question};
 use xxhash_rust::xxh3::xxh3_128;
 
@@ -13,8 +13,8 @@ use crate::source::{After, Live, Next, Outside, Source};
 const fn instructions_per(unit: PositionUnit) -> u64 {
     match unit {
         PositionUnit::Instructions => 1,
-        PositionUnit::Branches => 5,
-        PositionUnit::SynchronousExits | PositionUnit::Steps => 1000,
+        // Their count is that of exits.
+        PositionUnit::Branches | PositionUnit::SynchronousExits | PositionUnit::Steps => 1000,
     }
 }
 
@@ -194,7 +194,7 @@ impl<O: Outside, L: Log<Error = O::Error>> Source for Recorder<O, L> {
     fn answer(&mut self, at: Position, question: &Question) -> Result<Option<Answer>, O::Error> {
         let answer = self.live.answer(at, question)?;
         if let Some(answer) = &answer {
-            self.append(at, Entry::Answer(LoggedAnswer::Device(answer.clone())))?;
+            self.append(at, Entry::Answer(answer.clone()))?;
         }
         Ok(answer)
     }

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use entry::log::{DiskStatus, EndReason, Entry, LoggedAnswer, LoggedInput, Record};
+use entry::log::{DiskStatus, EndReason, Entry, LoggedInput, Record};
 use entry::{Answer, DiskRequest, DiskResult, End, Input, Output, Position, Question};
 
 use crate::machine::{Machine, StateDigest};
@@ -326,9 +326,7 @@ impl<L: Records, D: Standby> Source for Replayer<L, D> {
 
     fn answer(&mut self, at: Position, question: &Question) -> Result<Option<Answer>, Self::Error> {
         match self.front()? {
-            Some(Record { position, entry: Entry::Answer(LoggedAnswer::Device(answer)) })
-                if *position == at =>
-            {
+            Some(Record { position, entry: Entry::Answer(answer) }) if *position == at => {
                 let answer = answer.clone();
                 self.advance();
                 Ok(Some(answer))

@@ -115,9 +115,8 @@ pub const LAG_MAX_NS: u64 = 5_000_000;
 const fn per_look(unit: PositionUnit) -> u64 {
     match unit {
         PositionUnit::Instructions => 250_000,
-        PositionUnit::Branches => 50_000,
-        PositionUnit::SynchronousExits => 64,
-        PositionUnit::Steps => 64,
+        // Their count is that of exits.
+        PositionUnit::Branches | PositionUnit::SynchronousExits | PositionUnit::Steps => 64,
     }
 }
 

@@ -7,12 +7,12 @@ use vmft_vmm::Engine;
 use vmft_vmm::vcpu::Exit;
 
 use vcpu::programs::{Program, all};
-use vcpu::{Guest, has_kvm, normal, skip};
+use vcpu::{Guest, has_counter, has_kvm, normal, skip};
 
 /// A KVM that emulates ring 0 opens the interrupt window there at some later boundary, which the host's own interrupts decide.
 fn can_run(engine: Engine, program: &Program) -> bool {
     let emulates = std::path::Path::new("/sys/module/kvm_pvm").exists();
-    let can = engine == Engine::Soft || program.interrupts.is_empty() || !emulates;
+    let can = !engine.is_kvm() || program.interrupts.is_empty() || !emulates;
     if !can {
         skip(
             program.name,
@@ -25,7 +25,8 @@ fn can_run(engine: Engine, program: &Program) -> bool {
 /// The software CPU is what the others are compared with.
 fn conforms(engine: Engine) {
     // The handler of a fault is no place for a trap flag: single steps are not for programs that fault.
-    let fit = |program: &Program| !(engine == Engine::KvmStep && program.faults);
+    let steps = matches!(engine, Engine::KvmStep | Engine::KvmStepCounter);
+    let fit = |program: &Program| !(steps && program.faults);
     for program in all().into_iter().filter(|program| fit(program) && can_run(engine, program)) {
         let (mut expected, mut guest) = (Guest::new(Engine::Soft, &program), Guest::new(engine, &program));
         assert!(expected.run(None) && guest.run(None), "{}", program.name);
@@ -99,6 +100,28 @@ fn kvm_with_single_steps_conforms() {
     }
 }
 
+#[test]
+fn counted_branches_on_the_software_cpu_conform() {
+    conforms(Engine::SoftCounter);
+    survives_saving(Engine::SoftCounter);
+}
+
+#[test]
+fn counted_branches_on_kvm_conform() {
+    if has_kvm("counted_branches_on_kvm_conform") {
+        conforms(Engine::KvmStepCounter);
+    }
+}
+
+/// The counter is the host's.
+#[test]
+fn branches_that_the_host_counts_conform() {
+    if has_counter("branches_that_the_host_counts_conform") {
+        conforms(Engine::KvmCounter);
+        survives_saving(Engine::KvmCounter);
+    }
+}
+
 fn steps() -> impl Iterator<Item = Program> {
     all().into_iter().filter(|program| !program.repeats && !program.faults)
 }
@@ -128,10 +151,9 @@ fn kvm_agrees_with_the_software_cpu_after_every_step() {
 /// A kick from another thread is answered where it may be, and changes nothing.
 #[test]
 fn kicks_change_nothing() {
-    if !has_kvm("kicks_change_nothing") {
-        return;
-    }
-    for engine in [Engine::KvmSync, Engine::KvmStep] {
+    let kvm = [Engine::KvmSync, Engine::KvmStep, Engine::KvmStepCounter];
+    let kvm = if has_kvm("kicks_change_nothing") { &kvm[..] } else { &[] };
+    for engine in [Engine::SoftCounter].into_iter().chain(kvm.iter().copied()) {
         for program in all().into_iter().filter(|program| can_run(engine, program)) {
             let mut quiet = Guest::new(engine, &program);
             quiet.run(None);

@@ -13,15 +13,13 @@ use vmm::vcpu::landing::TickCounter;
 use vmm::vcpu::perf::events::Event;
 use vmm::vcpu::perf::{Counting, GracePeriod, PerfCounter};
 
-use super::Check;
 use super::micro::{Left, Micro};
+use super::{Care, Check};
 
 /// Rounds of a counted loop.
 const ROUNDS: u32 = 1_000_000;
 /// Rounds of one that leaves each time.
 const ROUNDS_LEAVING: u32 = 20_000;
-/// How often each is run.
-const REPEATS: u32 = 20;
 /// Overflows measured.
 const OVERFLOWS: u32 = 2_000;
 
@@ -55,6 +53,8 @@ struct Bench<'a> {
     counter: PerfCounter,
     event: Event,
     grace: GracePeriod,
+    /// How often each storm is run.
+    repeats: u32,
 }
 
 /// Names of the checks that need a counter.
@@ -67,14 +67,15 @@ const COUNTING: [&str; 5] = [
 ];
 
 /// All of them.
-pub fn check(checks: &mut Vec<Check>, kvm: &Kvm, event: Option<Event>) -> Option<Skid> {
+pub fn check(checks: &mut Vec<Check>, kvm: &Kvm, event: Option<Event>, care: Care) -> Option<Skid> {
     let opened = open(checks, event);
     let Some((counter, grace, event)) = opened else {
         let none = |name: &&'static str| Check::not_applicable(name, "there is no counter");
         checks.extend(COUNTING.iter().map(none));
         return None;
     };
-    let mut bench = Bench { kvm, counter, event, grace };
+    let repeats = if care == Care::Brief { 3 } else { 20 };
+    let mut bench = Bench { kvm, counter, event, grace, repeats };
     let storms: [(&str, Storm); 4] = [
         (COUNTING[0], Storm::Quiet),
         (COUNTING[1], Storm::Exits),
@@ -83,6 +84,9 @@ pub fn check(checks: &mut Vec<Check>, kvm: &Kvm, event: Option<Event>) -> Option
     ];
     for (name, storm) in storms {
         checks.push(bench.counts(name, storm));
+    }
+    if care == Care::Brief {
+        return None;
     }
     let skid = bench.skid();
     checks.push(match &skid {
@@ -174,8 +178,8 @@ impl Storm {
 impl Bench<'_> {
     /// Counts a loop of known length again and again.
     fn counts(&mut self, name: &'static str, storm: Storm) -> Check {
-        let mut disturbed = 0;
-        for _ in 0..REPEATS {
+        let (repeats, mut disturbed) = (self.repeats, 0);
+        for _ in 0..repeats {
             match self.count(storm) {
                 Ok((counted, expected, times)) if counted == expected => disturbed += times,
                 Ok((counted, expected, _)) => {
@@ -186,7 +190,7 @@ impl Bench<'_> {
                 Err(e) => return Check::fail(name, e, "positions are at exits here"),
             }
         }
-        Check::pass(name, format!("exact in {REPEATS} runs, {disturbed} times disturbed"))
+        Check::pass(name, format!("exact in {repeats} runs, {disturbed} times disturbed"))
     }
 
     /// Branches counted, branches retired, and how often the guest was disturbed.

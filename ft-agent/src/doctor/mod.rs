@@ -166,8 +166,17 @@ fn decide(checks: &[Check], retries: bool) -> (Verdict, Vec<&'static str>) {
     }
 }
 
+/// How closely to look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Care {
+    /// A fraction of a second, to choose an engine.
+    Brief,
+    /// All there is to tell.
+    Thorough,
+}
+
 /// Looks at the host.
-fn examine() -> Report {
+fn examine(care: Care) -> Report {
     let mut checks = Vec::new();
     let (model, event) = host::cpu(&mut checks);
     host::settings(&mut checks, &model);
@@ -176,7 +185,7 @@ fn examine() -> Report {
     match &kvm {
         Some(kvm) => {
             semantics::check(&mut checks, kvm);
-            skid = counting::check(&mut checks, kvm, event);
+            skid = counting::check(&mut checks, kvm, event, care);
         }
         None => checks.push(Check::not_applicable("counter", "there is no KVM to count a guest of")),
     }
@@ -185,12 +194,27 @@ fn examine() -> Report {
     Report { checks, skid, verdict, because }
 }
 
+/// Whether guests on this host's KVM can have any position, by an exact counter.
+///
+/// # Errors
+/// Why not.
+pub fn exact() -> Result<String, String> {
+    let report = examine(Care::Brief);
+    if matches!(report.verdict, Verdict::Exact | Verdict::ExactWithRetry) {
+        return Ok(format!("vmft doctor: {}", report.verdict));
+    }
+    let against = report.checks.iter().filter(|c| report.because.contains(&c.name));
+    let against: Vec<_> =
+        against.filter(|c| c.outcome == Outcome::Fail).map(|c| format!("{}: {}", c.name, c.reason)).collect();
+    Err(against.join("; "))
+}
+
 /// Prints what this host can do.
 ///
 /// # Errors
 /// The report cannot be written.
 pub fn run(args: &DoctorArgs) -> Result<(), Error> {
-    let report = examine();
+    let report = examine(Care::Thorough);
     if args.json {
         let text = serde_json::to_string_pretty(&report).map_err(std::io::Error::other);
         println!("{}", text.map_err(Error::host("report"))?);

@@ -13,11 +13,11 @@ use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use entry::{Answer, Console, DiskRequest, Input, Output, Position, Question};
+use entry::{Answer, Console, DiskRequest, Input, Output, Position, PositionUnit, Question};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmm::inbox::{Inbox, InboxSender, Origin};
 use vmm::machine::StateDigest;
-use vmm::source::Outside;
+use vmm::source::{LAG_MAX_NS, Outside};
 
 use crate::error::Error;
 use crate::options::ClockMode;
@@ -31,6 +31,9 @@ use tap::Tap;
 const FRAME_MAX: usize = 65_536;
 /// A thread that waits for its device looks this often whether the run is over.
 const LOOK_MS: u8 = 100;
+
+/// Guest time that an instruction takes which asks for the time, ns, where nothing else moves it: one that waits gets on.
+const ASKING_NS: u64 = 1000;
 
 /// What was done, for the summary.
 #[derive(Clone, Copy, Debug, Default)]
@@ -140,14 +143,19 @@ impl Inlet {
         &self.sender
     }
 
-    /// Notices when inputs wait longer than `limit` for an exit of the guest.
-    pub fn watch_for_starvation(&mut self, limit: Duration) {
+    /// Sees to a guest that does not come to a stop by itself, and notices when inputs wait longer than `limit` for an exit.
+    pub fn watch_for_starvation(&mut self, unit: PositionUnit, limit: Duration) {
+        // Looks even when nothing else comes: guest time waits as well.
+        let every = match unit {
+            PositionUnit::SynchronousExits => Duration::from_millis(LOOK_MS.into()),
+            PositionUnit::Branches => Duration::from_nanos(LAG_MAX_NS),
+            PositionUnit::Instructions | PositionUnit::Steps => return,
+        };
         self.starvation = Some(Starvation::new(limit));
         let sender = self.sender.clone();
-        // Looks even when nothing else comes: guest time waits for an exit as well.
         std::thread::spawn(move || {
             loop {
-                std::thread::sleep(Duration::from_millis(LOOK_MS.into()));
+                std::thread::sleep(every);
                 sender.nudge();
             }
         });
@@ -202,6 +210,15 @@ impl Inlet {
                 let mut bytes = vec![0; *len as usize];
                 self.entropy.fill(at, &mut bytes)?;
                 Ok(Answer::Entropy(bytes))
+            }
+            Question::Time { time_ns } => {
+                let now_ns = self.time_ns().unwrap_or(time_ns + ASKING_NS);
+                Ok(Answer::Value(now_ns.max(*time_ns)))
+            }
+            Question::Random => {
+                let mut bytes = [0; 8];
+                self.entropy.fill(at, &mut bytes)?;
+                Ok(Answer::Value(u64::from_le_bytes(bytes)))
             }
         }
     }

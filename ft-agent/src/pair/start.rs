@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use agent::{Agent, Config, Exit, Phase, Role};
-use entry::PositionUnit;
 use entry::identity::Identity;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -119,11 +118,9 @@ impl Side {
         self.plan.control.as_deref().map(|path| Control::listen(path, find)).transpose()
     }
 
-    /// Where positions are the guest's exits, one that makes none must be seen to run all the same.
+    /// Where a position is an exit of the guest or has to be sought, one that makes no exit must be seen to run all the same.
     pub fn watch_for_starvation(&self, inlet: &mut Inlet) {
-        if self.plan.engine_unit() == PositionUnit::SynchronousExits {
-            inlet.watch_for_starvation(self.plan.machine.starvation);
-        }
+        inlet.watch_for_starvation(self.plan.engine_unit(), self.plan.machine.starvation);
     }
 
     /// A replica of a machine with this identity.

@@ -3,9 +3,7 @@
 //! Decoding is total: every byte string gives records or an error with its offset, and nothing is allocated by
 //! a length that the bytes do not back.
 
-use crate::log::{
-    DiskStatus, EndReason, Entry, LoggedAnswer, LoggedInput, LoggedOutput, OutputTo, Record, StateDigest,
-};
+use crate::log::{DiskStatus, EndReason, Entry, LoggedInput, LoggedOutput, OutputTo, Record, StateDigest};
 use crate::{Answer, Console, Digest, Position, PositionUnit};
 
 /// Bytes of an Ethernet frame, console input or output.
@@ -129,11 +127,11 @@ fn body(entry: &Entry, out: &mut Vec<u8>) -> u8 {
             out.push(*vector);
             kind::INTERRUPT
         }
-        Entry::Answer(LoggedAnswer::Device(Answer::Entropy(bytes))) => {
+        Entry::Answer(Answer::Entropy(bytes)) => {
             counted(bytes, 0, ENTROPY_MAX, out);
             kind::ENTROPY
         }
-        Entry::Answer(LoggedAnswer::Value(v)) => {
+        Entry::Answer(Answer::Value(v)) => {
             out.extend(v.to_le_bytes());
             kind::VALUE
         }
@@ -245,9 +243,9 @@ impl<'a> Reader<'a> {
             kind::INTERRUPT => Entry::Interrupt { vector: self.byte("vector")? },
             kind::ENTROPY => {
                 let bytes = self.counted("entropy", 0, ENTROPY_MAX)?;
-                Entry::Answer(LoggedAnswer::Device(Answer::Entropy(bytes)))
+                Entry::Answer(Answer::Entropy(bytes))
             }
-            kind::VALUE => Entry::Answer(LoggedAnswer::Value(u64::from_le_bytes(self.array("value")?))),
+            kind::VALUE => Entry::Answer(Answer::Value(u64::from_le_bytes(self.array("value")?))),
             kind::FRAME_OUT => {
                 let slot = self.byte("slot")?;
                 self.output(OutputTo::Net(slot))?

@@ -120,6 +120,13 @@ pub enum Question {
         /// How many bytes, at most 65536.
         len: u32,
     },
+    /// What the time is, for an instruction that cannot be hidden (RDTSC and its like). The answer moves guest time.
+    Time {
+        /// Guest time in ns: the answer is not less.
+        time_ns: u64,
+    },
+    /// A random number, for an instruction that cannot be hidden (RDRAND, RDSEED).
+    Random,
 }
 
 /// The answer to a [`Question`], of the same kind.
@@ -127,6 +134,8 @@ pub enum Question {
 pub enum Answer {
     /// Random bytes, of the length asked for.
     Entropy(Vec<u8>),
+    /// For an instruction.
+    Value(u64),
 }
 
 /// What leaves the machine and may be seen by somebody else, so the gate holds it.

@@ -24,7 +24,7 @@ pub enum Entry {
         vector: u8,
     },
     /// What the outside answered to the guest's question.
-    Answer(LoggedAnswer),
+    Answer(Answer),
     /// Something left the machine.
     Output(LoggedOutput),
     /// The primary got here.
@@ -49,8 +49,8 @@ impl Entry {
             Entry::Input(LoggedInput::Console { .. }) => "console-in",
             Entry::Input(LoggedInput::Clock { .. }) => "clock",
             Entry::Interrupt { .. } => "interrupt",
-            Entry::Answer(LoggedAnswer::Device(Answer::Entropy(_))) => "entropy",
-            Entry::Answer(LoggedAnswer::Value(_)) => "value",
+            Entry::Answer(Answer::Entropy(_)) => "entropy",
+            Entry::Answer(Answer::Value(_)) => "value",
             Entry::Output(LoggedOutput { to: OutputTo::Net(_), .. }) => "frame-out",
             Entry::Output(LoggedOutput { to: OutputTo::Console(_), .. }) => "console-out",
             Entry::Mark { .. } => "mark",
@@ -103,15 +103,6 @@ pub enum DiskStatus {
     Read(Digest),
     /// The guest sees an I/O error.
     Failed,
-}
-
-/// What the guest was told.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum LoggedAnswer {
-    /// To a question of a device.
-    Device(Answer),
-    /// To an instruction that cannot be hidden, as RDTSC on KVM.
-    Value(u64),
 }
 
 /// An output as the log has it: replay makes the content again, the digest checks it.
@@ -202,10 +193,10 @@ impl fmt::Display for Record {
             }
             Entry::Input(LoggedInput::Clock { time_ns }) => write!(f, " {time_ns} ns"),
             Entry::Interrupt { vector } => write!(f, " vector {vector:#x}"),
-            Entry::Answer(LoggedAnswer::Device(Answer::Entropy(bytes))) => {
+            Entry::Answer(Answer::Entropy(bytes)) => {
                 write!(f, " {} bytes", bytes.len())
             }
-            Entry::Answer(LoggedAnswer::Value(value)) => write!(f, " {value:#x}"),
+            Entry::Answer(Answer::Value(value)) => write!(f, " {value:#x}"),
             Entry::Output(LoggedOutput { to, len, digest }) => write!(f, " {to:?}, {len} bytes, {digest}"),
             Entry::Mark { time_ns } => write!(f, " {time_ns} ns"),
             Entry::State(s) => write!(f, " vcpu {} devices {} ram {}", s.vcpu, s.devices, s.ram),

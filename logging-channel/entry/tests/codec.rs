@@ -6,7 +6,7 @@ use vmft_entry::block::{BLOCK_MAX, Decoder, Encoder};
 use vmft_entry::codec::{BYTES_MAX, DecodeError, ENTROPY_MAX, Reader, What};
 use vmft_entry::identity::Identity;
 use vmft_entry::log::{
-    DiskStatus, EndReason, Entry, LoggedAnswer, LoggedInput, LoggedOutput, OutputTo, Record, StateDigest,
+    DiskStatus, EndReason, Entry, LoggedInput, LoggedOutput, OutputTo, Record, StateDigest,
 };
 use vmft_entry::{Answer, Console, Digest, End, Position, PositionUnit};
 
@@ -46,8 +46,8 @@ fn entry() -> impl Strategy<Value = Entry> {
         output,
         any::<u64>().prop_map(|time_ns| Entry::Input(LoggedInput::Clock { time_ns })),
         any::<u8>().prop_map(|vector| Entry::Interrupt { vector }),
-        vec(any::<u8>(), 0..100).prop_map(|b| Entry::Answer(LoggedAnswer::Device(Answer::Entropy(b)))),
-        any::<u64>().prop_map(|v| Entry::Answer(LoggedAnswer::Value(v))),
+        vec(any::<u8>(), 0..100).prop_map(|b| Entry::Answer(Answer::Entropy(b))),
+        any::<u64>().prop_map(|v| Entry::Answer(Answer::Value(v))),
         any::<u64>().prop_map(|time_ns| Entry::Mark { time_ns }),
         (digest(), digest(), digest()).prop_map(|(vcpu, devices, ram)| Entry::State(StateDigest {
             vcpu,
@@ -243,7 +243,7 @@ fn the_largest_entries_fit_a_block() {
     const { assert!(BLOCK_MAX > 3 * BYTES_MAX) };
     let big = |entry| (Record { position: Position::exact(1), entry }, false);
     let frame = Entry::Input(LoggedInput::Frame { slot: 0, bytes: vec![7; BYTES_MAX] });
-    let entropy = Entry::Answer(LoggedAnswer::Device(Answer::Entropy(vec![9; ENTROPY_MAX])));
+    let entropy = Entry::Answer(Answer::Entropy(vec![9; ENTROPY_MAX]));
     let records: Vec<_> = (0..40).flat_map(|_| [big(frame.clone()), big(entropy.clone())]).collect();
     let (_, got, rest) = decode(&encode(PositionUnit::Instructions, &records), 10_000).unwrap();
     assert_eq!((got.len(), rest), (80, 0));
@@ -259,8 +259,8 @@ fn sample() -> Vec<(Record, bool)> {
         Entry::Input(LoggedInput::Console { console: Console::Serial, bytes: b"hello\n".to_vec() }),
         Entry::Input(LoggedInput::Clock { time_ns: 1_000_000_007 }),
         Entry::Interrupt { vector: 0x21 },
-        Entry::Answer(LoggedAnswer::Device(Answer::Entropy(vec![0xaa; 16]))),
-        Entry::Answer(LoggedAnswer::Value(0x0123_4567_89ab_cdef)),
+        Entry::Answer(Answer::Entropy(vec![0xaa; 16])),
+        Entry::Answer(Answer::Value(0x0123_4567_89ab_cdef)),
         Entry::Output(LoggedOutput { to: OutputTo::Net(0), len: 1514, digest: Digest(u128::MAX / 3) }),
         Entry::Output(LoggedOutput { to: OutputTo::Console(Console::Virtio(3)), len: 1, digest: Digest(7) }),
         Entry::Mark { time_ns: 5_000_000_000 },

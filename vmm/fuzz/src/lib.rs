@@ -141,7 +141,7 @@ impl Guest {
     /// What left the machine is within its bounds; questions are answered.
     fn check(&mut self) {
         while let Some(question) = self.effects.question.take() {
-            let Question::Entropy { slot, len } = question;
+            let Question::Entropy { slot, len } = question else { panic!("{question:?}") };
             assert!(slot == SLOT && (1..=4096).contains(&len));
             assert!(self.cx(|device, cx| device.answer(&question, Answer::Entropy(vec![6; len as usize]), cx)));
         }
@@ -184,7 +184,7 @@ pub fn boot(data: &[u8]) {
     let (initrd, kernel) = data.split_at(data.len().min(data.first().copied().unwrap_or(0) as usize));
     let file = |bytes: &[u8]| BootFile { name: "fuzz".into(), bytes: bytes.into() };
     let initrd = (initrd.len() > 1).then(|| file(initrd));
-    let files = BootFiles { kernel: file(kernel), initrd, command_line: "x".into(), seed: None };
+    let files = BootFiles { kernel: file(kernel), initrd, command_line: "x".into(), seed: None, rewrite: false };
     if let Ok(plan) = BootPlan::new(&files, &config) {
         plan.load(&Ram::new(config.memory_bytes).unwrap()).unwrap();
     }

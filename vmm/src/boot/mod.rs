@@ -31,6 +31,7 @@ pub mod rewrite;
 
 pub use kernel::KernelError;
 use kernel::{Format, Kernel};
+use rewrite::Rewritten;
 
 const GDT: u64 = 0x500;
 const BOOT_PARAMS: u64 = 0x7000;
@@ -67,6 +68,8 @@ pub struct BootFiles {
     pub command_line: String,
     /// Seeds the guest's random numbers (SETUP_RNG_SEED).
     pub seed: Option<[u8; 32]>,
+    /// The engine cannot trap instructions that tell the time or chance: those of the kernel become exits ([`rewrite`]).
+    pub rewrite: bool,
 }
 
 /// The guest cannot be booted from these files. The message names the file or field.
@@ -123,6 +126,7 @@ pub struct BootPlan {
     seed: Option<[u8; 32]>,
     memory_bytes: u64,
     digest: u128,
+    rewritten: Option<Rewritten>,
 }
 
 impl BootPlan {
@@ -138,15 +142,27 @@ impl BootPlan {
         let max = kernel.command_line_max.min(COMMAND_LINE_MAX);
         let command_line = command_line(&files.command_line, config.slots.len(), max)?;
         let digest = digest(files, &command_line);
+        let (kernel_file, rewritten) = match files.rewrite.then(|| rewrite::rewrite(&files.kernel.bytes)) {
+            Some(Some((bytes, rewritten))) => {
+                (BootFile { name: files.kernel.name.clone(), bytes: bytes.into() }, Some(rewritten))
+            }
+            _ => (files.kernel.clone(), None),
+        };
         Ok(BootPlan {
-            kernel_file: files.kernel.clone(),
+            kernel_file,
             kernel,
             initrd,
             command_line,
             seed: files.seed,
             memory_bytes: config.memory_bytes,
             digest,
+            rewritten,
         })
+    }
+
+    /// What of the kernel was rewritten; `None`: nothing was to be, or its code cannot be found.
+    pub fn rewritten(&self) -> Option<&Rewritten> {
+        self.rewritten.as_ref()
     }
 
     /// Digest of everything that the guest is booted from.
@@ -275,7 +291,7 @@ fn digest(files: &BootFiles, command_line: &[u8]) -> u128 {
     let empty: &[u8] = &[];
     let initrd = files.initrd.as_ref().map_or(empty, |file| &file.bytes);
     let seed = files.seed.as_ref().map_or(empty, |seed| seed);
-    for part in [&files.kernel.bytes, initrd, command_line, seed] {
+    for part in [&files.kernel.bytes, initrd, command_line, seed, &[files.rewrite.into()]] {
         hash.update(&(part.len() as u64).to_le_bytes());
         hash.update(part);
     }

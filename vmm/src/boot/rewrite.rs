@@ -2,8 +2,8 @@
 //!
 //! KVM cannot trap RDTSC and its like, and Linux executes it though CPUID hides it. Each site in the executable sections of
 //! a vmlinux becomes `out PORT, al`, padded by NOPs: two bytes, as long as the shortest of them, that change no register.
-//! At such an exit the engine looks RIP up in [`Sites`], asks for a value and lets [`Site::apply`] do what the
-//! instruction would have done. The code that Linux copies over other code at boot (`.altinstr_replacement`) is
+//! Behind such an exit the machine looks up in [`Sites`] where it came from, asks for a value and lets [`Site::apply`] do
+//! what the instruction would have done. The code that Linux copies over other code at boot (`.altinstr_replacement`) is
 //! rewritten too, and the places it may be copied to are sites.
 //!
 //! A section is decoded from its start. Where something on the way is no instruction, what follows closely may be out of
@@ -12,9 +12,11 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
+use entry::Question;
 use iced_x86::{Code, Decoder, DecoderOptions, Instruction};
 
 use super::kernel::{Section, sections};
+use crate::vcpu::General;
 
 /// Port of the exits. No device of the machine and none that Linux looks for is there.
 pub const PORT: u8 = 0xeb;
@@ -74,23 +76,37 @@ pub struct Site {
     pub len: u8,
 }
 
+/// Bytes of the OUT that stands in an instruction's place.
+pub const OUT: u64 = 2;
+
 impl Site {
-    /// Does what the instruction would have done with this value. RIP is the engine's to move, by [`Site::len`].
-    pub fn apply(&self, value: u64, tsc_aux: u64, gpr: &mut [u64; 16], rflags: &mut u64) {
+    /// What it asks, at this guest time.
+    pub fn question(&self, time_ns: u64) -> Question {
+        match self.asks {
+            Asks::Rdtsc | Asks::Rdtscp | Asks::Rdpmc => Question::Time { time_ns },
+            Asks::Rdrand(..) | Asks::Rdseed(..) => Question::Random,
+        }
+    }
+
+    /// Does what the instruction would have done with this value, behind the OUT in its place. IA32_TSC_AUX is 0: no guest of
+    /// such an engine can write it.
+    pub fn apply(&self, value: u64, to: &mut General) {
+        to.rip += u64::from(self.len) - OUT;
+        let gpr = &mut to.gpr;
         match self.asks {
             Asks::Rdtsc | Asks::Rdpmc => (gpr[0], gpr[2]) = (value & 0xffff_ffff, value >> 32),
             Asks::Rdtscp => {
                 (gpr[0], gpr[2]) = (value & 0xffff_ffff, value >> 32);
-                gpr[1] = tsc_aux & 0xffff_ffff;
+                gpr[1] = 0;
             }
             Asks::Rdrand(register, bytes) | Asks::Rdseed(register, bytes) => {
-                let to = &mut gpr[register as usize & 15];
-                *to = match bytes {
-                    2 => *to & !0xffff | value & 0xffff,
+                let register = &mut gpr[register as usize & 15];
+                *register = match bytes {
+                    2 => *register & !0xffff | value & 0xffff,
                     4 => value & 0xffff_ffff,
                     _ => value,
                 };
-                *rflags = *rflags & !ARITHMETIC | CARRY;
+                to.rflags = to.rflags & !ARITHMETIC | CARRY;
             }
         }
     }
@@ -115,14 +131,19 @@ impl Sites {
 /// What came of rewriting a kernel.
 #[derive(Clone, Debug)]
 pub struct Rewritten {
-    /// The file to boot.
-    pub file: Vec<u8>,
     /// Where it leaves now.
     pub sites: Sites,
     /// Instructions rewritten in the file, which may be copied to more than one place.
     pub instructions: BTreeMap<&'static str, usize>,
     /// What was left as it is, and would make a replay differ if it is executed.
     pub left: Vec<(u64, Asks)>,
+}
+
+impl Rewritten {
+    /// There was nothing to rewrite.
+    pub fn is_empty(&self) -> bool {
+        self.instructions.is_empty() && self.left.is_empty()
+    }
 }
 
 impl fmt::Display for Rewritten {
@@ -137,15 +158,12 @@ impl fmt::Display for Rewritten {
     }
 }
 
-/// Rewrites a vmlinux. `None`: it is no ELF file with sections, so nothing is known of its code; warn.
-pub fn rewrite(file: &[u8]) -> Option<Rewritten> {
+/// Rewrites a vmlinux: the file to boot, and what is different in it. `None`: it is no ELF file with sections, so nothing
+/// is known of its code; warn.
+pub fn rewrite(file: &[u8]) -> Option<(Vec<u8>, Rewritten)> {
     let sections = sections(file)?;
-    let mut result = Rewritten {
-        file: file.to_vec(),
-        sites: Sites::default(),
-        instructions: BTreeMap::new(),
-        left: Vec::new(),
-    };
+    let mut new = file.to_vec();
+    let mut result = Rewritten { sites: Sites::default(), instructions: BTreeMap::new(), left: Vec::new() };
     let replacements = replacements(file, &sections);
     for section in sections.iter().filter(|s| s.executable) {
         let pieces = pieces(section, &replacements);
@@ -159,7 +177,7 @@ pub fn rewrite(file: &[u8]) -> Option<Rewritten> {
                     continue;
                 }
                 let offset = start + (at - address) as usize;
-                let bytes = &mut result.file[offset..offset + site.len as usize];
+                let bytes = &mut new[offset..offset + site.len as usize];
                 bytes.fill(0x90);
                 bytes[..2].copy_from_slice(&[0xe6, PORT]);
                 *result.instructions.entry(site.asks.name()).or_default() += 1;
@@ -170,7 +188,7 @@ pub fn rewrite(file: &[u8]) -> Option<Rewritten> {
             }
         }
     }
-    Some(result)
+    Some((new, result))
 }
 
 /// Code that may be copied over other code.

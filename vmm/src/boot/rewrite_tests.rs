@@ -61,8 +61,10 @@ fn run(code: &[u8], sites: &Sites) -> (CpuState, Vec<u8>, usize) {
                 assert_eq!(cpu.complete(&mut ram, 0), None);
                 let site = sites.at(rip).expect("an exit of a rewritten instruction");
                 let mut state = cpu.save();
-                site.apply(value, state.sys.tsc_aux, &mut state.gpr, &mut state.rflags);
-                state.rip = rip + u64::from(site.len);
+                let mut general = General { gpr: state.gpr, rip: state.rip, rflags: state.rflags };
+                site.apply(value, &mut general);
+                General { gpr: state.gpr, rip: state.rip, rflags: state.rflags } = general;
+                assert_eq!(state.rip, rip + u64::from(site.len));
                 cpu.restore(&state);
                 asked += 1;
             }
@@ -95,10 +97,10 @@ fn a_rewritten_program_does_the_same() {
         a.hlt()
     });
     let before = run(&code, &Sites::default());
-    let rewritten = rewrite(&elf(&code)).unwrap();
+    let (file, rewritten) = rewrite(&elf(&code)).unwrap();
     assert_eq!(rewritten.instructions, [("rdtsc", 1), ("rdtscp", 1)].into());
     assert!(rewritten.left.is_empty());
-    let after = run(&rewritten.file[64..64 + code.len()], &rewritten.sites);
+    let after = run(&file[64..64 + code.len()], &rewritten.sites);
     assert_eq!((before.0, before.1), (after.0, after.1));
     assert_eq!((before.2, after.2), (0, 10));
 }
@@ -111,16 +113,17 @@ fn random_numbers_go_where_the_instruction_said() {
         a.rdseed(bx)?;
         a.rdpmc()
     });
-    let rewritten = rewrite(&elf(&code)).unwrap();
+    let (file, rewritten) = rewrite(&elf(&code)).unwrap();
     let asks: Vec<_> = rewritten.sites.iter().map(|(_, site)| site.asks).collect();
     assert_eq!(asks, [Asks::Rdrand(11, 8), Asks::Rdrand(1, 4), Asks::Rdseed(3, 2), Asks::Rdpmc]);
-    let (mut gpr, mut rflags) = ([!0; 16], 0x8d7);
+    let mut general = General { gpr: [!0; 16], rip: 0, rflags: 0x8d7 };
     for (_, site) in rewritten.sites.iter() {
-        site.apply(0x1111_2222_3333_4444, 0, &mut gpr, &mut rflags);
+        site.apply(0x1111_2222_3333_4444, &mut general);
     }
+    let General { gpr, rflags, .. } = general;
     assert_eq!((gpr[11], gpr[1], gpr[3]), (0x1111_2222_3333_4444, 0x3333_4444, !0xffff | 0x4444));
     assert_eq!((gpr[0], gpr[2], rflags), (0x3333_4444, 0x1111_2222, 3));
-    let text = Decoder::with_ip(64, &rewritten.file[64..64 + code.len()], AT, 0);
+    let text = Decoder::with_ip(64, &file[64..64 + code.len()], AT, 0);
     let mnemonics: Vec<_> = text.into_iter().map(|i| i.mnemonic()).collect();
     assert!(mnemonics.iter().all(|m| matches!(m, iced_x86::Mnemonic::Out | iced_x86::Mnemonic::Nop)));
 }
@@ -129,7 +132,7 @@ fn random_numbers_go_where_the_instruction_said() {
 fn what_may_be_data_stays_and_is_named() {
     // 06 is no instruction in 64-bit mode; RDTSC follows closely, and again far behind.
     let code = [&[0x06][..], &[0x90; 20], &[0x0f, 0x31], &[0x90; 300], &[0x0f, 0x31]].concat();
-    let rewritten = rewrite(&elf(&code)).unwrap();
+    let (_, rewritten) = rewrite(&elf(&code)).unwrap();
     assert_eq!(rewritten.left, [(AT + 21, Asks::Rdtsc)]);
     assert_eq!(rewritten.sites.iter().map(|(at, _)| at).collect::<Vec<_>>(), [AT + 323]);
     assert!(rewritten.to_string().contains("rdtsc at 0x1015 cannot"));

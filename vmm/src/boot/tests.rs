@@ -42,7 +42,13 @@ fn bzimage(kernel: &[u8], init_size: u32) -> Vec<u8> {
 
 fn files(kernel: Vec<u8>) -> BootFiles {
     let kernel = BootFile { name: "k".into(), bytes: kernel.into() };
-    BootFiles { kernel, initrd: None, command_line: "console=ttyS0".into(), seed: Some([7; 32]) }
+    BootFiles {
+        kernel,
+        initrd: None,
+        command_line: "console=ttyS0".into(),
+        seed: Some([7; 32]),
+        rewrite: false,
+    }
 }
 
 fn message(files: &BootFiles, memory_bytes: u64) -> String {

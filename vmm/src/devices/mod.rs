@@ -203,7 +203,7 @@ impl Devices {
 
     /// Gives a device the answer to its question. False: they do not belong together.
     pub fn answer(&mut self, question: &Question, answer: Answer, cx: &mut Context<'_>) -> bool {
-        let Question::Entropy { slot, .. } = *question;
+        let Question::Entropy { slot, .. } = *question else { return false };
         let Some(device) = self.virtio.get_mut(slot as usize) else { return false };
         let fits = device.answer(question, answer, cx);
         self.drive_lines(Target::Virtio(slot), cx.now_ns);

@@ -16,7 +16,7 @@ const IDT: u64 = BASE + 0x1000;
 /// Ticks until the guest switches itself off.
 pub const TICKS: u32 = 40;
 
-/// An ELF file that is loaded at [`BASE`] and entered at its start.
+/// An ELF file that is loaded at [`BASE`] and entered at its start, all of it one executable section.
 pub fn elf(image: &[u8]) -> Vec<u8> {
     let mut file = vec![0; 64 + 56];
     file[..8].copy_from_slice(b"\x7fELF\x02\x01\x01\0");
@@ -31,6 +31,17 @@ pub fn elf(image: &[u8]) -> Vec<u8> {
         file[64 + field..72 + field].copy_from_slice(&value.to_le_bytes());
     }
     file.extend_from_slice(image);
+    let sections = file.len() as u64;
+    file[40..48].copy_from_slice(&sections.to_le_bytes());
+    file[58..64].copy_from_slice(&[64, 0, 2, 0, 1, 0]);
+    // Names: all empty, in bytes that are zero. SHT_PROGBITS with SHF_ALLOC and SHF_EXECINSTR; SHT_STRTAB.
+    for (kind, flags, address, at, len) in [(1u32, 6u64, BASE, 120, image.len() as u64), (3, 0, 0, 8, 8)] {
+        file.extend(0u32.to_le_bytes());
+        file.extend(kind.to_le_bytes());
+        for value in [flags, address, at, len, 0, 0, 0] {
+            file.extend(u64::to_le_bytes(value));
+        }
+    }
     file
 }
 
@@ -179,7 +190,7 @@ pub fn machine_of(image: &[u8], slots: Vec<Slot>) -> Machine {
 pub fn machine_on(engine: Engine, image: &[u8], slots: Vec<Slot>) -> Machine {
     let config = MachineConfig { engine, memory_bytes: 16 << 20, epoch_s: 0, slots };
     let kernel = BootFile { name: "test guest".into(), bytes: elf(image).into() };
-    let files = BootFiles { kernel, initrd: None, command_line: String::new(), seed: None };
+    let files = BootFiles { kernel, initrd: None, command_line: String::new(), seed: None, rewrite: true };
     let plan = BootPlan::new(&files, &config).unwrap();
     Machine::new(config, plan).unwrap()
 }

@@ -6,6 +6,8 @@ pub mod programs;
 use vm_memory::{Bytes, GuestAddress};
 use vmft_vmm::Engine;
 use vmft_vmm::ram::Ram;
+use vmft_vmm::vcpu::perf::events::{Core, CpuModel, event};
+use vmft_vmm::vcpu::perf::{Counting, PerfCounter};
 use vmft_vmm::vcpu::{Exit, Limit, Start, Vcpu, VcpuState};
 
 use entry::{Digest, Position};
@@ -33,6 +35,22 @@ pub fn has_kvm(test: &str) -> bool {
             false
         }
     }
+}
+
+/// Skips the test on a host without a branch counter that counts in guests. `true`: go on.
+pub fn has_counter(test: &str) -> bool {
+    let model = CpuModel::host();
+    let signal = libc::SIGRTMIN() + 3;
+    let found = match event(&model, Core::Big) {
+        None => Err(format!("the CPU ({model}) is not in the table of exact branch counters")),
+        Some(event) => PerfCounter::open(Counting::guest(event.config), signal)
+            .map(|_| ())
+            .map_err(|e| format!("perf_event_open: {e}")),
+    };
+    if let Err(e) = &found {
+        skip(test, &format!("needs a branch counter: {e} (vmft doctor says more)"));
+    }
+    found.is_ok() && has_kvm(test)
 }
 
 /// An exit as it was answered, and the registers behind it.

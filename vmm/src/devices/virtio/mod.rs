@@ -372,7 +372,9 @@ impl VirtioMmio {
 
     /// The answer to this device's question. False: it is of another kind or length.
     pub fn answer(&mut self, question: &Question, answer: Answer, cx: &mut Context<'_>) -> bool {
-        let (Question::Entropy { len, .. }, Answer::Entropy(bytes)) = (question, answer);
+        let (Question::Entropy { len, .. }, Answer::Entropy(bytes)) = (question, answer) else {
+            return false;
+        };
         if bytes.len() != *len as usize {
             return false;
         }

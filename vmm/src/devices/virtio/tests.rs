@@ -468,7 +468,7 @@ proptest! {
                 driver.cx(|device, cx| device.apply(Input::Frame { slot: 3, bytes: vec![1; 99] }, cx));
                 driver.cx(|device, cx| device.apply(Input::Console { console: Console::Virtio(3), bytes: vec![2; 50] }, cx));
                 if let Some(question) = driver.effects.question.take() {
-                    let Question::Entropy { len, .. } = question;
+                    let Question::Entropy { len, .. } = question else { panic!("{question:?}") };
                     driver.cx(|device, cx| device.answer(&question, Answer::Entropy(vec![4; len as usize]), cx));
                 }
                 for request in std::mem::take(&mut driver.effects.disk) {

@@ -3,9 +3,9 @@
 
 use std::cell::Cell;
 use std::ptr::null_mut;
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU8, Ordering};
 use std::sync::{Mutex, Once, PoisonError};
 use std::time::Duration;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU8, Ordering};
 
 use kvm_ioctls::VcpuFd;
 

@@ -10,7 +10,9 @@ use kvm_bindings::*;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::super::landing::policy::Margin;
-use super::super::landing::{Counted, Go, Lander, Place, Steered, Stop, TickCounter, anchor, registers_digest};
+use super::super::landing::{
+    Counted, Go, Lander, Place, Steered, Stop, TickCounter, anchor, registers_digest,
+};
 use super::super::perf::events::{Core, CpuModel, event};
 use super::super::perf::{Counting, ThreadCounter};
 use super::super::simulated::{self, SimulatedCounter};

@@ -6,7 +6,7 @@ use entry::Position;
 use serde::{Deserialize, Serialize};
 
 use super::lander::Mark;
-use super::{Landings, Lander, Steered};
+use super::{Lander, Landings, Steered};
 use crate::ram::Ram;
 use crate::vcpu::{Exit, General, Kick, Limit, Start, Vcpu, VcpuError, VcpuState};
 

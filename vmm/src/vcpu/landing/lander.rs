@@ -126,12 +126,7 @@ impl Lander {
     ///
     /// # Errors
     /// `missed`, when the margin is as wide as it may be: then the trouble is another one.
-    pub fn back<H: Steered>(
-        &mut self,
-        host: &mut H,
-        mark: Mark,
-        missed: VcpuError,
-    ) -> Result<(), VcpuError> {
+    pub fn back<H: Steered>(&mut self, host: &mut H, mark: Mark, missed: VcpuError) -> Result<(), VcpuError> {
         self.margin = self.margin.widened().ok_or(missed)?;
         self.stats.retries += 1;
         if self.minds(Trap::Restored) {

@@ -7,9 +7,7 @@ use soft_cpu::state::{Cpu, Shadow};
 
 use super::counter::{Chance, SimulatedCounter};
 use crate::ram::Ram;
-use crate::vcpu::landing::{
-    Go, LandingError, Place, Steered, Stop, TickCounter, anchor, registers_digest,
-};
+use crate::vcpu::landing::{Go, LandingError, Place, Steered, Stop, TickCounter, anchor, registers_digest};
 use crate::vcpu::soft::SoftKick;
 use crate::vcpu::{Exit, Kick, SoftVcpu, Vcpu, VcpuError};
 

@@ -117,13 +117,7 @@ fn a_kick_is_answered_though_the_guest_leaves_by_itself() {
         let program = guest::random(seed);
         let setting = Setting { margin: 5, ..Setting::default() };
         let (inputs, _) = bench.record(&program, &[seed % 25], &setting, seed).unwrap();
-        assert_eq!(
-            inputs.len(),
-            1,
-            "seed {seed} {:?} {}",
-            bench.vcpu.landings(),
-            bench.vcpu.host.retired()
-        );
+        assert_eq!(inputs.len(), 1, "seed {seed} {:?} {}", bench.vcpu.landings(), bench.vcpu.host.retired());
         let careless = Setting { without: Some(Trap::OwedKick), ..setting };
         lost += u64::from(bench.record(&program, &[seed % 25], &careless, seed).unwrap().0.is_empty());
     }

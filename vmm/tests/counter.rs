@@ -1,0 +1,97 @@
+//! The machine where positions are counted branches: recording while the guest is kicked anywhere, and replaying.
+
+mod guest;
+mod vcpu;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use entry::End;
+use entry::log::{Entry, LoggedInput, Record};
+use vmft_vmm::guest_loop::Turn;
+use vmft_vmm::record::{Pace, Recorder};
+use vmft_vmm::source::{Live, Stops};
+use vmft_vmm::vcpu::landing::Landings;
+use vmft_vmm::{Engine, GuestLoop};
+
+use guest::world::{Kept, World, replay};
+use guest::{image_of, machine_on, total};
+use vcpu::{has_counter, has_kvm};
+
+/// Records the small guest, which computes for `work` rounds between two halts and is kicked, typed at, and its clock moved all
+/// the while.
+fn record(engine: Engine, work: u32, seed: u32, every: Duration) -> GuestLoop<Recorder<World, Kept>> {
+    let machine = machine_on(engine, &image_of(work, 12), Vec::new());
+    let typing =
+        (1..40).map(|n| (n * 3 + seed % 5, vec![(seed * 7 + n) as u8; 1 + n as usize % 4])).collect();
+    let kicker = machine.kicker();
+    let world = World { typing, clock_step_ns: 300_000 + u64::from(seed) * 1000, ..World::default() };
+    let live = Live::new(world, engine.unit(), Stops::default());
+    let mut recording = GuestLoop { machine, source: Recorder::new(live, Kept::default(), Pace::BACKUP) };
+    let done = AtomicBool::new(false);
+    std::thread::scope(|threads| {
+        threads.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                kicker.kick();
+                std::thread::sleep(every);
+            }
+        });
+        let turn = recording.run();
+        done.store(true, Ordering::Relaxed);
+        assert_eq!(turn.unwrap(), Turn::Finished(End::PowerOff));
+    });
+    recording
+}
+
+/// Inputs between two exits of the guest.
+fn at_branches(log: &[Record]) -> usize {
+    let input = |r: &&Record| {
+        matches!(&r.entry, Entry::Input(LoggedInput::Console { .. } | LoggedInput::Clock { .. }))
+    };
+    log.iter().filter(input).filter(|r| r.position.rip != 0).count()
+}
+
+/// Records and replays; gives the inputs at branches and what became of them.
+fn replays(engine: Engine, work: u32, seeds: u32, every: Duration) -> (usize, Landings) {
+    let (mut inputs, mut all) = (0, Landings::default());
+    for seed in 0..seeds {
+        let mut recorded = record(engine, work, seed, every);
+        let log = recorded.source.log().0.clone();
+        inputs += at_branches(&log);
+        let mut replay = replay(machine_on(engine, &image_of(work, 12), Vec::new()), log);
+        assert_eq!(replay.run().unwrap(), Turn::Finished(End::PowerOff));
+        assert!(replay.source.is_done());
+        assert_eq!(total(&mut replay.machine), total(&mut recorded.machine), "{engine:?}, {seed}");
+        let Landings { landed, passed, retries, .. } = replay.machine.counts().landings;
+        (all.landed, all.passed, all.retries) =
+            (all.landed + landed, all.passed + passed, all.retries + retries);
+    }
+    eprintln!("{engine:?}: {inputs} inputs at branches, {all:?}");
+    (inputs, all)
+}
+
+#[test]
+fn inputs_at_any_branch_replay_on_the_software_cpu() {
+    let (inputs, landings) = replays(Engine::SoftCounter, 3000, 40, Duration::from_micros(50));
+    assert!(inputs > 200 && landings.landed > 200 && landings.passed > landings.landed, "{landings:?}");
+    // Its overflows are later than its margin now and then.
+    assert!(landings.retries > 10, "{landings:?}");
+}
+
+#[test]
+fn inputs_at_any_branch_replay_on_kvm() {
+    if !has_kvm("inputs_at_any_branch_replay_on_kvm") {
+        return;
+    }
+    let (inputs, landings) = replays(Engine::KvmStepCounter, 400, 8, Duration::from_micros(900));
+    assert!(inputs > 40 && landings.landed > 40 && landings.retries > 0, "{landings:?}");
+}
+
+/// The counter is the host's.
+#[test]
+fn inputs_at_any_branch_replay_by_the_hosts_counter() {
+    if has_counter("inputs_at_any_branch_replay_by_the_hosts_counter") {
+        let (inputs, landings) = replays(Engine::KvmCounter, 30_000_000, 20, Duration::from_millis(1));
+        assert!(inputs > 100 && landings.landed > 100, "{landings:?}");
+    }
+}
