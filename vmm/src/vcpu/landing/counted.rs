@@ -113,8 +113,7 @@ impl<H: Steered> Vcpu for Counted<H> {
 
     fn reset(&mut self, start: &Start) -> Result<(), VcpuError> {
         self.host.engine_mut().reset(start)?;
-        self.lander.reset();
-        Ok(())
+        self.lander.reset(&mut self.host)
     }
 
     fn kicker(&self) -> Arc<dyn Kick> {

@@ -153,9 +153,11 @@ impl Lander {
     }
 
     /// The guest starts over; its position goes on.
-    pub fn reset(&mut self) {
+    pub fn reset<H: Steered>(&mut self, host: &mut H) -> Result<(), VcpuError> {
+        self.offset = self.now.branches.wrapping_sub(host.counter().read()?);
         (self.now.whole, self.now.halted, self.now.landed) = (true, false, None);
         self.now.last = self.here(0, 0);
+        Ok(())
     }
 
     /// An interrupt was injected: the guest is at a whole boundary no more.
@@ -255,7 +257,8 @@ impl Lander {
         limit: &Limit,
     ) -> Result<Exit, VcpuError> {
         loop {
-            if self.owed && self.now.whole {
+            // A halted guest's time may have been moved since it came here: this is no position any more.
+            if self.owed && self.now.whole && !self.now.halted {
                 self.owed = false;
                 return Ok(Exit::Kicked);
             }
@@ -373,6 +376,8 @@ impl Lander {
                     self.pass(host, ram, window, place)?
                 }
                 Stop::Exit(exit @ (Exit::InterruptWindow | Exit::Shutdown)) => return Ok(exit),
+                // It halts still, and time is to be moved first.
+                Stop::Exit(Exit::Halted) if self.now.exits == target.count => return Ok(Exit::Halted),
                 // The target comes before this exit.
                 Stop::Exit(_) if self.minds(Trap::Lost) => return Err(self.overshot(target)),
                 Stop::Exit(exit) => return Ok(exit),
