@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 
 use support::net::{GUEST, GUEST_IP, Hosts};
 use support::vm::{VMFT, Vm, vmft_in};
-use support::{can_network, has_guest, has_kvm};
+use support::{can_network, has_guest, has_kvm, skip};
 
 /// Requests of all clients together.
 const REQUESTS: u32 = 10_000;
@@ -104,4 +104,66 @@ fn a_guest_that_makes_no_exits_is_reported_and_can_be_stopped() {
     let (code, text) = vmft(&["replay", log.to_str().unwrap()]);
     assert!(code == 0 && text.contains("stopped here"), "{text}");
     std::fs::remove_file(&log).unwrap();
+}
+
+/// The whole way of a counter's positions, with one that is simulated: the host's is for hosts that have one.
+#[test]
+fn counted_branches_are_recorded_and_replayed() {
+    const TEST: &str = "counted_branches_are_recorded_and_replayed";
+    if !has_guest(TEST, "bare") {
+        return;
+    }
+    let log = scratch("counted");
+    let args = ["record", "--cpu", "soft", "--positions", "counter", "--guest", "bare", "--memory-mib", "16"];
+    let spin = ["--cmdline", "workload=spin every=100000", "--log", log.to_str().unwrap()];
+    let mut vm = Vm::start(Command::new(VMFT).args(args).args(spin));
+    vm.wait_for("engine: soft-counter (a simulated counter, for tests)", 20);
+    std::thread::sleep(std::time::Duration::from_secs(5));
+    vm.terminate();
+    let (status, output) = vm.finish(20);
+    assert!(status.success() && output.contains("kicks stopped at a branch"), "{output}");
+    let text = replays(&log, 3);
+    // Inputs between two exits, sought again where the counter was later than expected.
+    let numbers =
+        |line: &str| -> Vec<u64> { line.split([' ', ';']).filter_map(|word| word.parse().ok()).collect() };
+    for line in text.lines().filter(|line| line.contains("landed on by counter")) {
+        let [landed, missed] = numbers(line)[..] else { panic!("{line}") };
+        assert!(landed > 100 && missed > 0, "{text}");
+    }
+    std::fs::remove_file(&log).unwrap();
+}
+
+#[test]
+fn a_counter_is_used_where_there_is_one_and_refused_with_the_reason_elsewhere() {
+    const TEST: &str = "a_counter_is_used_where_there_is_one_and_refused_with_the_reason_elsewhere";
+    if !has_guest(TEST, "bare") {
+        return;
+    }
+    let (_, report) = vmft(&["doctor"]);
+    let exact = report.contains("verdict: exact");
+    let log = scratch("counter");
+    let args = ["record", "--cpu", "kvm", "--positions", "counter", "--guest", "bare", "--memory-mib", "16"];
+    let stop = ["--until", "READY", "--log", log.to_str().unwrap()];
+    let (code, text) = vmft(&[&args[..], &stop].concat());
+    if exact {
+        assert_eq!(code, 0, "{text}");
+        assert!(text.contains("engine: kvm-counter (vmft doctor: exact"), "{text}");
+        replays(&log, 10);
+        std::fs::remove_file(&log).unwrap();
+    } else {
+        skip(TEST, "no exact counter here: the replay by it was not run");
+        assert_eq!(code, 2, "{text}");
+        // The reason is one of the doctor's.
+        let reason =
+            text.split("no exact counter here: ").nth(1).expect(&text).split([';', '\n']).next().unwrap();
+        let (name, reason) = reason.split_once(": ").expect(&text);
+        assert!(
+            report.lines().any(|l| l.starts_with("FAIL") && l.contains(name) && l.contains(reason)),
+            "{text}{report}"
+        );
+    }
+    let (_, text) =
+        vmft(&["run", "--guest", "bare", "--memory-mib", "16", "--clock", "virtual", "--until", "READY"]);
+    let chosen = if exact { "engine: kvm-counter (" } else { "engine: soft (KVM would not be exact here: " };
+    assert!(text.contains(chosen), "{text}");
 }

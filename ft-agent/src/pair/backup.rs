@@ -116,6 +116,7 @@ type Replay = GuestLoop<Replayer<ChannelRecords, PairStandby>>;
 
 /// Replays until the log, or the guest's run, ends.
 fn replay(guest: &mut Replay) -> Result<Option<End>, LoopError<ReplayError<Infallible, Error>>> {
+    let mut missed = 0;
     loop {
         for (flip, noted) in [("flip", true), ("flip-unseen", false)] {
             if failpoint::reached(flip) {
@@ -128,7 +129,12 @@ fn replay(guest: &mut Replay) -> Result<Option<End>, LoopError<ReplayError<Infal
             }
         }
         match guest.turn()? {
-            Turn::Again => {}
+            Turn::Again => {
+                let retries = guest.machine.counts().landings.retries;
+                if std::mem::replace(&mut missed, retries) < retries {
+                    warn!(retries, "the counter missed a position, which is sought again with twice the margin");
+                }
+            }
             Turn::Paused => return Ok(None),
             Turn::Finished(end) => return Ok(Some(end)),
         }

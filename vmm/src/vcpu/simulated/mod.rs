@@ -14,7 +14,7 @@ pub use host::{Quirks, SimulatedHost};
 pub type SimulatedVcpu = Counted<SimulatedHost>;
 
 /// Overflows of the counter that engines for tests have: most are as late as its lander expects, some later.
-pub(super) const SKID: Skid = Skid { late_max: 60, early_one_in: 7, lost_one_in: 50, twice_one_in: 9 };
+pub(super) const SKID: Skid = Skid { late_max: 60, early_one_in: 7, lost_one_in: 400, twice_one_in: 9 };
 
 /// A lander for [`SKID`].
 pub(super) fn lander() -> Lander {
