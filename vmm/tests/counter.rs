@@ -83,8 +83,8 @@ fn inputs_at_any_branch_replay_on_kvm() {
     if !has_kvm("inputs_at_any_branch_replay_on_kvm") {
         return;
     }
-    let (inputs, landings) = replays(Engine::KvmStepCounter, 400, 8, Duration::from_micros(900));
-    assert!(inputs > 40 && landings.landed > 40 && landings.retries > 0, "{landings:?}");
+    let (inputs, landings) = replays(Engine::KvmStepCounter, 250, 3, Duration::from_micros(900));
+    assert!(inputs > 15 && landings.landed > 15 && landings.passed > 0, "{landings:?}");
 }
 
 /// The counter is the host's.

@@ -83,7 +83,8 @@ impl KvmVcpu {
 
     /// Sets the breakpoint, or none, and turns stepping on or off.
     pub(super) fn debug(&mut self, breakpoint: Option<u64>, step: bool) -> Result<(), VcpuError> {
-        if (self.breakpoint, self.stepping) == (breakpoint, step) {
+        // KVM sets the trap flag where RIP is now; IRET and POPF end that, so each step asks for it anew.
+        if !step && (self.breakpoint, self.stepping) == (breakpoint, step) {
             return Ok(());
         }
         let mut debug = kvm_guest_debug::default();
