@@ -124,7 +124,7 @@ fn compare(kernel: &[u8], command_line: &str) -> (u64, usize, usize) {
         let [asked, _] = asked;
         let done = asked.into_iter().map(|request| perform(&mut disk, request));
         for input in done.chain(input(exit)).collect::<Vec<_>>() {
-            both.each_mut().map(|machine| machine.apply(input.clone()));
+            both.iter_mut().for_each(|machine| machine.apply(input.clone()));
         }
         assert_eq!(registers(&both[0]), registers(&both[1]), "{command_line}, exit {exit}");
         let [kvm, soft] = both.each_mut().map(|machine| parts(machine, exit % WHOLE_EVERY == 0));

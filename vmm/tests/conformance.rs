@@ -7,12 +7,11 @@ use vmft_vmm::Engine;
 use vmft_vmm::vcpu::Exit;
 
 use vcpu::programs::{Program, all};
-use vcpu::{Guest, has_counter, has_kvm, normal, skip};
+use vcpu::{Guest, emulates_ring_0, has_counter, has_kvm, normal, skip};
 
-/// A KVM that emulates ring 0 opens the interrupt window there at some later boundary, which the host's own interrupts decide.
+/// Interrupts need exact windows.
 fn can_run(engine: Engine, program: &Program) -> bool {
-    let emulates = std::path::Path::new("/sys/module/kvm_pvm").exists();
-    let can = !engine.is_kvm() || program.interrupts.is_empty() || !emulates;
+    let can = !engine.is_kvm() || program.interrupts.is_empty() || !emulates_ring_0();
     if !can {
         skip(
             program.name,
@@ -148,6 +147,53 @@ fn kvm_agrees_with_the_software_cpu_after_every_step() {
     }
 }
 
+/// Runs a guest to its end while another thread kicks it.
+fn run_kicked(guest: &mut Guest) {
+    let kicker = guest.vcpu.kicker();
+    let done = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|threads| {
+        threads.spawn(|| {
+            while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                kicker.kick();
+                std::thread::yield_now();
+            }
+        });
+        guest.run(None);
+        done.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+}
+
+/// Where kicks have stopped a guest between two exits, another one is landed, in the same state.
+#[test]
+fn a_guest_is_landed_where_another_was_kicked() {
+    const TEST: &str = "a_guest_is_landed_where_another_was_kicked";
+    // The software CPU is through these programs before anybody kicks it.
+    let engines = [(Engine::KvmStepCounter, has_kvm(TEST)), (Engine::KvmCounter, has_counter(TEST))];
+    for (engine, _) in engines.into_iter().filter(|(_, can)| *can) {
+        let mut stops = 0;
+        for program in steps().filter(|program| can_run(engine, program)) {
+            for _ in 0..10 {
+                let (mut kicked, mut landed) = (Guest::new(engine, &program), Guest::new(engine, &program));
+                run_kicked(&mut kicked);
+                for (at, cpu) in &kicked.stops {
+                    assert!(!landed.run(Some(*at)), "{engine:?}, {}", program.name);
+                    assert_eq!(
+                        (landed.vcpu.position(), &landed.cpu()),
+                        (*at, cpu),
+                        "{engine:?}, {}",
+                        program.name
+                    );
+                }
+                landed.run(None);
+                assert_eq!(landed.seen, kicked.seen, "{engine:?}, {}", program.name);
+                assert_eq!(landed.ram_digest(), kicked.ram_digest(), "{engine:?}, {}", program.name);
+                stops += kicked.stops.len();
+            }
+        }
+        assert!(stops > 10, "{engine:?}: {stops}");
+    }
+}
+
 /// A kick from another thread is answered where it may be, and changes nothing.
 #[test]
 fn kicks_change_nothing() {
@@ -158,18 +204,7 @@ fn kicks_change_nothing() {
             let mut quiet = Guest::new(engine, &program);
             quiet.run(None);
             let mut kicked = Guest::new(engine, &program);
-            let kicker = kicked.vcpu.kicker();
-            let done = std::sync::atomic::AtomicBool::new(false);
-            std::thread::scope(|threads| {
-                threads.spawn(|| {
-                    while !done.load(std::sync::atomic::Ordering::Relaxed) {
-                        kicker.kick();
-                        std::thread::yield_now();
-                    }
-                });
-                kicked.run(None);
-                done.store(true, std::sync::atomic::Ordering::Relaxed);
-            });
+            run_kicked(&mut kicked);
             assert_eq!(kicked.seen, quiet.seen, "{engine:?}, {}", program.name);
             assert_eq!(kicked.ram_digest(), quiet.ram_digest(), "{engine:?}, {}", program.name);
             let states = [kicked.vcpu.save(), quiet.vcpu.save()].map(|s| s.ok().map(|s| normal(&s)));

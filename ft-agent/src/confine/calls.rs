@@ -32,7 +32,8 @@ const PROCESS: &[c_long] = &[
 ];
 
 /// Beside [`IOCTLS`] what it takes to count a guest on KVM and to stop it.
-const KVM: &[c_long] = &[SYS_perf_event_open, SYS_timer_create, SYS_timer_settime, SYS_timer_delete];
+const KVM: &[c_long] =
+    &[SYS_perf_event_open, SYS_fcntl, SYS_timer_create, SYS_timer_settime, SYS_timer_delete];
 
 /// Which ioctls: bits of the number, and what they have to be.
 type Ioctl = (u64, u64);

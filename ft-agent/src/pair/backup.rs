@@ -132,7 +132,10 @@ fn replay(guest: &mut Replay) -> Result<Option<End>, LoopError<ReplayError<Infal
             Turn::Again => {
                 let retries = guest.machine.counts().landings.retries;
                 if std::mem::replace(&mut missed, retries) < retries {
-                    warn!(retries, "the counter missed a position, which is sought again with twice the margin");
+                    warn!(
+                        retries,
+                        "the counter missed a position, which is sought again with twice the margin"
+                    );
                 }
             }
             Turn::Paused => return Ok(None),

@@ -37,6 +37,12 @@ pub fn has_kvm(test: &str) -> bool {
     }
 }
 
+/// The host's KVM executes ring 0 by its emulator, and opens interrupt windows there at some later boundary, which the
+/// host's own interrupts decide.
+pub fn emulates_ring_0() -> bool {
+    std::path::Path::new("/sys/module/kvm_pvm").exists()
+}
+
 /// Skips the test on a host without a branch counter that counts in guests. `true`: go on.
 pub fn has_counter(test: &str) -> bool {
     let model = CpuModel::host();
@@ -71,6 +77,8 @@ pub struct Guest {
     pub seen: Vec<Seen>,
     /// Only what the guest asks is noted: a whole boundary is there where the engine needs one.
     pub lazy: bool,
+    /// Where kicks have stopped it between two exits.
+    pub stops: Vec<(Position, CpuState)>,
 }
 
 impl Guest {
@@ -95,7 +103,14 @@ impl Guest {
         }
         let mut vcpu = engine.vcpu(&ram).unwrap();
         vcpu.reset(&Start { entry: CODE, boot_params: DATA, page_tables: PAGE_TABLES, gdt: GDT }).unwrap();
-        Guest { ram, vcpu, interrupts: program.interrupts.clone(), seen: Vec::new(), lazy: false }
+        Guest {
+            ram,
+            vcpu,
+            interrupts: program.interrupts.clone(),
+            seen: Vec::new(),
+            lazy: false,
+            stops: Vec::new(),
+        }
     }
 
     /// Runs to the position, or to the program's end: a HLT for which no interrupt is left, or a shutdown. `true`: at
@@ -129,6 +144,9 @@ impl Guest {
                 Exit::Shutdown => {
                     self.seen.push(Seen { exit, answer: 0, registers: [0; 18] });
                     return true;
+                }
+                Exit::Kicked if self.vcpu.position().rip != 0 => {
+                    self.stops.push((self.vcpu.position(), self.cpu()));
                 }
                 Exit::Kicked | Exit::Between => {}
                 access => self.access(access),
