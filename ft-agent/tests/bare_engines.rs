@@ -147,5 +147,5 @@ fn the_bare_guest_is_in_the_same_state_at_every_exit() {
     let serve = compare(&kernel, &format!("workload=serve seed=3 hz=100 {ip}"));
     let disk = compare(&kernel, "workload=disk mib=1 seed=5 hz=250");
     eprintln!("{TEST}: (exits, outputs, disk requests) {serve:?} {disk:?}");
-    assert!(serve.0 == EXITS && serve.1 > 50 && disk.0 > 500 && disk.2 > 20, "{serve:?} {disk:?}");
+    assert!(serve.0 == EXITS && serve.1 > 50 && disk.0 == EXITS && disk.2 > 5, "{serve:?} {disk:?}");
 }

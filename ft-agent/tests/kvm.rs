@@ -143,7 +143,7 @@ fn a_counter_is_used_where_there_is_one_and_refused_with_the_reason_elsewhere() 
     let exact = report.contains("verdict: exact");
     let log = scratch("counter");
     let args = ["record", "--cpu", "kvm", "--positions", "counter", "--guest", "bare", "--memory-mib", "16"];
-    let stop = ["--until", "READY", "--log", log.to_str().unwrap()];
+    let stop = ["--stop-at", "300", "--log", log.to_str().unwrap()];
     let (code, text) = vmft(&[&args[..], &stop].concat());
     if exact {
         assert_eq!(code, 0, "{text}");
@@ -162,8 +162,7 @@ fn a_counter_is_used_where_there_is_one_and_refused_with_the_reason_elsewhere() 
             "{text}{report}"
         );
     }
-    let (_, text) =
-        vmft(&["run", "--guest", "bare", "--memory-mib", "16", "--clock", "virtual", "--until", "READY"]);
+    let (_, text) = vmft(&["run", "--guest", "bare", "--memory-mib", "16", "--stop-at", "300"]);
     let chosen = if exact { "engine: kvm-counter (" } else { "engine: soft (KVM would not be exact here: " };
     assert!(text.contains(chosen), "{text}");
 }

@@ -172,7 +172,7 @@ fn a_guest_is_landed_where_another_was_kicked() {
     for (engine, _) in engines.into_iter().filter(|(_, can)| *can) {
         let mut stops = 0;
         for program in steps().filter(|program| can_run(engine, program)) {
-            for _ in 0..10 {
+            for _ in 0..60 {
                 let (mut kicked, mut landed) = (Guest::new(engine, &program), Guest::new(engine, &program));
                 run_kicked(&mut kicked);
                 for (at, cpu) in &kicked.stops {
@@ -190,7 +190,7 @@ fn a_guest_is_landed_where_another_was_kicked() {
                 stops += kicked.stops.len();
             }
         }
-        assert!(stops > 10, "{engine:?}: {stops}");
+        assert!(stops > 2, "{engine:?}: {stops}");
     }
 }
 
