@@ -3,9 +3,18 @@
 mod support;
 
 use std::collections::BTreeMap;
+use std::convert::Infallible;
 use std::process::Command;
 
+use entry::log::{Entry, Record};
+use entry::{Answer, DiskRequest, DiskResult, Input, Output, Position, PositionUnit, Question};
 use vmm::boot::rewrite::rewrite;
+use vmm::guest_loop::Turn;
+use vmm::machine::StateDigest;
+use vmm::record::{Log, Pace, Recorder};
+use vmm::replay::{Records, Replayer, Standby};
+use vmm::source::{Live, Outside, Stops};
+use vmm::{BootFile, BootFiles, BootPlan, Engine, GuestLoop, Machine, MachineConfig};
 
 /// How often a disassembler that is not ours finds each instruction.
 fn objdump(kernel: &std::path::Path) -> BTreeMap<String, usize> {
@@ -37,4 +46,140 @@ fn every_site_of_the_kernel_is_rewritten() {
         let ours = rewritten.instructions.iter().map(|(name, n)| ((*name).to_owned(), *n));
         assert_eq!(ours.collect::<BTreeMap<_, _>>(), objdump(&kernel));
     }
+}
+
+/// A world without clock, in which only the guest's questions are answered.
+#[derive(Default)]
+struct Quiet {
+    printed: Vec<u8>,
+    asked: u64,
+}
+
+impl Outside for Quiet {
+    type Error = Infallible;
+
+    fn poll(&mut self, _takes: &mut dyn FnMut(&Input) -> bool) -> Result<Option<Input>, Infallible> {
+        Ok(None)
+    }
+
+    fn stop_requested(&mut self) -> bool {
+        false
+    }
+
+    fn time_ns(&mut self) -> Option<u64> {
+        None
+    }
+
+    fn wait(&mut self, _until_ns: Option<u64>) -> Result<(), Infallible> {
+        Ok(())
+    }
+
+    fn answer(&mut self, _at: Position, question: &Question) -> Result<Answer, Infallible> {
+        self.asked += 1;
+        Ok(Answer::Value(match question {
+            Question::Time { time_ns } => time_ns + 700 + self.asked % 600,
+            _ => self.asked.wrapping_mul(0x9e37_79b9_7f4a_7c15),
+        }))
+    }
+
+    fn send(&mut self, output: Output) -> Result<(), Infallible> {
+        if let Output::Console { bytes, .. } = output {
+            self.printed.extend(bytes);
+        }
+        Ok(())
+    }
+
+    fn disk(&mut self, request: DiskRequest) -> Result<(), Infallible> {
+        panic!("{request:?}")
+    }
+
+    fn digest(&mut self, _at: Position, _digest: StateDigest) -> Result<(), Infallible> {
+        Ok(())
+    }
+}
+
+struct Kept(Vec<Record>);
+
+impl Log for Kept {
+    type Error = Infallible;
+
+    fn append(&mut self, record: &Record) -> Result<(), Infallible> {
+        self.0.push(record.clone());
+        Ok(())
+    }
+
+    fn look(&mut self, _at: Position) -> Result<(), Infallible> {
+        Ok(())
+    }
+}
+
+struct Played(std::vec::IntoIter<Record>);
+
+impl Records for Played {
+    type Error = Infallible;
+
+    fn next(&mut self) -> Result<Option<Record>, Infallible> {
+        Ok(self.0.next())
+    }
+}
+
+struct NoDisk;
+
+impl Standby for NoDisk {
+    type Error = Infallible;
+
+    fn start(&mut self, request: DiskRequest) -> Result<(), Infallible> {
+        panic!("{request:?}")
+    }
+
+    fn finish(&mut self, _slot: u8, _id: u64) -> Result<Option<DiskResult>, Infallible> {
+        Ok(None)
+    }
+
+    fn output(&mut self, _output: Output) -> Result<(), Infallible> {
+        Ok(())
+    }
+}
+
+/// Instructions of the boot that are run: the kernel has set itself up and replaced its alternatives by then.
+const BOOT: u64 = 250_000_000;
+
+/// The kernel as an engine on KVM gets it, on the software CPU.
+fn machine() -> Machine {
+    let kernel = support::image("linux", "kernel");
+    let config =
+        MachineConfig { engine: Engine::Soft, memory_bytes: 128 << 20, epoch_s: 0, slots: Vec::new() };
+    let files = BootFiles {
+        kernel: BootFile { name: "linux".into(), bytes: std::fs::read(kernel).unwrap().into() },
+        initrd: None,
+        command_line: "console=ttyS0 earlyprintk=ttyS0 panic=-1".into(),
+        seed: Some([7; 32]),
+        rewrite: true,
+    };
+    let plan = BootPlan::new(&files, &config).unwrap();
+    Machine::new(config, plan).unwrap()
+}
+
+#[test]
+fn the_rewritten_kernel_boots_and_is_replayed() {
+    const TEST: &str = "the_rewritten_kernel_boots_and_is_replayed";
+    if !support::has_guest(TEST, "linux") {
+        return;
+    }
+    let stops = Stops { pause: Some(Position::exact(BOOT)), ..Stops::default() };
+    let live = Live::new(Quiet::default(), PositionUnit::Instructions, stops);
+    let source = Recorder::new(live, Kept(Vec::new()), Pace::FILE);
+    let mut recorded = GuestLoop { machine: machine(), source };
+    assert_eq!(recorded.run().unwrap(), Turn::Paused);
+    recorded.source.stop(&mut recorded.machine).unwrap();
+    let printed = std::mem::take(&mut recorded.source.live().outside().printed);
+    let printed = String::from_utf8_lossy(&printed);
+    let log = std::mem::take(&mut recorded.source.log().0);
+    let told = log.iter().filter(|r| matches!(r.entry, Entry::Answer(Answer::Value(_)))).count();
+    eprintln!("{TEST}: asked {told} times, {} bytes printed", printed.len());
+    assert!(told > 100 && printed.contains("Linux version"), "{told} {printed}");
+    let mut replay = GuestLoop { machine: machine(), source: Replayer::new(Played(log.into_iter()), NoDisk) };
+    assert_eq!(replay.run().unwrap(), Turn::Paused);
+    assert_eq!(replay.source.equal_until(), Some(recorded.machine.position()));
+    assert!(replay.source.is_done());
 }

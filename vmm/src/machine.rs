@@ -8,7 +8,7 @@ use std::sync::Arc;
 use entry::{Answer, Digest, DiskRequest, End, Input, Output, Position, PositionUnit, Question};
 use serde::{Deserialize, Serialize};
 
-use crate::boot::rewrite::{self, Rewritten, Site};
+use crate::boot::rewrite::{self, Rewritten};
 use crate::boot::{BootError, BootPlan};
 use crate::bus::{Bus, Target};
 use crate::clock::Clock;
@@ -119,14 +119,14 @@ pub struct Machine {
     pub(crate) clock: Clock,
     ports: Bus,
     memory: Bus,
-    effects: Effects,
+    pub(crate) effects: Effects,
     /// An I/O instruction that waits for the answers to its questions, with the value that it will read.
     unfinished: Option<u64>,
     /// The last run stopped at a HLT, and its caller knows.
     halted: bool,
     /// The last run stopped where there is no position.
     between: bool,
-    counts: Counts,
+    pub(crate) counts: Counts,
 }
 
 impl Machine {
@@ -345,41 +345,6 @@ impl Machine {
         }
     }
 
-    /// The guest leaves where an instruction may have been that tells the time or chance. What its OUT asks next, or the
-    /// question in its place.
-    fn trapped(&mut self) -> Result<(Option<Exit>, Option<Stop>), MachineError> {
-        self.counts.pio += 1;
-        let mut next = self.vcpu.complete(&mut self.ram, 0)?;
-        if next.is_none() {
-            next = self.vcpu.settle(&mut self.ram)?;
-        }
-        if let Some(Exit::Shutdown) = next {
-            return Ok((None, Some(Stop::End(End::TripleFault))));
-        }
-        let site = if next.is_none() { self.site()? } else { None };
-        let question = site.map(|site| site.question(self.time_ns()));
-        self.effects.question.clone_from(&question);
-        Ok((next, question.map(Stop::Question)))
-    }
-
-    /// The instruction whose OUT was executed last.
-    fn site(&mut self) -> Result<Option<Site>, MachineError> {
-        let Some(rewritten) = self.plan.rewritten() else { return Ok(None) };
-        let mut rip = 0;
-        self.vcpu.change_registers(&mut |registers| rip = registers.rip)?;
-        Ok(rewritten.sites.at(rip.wrapping_sub(rewrite::OUT)))
-    }
-
-    /// Does what the instruction would have done whose question has this answer.
-    fn instead(&mut self, question: Question, mut value: u64) -> Result<(), MachineError> {
-        let Some(site) = self.site()? else { return Err(MachineError::WrongAnswer(question)) };
-        if let Question::Time { .. } = question {
-            self.raise_time(value);
-            value = self.time_ns();
-        }
-        Ok(self.vcpu.change_registers(&mut |registers| site.apply(value, registers))?)
-    }
-
     /// Answers the guest. What is to be told is told of a whole boundary, so the instruction is finished first.
     fn complete(&mut self, value: u64) -> Result<Option<Exit>, MachineError> {
         let next = self.vcpu.complete(&mut self.ram, value)?;
@@ -500,7 +465,7 @@ impl Machine {
     }
 
     /// Moves guest time on, at most by [`CLOCK_STEP_MAX_NS`].
-    fn raise_time(&mut self, time_ns: u64) {
+    pub(crate) fn raise_time(&mut self, time_ns: u64) {
         let (at, now_ns) = (self.position(), self.time_ns());
         let time_ns = time_ns.min(now_ns.saturating_add(CLOCK_STEP_MAX_NS));
         if self.halted {
