@@ -1,4 +1,5 @@
 //! The machine where positions are counted branches: recording while the guest is kicked anywhere, and replaying.
+#![allow(clippy::disallowed_methods, reason = "who kicks sleeps in between")]
 
 mod guest;
 mod vcpu;
