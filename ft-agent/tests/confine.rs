@@ -3,7 +3,7 @@
 mod support;
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use nix::libc::*;
@@ -83,7 +83,9 @@ fn a_confined_replica_is_refused_what_it_does_not_need() {
     for confined in [true, false] {
         let options: &[&str] = if confined { &[] } else { &["--no-confine"] };
         let Some((site, a, b, client)) = pair_with(TEST, options, &[]) else { return };
-        let elsewhere = site.dir.join("keys");
+        // Beside the control socket's directory, in which it makes files.
+        let elsewhere = PathBuf::from(format!("{}-elsewhere", site.dir.display()));
+        std::fs::create_dir(&elsewhere).expect("directory");
         for thread in ["guest", "pump"] {
             let done: Vec<_> = tries(&b, thread, &elsewhere)
                 .into_iter()
@@ -97,6 +99,7 @@ fn a_confined_replica_is_refused_what_it_does_not_need() {
             };
             assert_eq!(done, expected, "{thread}, confined: {confined}");
         }
+        std::fs::remove_dir_all(&elsewhere).expect("directory");
         drop(a);
         end(client, b);
     }
