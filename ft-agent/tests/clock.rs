@@ -40,8 +40,8 @@ fn library(site: &Site) -> PathBuf {
 
 /// The hour in which a side has logged its last line.
 fn hour(side: &Vm) -> u32 {
-    let times = side.seen().lines().filter_map(|line| line.split_once('T')?.1.get(..2)?.parse().ok());
-    times.last().unwrap_or_else(|| panic!("no time in {}", side.seen()))
+    let mut times = side.seen().lines().filter_map(|line| line.split_once('T')?.1.get(..2)?.parse().ok());
+    times.next_back().unwrap_or_else(|| panic!("no time in {}", side.seen()))
 }
 
 #[test]
