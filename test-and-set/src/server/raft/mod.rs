@@ -15,7 +15,7 @@ use std::io::Cursor;
 use std::sync::Arc;
 use std::time::Duration;
 
-use openraft::error::{CheckIsLeaderError, ClientWriteError, RaftError};
+use openraft::error::{ChangeMembershipError, CheckIsLeaderError, ClientWriteError, RaftError};
 use openraft::{
     BasicNode, ChangeMembers, Config, ServerState, SnapshotMeta, SnapshotPolicy, StorageError,
     StorageIOError, StoredMembership,
@@ -54,6 +54,8 @@ type Failed = StorageError<NodeId>;
 const QUORUM_PATIENCE: Duration = Duration::from_millis(350);
 /// How long adding or removing a member may take.
 const MEMBERS_PATIENCE: Duration = Duration::from_secs(20);
+/// Pause before a change of members is tried again while another is under way.
+const MEMBERS_PAUSE: Duration = Duration::from_millis(50);
 
 fn encode(value: &impl Serialize) -> Result<Vec<u8>, DiskError> {
     postcard::to_stdvec(value).map_err(|source| DiskError::Decode { what: "value", source })
@@ -187,8 +189,9 @@ impl Raft {
 
     /// Adds a member, first as a learner until it has caught up.
     pub async fn add_member(&self, id: NodeId, address: String) -> Result<(), Failure> {
-        self.change_members(async {
-            self.raft.add_learner(id, BasicNode::new(address), true).await?;
+        let address = &address;
+        self.change_members(|| async move {
+            self.raft.add_learner(id, BasicNode::new(address.clone()), true).await?;
             self.raft.change_membership(ChangeMembers::AddVoterIds([id].into()), false).await
         })
         .await
@@ -201,19 +204,32 @@ impl Raft {
             return Err(Failure::Members(format!("{id} is not a member")));
         }
         let is_voter = members.membership().voter_ids().any(|voter| voter == id);
-        let change = if is_voter {
-            ChangeMembers::RemoveVoters([id].into())
-        } else {
-            ChangeMembers::RemoveNodes([id].into())
+        let change = || {
+            if is_voter {
+                ChangeMembers::RemoveVoters([id].into())
+            } else {
+                ChangeMembers::RemoveNodes([id].into())
+            }
         };
-        self.change_members(self.raft.change_membership(change, false)).await
+        self.change_members(|| self.raft.change_membership(change(), false)).await
     }
 
-    async fn change_members<T>(
-        &self,
-        change: impl Future<Output = Result<T, RaftError<NodeId, ClientWriteError<NodeId, BasicNode>>>>,
-    ) -> Result<(), Failure> {
-        match tokio::time::timeout(MEMBERS_PATIENCE, change).await {
+    /// Does a change, which may be asked for while an earlier one still ends: its last entry need not be committed.
+    async fn change_members<T, F>(&self, change: impl Fn() -> F) -> Result<(), Failure>
+    where
+        F: Future<Output = Result<T, RaftError<NodeId, ClientWriteError<NodeId, BasicNode>>>>,
+    {
+        let in_its_turn = async {
+            loop {
+                match change().await {
+                    Err(RaftError::APIError(ClientWriteError::ChangeMembershipError(
+                        ChangeMembershipError::InProgress(_),
+                    ))) => tokio::time::sleep(MEMBERS_PAUSE).await,
+                    done => break done,
+                }
+            }
+        };
+        match tokio::time::timeout(MEMBERS_PATIENCE, in_its_turn).await {
             Err(_) => {
                 Err(Failure::Members(format!("not done within {MEMBERS_PATIENCE:?}; ask for the status")))
             }
