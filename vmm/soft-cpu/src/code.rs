@@ -35,15 +35,31 @@ pub(crate) struct Block {
 pub(crate) struct CodeCache {
     table: Vec<[Block; WAYS]>,
     insns: Vec<Insn>,
+    /// How often the block that begins at an instruction has been run, up to `hot`; or [`NEVER`].
+    heat: Vec<u8>,
+    /// Runs of a block before it is translated.
+    hot: u8,
     /// Instructions that cross a page, with the bytes that they were decoded from.
     crossing: Vec<Option<([u8; LENGTH_MAX], Insn)>>,
 }
+
+/// What is to be done with a block where there is a translator.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Heat {
+    /// To be interpreted.
+    Cold,
+    /// To be translated, unless that has been done.
+    Hot,
+}
+
+/// In [`CodeCache::heat`]: the block is not to be translated.
+const NEVER: u8 = u8::MAX;
 
 const NOTHING: Block = Block { start: usize::MAX, first: 0, count: 0, len: 0 };
 
 impl CodeCache {
     pub(crate) fn new() -> CodeCache {
-        CodeCache { table: vec![[NOTHING; WAYS]; SETS], insns: Vec::new(), crossing: vec![None; CROSSING] }
+        CodeCache { table: vec![[NOTHING; WAYS]; SETS], insns: Vec::new(), heat: Vec::new(), hot: NEVER, crossing: vec![None; CROSSING] }
     }
 
     /// The instructions of a block.
@@ -68,10 +84,14 @@ impl CodeCache {
         let first = self.insns.len();
         let mut decoder = BlockDecoder::new(&ram[start..page_end]);
         let mut at = start;
+        let mut heat = 0;
         while self.insns.len() - first < BLOCK_MAX {
             let Decoded::Insn(insn, place) = decoder.decode() else { break };
             if place == Place::Alone && at != start {
                 break;
+            }
+            if place == Place::Alone {
+                heat = NEVER;
             }
             self.insns.push(insn);
             at += (insn.len as usize).max(1);
@@ -87,6 +107,8 @@ impl CodeCache {
             *chunks |= 1 << chunk;
         }
         let b = Block { start, first: first as u32, count: count as u16, len: (at - start) as u16 };
+        self.heat.resize(self.insns.len(), 0);
+        self.heat[first] = heat;
         let ways = &mut self.table[set(start)];
         ways.rotate_right(1);
         ways[0] = b;
@@ -123,6 +145,30 @@ impl CodeCache {
     fn clear(&mut self) {
         self.table.fill([NOTHING; WAYS]);
         self.insns.clear();
+        self.heat.clear();
+    }
+
+    /// The block is about to be run once more.
+    #[inline]
+    pub(crate) fn warm(&mut self, b: &Block) -> Heat {
+        match self.heat.get_mut(b.first as usize) {
+            Some(heat) if *heat < self.hot => {
+                *heat += 1;
+                if *heat == self.hot { Heat::Hot } else { Heat::Cold }
+            }
+            Some(heat) if *heat != NEVER => Heat::Hot,
+            _ => Heat::Cold,
+        }
+    }
+
+    /// Blocks are to be translated when they are run for the `hot`th time, at least the first.
+    pub(crate) fn set_hot(&mut self, hot: u8) {
+        self.hot = hot.clamp(1, NEVER - 1);
+    }
+
+    /// The block could not be translated.
+    pub(crate) fn leave(&mut self, b: &Block) {
+        self.heat[b.first as usize] = NEVER;
     }
 }
 

@@ -46,6 +46,13 @@ pub struct Flags {
 }
 
 impl Flags {
+    /// Offsets of `zero`, `sign` and `carry`, for translated code.
+    pub(crate) const OFFSETS: (usize, usize, usize) = (
+        std::mem::offset_of!(Flags, zero),
+        std::mem::offset_of!(Flags, sign),
+        std::mem::offset_of!(Flags, carry),
+    );
+
     /// Flags as RFLAGS has them.
     pub fn from_bits(v: u64) -> Flags {
         let mut f = Flags { rest: v & !STATUS | FIXED, ..Flags::default() };

@@ -30,7 +30,7 @@
 //! turns guest bytes into [`insn::Insn`]s, [`code`] caches them by physical page, [`run`] executes them.
 //! [`exec`] has one function for each instruction form, [`exception`] delivers faults and interrupts through
 //! descriptors that [`segment`] reads, [`debug`] has single steps and breakpoints, [`observe`] looks at a CPU step by step.
-//! A translating tier would replace [`run`] and use the same state, memory and decoder.
+//! [`tier`] is where translated code comes in; the crate `translator` beside this one makes it.
 #![forbid(unsafe_code)]
 
 pub mod code;
@@ -48,6 +48,7 @@ pub mod paging;
 pub mod run;
 pub mod segment;
 pub mod state;
+pub mod tier;
 pub mod tlb;
 
 pub use exit::{Exit, Fault, Stop};

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::code::{Block, CodeCache};
+use crate::code::{Block, CodeCache, Heat};
 use crate::decode::LENGTH_MAX;
 use crate::exception::Event;
 use crate::exit::{Exit, Stop};
@@ -11,9 +11,12 @@ use crate::flags::bits;
 use crate::insn::{self, Insn};
 use crate::paging::{Access, is_canonical};
 use crate::state::{Cpu, CpuState, FetchPage, RIP_BASE, Shadow};
+use crate::tier::{Ran, Translator};
 
 /// Blocks after which the run loop looks whether another thread wants it to stop.
 const BLOCKS_BETWEEN_LOOKS: u32 = 64;
+/// Instructions that translated code may run before it does.
+const TRANSLATED_BETWEEN_LOOKS: u64 = 4096;
 
 /// How far [`SoftCpu::run`] may go.
 #[derive(Clone, Copy, Debug)]
@@ -28,13 +31,22 @@ pub struct RunLimit {
 pub struct SoftCpu {
     pub(crate) cpu: Cpu,
     code: CodeCache,
+    translator: Option<Box<dyn Translator>>,
     kick: Arc<AtomicBool>,
 }
 
 impl SoftCpu {
     /// A CPU for `ram_len` bytes of RAM. It does nothing useful until a state is restored.
     pub fn new(ram_len: u64) -> SoftCpu {
-        SoftCpu { cpu: Cpu::new(ram_len), code: CodeCache::new(), kick: Arc::default() }
+        SoftCpu { cpu: Cpu::new(ram_len), code: CodeCache::new(), translator: None, kick: Arc::default() }
+    }
+
+    /// Has a block that is run for the `hot`th time, and from then on, run as translated code. Nothing but the speed
+    /// changes by it.
+    pub fn set_translator(&mut self, translator: Box<dyn Translator>, hot: u8) {
+        self.forget_code();
+        self.code.set_hot(hot);
+        self.translator = Some(translator);
     }
 
     /// Runs the guest until there is something to tell. `ram` is all of RAM, as long as promised to `new`.
@@ -155,9 +167,22 @@ impl SoftCpu {
     /// Takes over a saved state, and forgets all decoded code.
     pub fn restore(&mut self, state: &CpuState) {
         self.cpu.restore(state);
-        for (page, chunks) in self.cpu.code_chunks.iter_mut().enumerate().filter(|(_, c)| **c != 0) {
-            self.code.invalidate(page, *chunks);
-            *chunks = 0;
+        self.forget_code();
+    }
+
+    fn forget_code(&mut self) {
+        for page in 0..self.cpu.code_chunks.len() {
+            self.forget_code_of(page);
+        }
+    }
+
+    fn forget_code_of(&mut self, page: usize) {
+        let chunks = std::mem::take(&mut self.cpu.code_chunks[page]);
+        if chunks != 0 {
+            self.code.invalidate(page, chunks);
+            if let Some(translator) = &mut self.translator {
+                translator.invalidate(page);
+            }
         }
     }
 
@@ -165,7 +190,14 @@ impl SoftCpu {
     /// next instruction has to run alone; and not for long.
     fn blocks(&mut self, ram: &mut [u8], until: u64, attention: u64) -> Option<Exit> {
         for _ in 0..BLOCKS_BETWEEN_LOOKS {
-            let exit = self.step(ram, until - self.cpu.retired, u64::MAX);
+            let budget = until - self.cpu.retired;
+            let exit = match self.translated(ram, budget) {
+                Some(exit) => exit,
+                None => self.step(ram, budget, u64::MAX, true),
+            };
+            if self.kick.load(Ordering::Relaxed) {
+                return exit;
+            }
             if exit.is_some() || self.cpu.retired >= until || self.cpu.needs_care(attention) {
                 return exit;
             }
@@ -173,9 +205,37 @@ impl SoftCpu {
         None
     }
 
-    /// Runs one block, or as much of it as `budget` (instructions and iterations) and `most` (instructions) allow.
+    /// Runs translated code, if there is some for what comes next.
     #[inline(always)]
-    fn step(&mut self, ram: &mut [u8], budget: u64, most: u64) -> Option<Exit> {
+    fn translated(&mut self, ram: &mut [u8], budget: u64) -> Option<Option<Exit>> {
+        let translator = self.translator.as_mut()?;
+        match translator.run(&mut self.cpu, ram, budget.min(TRANSLATED_BETWEEN_LOOKS))? {
+            Ran::On => Some(None),
+            Ran::Stopped(stop, insn, rip) => Some(self.stopped(ram, stop, rip, Some(insn))),
+        }
+    }
+
+    /// Notes that the block at RIP, which is at RAM offset `start`, is run once more. Is there translated code for it now?
+    #[inline(always)]
+    fn translate(&mut self, ram: &[u8], start: usize, block: &Block) -> bool {
+        let Some(translator) = &mut self.translator else { return false };
+        if self.code.warm(block) == Heat::Cold {
+            return false;
+        }
+        if translator.link(&self.cpu, start) {
+            return true;
+        }
+        if !translator.translate(ram, start, block.count as usize) {
+            self.code.leave(block);
+            return false;
+        }
+        translator.link(&self.cpu, start)
+    }
+
+    /// Runs one block, or as much of it as `budget` (instructions and iterations) and `most` (instructions) allow; where
+    /// it `may_translate`, maybe by translated code and more.
+    #[inline(always)]
+    fn step(&mut self, ram: &mut [u8], budget: u64, most: u64, may_translate: bool) -> Option<Exit> {
         let rip = self.cpu.rip;
         let start = match self.fetch(ram, rip) {
             Ok(start) => start,
@@ -188,6 +248,12 @@ impl SoftCpu {
                 None => return self.crossing_step(ram, rip, budget),
             },
         };
+        if may_translate
+            && self.translate(ram, start, &block)
+            && let Some(exit) = self.translated(ram, budget)
+        {
+            return exit;
+        }
         self.execute(ram, &block, budget, most)
     }
 
@@ -230,7 +296,7 @@ impl SoftCpu {
         }
         let before = cpu.retired;
         let budget = if cpu.debugged() { 1 } else { budget };
-        let exit = self.step(ram, budget, 1);
+        let exit = self.step(ram, budget, 1, false);
         let cpu = &mut self.cpu;
         if exit.is_some_and(|e| e.is_question()) {
             // The instruction has not run yet.
@@ -381,10 +447,8 @@ impl SoftCpu {
     }
 
     fn drop_written_code(&mut self) {
-        let cpu = &mut self.cpu;
-        for page in cpu.code_written.drain(..) {
-            let chunks = std::mem::take(&mut cpu.code_chunks[page as usize]);
-            self.code.invalidate(page as usize, chunks);
+        while let Some(page) = self.cpu.code_written.pop() {
+            self.forget_code_of(page as usize);
         }
     }
 }

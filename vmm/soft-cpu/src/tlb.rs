@@ -29,6 +29,7 @@ pub mod right {
 
 /// One cached translation of a 4 KiB page.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[repr(C)]
 pub struct TlbEntry {
     /// Linear page number (linear address >> 12, with its upper bits).
     pub page: u64,
@@ -101,6 +102,11 @@ impl Tlb {
     #[inline(always)]
     pub fn code(&self, page: u64) -> &TlbEntry {
         &self.code[page as usize % CODE_ENTRIES]
+    }
+
+    /// All slots of the instruction TLB.
+    pub fn code_entries(&self) -> &[TlbEntry; CODE_ENTRIES] {
+        &self.code
     }
 
     /// Fills the slot of the data TLB that is for a linear page.
@@ -229,6 +235,11 @@ impl FastTlb {
     #[inline(always)]
     pub(crate) fn get(&self, mode: usize, page: u64) -> &FastEntry {
         &self.entries[mode & 3][page as usize % DATA_ENTRIES]
+    }
+
+    /// The entries of a mode.
+    pub(crate) fn entries(&self, mode: usize) -> *const FastEntry {
+        self.entries[mode & 3].as_ptr()
     }
 
     /// The page at RAM offset `ram` may be read, and written if so said.

@@ -161,11 +161,17 @@ impl Guest {
         }
     }
 
-    /// Runs to the end or to `limit` instructions.
+    /// Runs to the end or to `limit` instructions. Translated code has to come to the same, also when it is stopped
+    /// again and again.
     pub fn run_to(&mut self, limit: u64) -> Outcome {
         self.cpu.restore(&self.state);
+        let (start, ram) = (self.state.clone(), self.ram.clone());
         let exit = self.cpu.run(&mut self.ram, &RunLimit { until: limit, interrupt_window: false });
         self.state = self.cpu.save();
+        #[cfg(target_arch = "x86_64")]
+        for stops in [u64::MAX, 7, 1] {
+            self.compare_translated(&start, ram.clone(), limit, stops, exit);
+        }
         match exit {
             Exit::MmioWrite { addr: END, .. } => Outcome::Done,
             Exit::MmioWrite { addr, .. } if (DEVICE..DEVICE + 256).contains(&addr) => {
@@ -177,6 +183,24 @@ impl Guest {
             }
             exit => Outcome::Exit(exit),
         }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn compare_translated(&self, start: &CpuState, mut ram: Vec<u8>, limit: u64, stops: u64, expected: Exit) {
+        let mut cpu = SoftCpu::new(RAM as u64);
+        cpu.set_translator(Box::new(translator::Native::new().unwrap()), 1);
+        cpu.restore(start);
+        let mut until = start.retired;
+        let exit = loop {
+            until = until.saturating_add(stops).min(limit);
+            match cpu.run(&mut ram, &RunLimit { until, interrupt_window: false }) {
+                Exit::Reached if until < limit => {}
+                exit => break exit,
+            }
+        };
+        assert_eq!(exit, expected, "translated, stopped every {stops}");
+        assert_eq!(cpu.save(), self.state, "translated, stopped every {stops}");
+        assert!(ram == self.ram, "translated, stopped every {stops}: RAM differs");
     }
 
     /// Runs to the end; a program that has not ended after a million instructions never will.

@@ -1,0 +1,120 @@
+//! The code around blocks: in, out, and to the handlers.
+//!
+//! Registers in translated code: RBX the CPU, R12 the slots, R13 the fast TLB of the mode, R14 RAM, R15 what is left of the
+//! budget; on the stack, at [`JUMPS`] and the offsets behind it, what is needed less often. All others are a block's scratch.
+
+use std::mem::offset_of;
+
+use dynasmrt::x64::X64Relocation;
+use dynasmrt::{DynasmApi, DynasmLabelApi, VecAssembler, dynasm};
+use soft_cpu::Cpu;
+use soft_cpu::insn::Insn;
+use soft_cpu::state::RIP_BASE;
+use soft_cpu::tier::LAYOUT;
+
+use crate::memory::CodeMemory;
+use crate::{Frame, Left};
+
+/// Offsets from RSP in a block.
+pub(crate) const JUMPS: i32 = 0;
+pub(crate) const CODE_TLB: i32 = 8;
+const RAM_LEN: i32 = 16;
+
+/// Runs translated code.
+pub(crate) type Enter = unsafe extern "sysv64" fn(&Frame) -> Left;
+/// Executes an instruction by its handler.
+pub(crate) type Handler = unsafe extern "sysv64" fn(*mut Cpu, *mut u8, usize, *const Insn) -> u64;
+
+pub(crate) struct Stubs {
+    pub(crate) enter: Enter,
+    pub(crate) leave: u64,
+    pub(crate) leave_at_rip: u64,
+    pub(crate) perform: u64,
+}
+
+macro_rules! field {
+    ($f:ident) => {
+        offset_of!(Frame, $f) as i32
+    };
+}
+
+/// Adds the stubs.
+pub(crate) fn add(memory: &mut CodeMemory, handler: Handler) -> Stubs {
+    let base = LAYOUT.regs + 8 * RIP_BASE as i32;
+    let mut ops = VecAssembler::<X64Relocation>::new(0);
+    let enter = ops.offset().0;
+    dynasm!(ops
+        ; .arch x64
+        ; push rbx
+        ; push rbp
+        ; push r12
+        ; push r13
+        ; push r14
+        ; push r15
+        // With the return address this makes the stack a multiple of 16.
+        ; sub rsp, 40
+        ; mov rax, [rdi + field!(jumps)]
+        ; mov [rsp + JUMPS], rax
+        ; mov rax, [rdi + field!(code_tlb)]
+        ; mov [rsp + CODE_TLB], rax
+        ; mov rax, [rdi + field!(ram_len)]
+        ; mov [rsp + RAM_LEN], rax
+        ; mov rbx, [rdi + field!(cpu)]
+        ; mov r12, [rdi + field!(slots)]
+        ; mov r13, [rdi + field!(fast)]
+        ; mov r14, [rdi + field!(ram)]
+        ; mov r15, [rdi + field!(budget)]
+        ; jmp QWORD [rdi + field!(code)]
+    );
+    let leave = ops.offset().0;
+    dynasm!(ops
+        ; .arch x64
+        ; mov rax, [rbx + base]
+        ; mov [rbx + LAYOUT.rip], rax
+    );
+    let leave_at_rip = ops.offset().0;
+    dynasm!(ops
+        ; .arch x64
+        ; xor eax, eax
+        ; out:
+        ; mov rdx, r15
+        ; add rsp, 40
+        ; pop r15
+        ; pop r14
+        ; pop r13
+        ; pop r12
+        ; pop rbp
+        ; pop rbx
+        ; ret
+    );
+    let perform = ops.offset().0;
+    // Called with the instruction in RCX and, in RBP, how many are behind it in its block, which have been counted already.
+    dynasm!(ops
+        ; .arch x64
+        ; sub rsp, 8
+        ; mov [rsp], rcx
+        ; mov rdi, rbx
+        ; mov rsi, r14
+        ; mov rdx, [rsp + RAM_LEN + 16]
+        ; mov rax, QWORD handler as *const () as i64
+        ; call rax
+        ; test eax, eax
+        ; jnz >stopped
+        ; add rsp, 8
+        ; ret
+        ; stopped:
+        ; mov rcx, [rsp]
+        ; add rsp, 16
+        ; lea r15, [r15 + rbp + 1]
+        ; shl rcx, 8
+        ; or rax, rcx
+        ; jmp <out
+    );
+    let code = ops.finalize().expect("the stubs have all their labels");
+    let at = memory.add(&code);
+    // SAFETY: the code at `enter` keeps to this type.
+    #[allow(unsafe_code)]
+    let enter = unsafe { std::mem::transmute::<usize, Enter>(at as usize + enter) };
+    let address = |offset: usize| at + offset as u64;
+    Stubs { enter, leave: address(leave), leave_at_rip: address(leave_at_rip), perform: address(perform) }
+}
