@@ -16,6 +16,8 @@ pub enum Cpu {
     Auto,
     /// The software CPU: any x86-64 host.
     Soft,
+    /// The same without translated code: slower, and otherwise the same to the last bit.
+    Interpreter,
     /// The host's own, through /dev/kvm.
     Kvm,
 }
@@ -48,7 +50,8 @@ pub fn choose(cpu: Cpu, positions: Positions) -> Result<Engine, Error> {
         },
         (Cpu::Soft, Positions::Auto) => (Engine::Soft, asked),
         (Cpu::Soft, Positions::Counter) => (Engine::SoftCounter, "a simulated counter, for tests".into()),
-        (Cpu::Auto | Cpu::Soft, _) => {
+        (Cpu::Interpreter, Positions::Auto) => (Engine::Interpreter, "the software CPU without translated code, as asked for".into()),
+        (Cpu::Auto | Cpu::Soft | Cpu::Interpreter, _) => {
             return Err(Error::config("positions", "they are a choice of --cpu kvm only"));
         }
         (Cpu::Kvm, Positions::Auto) => match doctor::exact() {

@@ -16,7 +16,7 @@ use test_and_set::store::chain;
 use test_and_set::url::StoreUrl;
 use tracing::warn;
 use tracing_subscriber::EnvFilter;
-use vmm::{Engine, Machine};
+use vmm::Machine;
 
 use super::announce::Announcer;
 use super::console::{Readers, to_stdout};
@@ -161,7 +161,7 @@ impl Side {
 
 /// What a side still opens once it is confined.
 fn needs(plan: &PairPlan, url: &StoreUrl, sidecars: &Sidecars) -> Needs {
-    let kvm = plan.machine.engine != Engine::Soft;
+    let kvm = plan.machine.engine.is_kvm();
     let beside = |path: &Path| match path.parent() {
         Some(dir) if dir != Path::new("") => dir.to_owned(),
         _ => PathBuf::from("."),

@@ -8,11 +8,11 @@ use crate::decode::{BlockDecoder, Decoded, LENGTH_MAX, Place};
 use crate::insn::Insn;
 
 /// Sets of the table of blocks.
-const SETS: usize = 1 << 16;
+const SETS: usize = 1 << 14;
 /// Blocks in a set: a cache line of them. One slot each would make some of a busy guest's blocks push each other out.
 const WAYS: usize = 4;
 /// Instructions kept before everything is dropped and decoded anew: bounds the memory, 32 bytes each.
-const INSNS_MAX: usize = 1 << 19;
+const INSNS_MAX: usize = 1 << 17;
 /// Instructions in a block.
 const BLOCK_MAX: usize = 32;
 /// Decoded instructions that cross a page which are kept.

@@ -321,23 +321,26 @@ pub enum Engine {
     KvmStepCounter,
     /// The software CPU with a simulated branch counter: for tests.
     SoftCounter,
+    /// The software CPU without translated code: slower, and otherwise the same to the last bit.
+    Interpreter,
 }
 
 impl Engine {
     /// All of them.
-    pub const ALL: [Engine; 6] = [
+    pub const ALL: [Engine; 7] = [
         Engine::Soft,
         Engine::KvmSync,
         Engine::KvmStep,
         Engine::KvmCounter,
         Engine::KvmStepCounter,
         Engine::SoftCounter,
+        Engine::Interpreter,
     ];
 
-    /// Its name in identities.
+    /// Its name in identities: the same for those that rebuild each other's machines.
     pub fn name(self) -> &'static str {
         match self {
-            Engine::Soft => "soft",
+            Engine::Soft | Engine::Interpreter => "soft",
             Engine::KvmSync => "kvm-sync",
             Engine::KvmStep => "kvm-step",
             Engine::KvmCounter => "kvm-counter",
@@ -354,7 +357,7 @@ impl Engine {
     /// What the engine counts.
     pub fn unit(self) -> PositionUnit {
         match self {
-            Engine::Soft => PositionUnit::Instructions,
+            Engine::Soft | Engine::Interpreter => PositionUnit::Instructions,
             Engine::KvmSync => PositionUnit::SynchronousExits,
             Engine::KvmStep => PositionUnit::Steps,
             Engine::KvmCounter | Engine::KvmStepCounter | Engine::SoftCounter => PositionUnit::Branches,
@@ -363,13 +366,14 @@ impl Engine {
 
     /// The host's CPU executes the guest, which cannot trap all that tells the time or chance.
     pub fn is_kvm(self) -> bool {
-        !matches!(self, Engine::Soft | Engine::SoftCounter)
+        !matches!(self, Engine::Soft | Engine::Interpreter | Engine::SoftCounter)
     }
 
     /// Makes a vCPU for that RAM.
     pub fn vcpu(self, ram: &Ram) -> Result<Box<dyn Vcpu>, VcpuError> {
         match self {
-            Engine::Soft => Ok(Box::new(SoftVcpu::new(ram.len()))),
+            Engine::Soft => Ok(Box::new(SoftVcpu::translating(ram.len()))),
+            Engine::Interpreter => Ok(Box::new(SoftVcpu::new(ram.len()))),
             Engine::KvmSync => Ok(Box::new(KvmVcpu::new(ram, Positions::Exits)?)),
             Engine::KvmStep => Ok(Box::new(KvmVcpu::new(ram, Positions::Steps)?)),
             Engine::KvmCounter => kvm::counted(ram),

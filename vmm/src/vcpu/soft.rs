@@ -10,6 +10,9 @@ use soft_cpu::{CpuState, Exit as SoftExit, RunLimit, SoftCpu};
 use super::{Exit, General, Kick, Limit, Start, Vcpu, VcpuError, VcpuState};
 use crate::ram::Ram;
 
+/// Runs of a block before it is translated: what runs less often is not worth the time.
+const HOT: u8 = 60;
+
 /// See the module.
 pub struct SoftVcpu {
     cpu: SoftCpu,
@@ -25,10 +28,20 @@ impl Kick for SoftKick {
 }
 
 impl SoftVcpu {
-    /// A CPU for `ram_len` bytes of RAM, to be given a state by [`Vcpu::reset`] or [`Vcpu::restore`].
+    /// A CPU that interprets, for `ram_len` bytes of RAM, to be given a state by [`Vcpu::reset`] or [`Vcpu::restore`].
     pub fn new(ram_len: u64) -> SoftVcpu {
         let cpu = SoftCpu::new(ram_len);
         SoftVcpu { kick: cpu.kicker(), cpu }
+    }
+
+    /// The same, with translated code for what runs often. A host that allows none has the interpreter do it all, and says so.
+    pub fn translating(ram_len: u64) -> SoftVcpu {
+        let mut vcpu = SoftVcpu::new(ram_len);
+        match translator::Native::new() {
+            Ok(native) => vcpu.cpu.set_translator(Box::new(native), HOT),
+            Err(e) => eprintln!("no memory for translated code ({e}): the software CPU interprets, which is slower"),
+        }
+        vcpu
     }
 
     /// The CPU itself, for who simulates an engine with it.

@@ -44,7 +44,12 @@ pub fn run(plan: &Plan, progress: impl Fn(u64, u64) + Sync) -> Result<Summary, N
     let total = Mutex::new((Summary::default(), 0));
     std::thread::scope(|scope| {
         let worker = || -> Result<(), NativeError> {
-            let mut pair = Pair { native: Native::new()?, soft: Soft::new(), entries: &entries };
+            let mut pair = Pair {
+                native: Native::new()?,
+                soft: Soft::new(),
+                translated: Soft::translated(),
+                entries: &entries,
+            };
             loop {
                 let first = next.fetch_add(BATCH as u64, Ordering::Relaxed);
                 if first >= plan.cases {
@@ -86,6 +91,7 @@ pub fn run_one(seed: u64, class: Option<Class>) -> Result<(String, Verdict), Nat
 struct Pair<'a> {
     native: Native,
     soft: Soft,
+    translated: Soft,
     entries: &'a [Entry],
 }
 
@@ -110,7 +116,7 @@ impl Pair<'_> {
             summary.cases += 1;
             summary.cover(built, theirs);
             match compare(&built.start, &built.flow, theirs, ours) {
-                Verdict::Same => self.step(case, built, ours, &mut summary),
+                Verdict::Same => self.again(case, built, ours, &mut summary),
                 Verdict::Skipped(why) => *summary.skipped.entry(why).or_default() += 1,
                 Verdict::Different(lines) => {
                     let mismatch = self.reduce(case, built, &lines, summary.different() < SHRUNK_MAX)?;
@@ -121,19 +127,21 @@ impl Pair<'_> {
         Ok(summary)
     }
 
-    /// The soft CPU must do the same when it is stopped after each instruction.
-    fn step(&mut self, case: &Case, built: &Built, whole: &Outcome, summary: &mut Summary) {
-        if !case.seed.is_multiple_of(STEPPED) {
-            return;
-        }
-        let stepped = self.soft.run(&built.start, true);
-        if stepped != *whole {
-            let text = format!(
-                "seed {:#x}: the soft CPU in single steps differs from itself\n{}    whole {whole:x?}\n    steps {stepped:x?}\n",
-                case.seed,
-                describe(built)
-            );
-            summary.add(Mismatch { seed: case.seed, code: iced_x86::Code::INVALID, text });
+    /// The soft CPU must do the same with translated code, and when it is stopped after each instruction.
+    fn again(&mut self, case: &Case, built: &Built, whole: &Outcome, summary: &mut Summary) {
+        let mut differs = |how: &str, again: Outcome| {
+            if again != *whole {
+                let text = format!(
+                    "seed {:#x}: the soft CPU {how} differs from itself\n{}    whole {whole:x?}\n    again {again:x?}\n",
+                    case.seed,
+                    describe(built)
+                );
+                summary.add(Mismatch { seed: case.seed, code: iced_x86::Code::INVALID, text });
+            }
+        };
+        differs("with translated code", self.translated.run(&built.start, false));
+        if case.seed.is_multiple_of(STEPPED) {
+            differs("in single steps", self.soft.run(&built.start, true));
         }
     }
 

@@ -34,6 +34,7 @@ const TR: u16 = 0x40;
 /// A soft CPU in the layout's address space.
 pub struct Soft {
     cpu: SoftCpu,
+    translates: bool,
     ram: Vec<u8>,
     background: Vec<u64>,
     system: Registers,
@@ -128,7 +129,15 @@ impl Soft {
         };
         system.seg[seg::CS] = segment(USER_CS, user_code);
         system.seg[seg::SS] = segment(USER_SS, user_data);
-        Soft { cpu: SoftCpu::new(RAM as u64), ram, background, system }
+        Soft { cpu: SoftCpu::new(RAM as u64), translates: false, ram, background, system }
+    }
+
+    /// The same, where every block is translated before it runs.
+    pub fn translated() -> Soft {
+        let mut soft = Soft { translates: true, ..Soft::new() };
+        let native = translator::Native::new().expect("memory for translated code");
+        soft.cpu.set_translator(Box::new(native), 1);
+        soft
     }
 
     /// Runs a case to its end. With `step` it is run one instruction at a time.
@@ -136,7 +145,7 @@ impl Soft {
         match catch_unwind(AssertUnwindSafe(|| self.run_case(start, step))) {
             Ok(outcome) => outcome,
             Err(panic) => {
-                *self = Soft::new();
+                *self = if self.translates { Soft::translated() } else { Soft::new() };
                 let text = panic.downcast_ref::<String>().map(String::as_str);
                 let text = text.or(panic.downcast_ref::<&str>().copied()).unwrap_or("?");
                 broken(start, format!("panic: {text}"))

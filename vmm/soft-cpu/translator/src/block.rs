@@ -28,10 +28,8 @@ pub(crate) const QUAD: usize = 3;
 pub(crate) mod host {
     pub(crate) const RAX: u8 = 0;
     pub(crate) const RCX: u8 = 1;
-    pub(crate) const RDX: u8 = 2;
     pub(crate) const RSI: u8 = 6;
     pub(crate) const RDI: u8 = 7;
-    pub(crate) const R8: u8 = 8;
 }
 use host::*;
 

@@ -41,13 +41,13 @@ use memory::CodeMemory;
 use stubs::Enter;
 
 /// Bytes of code kept before everything is dropped and translated anew.
-const CODE_MAX: usize = 8 << 20;
+const CODE_MAX: usize = 12 << 20;
 /// More than a block of the longest instructions needs.
 const BLOCK_CODE_MAX: usize = 64 << 10;
 /// Blocks known before everything is dropped.
-const SLOTS: usize = 1 << 17;
+const SLOTS: usize = 1 << 16;
 /// Places for targets of jumps, for each of supervisor and user mode.
-const JUMPS: usize = 2048;
+const JUMPS: usize = 4096;
 
 /// A block's place in the table of code addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -126,7 +126,7 @@ impl Native {
     /// When the host gives no memory that may be executed.
     pub fn new() -> io::Result<Native> {
         let mut memory = CodeMemory::new(CODE_MAX)?;
-        let stubs = stubs::add(&mut memory, handler);
+        let stubs = stubs::add(&mut memory, handler)?;
         let mut slots = vec![stubs.leave; SLOTS].into_boxed_slice();
         slots[fixed::LEAVE_AT_RIP.0 as usize] = stubs.leave_at_rip;
         slots[fixed::PERFORM.0 as usize] = stubs.perform;
@@ -207,8 +207,9 @@ impl Translator for Native {
         }
         let insns = insns.into_boxed_slice();
         let slot = self.slot(start);
-        let Some(code) = Block::new(self, start, &insns).translate(&decoded, last == Place::Last) else { return false };
-        self.slots[slot.0 as usize] = self.memory.add(&code);
+        let code = Block::new(self, start, &insns).translate(&decoded, last == Place::Last);
+        let Some(at) = code.and_then(|code| self.memory.add(&code).ok()) else { return false };
+        self.slots[slot.0 as usize] = at;
         self.insns.push(insns);
         true
     }

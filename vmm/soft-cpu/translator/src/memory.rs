@@ -1,15 +1,16 @@
-//! Memory for code: never writable and executable at one address.
+//! Memory for code, which can be executed where it is mapped and is written through its file alone.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::FromRawFd;
+use std::os::unix::fs::FileExt;
 
-use memmap2::{Mmap, MmapMut, MmapOptions};
+use memmap2::{Mmap, MmapOptions};
 
-/// The same memory at two addresses: at one it can be written, at the other executed.
+/// See the module.
 pub(crate) struct CodeMemory {
-    write: MmapMut,
-    execute: Mmap,
+    file: File,
+    mapped: Mmap,
     used: usize,
 }
 
@@ -28,22 +29,28 @@ impl CodeMemory {
         // SAFETY: the descriptor is new and nobody else's.
         let file = unsafe { File::from_raw_fd(fd) };
         file.set_len(len as u64)?;
-        // SAFETY: nobody else has the file. What runs at `execute` is code that was written whole before.
-        let (write, execute) = unsafe { (MmapMut::map_mut(&file)?, MmapOptions::new().map_exec(&file)?) };
-        Ok(CodeMemory { write, execute, used: 0 })
+        // SAFETY: nobody else has the file, and its length stays. What runs in it was written whole before.
+        let mapped = unsafe { MmapOptions::new().map_exec(&file)? };
+        Ok(CodeMemory { file, mapped, used: 0 })
     }
 
     /// Bytes left.
     pub(crate) fn left(&self) -> usize {
-        self.write.len() - self.used
+        self.mapped.len() - self.used
     }
 
-    /// Adds code, which fits; gives the address where it can be run.
-    pub(crate) fn add(&mut self, code: &[u8]) -> u64 {
+    /// Adds code; gives the address where it can be run.
+    ///
+    /// # Errors
+    /// When it does not fit, or the host has no page for it.
+    pub(crate) fn add(&mut self, code: &[u8]) -> io::Result<u64> {
         let at = self.used;
-        self.write[at..at + code.len()].copy_from_slice(code);
-        self.used = (at + code.len()).next_multiple_of(16).min(self.write.len());
-        self.execute.as_ptr() as u64 + at as u64
+        if code.len() > self.left() {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        self.file.write_all_at(code, at as u64)?;
+        self.used = (at + code.len()).next_multiple_of(16).min(self.mapped.len());
+        Ok(self.mapped.as_ptr() as u64 + at as u64)
     }
 
     /// Forgets all code behind the first `len` bytes.
