@@ -50,7 +50,9 @@ pub fn choose(cpu: Cpu, positions: Positions) -> Result<Engine, Error> {
         },
         (Cpu::Soft, Positions::Auto) => (Engine::Soft, asked),
         (Cpu::Soft, Positions::Counter) => (Engine::SoftCounter, "a simulated counter, for tests".into()),
-        (Cpu::Interpreter, Positions::Auto) => (Engine::Interpreter, "the software CPU without translated code, as asked for".into()),
+        (Cpu::Interpreter, Positions::Auto) => {
+            (Engine::Interpreter, "the software CPU without translated code, as asked for".into())
+        }
         (Cpu::Auto | Cpu::Soft | Cpu::Interpreter, _) => {
             return Err(Error::config("positions", "they are a choice of --cpu kvm only"));
         }

@@ -3,8 +3,10 @@
 mod vcpu;
 
 use entry::{Position, PositionUnit};
+use soft_cpu::CpuState;
 use vmft_vmm::Engine;
 use vmft_vmm::vcpu::Exit;
+use vmft_vmm::vcpu::perf::events::CpuModel;
 
 use vcpu::programs::{Program, all};
 use vcpu::{Guest, emulates_ring_0, has_counter, has_kvm, normal, skip};
@@ -85,6 +87,12 @@ fn the_software_cpu_conforms() {
 }
 
 #[test]
+fn the_interpreter_conforms() {
+    conforms(Engine::Interpreter);
+    survives_saving(Engine::Interpreter);
+}
+
+#[test]
 fn kvm_with_positions_at_exits_conforms() {
     if has_kvm("kvm_with_positions_at_exits_conforms") {
         conforms(Engine::KvmSync);
@@ -130,6 +138,13 @@ fn kvm_agrees_with_the_software_cpu_after_every_step() {
     if !has_kvm("kvm_agrees_with_the_software_cpu_after_every_step") {
         return;
     }
+    // Status flags that the SDM leaves undefined (IMUL, shifts and rotations by more than one bit) are with us as Intel has
+    // them. What the programs read of them is compared everywhere, by what they make of it.
+    let status = if CpuModel::host().vendor == "GenuineIntel" { 0 } else { soft_cpu::flags::bits::STATUS };
+    let defined = |guest: &Guest| {
+        let cpu = guest.cpu();
+        CpuState { rflags: cpu.rflags & !status, ..cpu }
+    };
     for program in steps().filter(|program| can_run(Engine::KvmStep, program)) {
         let (mut soft, mut kvm) = (Guest::new(Engine::Soft, &program), Guest::new(Engine::KvmStep, &program));
         assert_eq!(Engine::KvmStep.unit(), PositionUnit::Steps);
@@ -137,7 +152,7 @@ fn kvm_agrees_with_the_software_cpu_after_every_step() {
             let at = Position::exact(count);
             let ended = soft.run(Some(at));
             assert_eq!(kvm.run(Some(at)), ended, "{} at {count}", program.name);
-            assert_eq!(kvm.cpu(), soft.cpu(), "{} at {count}", program.name);
+            assert_eq!(defined(&kvm), defined(&soft), "{} at {count}", program.name);
             if ended {
                 assert!(count > 10);
                 break;

@@ -59,7 +59,13 @@ const NOTHING: Block = Block { start: usize::MAX, first: 0, count: 0, len: 0 };
 
 impl CodeCache {
     pub(crate) fn new() -> CodeCache {
-        CodeCache { table: vec![[NOTHING; WAYS]; SETS], insns: Vec::new(), heat: Vec::new(), hot: NEVER, crossing: vec![None; CROSSING] }
+        CodeCache {
+            table: vec![[NOTHING; WAYS]; SETS],
+            insns: Vec::new(),
+            heat: Vec::new(),
+            hot: NEVER,
+            crossing: vec![None; CROSSING],
+        }
     }
 
     /// The instructions of a block.

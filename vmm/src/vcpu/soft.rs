@@ -39,7 +39,9 @@ impl SoftVcpu {
         let mut vcpu = SoftVcpu::new(ram_len);
         match translator::Native::new() {
             Ok(native) => vcpu.cpu.set_translator(Box::new(native), HOT),
-            Err(e) => eprintln!("no memory for translated code ({e}): the software CPU interprets, which is slower"),
+            Err(e) => {
+                eprintln!("no memory for translated code ({e}): the software CPU interprets, which is slower")
+            }
         }
         vcpu
     }

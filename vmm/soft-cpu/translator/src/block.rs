@@ -84,7 +84,8 @@ impl<'a> Block<'a> {
         let mut left = false;
         for (k, ins) in decoded.iter().enumerate() {
             let last = leaves && k + 1 == decoded.len();
-            let fuses = decoded.get(k + 1).is_some_and(|next| effect(next, &self.insns[k + 1]) == Effect::Jcc);
+            let fuses =
+                decoded.get(k + 1).is_some_and(|next| effect(next, &self.insns[k + 1]) == Effect::Jcc);
             if effect(ins, &self.insns[k]) == Effect::Handler {
                 if last {
                     self.set_rip_behind();

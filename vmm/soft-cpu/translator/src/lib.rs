@@ -20,6 +20,10 @@
 //! Translated code writes to the `Cpu` and to RAM alone: registers by constant offsets, RAM at offsets that the fast TLB's entries
 //! give, whose pages lie wholly in RAM. It runs while [`Translator::run`] has both borrowed.
 #![cfg(target_arch = "x86_64")]
+// In what `dynasm!` makes of register numbers.
+#![allow(clippy::useless_conversion)]
+// Maps are looked up and never gone through: their order is nowhere.
+#![allow(clippy::disallowed_types)]
 
 mod block;
 mod memory;
@@ -28,6 +32,7 @@ mod stubs;
 
 use std::collections::HashMap;
 use std::io;
+use std::sync::Once;
 
 use iced_x86::{Decoder, DecoderOptions};
 use soft_cpu::decode::{BlockDecoder, Decoded, Place};
@@ -48,6 +53,9 @@ const BLOCK_CODE_MAX: usize = 64 << 10;
 const SLOTS: usize = 1 << 16;
 /// Places for targets of jumps, for each of supervisor and user mode.
 const JUMPS: usize = 4096;
+
+/// The host's refusal is told once.
+static TOLD: Once = Once::new();
 
 /// A block's place in the table of code addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -208,8 +216,18 @@ impl Translator for Native {
         let insns = insns.into_boxed_slice();
         let slot = self.slot(start);
         let code = Block::new(self, start, &insns).translate(&decoded, last == Place::Last);
-        let Some(at) = code.and_then(|code| self.memory.add(&code).ok()) else { return false };
-        self.slots[slot.0 as usize] = at;
+        let Some(code) = code else { return false };
+        match self.memory.add(&code) {
+            Ok(at) => self.slots[slot.0 as usize] = at,
+            Err(e) => {
+                TOLD.call_once(|| {
+                    eprintln!(
+                        "translated code finds no room ({e}): the software CPU interprets, which is slower"
+                    )
+                });
+                return false;
+            }
+        }
         self.insns.push(insns);
         true
     }
@@ -221,7 +239,8 @@ impl Translator for Native {
             return false;
         }
         let frame = cpu.tlb.code(cpu.rip >> 12).frame;
-        self.jumps[cpu.fetches_as_user() as usize][jump_index(cpu.rip)] = Jump { rip: cpu.rip, frame, slot: place };
+        self.jumps[cpu.fetches_as_user() as usize][jump_index(cpu.rip)] =
+            Jump { rip: cpu.rip, frame, slot: place };
         true
     }
 

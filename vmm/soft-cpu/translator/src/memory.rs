@@ -1,4 +1,6 @@
 //! Memory for code, which can be executed where it is mapped and is written through its file alone.
+// The file is memory of the process, nothing of the host's.
+#![allow(clippy::disallowed_types)]
 
 use std::fs::File;
 use std::io;

@@ -59,7 +59,9 @@ pub(crate) fn effect(ins: &Instruction, insn: &Insn) -> Effect {
         }
         M::Imul if ins.op_count() > 1 && width(ins, 0) >= DOUBLE => pure(SetsFlags),
         M::Cdqe | M::Cwde | M::Cqo | M::Cdq => Plain,
-        M::Push if ins.stack_pointer_increment() == -8 && matches!(a, Kind::Register | Kind::Immediate) => Stops,
+        M::Push if ins.stack_pointer_increment() == -8 && matches!(a, Kind::Register | Kind::Immediate) => {
+            Stops
+        }
         M::Pop if a == Kind::Register && width(ins, 0) == QUAD => Stops,
         M::Leave if ins.code() == Code::Leaveq => Stops,
         M::Call if ins.is_call_near() && (a == Kind::Branch || a == Kind::Register) => Stops,
@@ -151,7 +153,14 @@ fn width(ins: &Instruction, n: u32) -> usize {
 impl Block<'_> {
     /// Emits instruction `k`, which has code here. `live`: its flags can be seen. `fuses`: a Jcc is behind it. `fused`: the
     /// one before it has left the host's flags for it. Says whether the block ends with it.
-    pub(crate) fn instruction(&mut self, k: usize, ins: &Instruction, live: bool, fuses: bool, fused: bool) -> bool {
+    pub(crate) fn instruction(
+        &mut self,
+        k: usize,
+        ins: &Instruction,
+        live: bool,
+        fuses: bool,
+        fused: bool,
+    ) -> bool {
         use Mnemonic as M;
         let i = self.insns[k];
         if ins.is_jcc_short_or_near() {
