@@ -2,14 +2,14 @@
 
 use entry::{End, Question};
 
+use super::{Machine, MachineError, Stop};
 use crate::boot::rewrite::{self, Site};
-use crate::machine::{Machine, MachineError, Stop};
 use crate::vcpu::Exit;
 
 impl Machine {
     /// The guest leaves where an instruction may have been that tells the time or chance. What its OUT asks next, or the
     /// question in its place.
-    pub(crate) fn trapped(&mut self) -> Result<(Option<Exit>, Option<Stop>), MachineError> {
+    pub(super) fn trapped(&mut self) -> Result<(Option<Exit>, Option<Stop>), MachineError> {
         self.counts.pio += 1;
         let mut next = self.vcpu.complete(&mut self.ram, 0)?;
         if next.is_none() {
@@ -33,7 +33,7 @@ impl Machine {
     }
 
     /// Does what the instruction would have done whose question has this answer.
-    pub(crate) fn instead(&mut self, question: Question, mut value: u64) -> Result<(), MachineError> {
+    pub(super) fn instead(&mut self, question: Question, mut value: u64) -> Result<(), MachineError> {
         let Some(site) = self.site()? else { return Err(MachineError::WrongAnswer(question)) };
         if let Question::Time { .. } = question {
             self.raise_time(value);
