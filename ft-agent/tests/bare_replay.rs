@@ -7,16 +7,17 @@ mod support;
 use std::collections::VecDeque;
 use std::convert::Infallible;
 
-use entry::log::Record;
 use entry::{
     Answer, Console, DiskRequest, DiskResult, DiskWork, Input, Output, Position, PositionUnit, Question,
 };
 use vmm::guest_loop::Turn;
 use vmm::machine::StateDigest;
-use vmm::record::{Log, Pace, Recorder};
-use vmm::replay::{Records, Replayer, Standby};
+use vmm::record::{Pace, Recorder};
+use vmm::replay::{Replayer, Standby};
 use vmm::source::{Live, Outside, Stops};
 use vmm::{BootFile, BootFiles, BootPlan, Engine, GuestLoop, Machine, MachineConfig, Slot};
+
+use support::log::{Kept, Played};
 
 const NET: u8 = 0;
 const DISK: u8 = 1;
@@ -195,31 +196,6 @@ impl Outside for World {
     }
 }
 
-struct Kept(Vec<Record>);
-
-impl Log for Kept {
-    type Error = Infallible;
-
-    fn append(&mut self, record: &Record) -> Result<(), Infallible> {
-        self.0.push(record.clone());
-        Ok(())
-    }
-
-    fn look(&mut self, _at: Position) -> Result<(), Infallible> {
-        Ok(())
-    }
-}
-
-struct Played(std::vec::IntoIter<Record>);
-
-impl Records for Played {
-    type Error = Infallible;
-
-    fn next(&mut self) -> Result<Option<Record>, Infallible> {
-        Ok(self.0.next())
-    }
-}
-
 /// The replaying side's copy of the disk.
 struct Copy {
     disk: Image,
@@ -310,7 +286,7 @@ fn case(number: u64, kernel: &[u8]) -> (usize, u64, bool) {
     let stops = Stops { digests: digests.into_iter().map(Position::exact).collect(), pause: None };
     let live = Live::new(world, PositionUnit::Instructions, stops);
     let pace = if r.one_in(2) { Pace::FILE } else { Pace::BACKUP };
-    let source = Recorder::new(live, Kept(Vec::new()), pace);
+    let source = Recorder::new(live, Kept::default(), pace);
     let mut recording = GuestLoop { machine: machine(kernel, &command_line), source };
     let end = 50_000 + r.below(1_500_000);
     let turn = run(&mut recording, |s, at| s.live().pause_at(at), Random(r.next()), Some(end));

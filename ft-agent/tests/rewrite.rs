@@ -6,15 +6,16 @@ use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::process::Command;
 
-use entry::log::{Entry, Record};
-use entry::{Answer, DiskRequest, DiskResult, Input, Output, Position, PositionUnit, Question};
+use entry::log::Entry;
+use entry::{Answer, DiskRequest, Input, Output, Position, PositionUnit, Question};
 use vmm::boot::rewrite::rewrite;
 use vmm::guest_loop::Turn;
 use vmm::machine::StateDigest;
-use vmm::record::{Log, Pace, Recorder};
-use vmm::replay::{Records, Replayer, Standby};
+use vmm::record::{Pace, Recorder};
 use vmm::source::{Live, Outside, Stops};
 use vmm::{BootFile, BootFiles, BootPlan, Engine, GuestLoop, Machine, MachineConfig};
+
+use support::log::{Kept, replay};
 
 /// How often a disassembler that is not ours finds each instruction.
 fn objdump(kernel: &std::path::Path) -> BTreeMap<String, usize> {
@@ -98,49 +99,6 @@ impl Outside for Quiet {
     }
 }
 
-struct Kept(Vec<Record>);
-
-impl Log for Kept {
-    type Error = Infallible;
-
-    fn append(&mut self, record: &Record) -> Result<(), Infallible> {
-        self.0.push(record.clone());
-        Ok(())
-    }
-
-    fn look(&mut self, _at: Position) -> Result<(), Infallible> {
-        Ok(())
-    }
-}
-
-struct Played(std::vec::IntoIter<Record>);
-
-impl Records for Played {
-    type Error = Infallible;
-
-    fn next(&mut self) -> Result<Option<Record>, Infallible> {
-        Ok(self.0.next())
-    }
-}
-
-struct NoDisk;
-
-impl Standby for NoDisk {
-    type Error = Infallible;
-
-    fn start(&mut self, request: DiskRequest) -> Result<(), Infallible> {
-        panic!("{request:?}")
-    }
-
-    fn finish(&mut self, _slot: u8, _id: u64) -> Result<Option<DiskResult>, Infallible> {
-        Ok(None)
-    }
-
-    fn output(&mut self, _output: Output) -> Result<(), Infallible> {
-        Ok(())
-    }
-}
-
 /// Instructions of the boot that are run: the kernel has set itself up and replaced its alternatives by then.
 const BOOT: u64 = 250_000_000;
 
@@ -168,7 +126,7 @@ fn the_rewritten_kernel_boots_and_is_replayed() {
     }
     let stops = Stops { pause: Some(Position::exact(BOOT)), ..Stops::default() };
     let live = Live::new(Quiet::default(), PositionUnit::Instructions, stops);
-    let source = Recorder::new(live, Kept(Vec::new()), Pace::FILE);
+    let source = Recorder::new(live, Kept::default(), Pace::FILE);
     let mut recorded = GuestLoop { machine: machine(), source };
     assert_eq!(recorded.run().unwrap(), Turn::Paused);
     recorded.source.stop(&mut recorded.machine).unwrap();
@@ -178,7 +136,7 @@ fn the_rewritten_kernel_boots_and_is_replayed() {
     let told = log.iter().filter(|r| matches!(r.entry, Entry::Answer(Answer::Value(_)))).count();
     eprintln!("{TEST}: asked {told} times, {} bytes printed", printed.len());
     assert!(told > 100 && printed.contains("Linux version"), "{told} {printed}");
-    let mut replay = GuestLoop { machine: machine(), source: Replayer::new(Played(log.into_iter()), NoDisk) };
+    let mut replay = replay(machine(), log);
     assert_eq!(replay.run().unwrap(), Turn::Paused);
     assert_eq!(replay.source.equal_until(), Some(recorded.machine.position()));
     assert!(replay.source.is_done());

@@ -30,7 +30,6 @@ pub mod record;
 pub mod replay;
 pub mod source;
 pub mod state;
-mod trapped;
 pub mod vcpu;
 
 pub use boot::{BootError, BootFile, BootFiles, BootPlan};

@@ -15,7 +15,8 @@ use vmft_vmm::source::{Live, Stops};
 use vmft_vmm::vcpu::landing::Landings;
 use vmft_vmm::{Engine, GuestLoop};
 
-use guest::world::{Kept, World, replay};
+use guest::log::{Kept, replay};
+use guest::world::World;
 use guest::{image_of, machine_on, total};
 use vcpu::{emulates_ring_0, has_counter, has_kvm, skip};
 

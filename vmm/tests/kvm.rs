@@ -12,7 +12,8 @@ use vmft_vmm::replay::{Difference, Divergence, ReplayError};
 use vmft_vmm::source::{Live, Stops};
 use vmft_vmm::{Engine, GuestLoop};
 
-use guest::world::{Kept, World, replay};
+use guest::log::{Kept, replay};
+use guest::world::World;
 use guest::{image_of, machine_on, total};
 use vcpu::has_kvm;
 

@@ -16,8 +16,9 @@ use vmft_vmm::record::{Pace, Recorder};
 use vmft_vmm::replay::ReplayError;
 use vmft_vmm::source::{Live, Stops};
 
+use guest::log::{Kept, NoDisk, Played, replay};
 use guest::machine;
-use guest::world::{Kept, NoDisk, Played, World, replay};
+use guest::world::World;
 
 fn log() -> Vec<Record> {
     let typing = [(9, b"bytes".to_vec())].into();

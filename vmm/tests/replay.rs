@@ -20,7 +20,8 @@ use vmft_vmm::record::{Pace, Recorder};
 use vmft_vmm::replay::{Records, ReplayError, Replayer};
 use vmft_vmm::source::{Live, Stops};
 
-use guest::world::{Kept, NoDisk, World, replay};
+use guest::log::{Kept, NoDisk, replay};
+use guest::world::World;
 use guest::{machine, total};
 
 type Recording = GuestLoop<Recorder<World, Kept>>;

@@ -12,7 +12,8 @@ use vmft_vmm::record::{Pace, Recorder};
 use vmft_vmm::source::{Live, Stops};
 use vmft_vmm::{Engine, GuestLoop, Machine};
 
-use guest::world::{Kept, World, replay};
+use guest::log::{Kept, replay};
+use guest::world::World;
 use guest::{BASE, assemble, machine_on, out, total};
 use vcpu::has_kvm;
 

@@ -169,10 +169,24 @@ fn decide(checks: &[Check], retries: bool) -> (Verdict, Vec<&'static str>) {
 /// How closely to look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Care {
-    /// A fraction of a second, to choose an engine.
+    /// To choose an engine: no further than to what stands against an exact counter.
     Brief,
     /// All there is to tell.
     Thorough,
+}
+
+impl Care {
+    /// Nothing more need be tried: guests on KVM cost a fraction of a second.
+    fn is_satisfied(self, checks: &[Check]) -> bool {
+        self == Care::Brief && obstacles(checks).next().is_some()
+    }
+}
+
+/// The checks that stand against an exact counter.
+fn obstacles(checks: &[Check]) -> impl Iterator<Item = &Check> {
+    checks
+        .iter()
+        .filter(|c| c.outcome == Outcome::Fail && (FOR_ANY.contains(&c.name) || FOR_EXACT.contains(&c.name)))
 }
 
 /// Looks at the host.
@@ -184,8 +198,10 @@ fn examine(care: Care) -> Report {
     let mut skid = None;
     match &kvm {
         Some(kvm) => {
-            semantics::check(&mut checks, kvm);
             skid = counting::check(&mut checks, kvm, event, care);
+            if !care.is_satisfied(&checks) {
+                semantics::check(&mut checks, kvm);
+            }
         }
         None => checks.push(Check::not_applicable("counter", "there is no KVM to count a guest of")),
     }
@@ -203,9 +219,7 @@ pub fn exact() -> Result<String, String> {
     if matches!(report.verdict, Verdict::Exact | Verdict::ExactWithRetry) {
         return Ok(format!("vmft doctor: {}", report.verdict));
     }
-    let against = report.checks.iter().filter(|c| report.because.contains(&c.name));
-    let against: Vec<_> =
-        against.filter(|c| c.outcome == Outcome::Fail).map(|c| format!("{}: {}", c.name, c.reason)).collect();
+    let against: Vec<_> = obstacles(&report.checks).map(|c| format!("{}: {}", c.name, c.reason)).collect();
     Err(against.join("; "))
 }
 

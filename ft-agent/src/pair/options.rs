@@ -40,7 +40,8 @@ pub struct PairOptions {
     /// Unix socket for vmft status, failover, stop and console
     #[arg(long, value_name = "FILE")]
     pub control: Option<PathBuf>,
-    /// Command for the shell on each change, with VMFT_STATE as PROTECTED or UNPROTECTED, VMFT_VM, VMFT_ROLE, VMFT_PHASE
+    /// Command for the shell on each change, with VMFT_STATE as PROTECTED or UNPROTECTED, VMFT_VM, VMFT_ROLE, VMFT_PHASE and
+    /// VMFT_GENERATION
     #[arg(long, value_name = "COMMAND")]
     pub hook: Option<String>,
     /// Where Prometheus scrapes /metrics, over plain HTTP

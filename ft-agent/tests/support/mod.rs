@@ -6,6 +6,8 @@ pub mod counter;
 #[path = "../../src/image_list.rs"]
 mod image_list;
 pub mod inject;
+#[path = "../../../vmm/tests/guest/log.rs"]
+pub mod log;
 pub mod net;
 pub mod pair;
 pub mod row;
@@ -13,6 +15,10 @@ pub mod vm;
 
 use std::io::Write;
 use std::path::PathBuf;
+
+use vmm::record::Log;
+use vmm::replay::{Records, Replayer, Standby};
+use vmm::{GuestLoop, Machine};
 
 /// Says that a test cannot run here, where the user looks for it: `scripts/test` lists and counts the lines of
 /// the file named by VMFT_SKIPPED.

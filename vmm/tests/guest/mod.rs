@@ -1,12 +1,15 @@
 //! A small guest in machine code: it counts timer ticks, computes, halts, and takes bytes from the serial port.
 #![allow(dead_code, reason = "each test binary uses its part")]
 
+pub mod log;
 pub mod world;
 
 use entry::Digest;
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
-use vmft_vmm::{BootFile, BootFiles, BootPlan, Engine, Machine, MachineConfig, Slot};
+use vmft_vmm::record::Log;
+use vmft_vmm::replay::{Records, Replayer, Standby};
+use vmft_vmm::{BootFile, BootFiles, BootPlan, Engine, GuestLoop, Machine, MachineConfig, Slot};
 
 pub const BASE: u64 = 0x20_0000;
 const TICK: u64 = BASE + 0x400;

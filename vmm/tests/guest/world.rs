@@ -1,15 +1,11 @@
-//! A world around the guest, a log in memory, and the loop around both.
+//! A world around the guest.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::sync::Arc;
 
-use entry::log::Record;
-use entry::{Answer, Console, DiskRequest, DiskResult, Input, Output, Position, Question};
-use vmft_vmm::GuestLoop;
-use vmft_vmm::machine::{Machine, StateDigest};
-use vmft_vmm::record::Log;
-use vmft_vmm::replay::{Records, Replayer, Standby};
+use entry::{Answer, Console, DiskRequest, Input, Output, Position, Question};
+use vmft_vmm::machine::StateDigest;
 use vmft_vmm::source::Outside;
 use vmft_vmm::vcpu::Kick;
 
@@ -85,56 +81,4 @@ impl Outside for World {
     fn digest(&mut self, _at: Position, _digest: StateDigest) -> Result<(), Infallible> {
         Ok(())
     }
-}
-
-/// A log in memory.
-#[derive(Default)]
-pub struct Kept(pub Vec<Record>);
-
-impl Log for Kept {
-    type Error = Infallible;
-
-    fn append(&mut self, record: &Record) -> Result<(), Infallible> {
-        self.0.push(record.clone());
-        Ok(())
-    }
-
-    fn look(&mut self, _at: Position) -> Result<(), Infallible> {
-        Ok(())
-    }
-}
-
-/// The records of a log in memory.
-pub struct Played(pub std::vec::IntoIter<Record>);
-
-impl Records for Played {
-    type Error = Infallible;
-
-    fn next(&mut self) -> Result<Option<Record>, Infallible> {
-        Ok(self.0.next())
-    }
-}
-
-/// This guest has no disk.
-pub struct NoDisk;
-
-impl Standby for NoDisk {
-    type Error = Infallible;
-
-    fn start(&mut self, request: DiskRequest) -> Result<(), Infallible> {
-        panic!("{request:?}")
-    }
-
-    fn finish(&mut self, _slot: u8, _id: u64) -> Result<Option<DiskResult>, Infallible> {
-        Ok(None)
-    }
-
-    fn output(&mut self, _output: Output) -> Result<(), Infallible> {
-        Ok(())
-    }
-}
-
-/// A replay of these records.
-pub fn replay(machine: Machine, log: Vec<Record>) -> GuestLoop<Replayer<Played, NoDisk>> {
-    GuestLoop { machine, source: Replayer::new(Played(log.into_iter()), NoDisk) }
 }

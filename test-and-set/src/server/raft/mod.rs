@@ -15,7 +15,9 @@ use std::io::Cursor;
 use std::sync::Arc;
 use std::time::Duration;
 
-use openraft::error::{ChangeMembershipError, CheckIsLeaderError, ClientWriteError, RaftError};
+use openraft::error::{
+    ChangeMembershipError, CheckIsLeaderError, ClientWriteError, ForwardToLeader, RaftError,
+};
 use openraft::{
     BasicNode, ChangeMembers, Config, ServerState, SnapshotMeta, SnapshotPolicy, StorageError,
     StorageIOError, StoredMembership,
@@ -49,6 +51,7 @@ type Entry = openraft::Entry<Types>;
 type Membership = StoredMembership<NodeId, BasicNode>;
 type Meta = SnapshotMeta<NodeId, BasicNode>;
 type Failed = StorageError<NodeId>;
+type WriteError = RaftError<NodeId, ClientWriteError<NodeId, BasicNode>>;
 
 /// How long the leader waits for a majority before it says that there is none.
 const QUORUM_PATIENCE: Duration = Duration::from_millis(350);
@@ -71,6 +74,10 @@ fn reading(error: DiskError) -> Failed {
 
 fn writing(error: DiskError) -> Failed {
     StorageIOError::write(&error).into()
+}
+
+fn elsewhere(to: ForwardToLeader<NodeId, BasicNode>) -> Failure {
+    Failure::NotLeader(to.leader_node.map(|node| node.addr))
 }
 
 /// When to suspect the leader, and when to compact the log.
@@ -158,14 +165,7 @@ impl Raft {
         }
         match tokio::time::timeout(QUORUM_PATIENCE, self.raft.client_write(Write { vm, command })).await {
             Err(_) => Err(Failure::NoQuorum),
-            Ok(Ok(response)) => Ok(response.data),
-            Ok(Err(RaftError::APIError(ClientWriteError::ForwardToLeader(to)))) => {
-                Err(Failure::NotLeader(to.leader_node.map(|node| node.addr)))
-            }
-            Ok(Err(RaftError::APIError(ClientWriteError::ChangeMembershipError(e)))) => {
-                Err(Failure::Members(e.to_string()))
-            }
-            Ok(Err(RaftError::Fatal(_))) => Err(self.why_stopped()),
+            Ok(written) => written.map(|response| response.data).map_err(|e| self.not_written(e)),
         }
     }
 
@@ -176,10 +176,18 @@ impl Raft {
             Err(_) | Ok(Err(RaftError::APIError(CheckIsLeaderError::QuorumNotEnough(_)))) => {
                 Err(Failure::NoQuorum)
             }
-            Ok(Err(RaftError::APIError(CheckIsLeaderError::ForwardToLeader(to)))) => {
-                Err(Failure::NotLeader(to.leader_node.map(|node| node.addr)))
-            }
+            Ok(Err(RaftError::APIError(CheckIsLeaderError::ForwardToLeader(to)))) => Err(elsewhere(to)),
             Ok(Err(RaftError::Fatal(_))) => Err(self.why_stopped()),
+        }
+    }
+
+    fn not_written(&self, error: WriteError) -> Failure {
+        match error {
+            RaftError::APIError(ClientWriteError::ForwardToLeader(to)) => elsewhere(to),
+            RaftError::APIError(ClientWriteError::ChangeMembershipError(e)) => {
+                Failure::Members(e.to_string())
+            }
+            RaftError::Fatal(_) => self.why_stopped(),
         }
     }
 
@@ -204,20 +212,17 @@ impl Raft {
             return Err(Failure::Members(format!("{id} is not a member")));
         }
         let is_voter = members.membership().voter_ids().any(|voter| voter == id);
-        let change = || {
-            if is_voter {
-                ChangeMembers::RemoveVoters([id].into())
-            } else {
-                ChangeMembers::RemoveNodes([id].into())
-            }
+        let change = match is_voter {
+            true => ChangeMembers::RemoveVoters([id].into()),
+            false => ChangeMembers::RemoveNodes([id].into()),
         };
-        self.change_members(|| self.raft.change_membership(change(), false)).await
+        self.change_members(|| self.raft.change_membership(change.clone(), false)).await
     }
 
     /// Does a change, which may be asked for while an earlier one still ends: its last entry need not be committed.
     async fn change_members<T, F>(&self, change: impl Fn() -> F) -> Result<(), Failure>
     where
-        F: Future<Output = Result<T, RaftError<NodeId, ClientWriteError<NodeId, BasicNode>>>>,
+        F: Future<Output = Result<T, WriteError>>,
     {
         let in_its_turn = async {
             loop {
@@ -233,14 +238,7 @@ impl Raft {
             Err(_) => {
                 Err(Failure::Members(format!("not done within {MEMBERS_PATIENCE:?}; ask for the status")))
             }
-            Ok(Ok(_)) => Ok(()),
-            Ok(Err(RaftError::APIError(ClientWriteError::ForwardToLeader(to)))) => {
-                Err(Failure::NotLeader(to.leader_node.map(|node| node.addr)))
-            }
-            Ok(Err(RaftError::APIError(ClientWriteError::ChangeMembershipError(e)))) => {
-                Err(Failure::Members(e.to_string()))
-            }
-            Ok(Err(RaftError::Fatal(_))) => Err(self.why_stopped()),
+            Ok(changed) => changed.map(drop).map_err(|e| self.not_written(e)),
         }
     }
 

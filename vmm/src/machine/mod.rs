@@ -1,0 +1,442 @@
+//! The machine: vCPU, RAM, devices and clock. It is run until it stops and says why; it calls nobody.
+//!
+//! Everything it does is a function of its state, of the inputs given to [`Machine::apply`] and of the positions
+//! at which they are given. A stop that comes from a kick changes nothing, so it may come anywhere.
+
+mod access;
+mod trapped;
+
+use std::sync::Arc;
+
+use entry::{Answer, Digest, DiskRequest, End, Input, Output, Position, PositionUnit, Question};
+use serde::{Deserialize, Serialize};
+
+use crate::boot::rewrite::Rewritten;
+use crate::boot::{BootError, BootPlan};
+use crate::bus::Bus;
+use crate::clock::Clock;
+use crate::config::{ConfigError, MachineConfig, MachineIdentity};
+use crate::devices::{Context, Devices, Effects};
+use crate::ram::{Ram, RamError};
+use crate::vcpu::landing::Landings;
+use crate::vcpu::{Exit, Kick, Limit, Vcpu, VcpuError};
+
+/// Raised whenever the same inputs may give another state.
+pub const MACHINE_VERSION: u32 = 1;
+
+/// The most that one `Input::Clock` moves guest time, an hour: more takes several.
+pub const CLOCK_STEP_MAX_NS: u64 = 3_600_000_000_000;
+/// Pages that the scrub looks at with each digest: some 20 µs of the 90 ms between two of a pair's, 256 MiB in a minute and a half.
+const SCRUB_PAGES: u32 = 64;
+
+/// Why a machine cannot be made or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// The configuration is wrong.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The guest cannot be booted.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// The host has no memory for it.
+    #[error(transparent)]
+    Ram(#[from] RamError),
+    /// The engine failed.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    /// The answer is of another kind or length than the question.
+    #[error("the answer to {0:?} is of another kind or length")]
+    WrongAnswer(Question),
+}
+
+/// Why [`Machine::run`] returned.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// The position asked for is reached.
+    Reached,
+    /// Somebody kicked.
+    Kicked,
+    /// Somebody kicked where the engine has no position: nothing may be done but to run on. [`Stop::Kicked`] follows at
+    /// the next.
+    Between,
+    /// The guest waits for an interrupt. Running it again moves guest time to the next deadline, if there is one.
+    Halted,
+    /// There are outputs or disk requests to take.
+    Outputs,
+    /// The guest asks something; [`Machine::answer`] before it runs again.
+    Question(Question),
+    /// The guest's run is over; after [`End::Reboot`] it goes on by [`Machine::reset`].
+    End(End),
+}
+
+/// What happened so far, for summaries. Not state.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counts {
+    /// Port accesses.
+    pub pio: u64,
+    /// Accesses to memory outside RAM.
+    pub mmio: u64,
+    /// HLTs.
+    pub halts: u64,
+    /// Interrupts delivered.
+    pub interrupts: u64,
+    /// Kicks that stopped the guest.
+    pub kicks: u64,
+    /// Guest time that passed while halted, in ns.
+    pub idle_ns: u64,
+    /// Of positions by a branch counter.
+    pub landings: Landings,
+}
+
+/// Digest of a machine by parts, so that a difference has a place.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StateDigest {
+    /// Part names with their digests: `vcpu`, `clock`, each device, `ram`.
+    pub parts: Vec<(&'static str, Digest)>,
+}
+
+impl StateDigest {
+    /// One digest of all parts.
+    pub fn total(&self) -> Digest {
+        let mut hash = xxhash_rust::xxh3::Xxh3::new();
+        for (_, digest) in &self.parts {
+            hash.update(&digest.0.to_le_bytes());
+        }
+        Digest(hash.digest128())
+    }
+
+    /// Names of the parts that differ.
+    pub fn differences(&self, other: &StateDigest) -> Vec<&'static str> {
+        let pairs = self.parts.iter().zip(&other.parts);
+        pairs.filter(|(a, b)| a != b).map(|(a, _)| a.0).collect()
+    }
+}
+
+/// See the module.
+pub struct Machine {
+    pub(crate) config: MachineConfig,
+    pub(crate) plan: BootPlan,
+    pub(crate) vcpu: Box<dyn Vcpu>,
+    pub(crate) ram: Ram,
+    pub(crate) devices: Devices,
+    pub(crate) clock: Clock,
+    ports: Bus,
+    memory: Bus,
+    effects: Effects,
+    /// An I/O instruction that waits for the answers to its questions, with the value that it will read.
+    unfinished: Option<u64>,
+    /// The last run stopped at a HLT, and its caller knows.
+    halted: bool,
+    /// The last run stopped where there is no position.
+    between: bool,
+    counts: Counts,
+}
+
+impl Machine {
+    /// A machine at the start of its boot.
+    pub fn new(config: MachineConfig, plan: BootPlan) -> Result<Machine, MachineError> {
+        config.validate()?;
+        let ram = Ram::new(config.memory_bytes)?;
+        let mut vcpu = config.engine.vcpu(&ram)?;
+        vcpu.reset(&plan.load(&ram)?)?;
+        let devices = Devices::new(&config);
+        let (ports, memory) = devices.buses();
+        let clock = Clock::new(config.engine.unit());
+        Ok(Machine {
+            config,
+            plan,
+            vcpu,
+            ram,
+            devices,
+            clock,
+            ports,
+            memory,
+            effects: Effects::default(),
+            unfinished: None,
+            halted: false,
+            between: false,
+            counts: Counts::default(),
+        })
+    }
+
+    /// What others must share to run the same machine.
+    pub fn identity(&self) -> MachineIdentity {
+        MachineIdentity {
+            machine_version: MACHINE_VERSION,
+            config: self.config.clone(),
+            boot: self.plan.digest(),
+        }
+    }
+
+    /// What positions count.
+    pub fn unit(&self) -> PositionUnit {
+        self.config.engine.unit()
+    }
+
+    /// Where the guest is.
+    pub fn position(&self) -> Position {
+        self.vcpu.position()
+    }
+
+    /// Guest time in ns.
+    pub fn time_ns(&self) -> u64 {
+        self.clock.time_ns(self.position())
+    }
+
+    /// Guest time of the next thing that a timer does.
+    pub fn deadline_ns(&self) -> Option<u64> {
+        self.devices.deadline_ns()
+    }
+
+    /// The last run stopped at a HLT and nothing was run since.
+    pub fn is_halted(&self) -> bool {
+        self.halted
+    }
+
+    /// The last run stopped between two positions: the state is that of none.
+    pub fn is_between(&self) -> bool {
+        self.between
+    }
+
+    /// A check word for each synchronous exit since the last call, where those are positions.
+    pub fn take_exits(&mut self) -> Vec<u16> {
+        self.vcpu.take_exits()
+    }
+
+    /// What happened so far.
+    pub fn counts(&self) -> Counts {
+        Counts { landings: self.vcpu.landings(), ..self.counts }
+    }
+
+    /// What of the kernel was rewritten, if its code was looked through.
+    pub fn rewritten(&self) -> Option<&Rewritten> {
+        self.plan.rewritten()
+    }
+
+    /// Stops [`Machine::run`] from another thread.
+    pub fn kicker(&self) -> Arc<dyn Kick> {
+        self.vcpu.kicker()
+    }
+
+    /// What has left the machine since the last call, in order.
+    pub fn take_outputs(&mut self) -> Vec<Output> {
+        std::mem::take(&mut self.effects.outputs)
+    }
+
+    /// The requests to disks since the last call, in order.
+    pub fn take_disk_requests(&mut self) -> Vec<DiskRequest> {
+        std::mem::take(&mut self.effects.disk)
+    }
+
+    /// Runs the guest until there is something to tell, or exactly to `until`.
+    ///
+    /// At a position where it stops the machine is in one state, whatever stopped it: timers that are due have fired,
+    /// and the engine lets a kick stop it nowhere between a skip of time, or the delivery of an interrupt, and the next
+    /// instruction. So an input that was applied there in a recording meets the same state in a replay.
+    pub fn run(&mut self, until: Option<Position>) -> Result<Stop, MachineError> {
+        if let Some(stop) = self.finish()? {
+            return Ok(stop);
+        }
+        let stop = self.run_guest(until)?;
+        self.fire_timers();
+        Ok(stop)
+    }
+
+    fn run_guest(&mut self, until: Option<Position>) -> Result<Stop, MachineError> {
+        self.between = false;
+        let mut halt_is_known = std::mem::take(&mut self.halted);
+        loop {
+            self.fire_timers();
+            if self.has_outputs() || until.is_some_and(|until| self.position() >= until) {
+                if let Some(stop) = self.settle()? {
+                    return Ok(stop);
+                }
+                self.halted = halt_is_known;
+                return Ok(if self.has_outputs() { Stop::Outputs } else { Stop::Reached });
+            }
+            let limit = self.limit(until);
+            match self.vcpu.run(&mut self.ram, &limit)? {
+                Exit::Reached => {}
+                Exit::Kicked => {
+                    self.counts.kicks += 1;
+                    return Ok(Stop::Kicked);
+                }
+                Exit::Between => {
+                    self.between = true;
+                    return Ok(Stop::Between);
+                }
+                Exit::InterruptWindow => {
+                    self.counts.interrupts += 1;
+                    self.vcpu.inject(self.devices.pic.acknowledge())?;
+                    halt_is_known = false;
+                }
+                Exit::Halted if halt_is_known && self.skip_to_deadline() => halt_is_known = false,
+                Exit::Halted => {
+                    self.counts.halts += 1;
+                    self.halted = true;
+                    self.flush_console();
+                    return Ok(if self.has_outputs() { Stop::Outputs } else { Stop::Halted });
+                }
+                Exit::Shutdown => return Ok(Stop::End(End::TripleFault)),
+                exit => {
+                    if let Some(stop) = self.access(exit)? {
+                        return Ok(stop);
+                    }
+                }
+            }
+        }
+    }
+
+    /// How far the engine may go now: to the caller's limit or the next deadline, where running moves time.
+    fn limit(&self, until: Option<Position>) -> Limit {
+        let deadline = self.devices.deadline_ns().and_then(|ns| self.clock.position_of(ns));
+        Limit {
+            until: until.into_iter().chain(deadline).min(),
+            interrupt_window: self.devices.pic.pending(),
+            time_offset_ns: self.clock.offset_ns(),
+        }
+    }
+
+    fn has_outputs(&self) -> bool {
+        !self.effects.outputs.is_empty() || !self.effects.disk.is_empty()
+    }
+
+    /// What timers do now. Nothing is touched before a deadline, so how often this is called leaves no trace.
+    fn fire_timers(&mut self) {
+        let now_ns = self.time_ns();
+        if self.devices.deadline_ns().is_some_and(|deadline| deadline <= now_ns) {
+            self.devices.advance(now_ns);
+            self.flush_console();
+        }
+    }
+
+    /// Lines of the console leave whole, what is left of one at the next tick or HLT: moments that are the same
+    /// in every run.
+    fn flush_console(&mut self) {
+        self.devices.flush_console(&mut self.effects);
+    }
+
+    /// Moves a halted guest's time to the next deadline. False: there is none.
+    fn skip_to_deadline(&mut self) -> bool {
+        let Some(deadline) = self.devices.deadline_ns() else { return false };
+        let at = self.position();
+        self.counts.idle_ns += deadline.saturating_sub(self.clock.time_ns(at));
+        self.clock.raise(at, deadline);
+        true
+    }
+
+    /// Whether the machine has room for an input now. What is applied without room is lost, in the same way on
+    /// every side.
+    pub fn takes(&self, input: &Input) -> bool {
+        self.devices.takes(input, self.ram.memory())
+    }
+
+    /// Applies an input at the present position.
+    pub fn apply(&mut self, input: Input) {
+        let at = self.position();
+        if let Input::Clock { time_ns } = input {
+            return self.raise_time(time_ns);
+        }
+        // It may wake a halted guest: nobody may wait for the next deadline first.
+        self.halted = false;
+        let now_ns = self.clock.time_ns(at);
+        let mut cx = Context { now_ns, memory: self.ram.memory(), effects: &mut self.effects };
+        self.devices.apply(input, &mut cx);
+    }
+
+    /// Moves guest time on, at most by [`CLOCK_STEP_MAX_NS`].
+    fn raise_time(&mut self, time_ns: u64) {
+        let (at, now_ns) = (self.position(), self.time_ns());
+        let time_ns = time_ns.min(now_ns.saturating_add(CLOCK_STEP_MAX_NS));
+        if self.halted {
+            self.counts.idle_ns += time_ns.saturating_sub(now_ns);
+        }
+        // Each deadline on the way happens at its own time, as when a halted guest skips to it.
+        while let Some(deadline) = self.devices.deadline_ns().filter(|deadline| *deadline <= time_ns) {
+            self.clock.raise(at, deadline);
+            self.fire_timers();
+        }
+        self.clock.raise(at, time_ns);
+    }
+
+    /// Answers the question of [`Stop::Question`].
+    pub fn answer(&mut self, answer: Answer) -> Result<(), MachineError> {
+        let Some(question) = self.effects.question.take() else { return Ok(()) };
+        if let (Question::Time { .. } | Question::Random, Answer::Value(value)) = (&question, &answer) {
+            return self.instead(question, *value);
+        }
+        let now_ns = self.time_ns();
+        let mut cx = Context { now_ns, memory: self.ram.memory(), effects: &mut self.effects };
+        match self.devices.answer(&question, answer, &mut cx) {
+            true => Ok(()),
+            false => Err(MachineError::WrongAnswer(question)),
+        }
+    }
+
+    /// A reset: RAM as booted, devices as powered on; position and guest time go on.
+    pub fn reset(&mut self) -> Result<(), MachineError> {
+        self.ram.clear()?;
+        self.vcpu.reset(&self.plan.load(&self.ram)?)?;
+        self.devices.reset();
+        self.unfinished = None;
+        self.halted = false;
+        Ok(())
+    }
+
+    /// Takes over the part of a saved state that is neither RAM nor vCPU.
+    pub(crate) fn adopt(&mut self, clock: Clock, devices: Devices) {
+        self.clock = clock;
+        self.devices = devices;
+        self.effects = Effects::default();
+        self.unfinished = None;
+        self.halted = false;
+    }
+
+    /// Digest of the whole state. RAM costs what was written since the last one, and a few pages more, in turn, that are looked
+    /// at for a change that nobody has reported: the digest would not tell of it.
+    ///
+    /// To be called at a whole boundary: not while a question waits.
+    ///
+    /// # Errors
+    /// The engine's, or RAM was changed behind the machine's back.
+    pub fn digest(&mut self) -> Result<StateDigest, MachineError> {
+        self.vcpu.report_written(&mut self.ram)?;
+        let ram = self.ram.digest();
+        self.ram.scrub(SCRUB_PAGES)?;
+        self.digest_with(ram)
+    }
+
+    /// The same digest, RAM read whole. Equal to [`Machine::digest`] unless RAM was changed behind the machine's back.
+    pub fn full_digest(&mut self) -> Result<StateDigest, MachineError> {
+        let ram = self.ram.full_digest();
+        self.digest_with(ram)
+    }
+
+    fn digest_with(&self, ram: Digest) -> Result<StateDigest, MachineError> {
+        let mut parts = vec![("vcpu", digest_of(&self.vcpu.save()?)), ("clock", digest_of(&self.clock))];
+        parts.extend(self.devices.digests());
+        parts.push(("ram", ram));
+        Ok(StateDigest { parts })
+    }
+
+    /// Disk requests that were asked for and are not done: to be issued again after a restore or at go-live.
+    pub fn unfinished_disk_requests(&self) -> Vec<DiskRequest> {
+        self.devices.virtio.iter().flat_map(|device| device.unfinished()).collect()
+    }
+
+    /// RAM, to compare pages.
+    pub fn ram(&mut self) -> &mut Ram {
+        &mut self.ram
+    }
+
+    /// The vCPU's state, to compare registers.
+    pub fn vcpu_state(&self) -> Result<crate::vcpu::VcpuState, MachineError> {
+        Ok(self.vcpu.save()?)
+    }
+}
+
+/// Digest of a value's serialised form.
+pub(crate) fn digest_of(value: &impl Serialize) -> Digest {
+    let bytes = postcard::to_stdvec(value).unwrap_or_else(|error| unreachable!("plain data: {error}"));
+    Digest(xxhash_rust::xxh3::xxh3_128(&bytes))
+}

@@ -1,0 +1,60 @@
+//! A log in memory, and its replay. The tests of ft-agent have this file too, where the machine's crate has another name.
+
+use std::convert::Infallible;
+
+use entry::log::Record;
+use entry::{DiskRequest, DiskResult, Output, Position};
+
+use super::{GuestLoop, Log, Machine, Records, Replayer, Standby};
+
+/// A log in memory.
+#[derive(Default)]
+pub struct Kept(pub Vec<Record>);
+
+impl Log for Kept {
+    type Error = Infallible;
+
+    fn append(&mut self, record: &Record) -> Result<(), Infallible> {
+        self.0.push(record.clone());
+        Ok(())
+    }
+
+    fn look(&mut self, _at: Position) -> Result<(), Infallible> {
+        Ok(())
+    }
+}
+
+/// The records of a log in memory.
+pub struct Played(pub std::vec::IntoIter<Record>);
+
+impl Records for Played {
+    type Error = Infallible;
+
+    fn next(&mut self) -> Result<Option<Record>, Infallible> {
+        Ok(self.0.next())
+    }
+}
+
+/// A guest without a disk.
+pub struct NoDisk;
+
+impl Standby for NoDisk {
+    type Error = Infallible;
+
+    fn start(&mut self, request: DiskRequest) -> Result<(), Infallible> {
+        panic!("{request:?}")
+    }
+
+    fn finish(&mut self, _slot: u8, _id: u64) -> Result<Option<DiskResult>, Infallible> {
+        Ok(None)
+    }
+
+    fn output(&mut self, _output: Output) -> Result<(), Infallible> {
+        Ok(())
+    }
+}
+
+/// A replay of these records.
+pub fn replay(machine: Machine, log: Vec<Record>) -> GuestLoop<Replayer<Played, NoDisk>> {
+    GuestLoop { machine, source: Replayer::new(Played(log.into_iter()), NoDisk) }
+}
