@@ -73,7 +73,7 @@ impl Guest {
                 Some(rewritten) => eprintln!("kernel: {rewritten}"),
                 None => eprintln!(
                     "kernel: warning: {} is no ELF file with sections, so that RDTSC and its like stay in it: a replay may differ",
-                    self.files.kernel.name
+                    self.files.kernel.name()
                 ),
             }
         }
@@ -94,13 +94,12 @@ impl Guest {
             .field("memory-bytes", self.config.memory_bytes)
             .field("epoch-s", self.config.epoch_s)
             .field("slots", slots)
-            .field("kernel", content(&self.files.kernel.bytes))
+            .field("kernel", content(&self.files.kernel))
             .field("cmdline", &self.files.command_line)
             .field("seed", hex(self.files.seed.as_ref().map_or(&[][..], |s| &s[..])))
             .field(&format!("{HINT}kernel"), path(&self.kernel));
         if let (Some(file), Some(from)) = (&self.files.initrd, &self.initrd) {
-            identity =
-                identity.field("initrd", content(&file.bytes)).field(&format!("{HINT}initrd"), path(from));
+            identity = identity.field("initrd", content(file)).field(&format!("{HINT}initrd"), path(from));
         }
         let contents = match self.disk_contents.get() {
             Some(contents) => contents,
@@ -237,12 +236,12 @@ fn boot_files(
 fn read_file(field: &str, path: &Path) -> Result<BootFile, Error> {
     let name = path.display().to_string();
     let bytes = std::fs::read(path).map_err(|e| Error::config(field, format!("{name}: {e}")))?;
-    Ok(BootFile { name, bytes: bytes.into() })
+    Ok(BootFile::new(name, bytes))
 }
 
 /// Digest of a file's content, as identities have it.
-fn content(bytes: &[u8]) -> String {
-    format!("{:032x}", xxhash_rust::xxh3::xxh3_128(bytes))
+fn content(file: &BootFile) -> String {
+    format!("{:032x}", file.digest().0)
 }
 
 fn disk_content(path: &Path) -> Result<String, Error> {

@@ -103,7 +103,7 @@ pub fn record(args: RecordArgs) -> Result<(), Error> {
     let plan = args.options.machine.clone().check()?;
     let clock = args.options.clock(&plan)?;
     let (guest, images) = Guest::new(&plan, clock)?;
-    // The identity is a digest of all files, which need not hold up the boot.
+    // The identity has digests of all disks, which need not hold up the boot.
     let (machine, identity) = std::thread::scope(|scope| {
         let identity = scope.spawn(|| guest.identity());
         (guest.boot(), identity.join())

@@ -227,7 +227,7 @@ fn machine(engine: Engine, kernel: &[u8], command_line: &str) -> Machine {
         Slot::Entropy,
     ];
     let config = MachineConfig { engine, memory_bytes: 16 << 20, epoch_s: 0, slots };
-    let kernel = BootFile { name: "bare".into(), bytes: kernel.to_vec().into() };
+    let kernel = BootFile::new("bare", kernel.to_vec());
     let (initrd, command_line, seed) = (None, command_line.into(), Some([7; 32]));
     let files = BootFiles { kernel, initrd, command_line, seed, rewrite: false };
     let plan = BootPlan::new(&files, &config).unwrap();

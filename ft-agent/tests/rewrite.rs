@@ -108,7 +108,7 @@ fn machine() -> Machine {
     let config =
         MachineConfig { engine: Engine::Soft, memory_bytes: 128 << 20, epoch_s: 0, slots: Vec::new() };
     let files = BootFiles {
-        kernel: BootFile { name: "linux".into(), bytes: std::fs::read(kernel).unwrap().into() },
+        kernel: BootFile::new("linux", std::fs::read(kernel).unwrap()),
         initrd: None,
         command_line: "console=ttyS0 earlyprintk=ttyS0 panic=-1".into(),
         seed: Some([7; 32]),

@@ -6,6 +6,9 @@
 //! RAM also knows who wrote what. Devices and loaders write through [`Ram::memory`], whose bitmap lists the pages
 //! for the engine ([`Ram::take_changed`]); the engine reports its own by [`Ram::note_written`]. Both make the page's hash stale,
 //! and [`Ram::digest`] hashes stale pages only.
+//!
+//! The digest is of what differs from the start: pages of zeros, or those of a file that was loaded ([`Ram::load`]) and whose
+//! content both sides have compared, count nothing. So a guest's initramfs is not read again before its first instruction.
 #![allow(unsafe_code)]
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -156,6 +159,24 @@ struct Kept {
     written: Pages,
 }
 
+/// A file in RAM, from the start of a page on.
+struct Loaded {
+    first: u32,
+    file: Arc<Vec<u8>>,
+}
+
+impl Loaded {
+    /// The pages that it fills: what is left is RAM like any other.
+    fn pages(&self) -> std::ops::Range<u32> {
+        self.first..self.first + (self.file.len() / PAGE) as u32
+    }
+
+    fn page(&self, page: u32) -> Option<&[u8]> {
+        let within = self.pages().contains(&page);
+        within.then(|| &self.file[(page - self.first) as usize * PAGE..][..PAGE])
+    }
+}
+
 /// The guest's RAM with its digest.
 pub struct Ram {
     /// Owns the mapping; the regions of `memory` lie in it.
@@ -166,7 +187,8 @@ pub struct Ram {
     stale: Pages,
     /// From the first [`Ram::keep`] on.
     kept: Option<Kept>,
-    /// Hash of each page with its number, 0 for a page of zeros; and their sum.
+    loaded: Option<Loaded>,
+    /// Hash of each page with its number, 0 for one that is as at the start; and their sum.
     hashes: Vec<u128>,
     sum: u128,
     /// The page that the scrub looks at next.
@@ -210,6 +232,7 @@ impl Ram {
             changed,
             stale: Pages::new(pages),
             kept: None,
+            loaded: None,
             hashes: vec![0; pages],
             sum: 0,
             scrub_at: 0,
@@ -246,6 +269,21 @@ impl Ram {
         // SAFETY: the mapping is readable and writable for its whole length and lives as long as `self`; the
         // exclusive borrow keeps `memory`, the only other way to it, from being used meanwhile.
         unsafe { std::slice::from_raw_parts_mut(self.mapping.as_ptr(), self.mapping.size()) }
+    }
+
+    /// Puts a file into RAM, which is zero there and no engine has looked at yet, from the start of a page. The digest takes
+    /// this content for granted from now on: whoever compares digests has compared the files. Below the hole only.
+    ///
+    /// # Panics
+    /// It does not fit: whoever chose the page has checked that.
+    pub fn load(&mut self, first: u32, file: Arc<Vec<u8>>) {
+        let start = first as usize * PAGE;
+        self.as_mut_slice()[start..start + file.len()].copy_from_slice(&file);
+        let loaded = Loaded { first, file };
+        if !loaded.file.len().is_multiple_of(PAGE) {
+            self.note_written(loaded.pages().end);
+        }
+        self.loaded = Some(loaded);
     }
 
     /// Hands each page written through [`Ram::memory`] since the last call to the engine, which must forget what
@@ -350,11 +388,19 @@ impl Ram {
     }
 
     fn page_hash(&mut self, page: u32) -> u128 {
+        let loaded = self.loaded.take();
         let content = self.page(page);
-        if is_zero(content) { 0 } else { xxh3_128_with_seed(content, page as u64) }
+        let as_at_start = match loaded.as_ref().and_then(|loaded| loaded.page(page)) {
+            Some(before) => content == before,
+            None => is_zero(content),
+        };
+        let hash = if as_at_start { 0 } else { xxh3_128_with_seed(content, page as u64) };
+        self.loaded = loaded;
+        hash
     }
 
-    /// Makes all of RAM zero and forgets who wrote what. Engines must forget all they derived from RAM.
+    /// Makes all of RAM zero and forgets who wrote what. Engines must forget all they derived from RAM. The digest goes on taking
+    /// for granted what it did.
     pub fn clear(&mut self) -> Result<(), RamError> {
         // SAFETY: the range is exactly the anonymous private mapping that `self` owns, borrowed exclusively;
         // MADV_DONTNEED makes its pages zero.
@@ -365,6 +411,8 @@ impl Ram {
         }
         self.changed.clear();
         self.stale.take();
+        let loaded = self.loaded.as_ref().map_or(0..0, Loaded::pages);
+        loaded.for_each(|page| self.stale.insert(page));
         self.kept = None;
         self.hashes.fill(0);
         self.sum = 0;
@@ -396,6 +444,36 @@ mod tests {
         assert_ne!(digest, Digest(0));
         assert_eq!(ram.digest(), digest);
         assert_eq!(ram.full_digest(), digest);
+    }
+
+    #[test]
+    fn a_loaded_file_counts_where_it_was_changed_only() {
+        let file = Arc::new(vec![7; 2 * PAGE + 100]);
+        let mut ram = Ram::new(8 * PAGE as u64).unwrap();
+        ram.load(3, file.clone());
+        let rest = ram.digest();
+        assert_eq!((rest, ram.page(4)[9], ram.page(5)[99], ram.page(5)[100]), (ram.full_digest(), 7, 7, 0));
+        assert_eq!((ram.page_digest(3), ram.page_digest(4)), (Digest(0), Digest(0)));
+        assert_ne!(rest, Digest(0), "the last page is not full");
+        assert!(ram.scrub(8).is_ok());
+
+        ram.page(4)[9] = 8;
+        assert!(matches!(ram.scrub(8), Err(RamError::Changed { page: 4 })), "nobody has reported that");
+        ram.note_written(4);
+        let changed = ram.digest();
+        assert_ne!(changed, rest);
+        ram.page(4).fill(0);
+        ram.note_written(4);
+        let zeros = ram.digest();
+        assert_eq!(zeros, ram.full_digest());
+        assert!(![rest, changed].contains(&zeros), "zeros are a change");
+
+        ram.clear().unwrap();
+        assert_eq!(ram.digest(), ram.full_digest());
+        ram.load(3, file);
+        ram.note_written(3);
+        ram.note_written(4);
+        assert_eq!(ram.digest(), rest, "loaded again, after all");
     }
 
     #[test]

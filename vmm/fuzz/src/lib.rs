@@ -182,10 +182,10 @@ pub fn virtio(config: &Slot, data: &[u8]) {
 pub fn boot(data: &[u8]) {
     let config = MachineConfig { engine: Engine::Soft, memory_bytes: 32 << 20, epoch_s: 0, slots: Vec::new() };
     let (initrd, kernel) = data.split_at(data.len().min(data.first().copied().unwrap_or(0) as usize));
-    let file = |bytes: &[u8]| BootFile { name: "fuzz".into(), bytes: bytes.into() };
+    let file = |bytes: &[u8]| BootFile::new("fuzz", bytes.to_vec());
     let initrd = (initrd.len() > 1).then(|| file(initrd));
     let files = BootFiles { kernel: file(kernel), initrd, command_line: "x".into(), seed: None, rewrite: false };
     if let Ok(plan) = BootPlan::new(&files, &config) {
-        plan.load(&Ram::new(config.memory_bytes).unwrap()).unwrap();
+        plan.load(&mut Ram::new(config.memory_bytes).unwrap()).unwrap();
     }
 }

@@ -14,13 +14,14 @@
 use std::io::Cursor;
 use std::sync::Arc;
 
+use entry::Digest;
 use linux_loader::bootparam::{SETUP_RNG_SEED, boot_e820_entry, boot_params, setup_header};
 use linux_loader::cmdline::Cmdline;
 use linux_loader::loader::KernelLoader;
 use linux_loader::loader::bzimage::BzImage;
 use linux_loader::loader::elf::Elf;
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryError};
-use xxhash_rust::xxh3::Xxh3;
+use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
 use crate::config::{MachineConfig, VIRTIO_BASE, VIRTIO_IRQS, VIRTIO_SIZE, VIRTIO_STRIDE};
 use crate::ram::{HOLE_END, HOLE_START, PAGE, Ram};
@@ -51,10 +52,32 @@ const E820_RAM: u32 = 1;
 /// A file's content with the name to call it by.
 #[derive(Clone, Debug)]
 pub struct BootFile {
+    name: String,
+    bytes: Arc<Vec<u8>>,
+    digest: Digest,
+}
+
+impl BootFile {
+    /// A file that was read from `name`. Its digest is computed here, once for all who want it.
+    pub fn new(name: impl Into<String>, bytes: Vec<u8>) -> BootFile {
+        let digest = Digest(xxh3_128(&bytes));
+        BootFile { name: name.into(), bytes: Arc::new(bytes), digest }
+    }
+
     /// For messages: the path that it was read from.
-    pub name: String,
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Its bytes.
-    pub bytes: Arc<[u8]>,
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// Digest of its bytes.
+    pub fn digest(&self) -> Digest {
+        self.digest
+    }
 }
 
 /// What to boot.
@@ -143,9 +166,7 @@ impl BootPlan {
         let command_line = command_line(&files.command_line, config.slots.len(), max)?;
         let digest = digest(files, &command_line);
         let (kernel_file, rewritten) = match files.rewrite.then(|| rewrite::rewrite(&files.kernel.bytes)) {
-            Some(Some((bytes, rewritten))) => {
-                (BootFile { name: files.kernel.name.clone(), bytes: bytes.into() }, Some(rewritten))
-            }
+            Some(Some((bytes, rewritten))) => (BootFile::new(&files.kernel.name, bytes), Some(rewritten)),
             _ => (files.kernel.clone(), None),
         };
         Ok(BootPlan {
@@ -176,12 +197,12 @@ impl BootPlan {
     }
 
     /// Lays everything into RAM, which is zero, and says how the CPU starts.
-    pub fn load(&self, ram: &Ram) -> Result<Start, BootError> {
-        let memory = ram.memory();
+    pub fn load(&self, ram: &mut Ram) -> Result<Start, BootError> {
         self.load_kernel(ram)?;
         if let Some((file, at)) = &self.initrd {
-            memory.write_slice(&file.bytes, GuestAddress(*at))?;
+            ram.load((*at / PAGE as u64) as u32, file.bytes.clone());
         }
+        let memory = ram.memory();
         memory.write_slice(&self.command_line, GuestAddress(COMMAND_LINE))?;
         if let Some(seed) = &self.seed {
             // struct setup_data: next, type, len, data.
@@ -197,7 +218,7 @@ impl BootPlan {
     }
 
     fn load_kernel(&self, ram: &Ram) -> Result<(), BootError> {
-        let mut image = Cursor::new(&*self.kernel_file.bytes);
+        let mut image = Cursor::new(self.kernel_file.bytes());
         // With an address given the ELF loader looks for no PVH note, and adds it to each segment's own.
         let loaded = match self.kernel.format {
             Format::Elf => Elf::load(ram.memory(), Some(GuestAddress(0)), &mut image, None),
@@ -288,10 +309,11 @@ fn command_line(text: &str, slots: usize, max: usize) -> Result<Vec<u8>, BootErr
 
 fn digest(files: &BootFiles, command_line: &[u8]) -> u128 {
     let mut hash = Xxh3::new();
-    let empty: &[u8] = &[];
-    let initrd = files.initrd.as_ref().map_or(empty, |file| &file.bytes);
-    let seed = files.seed.as_ref().map_or(empty, |seed| seed);
-    for part in [&files.kernel.bytes, initrd, command_line, seed, &[files.rewrite.into()]] {
+    for file in [Some(&files.kernel), files.initrd.as_ref()] {
+        hash.update(&file.map_or(0, |file| file.digest().0).to_le_bytes());
+    }
+    let seed: &[u8] = files.seed.as_ref().map_or(&[], |seed| seed);
+    for part in [command_line, seed, &[files.rewrite.into()]] {
         hash.update(&(part.len() as u64).to_le_bytes());
         hash.update(part);
     }

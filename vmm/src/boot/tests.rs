@@ -41,7 +41,7 @@ fn bzimage(kernel: &[u8], init_size: u32) -> Vec<u8> {
 }
 
 fn files(kernel: Vec<u8>) -> BootFiles {
-    let kernel = BootFile { name: "k".into(), bytes: kernel.into() };
+    let kernel = BootFile::new("k", kernel);
     BootFiles {
         kernel,
         initrd: None,
@@ -60,10 +60,10 @@ const MIB: u64 = 1 << 20;
 #[test]
 fn an_elf_kernel_is_laid_out() {
     let mut files = files(elf(2 * MIB, b"code", 64 * 1024));
-    files.initrd = Some(BootFile { name: "i".into(), bytes: vec![9; 5000].into() });
+    files.initrd = Some(BootFile::new("i", vec![9; 5000]));
     let plan = BootPlan::new(&files, &config(32 * MIB, 2)).unwrap();
-    let ram = Ram::new(32 * MIB).unwrap();
-    let start = plan.load(&ram).unwrap();
+    let mut ram = Ram::new(32 * MIB).unwrap();
+    let start = plan.load(&mut ram).unwrap();
     assert_eq!((start.entry, start.boot_params), (2 * MIB, 0x7000));
     let memory = ram.memory();
     let read = |at| memory.read_obj::<u32>(GuestAddress(at)).unwrap();
@@ -88,8 +88,8 @@ fn an_elf_kernel_is_laid_out() {
 #[test]
 fn a_bzimage_is_laid_out() {
     let plan = BootPlan::new(&files(bzimage(&[0xcc; 2048], 1 << 20)), &config(32 * MIB, 0)).unwrap();
-    let ram = Ram::new(32 * MIB).unwrap();
-    let start = plan.load(&ram).unwrap();
+    let mut ram = Ram::new(32 * MIB).unwrap();
+    let start = plan.load(&mut ram).unwrap();
     assert_eq!(start.entry, 0x100_0200);
     assert_eq!(ram.memory().read_obj::<u8>(GuestAddress(0x100_07ff)).unwrap(), 0xcc);
     assert_eq!(ram.memory().read_obj::<u32>(GuestAddress(0x7202)).unwrap(), u32::from_le_bytes(*b"HdrS"));
@@ -122,9 +122,9 @@ fn errors_name_the_file_and_what_is_wrong() {
     assert!(message(&files(bzimage(&[0; 16], 64 << 20)), 32 * MIB).contains("give it more"));
 
     let mut initrd = files(good);
-    initrd.initrd = Some(BootFile { name: "cpio".into(), bytes: vec![0; 31 << 20].into() });
+    initrd.initrd = Some(BootFile::new("cpio", vec![0; 31 << 20]));
     assert!(message(&initrd, 32 * MIB).starts_with("initrd cpio: 32505856 bytes do not fit"));
-    initrd.initrd = Some(BootFile { name: "cpio".into(), bytes: vec![].into() });
+    initrd.initrd = Some(BootFile::new("cpio", vec![]));
     assert!(message(&initrd, 32 * MIB).starts_with("initrd cpio: the file is empty"));
     initrd.initrd = None;
     initrd.command_line = "x".repeat(2048);
@@ -142,8 +142,8 @@ fn the_digest_covers_everything_that_is_booted() {
     };
     let changes: [&dyn Fn(&mut BootFiles); 5] = [
         &|_| (),
-        &|files| files.kernel.bytes = elf(2 * MIB, b"codf", 64).into(),
-        &|files| files.initrd = Some(BootFile { name: "i".into(), bytes: vec![1].into() }),
+        &|files| files.kernel = BootFile::new("k", elf(2 * MIB, b"codf", 64)),
+        &|files| files.initrd = Some(BootFile::new("i", vec![1])),
         &|files| files.command_line.push('x'),
         &|files| files.seed = None,
     ];
@@ -167,7 +167,7 @@ proptest! {
         }
         file.truncate(cut.max(1));
         if let Ok(plan) = BootPlan::new(&files(file), &config(32 * MIB, 0)) {
-            plan.load(&Ram::new(32 * MIB).unwrap()).unwrap();
+            plan.load(&mut Ram::new(32 * MIB).unwrap()).unwrap();
         }
     }
 }

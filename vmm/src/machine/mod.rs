@@ -21,8 +21,8 @@ use crate::ram::{Ram, RamError};
 use crate::vcpu::landing::Landings;
 use crate::vcpu::{Exit, Kick, Limit, Vcpu, VcpuError};
 
-/// Raised whenever the same inputs may give another state.
-pub const MACHINE_VERSION: u32 = 1;
+/// Raised whenever the same inputs may give another state or the same state another digest.
+pub const MACHINE_VERSION: u32 = 2;
 
 /// The most that one `Input::Clock` moves guest time, an hour: more takes several.
 pub const CLOCK_STEP_MAX_NS: u64 = 3_600_000_000_000;
@@ -136,9 +136,9 @@ impl Machine {
     /// A machine at the start of its boot.
     pub fn new(config: MachineConfig, plan: BootPlan) -> Result<Machine, MachineError> {
         config.validate()?;
-        let ram = Ram::new(config.memory_bytes)?;
+        let mut ram = Ram::new(config.memory_bytes)?;
         let mut vcpu = config.engine.vcpu(&ram)?;
-        vcpu.reset(&plan.load(&ram)?)?;
+        vcpu.reset(&plan.load(&mut ram)?)?;
         let devices = Devices::new(&config);
         let (ports, memory) = devices.buses();
         let clock = Clock::new(config.engine.unit());
@@ -376,7 +376,7 @@ impl Machine {
     /// A reset: RAM as booted, devices as powered on; position and guest time go on.
     pub fn reset(&mut self) -> Result<(), MachineError> {
         self.ram.clear()?;
-        self.vcpu.reset(&self.plan.load(&self.ram)?)?;
+        self.vcpu.reset(&self.plan.load(&mut self.ram)?)?;
         self.devices.reset();
         self.unfinished = None;
         self.halted = false;

@@ -192,7 +192,7 @@ pub fn machine_of(image: &[u8], slots: Vec<Slot>) -> Machine {
 
 pub fn machine_on(engine: Engine, image: &[u8], slots: Vec<Slot>) -> Machine {
     let config = MachineConfig { engine, memory_bytes: 16 << 20, epoch_s: 0, slots };
-    let kernel = BootFile { name: "test guest".into(), bytes: elf(image).into() };
+    let kernel = BootFile::new("test guest", elf(image));
     let files = BootFiles { kernel, initrd: None, command_line: String::new(), seed: None, rewrite: true };
     let plan = BootPlan::new(&files, &config).unwrap();
     Machine::new(config, plan).unwrap()
