@@ -55,6 +55,11 @@ pub enum Quirk {
     /// AMD obeys an operand-size prefix before a near branch in 64-bit mode (16-bit displacement and RIP), Intel
     /// ignores it (SDM 2, "near branches"; APM 3, 1.2.5).
     ShortBranch,
+    /// A repeat prefix before LOOPE or LOOPNE, where its effect is unpredictable (APM 3, 1.2.6): AMD takes its
+    /// condition in place of the opcode's.
+    RepeatedLoop,
+    /// MXCSR's bit 17, MM, which only AMD's processors have: #GP on Intel's.
+    MisalignedMode,
     /// 0F 0D with a register: AMD's PREFETCHW, #UD (APM 3); a NOP for Intel.
     PrefetchRegister,
     /// INT1's #DB is a trap for both; but under AMD's virtualization the host's KVM hands it on with the RIP of the
@@ -101,7 +106,8 @@ pub enum Quirk {
     /// An undefined instruction that reaches the end of all code: how many of its bytes are fetched before #UD is the
     /// processor's own business (AMD's UD0 and UD1 have no ModRM byte).
     UndefinedFetch,
-    /// An alignment check and a page fault of one access: their order is open.
+    /// An alignment check and a page fault of one access: their order is open. And whether instructions that take 16
+    /// bytes from anywhere (MOVUPS, LDDQU, PCMPESTRI) check alignment at all (SDM 3A, interrupt 17).
     AlignmentFault,
 }
 
@@ -110,6 +116,8 @@ impl Quirk {
     pub fn reason(self) -> &'static str {
         match self {
             Quirk::ShortBranch => "AMD: operand-size prefix on a near branch",
+            Quirk::RepeatedLoop => "AMD: repeat prefix on LOOPE or LOOPNE",
+            Quirk::MisalignedMode => "AMD: MXCSR with MM",
             Quirk::PrefetchRegister => "AMD: PREFETCHW of a register",
             Quirk::Int1 => "AMD: RIP of INT1",
             Quirk::NarrowMovsxd => "AMD: MOVSXD of 16 bits",
@@ -168,6 +176,8 @@ impl Step<'_> {
         use Quirk::*;
         let all = [
             (ShortBranch, self.is_short_branch()),
+            (RepeatedLoop, self.ins.is_loopcc() && self.has_prefix(&[0xf2, 0xf3])),
+            (MisalignedMode, self.is_misaligned_mode()),
             (PrefetchRegister, self.is_prefetch_of_register()),
             (Int1, self.ins.code() == Code::Int1),
             (NarrowMovsxd, self.ins.code() == Code::Movsxd_r16_rm16),
@@ -215,6 +225,17 @@ impl Step<'_> {
         self.start.code.get(at..).unwrap_or_default()
     }
 
+    fn has_prefix(&self, any_of: &[u8]) -> bool {
+        self.bytes().iter().take_while(|b| is_prefix(b)).any(|b| any_of.contains(b))
+    }
+
+    /// The soft CPU refuses what the host takes.
+    fn is_misaligned_mode(&self) -> bool {
+        use Mnemonic::{Fxrstor, Fxrstor64, Ldmxcsr};
+        let loads = matches!(self.ins.mnemonic(), Ldmxcsr | Fxrstor | Fxrstor64);
+        loads && self.soft_faults() && vector(self.soft) == GENERAL && !self.native_faults()
+    }
+
     fn is_short_branch(&self) -> bool {
         let near = self.ins.is_jcc_short_or_near()
             || self.ins.is_jmp_short_or_near()
@@ -225,7 +246,7 @@ impl Step<'_> {
             || self.ins.is_loopcc()
             || self.ins.is_jcx_short()
             || self.ins.mnemonic() == Mnemonic::Ret;
-        near && self.bytes().iter().take_while(|b| is_prefix(b)).any(|b| *b == 0x66)
+        near && self.has_prefix(&[0x66])
     }
 
     fn is_prefetch_of_register(&self) -> bool {
@@ -299,7 +320,8 @@ impl Step<'_> {
 
     fn is_segment_offset(&self) -> bool {
         let with_base = matches!(self.ins.memory_segment(), Register::FS | Register::GS);
-        let offset = self.ins.virtual_address(0, 0, |r, _, _| match r {
+        let operand = (0..self.ins.op_count()).find(|n| self.ins.op_kind(*n) == OpKind::Memory).unwrap_or(0);
+        let offset = self.ins.virtual_address(operand, 0, |r, _, _| match r {
             r if r.is_gpr64() => Some(self.before.gpr[r.number()]),
             r if r.is_gpr32() => Some(self.before.gpr[r.number()] as u32 as u64),
             r => r.is_segment_register().then_some(0),
@@ -310,9 +332,8 @@ impl Step<'_> {
     }
 
     fn is_lock_mov_cr(&self) -> bool {
-        let lock = self.bytes().iter().take_while(|b| is_prefix(b)).any(|b| *b == 0xf0);
         let opcode: Vec<_> = self.bytes().iter().skip_while(|b| is_prefix(b)).take(2).collect();
-        lock && matches!(opcode[..], [0x0f, 0x20 | 0x22])
+        self.has_prefix(&[0xf0]) && matches!(opcode[..], [0x0f, 0x20 | 0x22])
     }
 
     fn is_narrow_string(&self) -> bool {
@@ -344,9 +365,9 @@ impl Step<'_> {
     }
 
     fn is_alignment_or_page(&self) -> bool {
-        let pair = [vector(self.native), vector(self.soft)];
-        let either = pair == [ALIGNMENT, PAGE_FAULT] || pair == [PAGE_FAULT, ALIGNMENT];
-        self.before.rflags & AC != 0 && self.both_fault() && either
+        let checks = [self.native, self.soft].map(|o| o.rip == self.ins.ip() && vector(o) == ALIGNMENT);
+        let whole_vector = self.ins.memory_size().size() == 16;
+        self.before.rflags & AC != 0 && checks[0] != checks[1] && (whole_vector || self.both_fault())
     }
 }
 
