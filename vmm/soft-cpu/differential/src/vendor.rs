@@ -58,6 +58,8 @@ pub enum Quirk {
     /// A repeat prefix before LOOPE or LOOPNE, where its effect is unpredictable (APM 3, 1.2.6): AMD takes its
     /// condition in place of the opcode's.
     RepeatedLoop,
+    /// PAUSE with REX.B: for AMD an exchange of RAX and R8, whose repeat prefix has no effect.
+    PauseExchange,
     /// MXCSR's bit 17, MM, which only AMD's processors have: #GP on Intel's.
     MisalignedMode,
     /// 0F 0D with a register: AMD's PREFETCHW, #UD (APM 3); a NOP for Intel.
@@ -117,6 +119,7 @@ impl Quirk {
         match self {
             Quirk::ShortBranch => "AMD: operand-size prefix on a near branch",
             Quirk::RepeatedLoop => "AMD: repeat prefix on LOOPE or LOOPNE",
+            Quirk::PauseExchange => "AMD: PAUSE with REX.B",
             Quirk::MisalignedMode => "AMD: MXCSR with MM",
             Quirk::PrefetchRegister => "AMD: PREFETCHW of a register",
             Quirk::Int1 => "AMD: RIP of INT1",
@@ -177,6 +180,7 @@ impl Step<'_> {
         let all = [
             (ShortBranch, self.is_short_branch()),
             (RepeatedLoop, self.ins.is_loopcc() && self.has_prefix(&[0xf2, 0xf3])),
+            (PauseExchange, self.is_pause_with_rex_b()),
             (MisalignedMode, self.is_misaligned_mode()),
             (PrefetchRegister, self.is_prefetch_of_register()),
             (Int1, self.ins.code() == Code::Int1),
@@ -227,6 +231,11 @@ impl Step<'_> {
 
     fn has_prefix(&self, any_of: &[u8]) -> bool {
         self.bytes().iter().take_while(|b| is_prefix(b)).any(|b| any_of.contains(b))
+    }
+
+    fn is_pause_with_rex_b(&self) -> bool {
+        const REX_B: [u8; 8] = [0x41, 0x43, 0x45, 0x47, 0x49, 0x4b, 0x4d, 0x4f];
+        self.ins.code() == Code::Pause && self.has_prefix(&REX_B)
     }
 
     /// The soft CPU refuses what the host takes.
