@@ -3,6 +3,7 @@
 use crate::flow::Flow;
 use crate::layout::word_address;
 use crate::state::{End, Outcome, Start};
+use crate::vendor::Vendor;
 
 /// What a case has shown.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,8 +29,8 @@ const NAMES: [&str; 16] = [
     "r15",
 ];
 
-/// Compares what the host and the soft CPU made of a case.
-pub fn compare(start: &Start, flow: &Flow, native: &Outcome, soft: &Outcome) -> Verdict {
+/// Compares what the host, a processor of `vendor`, and the soft CPU made of a case.
+pub fn compare(vendor: Vendor, start: &Start, flow: &Flow, native: &Outcome, soft: &Outcome) -> Verdict {
     match &native.end {
         End::SystemCall => return Verdict::Skipped("it came upon a system call"),
         End::Never => return Verdict::Skipped("it did not end"),
@@ -68,7 +69,7 @@ pub fn compare(start: &Start, flow: &Flow, native: &Outcome, soft: &Outcome) -> 
     for i in 0..16 {
         differ(&format!("xmm{i}"), was.xmm[i], n.xmm[i], s.xmm[i]);
     }
-    memory(native, soft, &mut lines);
+    memory(native, soft, |n, s| vendor.same_word(flow, n, s), &mut lines);
     match &soft.end {
         _ if lines.is_empty() => Verdict::Same,
         End::Exception { vector: UNDEFINED, .. } if flow.strayed(start, soft.rip) => {
@@ -91,7 +92,7 @@ fn shown(end: &End) -> End {
     }
 }
 
-fn memory(native: &Outcome, soft: &Outcome, lines: &mut Vec<String>) {
+fn memory(native: &Outcome, soft: &Outcome, same: impl Fn(u64, u64) -> bool, lines: &mut Vec<String>) {
     let get = |o: &Outcome, i: u32| o.memory.binary_search_by_key(&i, |w| w.0).map(|n| o.memory[n].1).ok();
     let mut words: Vec<u32> = native.memory.iter().chain(&soft.memory).map(|w| w.0).collect();
     words.sort_unstable();
@@ -99,7 +100,7 @@ fn memory(native: &Outcome, soft: &Outcome, lines: &mut Vec<String>) {
     let show = |v: Option<u64>| v.map_or("unchanged".to_string(), |v| format!("{v:#018x}"));
     for i in words {
         let (n, s) = (get(native, i), get(soft, i));
-        if n != s {
+        if n != s && !n.zip(s).is_some_and(|(n, s)| same(n, s)) {
             let at = word_address(i as usize);
             lines.push(format!("memory {at:#x}: native {}, soft {}", show(n), show(s)));
         }

@@ -77,10 +77,14 @@ pub fn undefined_flags(ins: &Instruction) -> u64 {
     }
 }
 
+/// An x87 instruction.
+pub(crate) fn is_x87(ins: &Instruction) -> bool {
+    use CpuidFeature::{FPU, FPU287, FPU387};
+    ins.cpuid_features().iter().any(|f| matches!(f, FPU | FPU287 | FPU387))
+}
+
 /// x87 instructions but those that control it (SDM 1, 8.1.8).
 fn leaves_pointers(ins: &Instruction) -> bool {
-    use CpuidFeature::{FPU, FPU287, FPU387};
-    let x87 = ins.cpuid_features().iter().any(|f| matches!(f, FPU | FPU287 | FPU387));
     let control = shows_pointers(ins)
         || matches!(
             ins.mnemonic(),
@@ -94,11 +98,11 @@ fn leaves_pointers(ins: &Instruction) -> bool {
                 | Mnemonic::Wait
         );
     // The pointers that FXRSTOR64 loads are made canonical, in 48 or in 57 bits.
-    x87 && !control || ins.mnemonic() == Mnemonic::Fxrstor64
+    is_x87(ins) && !control || ins.mnemonic() == Mnemonic::Fxrstor64
 }
 
 /// Stores the x87's pointers.
-fn shows_pointers(ins: &Instruction) -> bool {
+pub(crate) fn shows_pointers(ins: &Instruction) -> bool {
     use Mnemonic::{Fnsave, Fnstenv, Fxsave, Fxsave64};
     matches!(ins.mnemonic(), Fnsave | Fnstenv | Fxsave | Fxsave64)
 }
@@ -132,10 +136,13 @@ fn flags_lost_by_fault(ins: &Instruction) -> u64 {
     if compares && (ins.has_rep_prefix() || ins.has_repne_prefix()) { STATUS } else { 0 }
 }
 
+/// A prefix byte, REX included.
+pub(crate) fn is_prefix(byte: &u8) -> bool {
+    matches!(byte, 0x26 | 0x2e | 0x36 | 0x3e | 0x40..=0x4f | 0x64..=0x67 | 0xf0 | 0xf2 | 0xf3)
+}
+
 /// Is what does not decode a prefix or an opcode of extensions that a host may have (VEX, EVEX, XOP, REX2)?
 fn may_be_an_extension(bytes: &[u8]) -> bool {
-    let is_prefix =
-        |b: &u8| matches!(b, 0x26 | 0x2e | 0x36 | 0x3e | 0x40..=0x4f | 0x64..=0x67 | 0xf0 | 0xf2 | 0xf3);
     matches!(bytes.iter().find(|b| !is_prefix(b)), Some(0x62 | 0x8f | 0xc4 | 0xc5 | 0xd5))
 }
 

@@ -7,7 +7,8 @@
 //!
 //! What is left out, and why: [`catalogue::Excluded`] for instructions, [`flow::undefined_flags`] for flags,
 //! x87 instruction and data pointers (they differ between models), RF, and the P bit of page faults in the
-//! host's kernel.
+//! host's kernel. Where a host's vendor does otherwise than Intel, which the soft CPU follows, [`vendor`] has
+//! the differences, and cases that show one are counted as not compared.
 
 pub mod case;
 pub mod catalogue;
@@ -24,3 +25,4 @@ pub mod shrink;
 pub mod soft;
 pub mod state;
 pub mod values;
+pub mod vendor;

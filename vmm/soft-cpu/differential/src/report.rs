@@ -39,6 +39,8 @@ pub struct Summary {
     pub cases: u64,
     /// Of these, the ones that could not be compared, by reason.
     pub skipped: BTreeMap<&'static str, u64>,
+    /// Cases skipped for the host's vendor whose other instructions were compared by themselves.
+    pub rests: u64,
     /// Draws that were not fit to be cases, by reason.
     pub rejected: BTreeMap<Reject, u64>,
     /// Endings by vector, of the host.
@@ -92,6 +94,7 @@ impl Summary {
             from.into_iter().for_each(|(k, n)| *into.entry(k).or_default() += n);
         }
         self.cases += other.cases;
+        self.rests += other.rests;
         sum(&mut self.skipped, other.skipped);
         sum(&mut self.rejected, other.rejected);
         sum(&mut self.endings, other.endings);
@@ -123,6 +126,9 @@ impl fmt::Display for Summary {
         let compared = self.cases - skipped;
         writeln!(f, "{} cases, {compared} compared, {} differ", self.cases, self.different())?;
         writeln!(f, "not compared: {skipped} ({})", counts(&self.skipped))?;
+        if self.rests != 0 {
+            writeln!(f, "of these, compared without the instruction to blame: {}", self.rests)?;
+        }
         writeln!(f, "drawn anew: {}", counts(&self.rejected))?;
         writeln!(f, "ended by vector: {}", counts(&self.endings))?;
         let mut culprits: Vec<_> = self.culprits.values().collect();

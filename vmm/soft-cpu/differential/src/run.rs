@@ -3,14 +3,16 @@
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use iced_x86::Instruction;
+
 use crate::case::{Built, Case};
 use crate::catalogue::{self, Class, Entry};
-use crate::compare::{Verdict, compare};
+use crate::compare::Verdict;
 use crate::generate::generate;
 use crate::native::{BATCH, Native, NativeError};
 use crate::report::{Mismatch, Summary, describe};
 use crate::rng::Rng;
-use crate::shrink::{judge, shrink};
+use crate::shrink::{judge, shrink, verdict, without};
 use crate::soft::Soft;
 use crate::state::Outcome;
 
@@ -115,13 +117,16 @@ impl Pair<'_> {
         for (((case, built), ours), theirs) in cases.iter().zip(&ours).zip(&theirs) {
             summary.cases += 1;
             summary.cover(built, theirs);
-            match compare(&built.start, &built.flow, theirs, ours) {
-                Verdict::Same => self.again(case, built, ours, &mut summary),
-                Verdict::Skipped(why) => *summary.skipped.entry(why).or_default() += 1,
-                Verdict::Different(lines) => {
-                    let mismatch = self.reduce(case, built, &lines, summary.different() < SHRUNK_MAX)?;
-                    summary.add(mismatch);
+            self.again(case, built, ours, &mut summary);
+            match verdict(&mut self.soft, built, theirs, ours) {
+                (Verdict::Same, _) => {}
+                (Verdict::Skipped(why), culprit) => {
+                    *summary.skipped.entry(why).or_default() += 1;
+                    if let Some(ins) = culprit {
+                        self.rest(case, ins, &mut summary)?;
+                    }
                 }
+                (Verdict::Different(lines), _) => self.differs(case, built, &lines, &mut summary)?,
             }
         }
         Ok(summary)
@@ -143,6 +148,28 @@ impl Pair<'_> {
         if case.seed.is_multiple_of(STEPPED) {
             differs("in single steps", self.soft.run(&built.start, true));
         }
+    }
+
+    /// Compares what is left of a case without an instruction that the host's vendor does differently.
+    fn rest(&mut self, case: &Case, ins: Instruction, summary: &mut Summary) -> Result<(), NativeError> {
+        let Some((rest, built)) = without(case, &ins) else { return Ok(()) };
+        summary.rests += 1;
+        match judge(&mut self.native, &mut self.soft, &built)? {
+            Verdict::Different(lines) => self.differs(&rest, &built, &lines, summary),
+            _ => Ok(()),
+        }
+    }
+
+    fn differs(
+        &mut self,
+        case: &Case,
+        built: &Built,
+        lines: &[String],
+        summary: &mut Summary,
+    ) -> Result<(), NativeError> {
+        let mismatch = self.reduce(case, built, lines, summary.different() < SHRUNK_MAX)?;
+        summary.add(mismatch);
+        Ok(())
     }
 
     fn reduce(

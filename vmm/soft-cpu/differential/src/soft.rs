@@ -31,6 +31,15 @@ const USER_CS: u16 = 0x33;
 const USER_SS: u16 = 0x2b;
 const TR: u16 = 0x40;
 
+/// How a case is run.
+enum Way<'a> {
+    Whole,
+    /// An instruction at a time.
+    Steps,
+    /// The same, telling the state before and after each, for as long as it is wanted.
+    Observed(&'a mut dyn FnMut(&CpuState, &CpuState) -> bool),
+}
+
 /// A soft CPU in the layout's address space.
 pub struct Soft {
     cpu: SoftCpu,
@@ -142,7 +151,9 @@ impl Soft {
 
     /// Runs a case to its end. With `step` it is run one instruction at a time.
     pub fn run(&mut self, start: &Start, step: bool) -> Outcome {
-        match catch_unwind(AssertUnwindSafe(|| self.run_case(start, step))) {
+        match catch_unwind(AssertUnwindSafe(|| {
+            self.run_case(start, if step { Way::Steps } else { Way::Whole })
+        })) {
             Ok(outcome) => outcome,
             Err(panic) => {
                 *self = if self.translates { Soft::translated() } else { Soft::new() };
@@ -153,7 +164,13 @@ impl Soft {
         }
     }
 
-    fn run_case(&mut self, start: &Start, step: bool) -> Outcome {
+    /// Runs a case one instruction at a time, as long as `each` wants to see the state before and after the next.
+    /// The case must be one that has been run, and not been broken.
+    pub fn trace(&mut self, start: &Start, mut each: impl FnMut(&CpuState, &CpuState) -> bool) {
+        self.run_case(start, Way::Observed(&mut each));
+    }
+
+    fn run_case(&mut self, start: &Start, way: Way<'_>) -> Outcome {
         let code = CODE + (start.rip - layout::CODE) as usize;
         self.ram[code..code + start.code.len()].copy_from_slice(&start.code);
         for p in &start.planted {
@@ -163,12 +180,17 @@ impl Soft {
             }
         }
         self.cpu.restore(&self.initial(start));
-        let until = if step { 1 } else { BUDGET };
-        let mut limit = RunLimit { until, interrupt_window: false };
-        let exit = loop {
-            match self.cpu.run(&mut self.ram, &limit) {
-                Exit::Reached if limit.until < BUDGET => limit.until += 1,
-                exit => break exit,
+        let exit = match way {
+            Way::Whole => self.run_to(BUDGET),
+            Way::Steps => self.steps(&mut |_| true),
+            Way::Observed(each) => {
+                let mut before = self.cpu.save();
+                self.steps(&mut |cpu| {
+                    let after = cpu.save();
+                    let on = each(&before, &after);
+                    before = after;
+                    on
+                })
             }
         };
         let outcome = match exit {
@@ -179,6 +201,23 @@ impl Soft {
         let outcome = Outcome { memory: self.take_changes(), ..outcome };
         self.ram[code..code + start.code.len()].fill(0xcc);
         outcome
+    }
+
+    fn run_to(&mut self, until: u64) -> Exit {
+        self.cpu.run(&mut self.ram, &RunLimit { until, interrupt_window: false })
+    }
+
+    /// Runs an instruction at a time as long as `on` says so.
+    fn steps(&mut self, on: &mut dyn FnMut(&SoftCpu) -> bool) -> Exit {
+        let mut exit = Exit::Reached;
+        for until in 1..=BUDGET {
+            exit = self.run_to(until);
+            // One that faults does not retire: its exit is the handler's.
+            if !on(&self.cpu) || !matches!(exit, Exit::Reached) {
+                break;
+            }
+        }
+        exit
     }
 
     fn initial(&self, start: &Start) -> CpuState {
