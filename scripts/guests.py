@@ -8,6 +8,8 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # Another binary to measure: VMFT=/path/to/vmft.
 VMFT = os.environ.get("VMFT") or os.path.join(ROOT, "target/release/vmft")
+# vmft's own choice for a first network device.
+MAC = "02:76:6d:66:74:01"
 HOST, CLIENT, GUEST = f"vmft-q{os.getpid()}", f"vmft-p{os.getpid()}", "10.78.0.2"
 MEMORY_MIB = 256
 # QEMU's -icount where it is quickest, and where it records; virtio-net then needs tx=timer, else the replay never ends.
@@ -41,6 +43,9 @@ class Hosts:
         sh(*h, "set", "tap0", "master", "br0", "up")
         sh("ip", "-n", CLIENT, "address", "add", "10.78.0.1/24", "dev", "eth0")
         sh("ip", "-n", CLIENT, "link", "set", "eth0", "up")
+        # Connections that the last guest left behind look for it while the next boots. That this fails must not be an
+        # answer to who connects to the next: redis-benchmark would wait for ever.
+        sh("ip", "-n", CLIENT, "neigh", "add", GUEST, "lladdr", MAC, "nud", "permanent", "dev", "eth0")
         return self
 
     def __exit__(self, *_):
@@ -112,7 +117,7 @@ def vmft(extra, net, command=("run",)):
     return line + (["--tap", "tap0", "--ip", f"{GUEST}/24"] if net else [])
 
 
-def qemu(extra, ip=None, icount=None, log=None, tap="tap0", mac=None, memory_mib=MEMORY_MIB):
+def qemu(extra, ip=None, icount=None, log=None, tap="tap0", mac=MAC, memory_mib=MEMORY_MIB):
     """QEMU's command line for the Linux guest. With icount (as its option -icount has it) instructions are counted; with
     log it records there."""
     if ip:
@@ -121,7 +126,7 @@ def qemu(extra, ip=None, icount=None, log=None, tap="tap0", mac=None, memory_mib
     if icount:
         line += ["-icount", icount + (f",rr=record,rrfile={log}" if log else "")]
     if ip:
-        line += ["-netdev", f"tap,id=n0,ifname={tap},script=no,downscript=no", "-device", "virtio-net-device,netdev=n0"
-                 + (f",mac={mac}" if mac else "") + (",tx=timer" if icount == RECORDED else "")]
+        line += ["-netdev", f"tap,id=n0,ifname={tap},script=no,downscript=no", "-device", f"virtio-net-device,netdev=n0,mac={mac}"
+                 + (",tx=timer" if icount == RECORDED else "")]
         line += ["-object", "filter-replay,id=replay,netdev=n0"] if log else []
     return line
