@@ -6,6 +6,8 @@ use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::process::Command;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
 use rustls::{ClientConnection, ServerConnection, StreamOwned};
@@ -43,11 +45,13 @@ fn kill_primary(guest: &[&str], client: fn(&str) -> Counter, cases: u64) {
         let client = client(&site.ns("client"));
         client.wait_for(20, 20);
         std::thread::sleep(Duration::from_millis(case * 37 % 200));
+        let knocking = Knocking::new(&site.ns("client"));
         let killed = Instant::now();
         drop(a);
         b.wait_for("this side lives", 20);
         let alive = killed.elapsed();
         client.wait_for(50, 30);
+        drop(knocking);
         splits.push(split_ms(&site));
         let seen = checked(client, &b);
         eprintln!(
@@ -68,6 +72,42 @@ fn kill_primary(guest: &[&str], client: fn(&str) -> Counter, cases: u64) {
         times.sort_unstable_by(f64::total_cmp);
         let at = |percent| times[(times.len() - 1) * percent / 100];
         eprintln!("  {step} after the loss: half within {:.1} ms, 99 % within {:.1} ms", at(50), at(99));
+    }
+}
+
+/// Connects again and again to a port where nobody listens: a frame for the guest every 2 ms or so, to which it has an
+/// answer. So a guest that has just gone live has something to do at once; the client may have lost its request with the
+/// primary, and repeats it when its own timer says so, 200 ms later.
+struct Knocking {
+    done: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Knocking {
+    fn new(namespace: &str) -> Knocking {
+        let done = Arc::new(AtomicBool::new(false));
+        let stop = done.clone();
+        let at = (support::net::GUEST.parse::<std::net::IpAddr>().expect("address"), 9).into();
+        let thread = inside(namespace, move || {
+            let pause = Duration::from_millis(2);
+            while !stop.load(Ordering::Relaxed) {
+                let answer = TcpStream::connect_timeout(&at, pause);
+                assert!(answer.is_err(), "somebody listens at port 9 of the guest");
+                std::thread::sleep(pause);
+            }
+        });
+        Knocking { done, thread: Some(thread) }
+    }
+}
+
+impl Drop for Knocking {
+    fn drop(&mut self) {
+        self.done.store(true, Ordering::Relaxed);
+        let ended = self.thread.take().map(JoinHandle::join);
+        assert!(
+            std::thread::panicking() || ended.is_some_and(|e| e.is_ok()),
+            "the one who knocks has failed"
+        );
     }
 }
 
