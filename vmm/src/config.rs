@@ -119,7 +119,8 @@ impl MachineIdentity {
         let (a, b) = (&self.config, &other.config);
         [
             ("machine version", self.machine_version == other.machine_version),
-            ("engine", a.engine == b.engine),
+            // Engines of one name go on where the other was.
+            ("engine", a.engine.name() == b.engine.name()),
             ("memory", a.memory_bytes == b.memory_bytes),
             ("clock epoch", a.epoch_s == b.epoch_s),
             ("devices", a.slots == b.slots),

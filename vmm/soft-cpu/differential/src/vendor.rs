@@ -254,8 +254,19 @@ impl Step<'_> {
             || self.ins.is_loop()
             || self.ins.is_loopcc()
             || self.ins.is_jcx_short()
-            || self.ins.mnemonic() == Mnemonic::Ret;
+            || self.ins.mnemonic() == Mnemonic::Ret
+            || self.ins.is_invalid() && self.begins_branch();
         near && self.has_prefix(&[0x66])
+    }
+
+    /// JMP, CALL or Jcc with a displacement that goes on in a page that is not there: for AMD it is shorter and does not.
+    fn begins_branch(&self) -> bool {
+        let mut opcode = self.bytes().iter().skip_while(|b| is_prefix(b));
+        match opcode.next() {
+            Some(0xe8 | 0xe9) => true,
+            Some(0x0f) => matches!(opcode.next(), Some(0x80..=0x8f)),
+            _ => false,
+        }
     }
 
     fn is_prefetch_of_register(&self) -> bool {
