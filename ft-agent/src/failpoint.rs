@@ -61,13 +61,6 @@ pub fn stop(name: &str) {
     }
 }
 
-/// This thread waits for a second.
-pub fn delay(name: &str) {
-    if reached(name) {
-        std::thread::sleep(Duration::from_secs(1));
-    }
-}
-
 /// This thread goes no further.
 pub fn wedge(name: &str) {
     if reached(name) {

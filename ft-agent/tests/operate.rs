@@ -12,9 +12,11 @@ use std::time::{Duration, Instant};
 
 use support::counter::{Counter, tell_bare};
 use support::pair::{Host, Site, inside};
-use support::row::{BARE, LIVES, set_off};
 use support::vm::{VMFT, Vm, vmft_in};
 use support::{can_network, has_guest};
+
+const BARE: [&str; 4] = ["--guest", "bare", "--memory-mib", "32"];
+const LIVES: &str = "this side lives";
 
 fn ready(test: &str) -> bool {
     has_guest(test, "bare") && can_network(test)
@@ -250,9 +252,7 @@ fn the_console_of_a_pair_takes_what_is_typed_on_the_side_that_lives() {
         return;
     }
     let site = Site::new();
-    let failpoint = format!("going-live:{}", site.dir.join("going-live").display());
-    let machine = ["--guest", "linux", "--cmdline", "vmft.noservices"];
-    let (a, mut b) = site.pair_with(&machine, &[("VMFT_FAILPOINT", &failpoint)]);
+    let (a, mut b) = site.pair(&["--guest", "linux", "--cmdline", "vmft.noservices"]);
     let attach = |host| {
         let console = Vm::start(Command::new(VMFT).args(["console", "--control"]).arg(site.control(host)));
         std::thread::sleep(Duration::from_millis(500));
@@ -266,12 +266,9 @@ fn the_console_of_a_pair_takes_what_is_typed_on_the_side_that_lives() {
     at_b.type_in("n=0\n");
     std::thread::sleep(Duration::from_millis(500));
     drop(a);
-    if cfg!(debug_assertions) {
-        set_off(&site, "going-live");
-    }
-    b.wait_for(LIVES, 20);
+    b.wait_for("going live", 20);
     drop(at_a);
-    // The shell is the same one as before, and what is typed just before it goes on here waits for it.
+    // The shell is the same one as before.
     at_b.type_in("echo $((n + 1))\n");
     at_b.wait_for("\n42\r", 30);
     at_b.type_in("\x01x");

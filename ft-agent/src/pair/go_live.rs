@@ -16,7 +16,6 @@ use super::guest_thread::GuestThread;
 use super::replica::{Duty, Replica};
 use super::start::{NET_SLOT, Side};
 use crate::error::Error;
-use crate::failpoint;
 use crate::outside::Inlet;
 use crate::run::INBOX_CAPACITY;
 
@@ -32,7 +31,6 @@ pub fn go_live(
     standby: PairStandby,
     behind_ns: u64,
 ) -> Result<GuestLoop<Live<Guarded>>, Error> {
-    failpoint::delay("going-live");
     let inbox = Inbox::new(machine.kicker(), INBOX_CAPACITY);
     replica.set_guest(inbox.1.clone());
     let mut inlet = Inlet::new(inbox, side.plan.clock(), machine.time_ns(), behind_ns)?;

@@ -1,12 +1,12 @@
 //! What an operator asks of a replica, and what it tells of itself.
 
+use std::sync::Arc;
 use std::sync::mpsc::Receiver;
-use std::sync::{Arc, PoisonError};
 
 use agent::{Event, Exit, Phase, Role, Status};
 use entry::Console;
 
-use super::{Replica, State, now_ns};
+use super::{Replica, now_ns};
 use crate::outside::ConsoleOut;
 use crate::pair::status::{Report, phase_name, role_name};
 
@@ -93,12 +93,9 @@ impl Replica {
         }
     }
 
-    /// Types on the guest's console, if it runs here; waits for a guest that is about to.
+    /// Types on the guest's console, if it runs here.
     pub fn type_text(&self, console: Console, text: &[u8]) {
-        let comes = |state: &mut State| state.alone && state.guest.is_none() && state.exit.is_none();
-        let state = self.changed.wait_while(self.lock(), comes).unwrap_or_else(PoisonError::into_inner);
-        let guest = state.guest.clone();
-        drop(state);
+        let guest = self.lock().guest.clone();
         if let Some(guest) = guest {
             // A guest whose run is over takes nothing.
             guest.type_text(console, text).ok();
