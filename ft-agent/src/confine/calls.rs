@@ -35,9 +35,6 @@ const PROCESS: &[c_long] = &[
 const KVM: &[c_long] =
     &[SYS_perf_event_open, SYS_fcntl, SYS_timer_create, SYS_timer_settime, SYS_timer_delete];
 
-/// What the software CPU takes for its translated code.
-const SOFT: &[c_long] = &[SYS_memfd_create, SYS_ftruncate, SYS_pwrite64];
-
 /// Which ioctls: bits of the number, and what they have to be.
 type Ioctl = (u64, u64);
 
@@ -59,7 +56,7 @@ pub fn guest(kvm: bool) -> Result<usize, ConfineError> {
 }
 
 fn for_engine(kvm: bool) -> (&'static [c_long], &'static [Ioctl]) {
-    if kvm { (KVM, &KVM_IOCTLS) } else { (SOFT, &[]) }
+    if kvm { (KVM, &KVM_IOCTLS) } else { (&[], &[]) }
 }
 
 fn apply(calls: &[c_long], ioctls: &[Ioctl]) -> Result<usize, ConfineError> {

@@ -32,7 +32,6 @@ mod stubs;
 
 use std::collections::HashMap;
 use std::io;
-use std::sync::Once;
 
 use iced_x86::{Decoder, DecoderOptions};
 use soft_cpu::decode::{BlockDecoder, Decoded, Place};
@@ -53,9 +52,6 @@ const BLOCK_CODE_MAX: usize = 64 << 10;
 const SLOTS: usize = 1 << 16;
 /// Places for targets of jumps, for each of supervisor and user mode.
 const JUMPS: usize = 4096;
-
-/// The host's refusal is told once.
-static TOLD: Once = Once::new();
 
 /// A block's place in the table of code addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -134,7 +130,7 @@ impl Native {
     /// When the host gives no memory that may be executed.
     pub fn new() -> io::Result<Native> {
         let mut memory = CodeMemory::new(CODE_MAX)?;
-        let stubs = stubs::add(&mut memory, handler)?;
+        let stubs = stubs::add(&mut memory, handler);
         let mut slots = vec![stubs.leave; SLOTS].into_boxed_slice();
         slots[fixed::LEAVE_AT_RIP.0 as usize] = stubs.leave_at_rip;
         slots[fixed::PERFORM.0 as usize] = stubs.perform;
@@ -217,17 +213,7 @@ impl Translator for Native {
         let slot = self.slot(start);
         let code = Block::new(self, start, &insns).translate(&decoded, last == Place::Last);
         let Some(code) = code else { return false };
-        match self.memory.add(&code) {
-            Ok(at) => self.slots[slot.0 as usize] = at,
-            Err(e) => {
-                TOLD.call_once(|| {
-                    eprintln!(
-                        "translated code finds no room ({e}): the software CPU interprets, which is slower"
-                    )
-                });
-                return false;
-            }
-        }
+        self.slots[slot.0 as usize] = self.memory.add(&code);
         self.insns.push(insns);
         true
     }

@@ -1,58 +1,82 @@
-//! Memory for code, which can be executed where it is mapped and is written through its file alone.
-// The file is memory of the process, nothing of the host's.
-#![allow(clippy::disallowed_types)]
+//! Memory for code: one address where it can be written, another where it can be executed.
+//!
+//! It takes nothing but calls that manage memory, which a confined process still has.
 
-use std::fs::File;
 use std::io;
-use std::os::fd::FromRawFd;
-use std::os::unix::fs::FileExt;
+use std::ptr::{NonNull, null_mut};
 
-use memmap2::{Mmap, MmapOptions};
+use libc::{MAP_ANONYMOUS, MAP_FAILED, MAP_SHARED, MREMAP_MAYMOVE, PROT_EXEC, PROT_READ, PROT_WRITE, c_void};
 
 /// See the module.
 pub(crate) struct CodeMemory {
-    file: File,
-    mapped: Mmap,
+    write: Mapping,
+    execute: Mapping,
     used: usize,
 }
 
+/// A mapping of `len` bytes, unmapped on drop.
+struct Mapping {
+    at: NonNull<u8>,
+    len: usize,
+}
+
+impl Mapping {
+    fn new(at: *mut c_void, len: usize) -> io::Result<Mapping> {
+        match NonNull::new(at) {
+            Some(mapped) if at != MAP_FAILED => Ok(Mapping { at: mapped.cast(), len }),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+}
+
+impl Drop for Mapping {
+    #[allow(unsafe_code)]
+    fn drop(&mut self) {
+        // SAFETY: it is our own mapping, and nothing points into it any more.
+        unsafe { libc::munmap(self.at.as_ptr().cast(), self.len) };
+    }
+}
+
 impl CodeMemory {
-    /// Room for `len` bytes.
+    /// Room for `len` bytes, a multiple of the page size.
     ///
     /// # Errors
     /// When the host gives no memory that may be executed.
     #[allow(unsafe_code)]
     pub(crate) fn new(len: usize) -> io::Result<CodeMemory> {
-        // SAFETY: the name is a C string.
-        let fd = unsafe { libc::memfd_create(c"vmft-code".as_ptr(), libc::MFD_CLOEXEC) };
-        if fd < 0 {
+        // SAFETY: a new mapping at an address that the kernel chooses.
+        let write =
+            unsafe { libc::mmap(null_mut(), len, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0) };
+        let write = Mapping::new(write, len)?;
+        // SAFETY: for a shared mapping an old size of 0 asks for a second one of the same pages (mremap(2)).
+        let execute = unsafe { libc::mremap(write.at.as_ptr().cast(), 0, len, MREMAP_MAYMOVE) };
+        let execute = Mapping::new(execute, len)?;
+        // SAFETY: the mapping is ours; that it can no longer be written takes nothing from anybody.
+        if unsafe { libc::mprotect(execute.at.as_ptr().cast(), len, PROT_READ | PROT_EXEC) } != 0 {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: the descriptor is new and nobody else's.
-        let file = unsafe { File::from_raw_fd(fd) };
-        file.set_len(len as u64)?;
-        // SAFETY: nobody else has the file, and its length stays. What runs in it was written whole before.
-        let mapped = unsafe { MmapOptions::new().map_exec(&file)? };
-        Ok(CodeMemory { file, mapped, used: 0 })
+        Ok(CodeMemory { write, execute, used: 0 })
     }
 
     /// Bytes left.
     pub(crate) fn left(&self) -> usize {
-        self.mapped.len() - self.used
+        self.write.len - self.used
     }
 
-    /// Adds code; gives the address where it can be run.
-    ///
-    /// # Errors
-    /// When it does not fit, or the host has no page for it.
-    pub(crate) fn add(&mut self, code: &[u8]) -> io::Result<u64> {
-        let at = self.used;
-        if code.len() > self.left() {
-            return Err(io::ErrorKind::StorageFull.into());
+    /// Adds code, which fits; gives the address where it can be run.
+    #[allow(unsafe_code)]
+    pub(crate) fn add(&mut self, code: &[u8]) -> u64 {
+        assert!(code.len() <= self.left(), "code of {} bytes for {}", code.len(), self.left());
+        let (at, page) = (self.used, self.used & !4095);
+        // SAFETY: the bytes lie in the mapping, and nobody has a reference into it. Telling the kernel that the written pages are
+        // not needed at this address takes them from nowhere else: they are shared.
+        unsafe {
+            self.write.at.add(at).copy_from_nonoverlapping(NonNull::from(code).cast(), code.len());
+            let written = self.write.at.add(page).as_ptr().cast();
+            libc::madvise(written, at + code.len() - page, libc::MADV_DONTNEED);
         }
-        self.file.write_all_at(code, at as u64)?;
-        self.used = (at + code.len()).next_multiple_of(16).min(self.mapped.len());
-        Ok(self.mapped.as_ptr() as u64 + at as u64)
+        self.used = (at + code.len()).next_multiple_of(16).min(self.write.len);
+        self.execute.at.as_ptr() as u64 + at as u64
     }
 
     /// Forgets all code behind the first `len` bytes.
@@ -65,3 +89,7 @@ impl CodeMemory {
         self.used
     }
 }
+
+// SAFETY: the mappings are this value's alone.
+#[allow(unsafe_code)]
+unsafe impl Send for CodeMemory {}

@@ -3,7 +3,6 @@
 //! Registers in translated code: RBX the CPU, R12 the slots, R13 the fast TLB of the mode, R14 RAM, R15 what is left of the
 //! budget; on the stack, at [`JUMPS`] and the offsets behind it, what is needed less often. All others are a block's scratch.
 
-use std::io;
 use std::mem::offset_of;
 
 use dynasmrt::x64::X64Relocation;
@@ -40,10 +39,7 @@ macro_rules! field {
 }
 
 /// Adds the stubs.
-///
-/// # Errors
-/// As [`CodeMemory::add`].
-pub(crate) fn add(memory: &mut CodeMemory, handler: Handler) -> io::Result<Stubs> {
+pub(crate) fn add(memory: &mut CodeMemory, handler: Handler) -> Stubs {
     let base = LAYOUT.regs + 8 * RIP_BASE as i32;
     let mut ops = VecAssembler::<X64Relocation>::new(0);
     let enter = ops.offset().0;
@@ -115,10 +111,10 @@ pub(crate) fn add(memory: &mut CodeMemory, handler: Handler) -> io::Result<Stubs
         ; jmp <out
     );
     let code = ops.finalize().expect("the stubs have all their labels");
-    let at = memory.add(&code)?;
+    let at = memory.add(&code);
     // SAFETY: the code at `enter` keeps to this type.
     #[allow(unsafe_code)]
     let enter = unsafe { std::mem::transmute::<usize, Enter>(at as usize + enter) };
     let address = |offset: usize| at + offset as u64;
-    Ok(Stubs { enter, leave: address(leave), leave_at_rip: address(leave_at_rip), perform: address(perform) })
+    Stubs { enter, leave: address(leave), leave_at_rip: address(leave_at_rip), perform: address(perform) }
 }
