@@ -135,18 +135,27 @@ fn operands(ins: &Instruction, offset: u16) -> Insn {
                 i.imm = ins.near_branch_target().wrapping_sub(ins.next_ip());
             }
             OpKind::MemorySegESI | OpKind::MemoryESEDI | OpKind::MemorySegEDI => i.flags |= flag::ADDR32,
-            OpKind::Immediate8
-            | OpKind::Immediate16
-            | OpKind::Immediate32
-            | OpKind::Immediate64
-            | OpKind::Immediate8to16
-            | OpKind::Immediate8to32
-            | OpKind::Immediate8to64
-            | OpKind::Immediate32to64 => i.imm = ins.immediate(n),
+            kind if is_immediate(kind) => i.imm = ins.immediate(n),
             _ => {}
         }
     }
     i
+}
+
+/// An operand that [`Insn::imm`] holds. The second immediate of ENTER is none of these.
+pub fn is_immediate(kind: OpKind) -> bool {
+    use OpKind::*;
+    matches!(
+        kind,
+        Immediate8
+            | Immediate16
+            | Immediate32
+            | Immediate64
+            | Immediate8to16
+            | Immediate8to32
+            | Immediate8to64
+            | Immediate32to64
+    )
 }
 
 fn memory(ins: &Instruction, i: &mut Insn) {

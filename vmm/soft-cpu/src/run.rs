@@ -13,9 +13,7 @@ use crate::paging::{Access, is_canonical};
 use crate::state::{Cpu, CpuState, FetchPage, RIP_BASE, Shadow};
 use crate::tier::{Ran, Translator};
 
-/// Blocks after which the run loop looks whether another thread wants it to stop.
-const BLOCKS_BETWEEN_LOOKS: u32 = 64;
-/// Instructions that translated code may run before it does.
+/// Instructions that translated code may run before the run loop looks whether another thread wants it to stop.
 const TRANSLATED_BETWEEN_LOOKS: u64 = 4096;
 
 /// How far [`SoftCpu::run`] may go.
@@ -186,23 +184,20 @@ impl SoftCpu {
         }
     }
 
-    /// Runs blocks until there is an exit, `until` instructions have retired, a flag of `attention` is set or the
-    /// next instruction has to run alone; and not for long.
+    /// Runs blocks until there is an exit, `until` instructions have retired, a flag of `attention` is set, the next
+    /// instruction has to run alone, or another thread asks for a stop.
     fn blocks(&mut self, ram: &mut [u8], until: u64, attention: u64) -> Option<Exit> {
-        for _ in 0..BLOCKS_BETWEEN_LOOKS {
+        loop {
             let budget = until - self.cpu.retired;
             let exit = match self.translated(ram, budget) {
                 Some(exit) => exit,
                 None => self.step(ram, budget, u64::MAX, true),
             };
-            if self.kick.load(Ordering::Relaxed) {
-                return exit;
-            }
-            if exit.is_some() || self.cpu.retired >= until || self.cpu.needs_care(attention) {
+            let kicked = self.kick.load(Ordering::Relaxed);
+            if exit.is_some() || kicked || self.cpu.retired >= until || self.cpu.needs_care(attention) {
                 return exit;
             }
         }
-        None
     }
 
     /// Runs translated code, if there is some for what comes next.

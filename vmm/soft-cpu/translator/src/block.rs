@@ -80,13 +80,13 @@ impl<'a> Block<'a> {
             ; sub r15, count
             ; js =>no_budget
         );
-        let live = live_flags(decoded, self.insns);
+        let effects: Vec<Effect> =
+            decoded.iter().zip(self.insns).map(|(ins, insn)| effect(ins, insn)).collect();
+        let live = live_flags(decoded, &effects);
         let mut left = false;
         for (k, ins) in decoded.iter().enumerate() {
             let last = leaves && k + 1 == decoded.len();
-            let fuses =
-                decoded.get(k + 1).is_some_and(|next| effect(next, &self.insns[k + 1]) == Effect::Jcc);
-            if effect(ins, &self.insns[k]) == Effect::Handler {
+            if effects[k] == Effect::Handler {
                 if last {
                     self.set_rip_behind();
                 }
@@ -96,21 +96,16 @@ impl<'a> Block<'a> {
                     left = true;
                 }
             } else {
-                let follows = k > 0 && self.fused(&decoded[k - 1], k - 1);
-                left |= self.instruction(k, ins, live[k], fuses, follows);
+                let fuses = effects.get(k + 1) == Some(&Effect::Jcc);
+                let fused = k > 0 && effects[k - 1] == Effect::Fusing;
+                left |= self.instruction(k, ins, live[k], fuses, fused);
             }
         }
         if !left {
-            let behind = self.behind(self.insns.len() - 1);
-            self.fall_through(behind);
+            self.fall_through();
         }
         self.emit_cold();
         self.ops.finalize().ok()
-    }
-
-    /// The instruction leaves the host's flags as the Jcc behind it needs them.
-    fn fused(&self, ins: &Instruction, k: usize) -> bool {
-        matches!(effect(ins, &self.insns[k]), Effect::Fusing)
     }
 
     /// Offset from the block's start of what lies behind instruction `k`.
@@ -219,7 +214,7 @@ impl<'a> Block<'a> {
         );
     }
 
-    /// RIP as handlers expect it that end a block.
+    /// RIP behind the block, as handlers expect it that end one.
     fn set_rip_behind(&mut self) {
         let behind = self.behind(self.insns.len() - 1);
         self.target(behind);
@@ -257,12 +252,12 @@ impl<'a> Block<'a> {
     }
 
     /// Goes on behind the block, where its last instruction does not jump.
-    fn fall_through(&mut self, behind: i64) {
+    fn fall_through(&mut self) {
+        let behind = self.behind(self.insns.len() - 1);
         if self.in_page(behind) {
             return self.jump_in_page(behind);
         }
-        self.target(behind);
-        dynasm!(self.ops ; .arch x64 ; mov [rbx + LAYOUT.rip], rax);
+        self.set_rip_behind();
         self.leave_at_rip();
     }
 
@@ -433,10 +428,10 @@ pub(crate) fn register(r: u8) -> i32 {
 
 /// Whether the flags behind each instruction can be seen: by what reads them, or because it, or one behind it, may stop before
 /// one that sets them all.
-fn live_flags(decoded: &[Instruction], insns: &[Insn]) -> Vec<bool> {
+fn live_flags(decoded: &[Instruction], effects: &[Effect]) -> Vec<bool> {
     let mut live = vec![true; decoded.len()];
     for k in (1..decoded.len()).rev() {
-        live[k - 1] = match effect(&decoded[k], &insns[k]) {
+        live[k - 1] = match effects[k] {
             Effect::Plain => live[k],
             Effect::SetsFlags => false,
             Effect::Fusing if !touches_memory(&decoded[k]) => false,

@@ -2,6 +2,7 @@
 
 use dynasmrt::{DynamicLabel, DynasmApi, DynasmLabelApi, dynasm};
 use iced_x86::{Code, ConditionCode, Instruction, Mnemonic, OpKind};
+use soft_cpu::decode::is_immediate;
 use soft_cpu::insn::Insn;
 use soft_cpu::state::{RIP_BASE, reg};
 use soft_cpu::tier::LAYOUT;
@@ -97,14 +98,7 @@ fn kind(ins: &Instruction, n: u32) -> Kind {
     match ins.op_kind(n) {
         OpKind::Register if ins.op_register(n).is_gpr() => Kind::Register,
         OpKind::Memory => Kind::Memory,
-        OpKind::Immediate8
-        | OpKind::Immediate16
-        | OpKind::Immediate32
-        | OpKind::Immediate64
-        | OpKind::Immediate8to16
-        | OpKind::Immediate8to32
-        | OpKind::Immediate8to64
-        | OpKind::Immediate32to64 => Kind::Immediate,
+        kind if is_immediate(kind) => Kind::Immediate,
         OpKind::NearBranch64 => Kind::Branch,
         _ => Kind::Other,
     }
@@ -276,10 +270,7 @@ impl Block<'_> {
         let (slow, back) = self.slow(k);
         if kind(ins, 0) == Kind::Memory {
             self.operand(&i, w, Access::Write, slow);
-            match kind(ins, 1) {
-                Kind::Register => self.get(w, RAX, i.src),
-                _ => self.immediate(w, RAX, i.imm),
-            }
+            self.source(k, ins, 1, w, RAX, slow);
             self.store(w, RAX);
         } else {
             self.source(k, ins, 1, w, RAX, slow);
@@ -312,7 +303,7 @@ impl Block<'_> {
         }
     }
 
-    /// Operand 0 is in RSI, operand 1 in RDI, the result in RAX; R11 has the place of a memory operand in RAM.
+    /// Operand 0 is in RSI, operand 1 in RDI, the result in RAX; RDX has the place of a memory operand 0 in RAM.
     fn alu(&mut self, k: usize, ins: &Instruction, live: bool, fuses: bool) {
         use Mnemonic as M;
         let (i, w) = (self.insns[k], width(ins, 0));
@@ -323,10 +314,7 @@ impl Block<'_> {
             let access = if stores { Access::Write } else { Access::Read };
             self.operand(&i, w, access, slow);
             self.load(w, RSI);
-            match kind(ins, 1) {
-                Kind::Register => self.get(w, RDI, i.src),
-                _ => self.immediate(w, RDI, i.imm),
-            }
+            self.source(k, ins, 1, w, RDI, slow);
         } else {
             self.source(k, ins, 1, w, RDI, slow);
             self.get(w, RSI, i.dst);
@@ -626,15 +614,11 @@ impl Block<'_> {
     }
 
     fn push(&mut self, k: usize, ins: &Instruction) {
-        let i = self.insns[k];
         let (slow, back) = self.slow(k);
         self.get(QUAD, RAX, reg::RSP);
         dynasm!(self.ops ; .arch x64 ; sub rax, 8 ; mov rdi, rax);
         self.probe(QUAD, Access::Write, slow);
-        match kind(ins, 0) {
-            Kind::Register => self.get(QUAD, RAX, i.dst),
-            _ => self.immediate(QUAD, RAX, i.imm),
-        }
+        self.source(k, ins, 0, QUAD, RAX, slow);
         self.store(QUAD, RAX);
         self.put(QUAD, reg::RSP, RDI);
         dynasm!(self.ops ; .arch x64 ; =>back);
