@@ -16,6 +16,7 @@
 pub mod message;
 pub mod receiver;
 pub mod sender;
+mod spacing;
 pub mod stream;
 
 use entry::log::{Entry, LoggedInput, Record};

@@ -219,7 +219,7 @@ pub fn encode(message: &Message, out: &mut Vec<u8>) {
             varint(*generation, &mut b);
             kind::START
         }
-        Message::Log(block) => return encode_log(block, out),
+        Message::Log(block) => return out.extend(encode_log(block.clone())),
         Message::Ack(ack) => {
             [ack.received, ack.replayed, ack.echo_ns].into_iter().for_each(|v| varint(v, &mut b));
             kind::ACK
@@ -250,13 +250,13 @@ pub fn encode(message: &Message, out: &mut Vec<u8>) {
     out.append(&mut b);
 }
 
-/// Appends a log message around a block, which is copied once.
-pub(crate) fn encode_log(block: &[u8], out: &mut Vec<u8>) {
+/// A log message around a block, in the block's own memory.
+pub(crate) fn encode_log(mut block: Vec<u8>) -> Vec<u8> {
     assert!(block.len() <= BODY_MAX, "a block of {} bytes", block.len());
-    out.reserve(block.len() + 8);
-    out.push(kind::LOG);
-    varint(block.len() as u64, out);
-    out.extend(block);
+    let mut prefix = vec![kind::LOG];
+    varint(block.len() as u64, &mut prefix);
+    block.splice(..0, prefix);
+    block
 }
 
 fn encode_hello(hello: &Hello, out: &mut Vec<u8>) {

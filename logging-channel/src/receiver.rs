@@ -9,6 +9,9 @@ use entry::log::{Entry, Record};
 use crate::message::Ack;
 use crate::{ChannelError, checked, weight};
 
+/// How long after an acknowledgement records that no output is among may wait for the next.
+const ACK_SPACING_NS: u64 = 2_000_000;
+
 /// The backup's side of the log.
 #[derive(Debug)]
 pub struct Receiver {
@@ -21,8 +24,10 @@ pub struct Receiver {
     replayed: u64,
     outputs_received: u64,
     released: u64,
-    /// Records received, as last acknowledged.
+    /// Records received, as last acknowledged; when, and how many outputs were among them.
     told: u64,
+    told_at: u64,
+    outputs_told: u64,
     /// Weight of the records taken for replay since then.
     freed: u64,
     closed: bool,
@@ -55,6 +60,8 @@ impl Receiver {
             outputs_received: 0,
             released: 0,
             told: 0,
+            told_at: 0,
+            outputs_told: 0,
             freed: 0,
             closed: false,
         }
@@ -126,14 +133,22 @@ impl Receiver {
         self.replayed = replayed;
     }
 
-    /// Acknowledges what was received, if there is more than the last time, or a good part of the buffer is free again.
-    pub fn ack(&mut self, echo_ns: u64) -> Option<Ack> {
-        let more = self.received > self.told || self.freed > self.buffer_bytes / 4;
-        if self.closed || !more {
+    /// Acknowledges what was received: at once if there are outputs, which wait for it, or a good part of the buffer is free
+    /// again; else when [`Receiver::deadline`] has come.
+    pub fn ack(&mut self, now: u64, echo_ns: u64) -> Option<Ack> {
+        let outputs = self.outputs_received > self.outputs_told;
+        let due = self.deadline().is_some_and(|deadline| deadline <= now);
+        if self.closed || !(outputs || due || self.freed > self.buffer_bytes / 4) {
             return None;
         }
-        (self.told, self.freed) = (self.received, 0);
+        (self.told, self.told_at, self.outputs_told, self.freed) =
+            (self.received, now, self.outputs_received, 0);
         Some(Ack { received: self.received, replayed: self.replayed, echo_ns })
+    }
+
+    /// When [`Receiver::ack`] has something to tell that is not urgent.
+    pub fn deadline(&self) -> Option<u64> {
+        (!self.closed && self.received > self.told).then(|| self.told_at + ACK_SPACING_NS)
     }
 
     /// Records received.

@@ -8,11 +8,12 @@ use entry::identity::Identity;
 use entry::log::{Entry, Record};
 
 use crate::message::{Ack, Message, encode_log};
+use crate::spacing::Spacing;
 use crate::stream::Outbox;
 use crate::{ChannelError, checked, weight};
 
 /// Bytes of entries from which on a block is closed although no output waits.
-const BLOCK_BYTES: usize = 32 << 10;
+const BLOCK_BYTES: usize = 63 << 10;
 /// From this part of a bound on, in per mille, the guest is slowed.
 const SLOW_FROM: u64 = 250;
 /// The least share of time, in per mille, that a guest gets whose backup is late but has room.
@@ -29,6 +30,15 @@ pub struct Limits {
     pub lag_ns_max: u64,
     /// How long a record that no output waits for may wait for others.
     pub batch_ns: u64,
+    /// For how long after outputs have left the next wait for each other, where many follow close upon one another.
+    pub spacing_ns: u64,
+}
+
+impl Limits {
+    /// How long an output waits at most for its guest to make a turn.
+    fn output_wait_ns(&self) -> u64 {
+        5 * self.spacing_ns
+    }
 }
 
 /// How fast the guest may run.
@@ -89,6 +99,12 @@ pub struct Sender {
     weight_replayed: u64,
     /// When the open block's first record was appended.
     open_since: Option<u64>,
+    /// When its first output was.
+    output_since: Option<u64>,
+    spacing: Spacing,
+    /// Outputs have left lately. Whoever sleeps until [`Sender::deadline`] wakes once for all that follow in that time, and
+    /// need not be woken for each.
+    busy_until: Option<u64>,
     closed: VecDeque<Closed>,
     unacked: VecDeque<Sent>,
     unreplayed: VecDeque<Sent>,
@@ -113,6 +129,9 @@ impl Sender {
             weight_acked: 0,
             weight_replayed: 0,
             open_since: None,
+            output_since: None,
+            spacing: Spacing::new(),
+            busy_until: None,
             closed: VecDeque::new(),
             unacked: VecDeque::new(),
             unreplayed: VecDeque::new(),
@@ -127,8 +146,8 @@ impl Sender {
         self.cursors
     }
 
-    /// Appends a record. One that an output waits for leaves at once, others when there are enough or
-    /// [`Sender::deadline`] has come.
+    /// Appends a record. An output, and all before it, leaves at [`Sender::turn`] or [`Sender::rest`]; other records when there
+    /// are enough or [`Sender::deadline`] has come.
     pub fn append(&mut self, now: u64, record: &Record, out: &mut Outbox) {
         let is_output = matches!(record.entry, Entry::Output(_));
         self.cursors.recorded += 1;
@@ -141,16 +160,34 @@ impl Sender {
         self.open_since.get_or_insert(now);
         if is_output {
             self.hold();
+            self.output_since.get_or_insert(now);
         }
-        if is_output || self.encoder.open_bytes() >= BLOCK_BYTES || self.encoder.open_bytes() == 0 {
+        if self.encoder.open_bytes() >= BLOCK_BYTES || self.encoder.open_bytes() == 0 {
             self.flush(out);
         }
+    }
+
+    /// The guest's loop makes a turn: outputs leave, at once or after a while ([`Limits::spacing_ns`]).
+    pub fn turn(&mut self, now: u64, out: &mut Outbox) {
+        let recorded = self.cursors.outputs_recorded;
+        if !self.is_detached && self.spacing.may_leave(now, recorded, self.limits.spacing_ns) {
+            self.flush(out);
+            self.busy_until = Some(now.saturating_add(self.limits.output_wait_ns()));
+        }
+        self.tick(now, out);
+    }
+
+    /// The guest is about to wait: outputs leave now.
+    pub fn rest(&mut self, now: u64, out: &mut Outbox) {
+        self.spacing.rest();
+        self.turn(now, out);
+        self.spacing.rest();
     }
 
     /// The channel is closed for good: records are only counted from now on.
     pub fn detach(&mut self) {
         self.is_detached = true;
-        self.open_since = None;
+        (self.open_since, self.output_since, self.busy_until) = (None, None, None);
         self.closed.clear();
         self.unacked.clear();
         self.unreplayed.clear();
@@ -175,9 +212,9 @@ impl Sender {
     /// Closes the open block and sends what the backup has room for.
     pub fn flush(&mut self, out: &mut Outbox) {
         if let Some(recorded_at) = self.open_since.take() {
+            self.output_since = None;
             self.encoder.close_block();
-            let mut message = Vec::new();
-            encode_log(&self.encoder.take(), &mut message);
+            let message = encode_log(self.encoder.take());
             let end = Sent { records: self.cursors.recorded, weight: self.weight, recorded_at };
             self.closed.push_back(Closed { message, end });
         }
@@ -207,13 +244,16 @@ impl Sender {
     /// Time has come to `now`: what has waited long enough leaves.
     pub fn tick(&mut self, now: u64, out: &mut Outbox) {
         if self.deadline().is_some_and(|deadline| deadline <= now) {
+            self.busy_until = None;
             self.flush(out);
         }
     }
 
-    /// When [`Sender::tick`] has something to do.
+    /// When [`Sender::tick`] has something to do, or will soon have.
     pub fn deadline(&self) -> Option<u64> {
-        self.open_since.map(|since| since.saturating_add(self.limits.batch_ns))
+        let output = self.output_since.map(|since| since.saturating_add(self.limits.output_wait_ns()));
+        let open = self.open_since.map(|since| since.saturating_add(self.limits.batch_ns));
+        [output, open, self.busy_until].into_iter().flatten().min()
     }
 
     /// The backup says what it has.

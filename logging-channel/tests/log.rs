@@ -17,6 +17,7 @@ const LIMITS: Limits = Limits {
     peer_buffer_bytes: 1 << 20,
     lag_ns_max: 1000 * MS,
     batch_ns: 5 * MS,
+    spacing_ns: MS,
 };
 
 fn identity() -> Identity {
@@ -64,6 +65,7 @@ impl Primary {
 
     fn append(&mut self, now: u64, record: &Record) {
         self.sender.append(now, record, &mut self.outbox);
+        self.sender.rest(now, &mut self.outbox);
     }
 
     fn acked(&mut self, received: u64, replayed: u64) {
@@ -124,6 +126,28 @@ fn what_no_output_waits_for_is_batched_for_a_while() {
     primary.sender.tick(15 * MS, &mut primary.outbox);
     assert_eq!(primary.blocks().len(), 1);
     assert_eq!(primary.sender.deadline(), None);
+}
+
+#[test]
+fn outputs_of_a_busy_guest_wait_for_each_other_for_a_while() {
+    let mut primary = Primary::new(LIMITS);
+    let mut turn = |now: u64, records: &[Record]| {
+        records.iter().for_each(|record| primary.sender.append(now, record, &mut primary.outbox));
+        primary.sender.turn(now, &mut primary.outbox);
+        (primary.blocks().len(), primary.sender.deadline().unwrap())
+    };
+    let at = |us: u64| 10 * MS + us * 1000;
+    // An answer of two frames leaves as one block.
+    assert_eq!(turn(at(0), &[output(1), output(2)]).0, 1);
+    assert_eq!(turn(at(100), &[output(3)]).0, 1);
+    assert_eq!(turn(at(200), &[output(4)]).0, 0);
+    assert_eq!(turn(at(300), &[output(5)]).0, 0);
+    assert_eq!(turn(at(1100), &[]).0, 1, "both together, a spacing after the last");
+    // Who looks after a guest that makes no more turns is called in time, and not for each output anew.
+    let called = turn(at(1200), &[output(6)]).1;
+    assert_eq!(called, at(1100) + 5 * MS);
+    primary.sender.tick(called, &mut primary.outbox);
+    assert_eq!(primary.blocks().len(), 1);
 }
 
 #[test]
@@ -281,10 +305,10 @@ fn sent_block(records: &[Record]) -> Vec<u8> {
 #[test]
 fn receipt_is_acknowledged_before_replay() {
     let mut receiver = Receiver::new(&identity(), 1 << 20);
-    assert_eq!(receiver.ack(7), None);
+    assert_eq!(receiver.ack(0, 7), None);
     receiver.log(&sent_block(&[mark(1), output(2)])).unwrap();
-    assert_eq!(receiver.ack(7), Some(Ack { received: 2, replayed: 0, echo_ns: 7 }));
-    assert_eq!(receiver.ack(7), None);
+    assert_eq!(receiver.ack(0, 7), Some(Ack { received: 2, replayed: 0, echo_ns: 7 }));
+    assert_eq!(receiver.ack(0, 7), None);
     assert!(!receiver.is_drained());
     assert_eq!(receiver.next_record(), NextRecord::Record(mark(1)));
     receiver.move_replayed(1);
@@ -295,16 +319,34 @@ fn receipt_is_acknowledged_before_replay() {
 }
 
 #[test]
+fn what_no_output_waits_for_is_acknowledged_together() {
+    let (mut primary, mut receiver) = (Primary::new(LIMITS), Receiver::new(&identity(), 1 << 20));
+    let mut receive = |record: &Record| {
+        primary.sender.append(0, record, &mut primary.outbox);
+        primary.sender.flush(&mut primary.outbox);
+        primary.blocks().iter().for_each(|block| receiver.log(block).unwrap());
+        receiver.ack(10 * MS, 0).map(|ack| ack.received)
+    };
+    assert_eq!(receive(&output(1)), Some(1));
+    assert_eq!(receive(&mark(2)), None);
+    assert_eq!(receive(&mark(3)), None);
+    let due = receiver.deadline().unwrap();
+    assert_eq!((due, receiver.ack(due - 1, 0)), (12 * MS, None));
+    assert_eq!(receiver.ack(due, 0).map(|ack| ack.received), Some(3));
+    assert_eq!(receiver.deadline(), None);
+}
+
+#[test]
 fn room_that_is_free_again_is_told() {
     let mut receiver = Receiver::new(&identity(), 4 * RECORD_WEIGHT);
     receiver.log(&sent_block(&[mark(1), mark(2), mark(3)])).unwrap();
-    receiver.ack(0);
+    receiver.ack(10 * MS, 0).unwrap();
     receiver.next_record();
     receiver.move_replayed(1);
-    assert_eq!(receiver.ack(0), None, "a quarter of the buffer is not yet a good part");
+    assert_eq!(receiver.ack(10 * MS, 0), None, "a quarter of the buffer is not yet a good part");
     receiver.next_record();
     receiver.move_replayed(2);
-    assert_eq!(receiver.ack(0), Some(Ack { received: 3, replayed: 2, echo_ns: 0 }));
+    assert_eq!(receiver.ack(10 * MS, 0), Some(Ack { received: 3, replayed: 2, echo_ns: 0 }));
 }
 
 #[test]
@@ -312,7 +354,7 @@ fn a_closed_receiver_acknowledges_nothing_and_ends_behind_what_it_has() {
     let mut receiver = Receiver::new(&identity(), 1 << 20);
     receiver.log(&sent_block(&[output(1)])).unwrap();
     receiver.close();
-    assert_eq!(receiver.ack(0), None);
+    assert_eq!(receiver.ack(10 * MS, 0), None);
     assert_eq!(receiver.log(&[]), Err(ChannelError::Unexpected("log")));
     assert_eq!(receiver.next_record(), NextRecord::Record(output(1)));
     assert_eq!(receiver.next_record(), NextRecord::End);

@@ -133,6 +133,18 @@ impl<O: Outside, L: Log<Error = O::Error>> Recorder<O, L> {
 }
 
 impl<O: Outside, L: Log<Error = O::Error>> Recorder<O, L> {
+    /// Appends an input, and gives it back. Its bytes are not copied: the log has only a look at them.
+    fn append_input(&mut self, position: Position, mut input: Input) -> Result<Input, O::Error> {
+        self.append_exits()?;
+        let entry = Entry::Input(logged_input(&mut input));
+        let record = Record { position, entry };
+        self.log.append(&record)?;
+        if let Entry::Input(logged) = record.entry {
+            give_back(&mut input, logged);
+        }
+        Ok(input)
+    }
+
     /// Logs the exits that are not in the log yet.
     fn append_exits(&mut self) -> Result<(), O::Error> {
         if self.exits.is_empty() {
@@ -163,10 +175,7 @@ impl<O: Outside, L: Log<Error = O::Error>> Source for Recorder<O, L> {
             return Ok(Next::Digest);
         }
         match self.live.next(machine)? {
-            Next::Apply(input) => {
-                self.append(at, Entry::Input(logged_input(&input)))?;
-                Ok(Next::Apply(input))
-            }
+            Next::Apply(input) => self.append_input(at, input).map(Next::Apply),
             Next::Run { until } => {
                 let digest = Position::exact(self.next_digest);
                 Ok(Next::Run { until: Some(until.map_or(digest, |until| until.min(digest))) })
@@ -225,14 +234,27 @@ impl<O: Outside, L: Log<Error = O::Error>> Source for Recorder<O, L> {
     }
 }
 
-fn logged_input(input: &Input) -> LoggedInput {
+/// What the log says of an input. Bytes that it has move there, until [`give_back`].
+fn logged_input(input: &mut Input) -> LoggedInput {
     match input {
-        Input::Frame { slot, bytes } => LoggedInput::Frame { slot: *slot, bytes: bytes.clone() },
+        Input::Frame { slot, bytes } => LoggedInput::Frame { slot: *slot, bytes: std::mem::take(bytes) },
         Input::DiskDone { slot, id, result } => {
             LoggedInput::DiskDone { slot: *slot, id: *id, status: disk_status(result) }
         }
-        Input::Console { console, bytes } => LoggedInput::Console { console: *console, bytes: bytes.clone() },
+        Input::Console { console, bytes } => {
+            LoggedInput::Console { console: *console, bytes: std::mem::take(bytes) }
+        }
         Input::Clock { time_ns } => LoggedInput::Clock { time_ns: *time_ns },
+    }
+}
+
+fn give_back(input: &mut Input, logged: LoggedInput) {
+    if let (
+        Input::Frame { bytes, .. } | Input::Console { bytes, .. },
+        LoggedInput::Frame { bytes: back, .. } | LoggedInput::Console { bytes: back, .. },
+    ) = (input, logged)
+    {
+        *bytes = back;
     }
 }
 

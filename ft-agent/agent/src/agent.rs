@@ -161,7 +161,8 @@ impl Agent {
         let beat = (self.connected || self.is_deciding()).then_some(self.next_beat);
         let batch = match &self.side {
             Some(Side::Primary(sender)) => sender.deadline(),
-            _ => None,
+            Some(Side::Backup(receiver)) => receiver.deadline().filter(|_| self.connected),
+            None => None,
         };
         [self.ask_at, beat, batch].into_iter().flatten().min()
     }
@@ -171,10 +172,17 @@ impl Agent {
         self.watch.turn(now);
         self.position = position;
         if let Some(Side::Primary(sender)) = &mut self.side {
-            sender.tick(now, &mut self.outbox);
+            sender.turn(now, &mut self.outbox);
         }
         self.take_when_able(now);
         self.offer_release(now);
+    }
+
+    /// Primary: the guest's loop is about to wait, so that nothing is to follow for a while.
+    pub fn rest(&mut self, now: u64) {
+        if let Some(Side::Primary(sender)) = &mut self.side {
+            sender.rest(now, &mut self.outbox);
+        }
     }
 
     /// How fast the guest may run.
@@ -188,8 +196,7 @@ impl Agent {
         }
     }
 
-    /// Primary: appends a record, before what it says takes effect. What is in [`Agent::outgoing`] afterwards an output
-    /// may be waiting for.
+    /// Primary: appends a record, before what it says takes effect. An output's leaves at [`Agent::turn`] or [`Agent::rest`].
     pub fn append(&mut self, now: u64, record: &Record) {
         self.position = record.position;
         let Some(Side::Primary(sender)) = &mut self.side else { return };
@@ -284,7 +291,7 @@ impl Agent {
                 return self.lost(now, Suspicion::Protocol(e));
             }
         }
-        self.acknowledge();
+        self.acknowledge(now);
         self.settle(now);
     }
 
@@ -328,11 +335,11 @@ impl Agent {
     }
 
     /// Acknowledges on receipt.
-    pub(crate) fn acknowledge(&mut self) {
+    pub(crate) fn acknowledge(&mut self, now: u64) {
         let echo = self.watch.echo();
         if let Some(Side::Backup(receiver)) = &mut self.side
             && self.connected
-            && let Some(ack) = receiver.ack(echo)
+            && let Some(ack) = receiver.ack(now, echo)
         {
             self.outbox.push(&Message::Ack(ack));
         }
@@ -343,7 +350,7 @@ impl Agent {
         if let Some(Side::Backup(receiver)) = &mut self.side {
             receiver.move_replayed(records);
         }
-        self.acknowledge();
+        self.acknowledge(now);
         self.take_when_able(now);
         self.finish_when_replayed();
     }
@@ -368,6 +375,7 @@ impl Agent {
                 self.host_failed("its guest's loop is stuck");
             }
         }
+        self.acknowledge(now);
         self.ask_again(now);
         self.settle(now);
     }

@@ -68,11 +68,18 @@ pub struct Buffers {
     pub lag_ns_max: u64,
     /// How long a record that no output waits for may wait for others.
     pub batch_ns: u64,
+    /// For how long after outputs have left the next wait for each other, where many follow close upon one another.
+    pub spacing_ns: u64,
 }
 
 impl Default for Buffers {
     fn default() -> Buffers {
-        Buffers { buffer_bytes: 32 << 20, lag_ns_max: 2_000_000_000, batch_ns: 5_000_000 }
+        Buffers {
+            buffer_bytes: 32 << 20,
+            lag_ns_max: 2_000_000_000,
+            batch_ns: 5_000_000,
+            spacing_ns: 500_000,
+        }
     }
 }
 

@@ -96,6 +96,7 @@ impl Agent {
                     peer_buffer_bytes: peer.buffer_bytes,
                     lag_ns_max: buffers.lag_ns_max,
                     batch_ns: buffers.batch_ns,
+                    spacing_ns: buffers.spacing_ns,
                 };
                 Side::Primary(Box::new(Sender::new(&self.config.identity, limits)))
             }

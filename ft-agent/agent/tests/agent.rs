@@ -112,6 +112,7 @@ impl Pair {
         let output = LoggedOutput { to: OutputTo::Net(0), len: 60, digest: Digest(1) };
         let record = Record { position: Position::exact(self.position), entry: Entry::Output(output) };
         self.primary.append(self.now, &record);
+        self.primary.rest(self.now);
     }
 
     /// The primary's gate lets out what it may.

@@ -46,6 +46,7 @@ impl Outside for Guarded {
     }
 
     fn wait(&mut self, until_ns: Option<u64>) -> Result<(), Error> {
+        self.replica.before_wait();
         let begin = now_ns();
         self.inlet.wait(until_ns, Some(TURN_INTERVAL));
         self.replica.spent.idle_ns.add(now_ns() - begin);

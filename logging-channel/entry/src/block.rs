@@ -23,6 +23,8 @@ const HEADER_FIXED: usize = 14;
 const CHECKSUM: usize = 4;
 /// Bytes in front of a block's checksum.
 const LENGTH: usize = 4;
+/// Bytes of a block in front of its entries.
+const BLOCK_HEAD: usize = LENGTH + CHECKSUM;
 /// Makes four zeros no length.
 const LENGTH_CHECK: u8 = 0xa5;
 
@@ -32,8 +34,11 @@ pub struct Encoder {
     unit: PositionUnit,
     last: Position,
     checksum: u32,
+    /// The open block: empty, or room for its head and what was appended.
     open: Vec<u8>,
     done: Vec<u8>,
+    /// Size of the last block: the next is taken to become as large.
+    expected: usize,
 }
 
 impl Encoder {
@@ -47,13 +52,18 @@ impl Encoder {
         done.extend(identity_bytes);
         let checksum = crc32fast::hash(&done);
         done.extend(checksum.to_le_bytes());
-        Encoder { unit: identity.unit(), last: Position::default(), checksum, open: Vec::new(), done }
+        let (unit, last) = (identity.unit(), Position::default());
+        Encoder { unit, last, checksum, open: Vec::new(), done, expected: 0 }
     }
 
     /// Appends a record to the open block.
     pub fn append(&mut self, record: &Record) {
+        if self.open.is_empty() {
+            self.open.reserve(self.expected);
+            self.open.resize(BLOCK_HEAD, 0);
+        }
         encode(self.unit, &mut self.last, record, &mut self.open);
-        if self.open.len() >= BLOCK_FULL {
+        if self.open_bytes() >= BLOCK_FULL {
             self.close_block();
         }
     }
@@ -63,16 +73,22 @@ impl Encoder {
         if self.open.is_empty() {
             return;
         }
-        let length = length_field(self.open.len());
-        self.checksum = continue_checksum(self.checksum, &length, &self.open);
-        self.done.extend(length);
-        self.done.extend(self.checksum.to_le_bytes());
-        self.done.append(&mut self.open);
+        self.expected = self.open.len();
+        let (head, entries) = self.open.split_at_mut(BLOCK_HEAD);
+        let length = length_field(entries.len());
+        self.checksum = continue_checksum(self.checksum, &length, entries);
+        head[..LENGTH].copy_from_slice(&length);
+        head[LENGTH..].copy_from_slice(&self.checksum.to_le_bytes());
+        if self.done.is_empty() {
+            self.done = std::mem::take(&mut self.open);
+        } else {
+            self.done.append(&mut self.open);
+        }
     }
 
     /// Bytes waiting in the open block.
     pub fn open_bytes(&self) -> usize {
-        self.open.len()
+        self.open.len().saturating_sub(BLOCK_HEAD)
     }
 
     /// The finished bytes since the last call.
@@ -190,7 +206,7 @@ impl Decoder {
         }
         let length: [u8; LENGTH] = r.array("the block's length")?;
         let len = block_length(length).map_err(|what| DecodeError { offset: self.base, what })?;
-        if self.buffer.len() < LENGTH + CHECKSUM + len {
+        if self.buffer.len() < BLOCK_HEAD + len {
             return Ok(None);
         }
         let stored: [u8; CHECKSUM] = r.array("checksum")?;
@@ -208,7 +224,7 @@ impl Decoder {
         }
         self.checksum = checksum;
         self.last = last;
-        self.consume(LENGTH + CHECKSUM + len);
+        self.consume(BLOCK_HEAD + len);
         Ok(Some(records))
     }
 

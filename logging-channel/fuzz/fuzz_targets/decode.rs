@@ -49,6 +49,6 @@ fn receive(messages: Vec<Message>) {
             replayed += 1;
         }
         receiver.move_replayed(replayed);
-        receiver.ack(0);
+        receiver.ack(0, 0);
     }
 }

@@ -82,7 +82,7 @@ impl Process {
             generation: Generation::FIRST,
             unprotected: false,
             timing: TIMING,
-            buffers: Buffers { buffer_bytes: buffer, lag_ns_max: 50 * MS, batch_ns: MS },
+            buffers: Buffers { buffer_bytes: buffer, lag_ns_max: 50 * MS, batch_ns: MS, spacing_ns: MS / 4 },
             without,
         };
         Process {
@@ -319,6 +319,7 @@ impl World {
     fn run_live(&mut self, host: usize) -> Result {
         let clock = self.clock(host);
         let (steps, share) = (self.rng.between(1, 12), self.rng.between(1, 999));
+        let rests = self.rng.chance(500);
         let Some(process) = &mut self.hosts[host].process else { return Ok(()) };
         let may_run = match process.agent.pace(clock) {
             Pace::Free => true,
@@ -350,7 +351,9 @@ impl World {
                 self.append(host, Entry::Output(logged(&output)));
                 let Some(process) = &mut self.hosts[host].process else { return Ok(()) };
                 process.gate.hold(output);
-                // The recorder writes at once what an output waits for.
+                if rests {
+                    process.agent.rest(clock);
+                }
                 self.write(host);
                 self.act(host)?;
                 if self.is_live_alone(host) {

@@ -16,6 +16,9 @@ use crate::failpoint;
 /// The longest that a guest that is slowed sleeps at once.
 const SLOW_MAX_NS: u64 = 20_000_000;
 
+/// A guest that has made no output is looked at no sooner.
+const LOOK_NS: u64 = 50_000;
+
 /// What the guest's thread has to do next.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Duty {
@@ -123,6 +126,15 @@ impl Replica {
         self.changed.wait_timeout(state, TURN_INTERVAL).unwrap_or_else(PoisonError::into_inner).0
     }
 
+    /// Primary: the guest's thread is about to wait, and sends what outputs wait for.
+    pub fn before_wait(self: &Arc<Self>) {
+        let begin = now_ns();
+        let mut state = self.lock();
+        state.agent.rest(begin);
+        self.settle(state);
+        self.spent.recording_ns.add(now_ns() - begin);
+    }
+
     /// A guest's thread that has waited makes a turn.
     pub fn turn(self: &Arc<Self>) {
         let mut state = self.lock();
@@ -135,11 +147,17 @@ impl Replica {
     pub fn look(self: &Arc<Self>, at: Position) {
         failpoint::wedge("guest");
         let (begin, mut rested) = (now_ns(), 0);
+        if begin < self.look_at.load(Ordering::Relaxed) {
+            return;
+        }
         let mut state = self.lock();
         loop {
             let now = now_ns();
             state.agent.turn(now, at);
             let pace = state.agent.pace(now);
+            if pace != Pace::Free {
+                state.agent.rest(now);
+            }
             let ran = now.saturating_sub(state.looked_at);
             self.settle(state);
             let rest_begins = now_ns();
@@ -161,17 +179,20 @@ impl Replica {
         }
         let end = now_ns();
         self.lock().looked_at = end;
+        self.look_at.store(end + LOOK_NS, Ordering::Relaxed);
         self.spent.slowed_ns.add(rested);
         self.spent.recording_ns.add(end - begin - rested);
     }
 
-    /// Primary: appends a record. An output's is sent at the next [`Replica::look`], together with those of the other
-    /// outputs of the same exit.
+    /// Primary: appends a record. An output's is sent at a [`Replica::look`], together with those of the other outputs of
+    /// the same exit and, where there are many, of the last ones.
     pub fn append(self: &Arc<Self>, record: &Record) {
         let begin = now_ns();
         let mut state = self.lock();
-        state.agent.append(now_ns(), record);
-        if !matches!(record.entry, Entry::Output(_)) {
+        state.agent.append(begin, record);
+        if matches!(record.entry, Entry::Output(_)) {
+            self.look_at.store(0, Ordering::Relaxed);
+        } else {
             self.settle(state);
         }
         self.spent.recording_ns.add(now_ns() - begin);

@@ -12,7 +12,7 @@ mod pump;
 pub use guest_side::Duty;
 
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -53,6 +53,8 @@ pub struct Replica {
     wake: EventFd,
     /// There is a [`Duty`] other than to run.
     attention: AtomicBool,
+    /// When the primary's guest is due to be looked at.
+    look_at: AtomicU64,
     /// Where the time goes.
     pub spent: Arc<Spent>,
 }
@@ -140,6 +142,7 @@ impl Replica {
             changed: Condvar::new(),
             wake,
             attention: false.into(),
+            look_at: 0.into(),
             spent,
         });
         let pump = replica.clone();
