@@ -8,9 +8,13 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # Another binary to measure: VMFT=/path/to/vmft.
 VMFT = os.environ.get("VMFT") or os.path.join(ROOT, "target/release/vmft")
-# vmft's own choice for a first network device.
-MAC = "02:76:6d:66:74:01"
-HOST, CLIENT, GUEST = f"vmft-q{os.getpid()}", f"vmft-p{os.getpid()}", "10.78.0.2"
+HOST, CLIENT = f"vmft-q{os.getpid()}", f"vmft-p{os.getpid()}"
+# Addresses of a guest on tap0 and of one on tap1, which may run beside it; the first MAC is vmft's own choice.
+GUESTS = ("10.78.0.2", "10.78.0.3")
+MACS = ("02:76:6d:66:74:01", "02:76:6d:66:74:02")
+GUEST = GUESTS[0]
+# Cores of guests and of their client, if they are to stay there.
+CORES = None
 MEMORY_MIB = 256
 # QEMU's -icount where it is quickest, and where it records; virtio-net then needs tx=timer, else the replay never ends.
 QUICKEST, RECORDED = "shift=0,sleep=off", "shift=3"
@@ -29,7 +33,7 @@ def prepare(*packages, guest="linux"):
 
 
 class Hosts:
-    """A host with a tap `tap0`, and a client on the same network; removed at the end."""
+    """A host with taps, and a client on the same network; removed at the end."""
 
     def __enter__(self):
         for ns in (HOST, CLIENT):
@@ -39,13 +43,15 @@ class Hosts:
         sh(*h, "set", "br0", "up")
         sh(*h, "add", "veth0", "type", "veth", "peer", "name", "eth0", "netns", CLIENT)
         sh(*h, "set", "veth0", "master", "br0", "up")
-        sh("ip", "-n", HOST, "tuntap", "add", "tap0", "mode", "tap")
-        sh(*h, "set", "tap0", "master", "br0", "up")
+        for tap in ("tap0", "tap1"):
+            sh("ip", "-n", HOST, "tuntap", "add", tap, "mode", "tap")
+            sh(*h, "set", tap, "master", "br0", "up")
         sh("ip", "-n", CLIENT, "address", "add", "10.78.0.1/24", "dev", "eth0")
         sh("ip", "-n", CLIENT, "link", "set", "eth0", "up")
         # Connections that the last guest left behind look for it while the next boots. That this fails must not be an
         # answer to who connects to the next: redis-benchmark would wait for ever.
-        sh("ip", "-n", CLIENT, "neigh", "add", GUEST, "lladdr", MAC, "nud", "permanent", "dev", "eth0")
+        for guest, mac in zip(GUESTS, MACS):
+            sh("ip", "-n", CLIENT, "neigh", "add", guest, "lladdr", mac, "nud", "permanent", "dev", "eth0")
         return self
 
     def __exit__(self, *_):
@@ -53,13 +59,17 @@ class Hosts:
             subprocess.run(["ip", "netns", "delete", ns])
 
 
+def pinned(who):
+    return ("taskset", "-c", str(CORES[who])) if CORES else ()
+
+
 def on_client(*command):
-    return sh("ip", "netns", "exec", CLIENT, *command)
+    return sh("ip", "netns", "exec", CLIENT, *pinned(1), *command)
 
 
-def redis(operation, connections, requests):
+def redis(operation, connections, requests, guest=GUEST):
     """Requests a second of redis-benchmark."""
-    out = on_client("redis-benchmark", "-h", GUEST, "-t", operation, "-c", str(connections), "-n", str(requests), "--csv")
+    out = on_client("redis-benchmark", "-h", guest, "-t", operation, "-c", str(connections), "-n", str(requests), "--csv")
     return float(out.strip().splitlines()[-1].split(",")[1].strip('"'))
 
 
@@ -68,7 +78,7 @@ class Vm:
 
     def __init__(self, command):
         self.start, self.seen = time.monotonic(), ""
-        self.process = subprocess.Popen(["ip", "netns", "exec", HOST, *command], stdin=subprocess.PIPE,
+        self.process = subprocess.Popen(["ip", "netns", "exec", HOST, *pinned(0), *command], stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
     def wait_for(self, text, seconds=180):
@@ -95,8 +105,8 @@ class Vm:
 
     def cpu_s(self):
         """CPU seconds that the process has used."""
-        fields = open(f"/proc/{self.process.pid}/stat").read().rsplit(")", 1)[1].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        # Of all its threads: the clock that clock_getcpuclockid(3) names.
+        return time.clock_gettime(~self.process.pid << 3 | 2)
 
     def beyond_ram_mib(self):
         """Resident memory of the process but for its largest mapping, which is the guest's RAM."""
@@ -111,13 +121,13 @@ class Vm:
         self.process.wait()
 
 
-def vmft(extra, net, command=("run",)):
-    """vmft's command line for the Linux guest."""
+def vmft(extra, net, command=("run",), number=0):
+    """vmft's command line for the Linux guest, which is on the tap of this number."""
     line = [VMFT, *command, "--guest", "linux", "--cpu", "soft", "--memory-mib", str(MEMORY_MIB), "--cmdline", extra]
-    return line + (["--tap", "tap0", "--ip", f"{GUEST}/24"] if net else [])
+    return line + (["--tap", f"tap{number}", "--mac", MACS[number], "--ip", f"{GUESTS[number]}/24"] if net else [])
 
 
-def qemu(extra, ip=None, icount=None, log=None, tap="tap0", mac=MAC, memory_mib=MEMORY_MIB):
+def qemu(extra, ip=None, icount=None, log=None, tap="tap0", mac=MACS[0], memory_mib=MEMORY_MIB):
     """QEMU's command line for the Linux guest. With icount (as its option -icount has it) instructions are counted; with
     log it records there."""
     if ip:

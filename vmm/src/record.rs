@@ -33,9 +33,9 @@ impl Pace {
     /// For a log that is kept: nobody waits for its marks.
     pub const FILE: Pace =
         Pace { digest_instructions: 10_000_000, digest_ns: u64::MAX, mark_ns: 1_000_000_000 };
-    /// For a backup, whose lag is bounded by the marks.
+    /// For a backup, whose lag is bounded by the marks, and which checks each digest soon after it was made.
     pub const BACKUP: Pace =
-        Pace { digest_instructions: 10_000_000, digest_ns: 90_000_000, mark_ns: 5_000_000 };
+        Pace { digest_instructions: u64::MAX, digest_ns: 90_000_000, mark_ns: 5_000_000 };
 }
 
 /// Where records go.
@@ -169,7 +169,8 @@ impl<O: Outside, L: Log<Error = O::Error>> Source for Recorder<O, L> {
             self.append(at, Entry::Mark { time_ns })?;
         }
         if digest {
-            self.next_digest = at.count + self.pace.digest_instructions / instructions_per(self.live.unit());
+            let instructions = self.pace.digest_instructions / instructions_per(self.live.unit());
+            self.next_digest = at.count.saturating_add(instructions);
             self.next_digest_ns = time_ns.saturating_add(self.pace.digest_ns);
             self.own_digest = true;
             return Ok(Next::Digest);
