@@ -3,6 +3,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 
@@ -74,6 +75,9 @@ class Site:
 
     def __exit__(self, *_):
         for process in self.processes:
+            # What ends by itself here was not to end, and has said why.
+            if process.poll() is not None and process.stdout:
+                print(f"{process.args} has ended:\n{process.stdout.read().decode(errors='replace')}", file=sys.stderr)
             process.kill()
             process.wait()
         for name in ("a", "b", "lan", "store"):

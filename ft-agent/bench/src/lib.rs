@@ -107,6 +107,14 @@ pub enum Error {
         /// How it failed.
         source: std::io::Error,
     },
+    /// A process that is measured is gone.
+    #[error("process {pid}: {source}")]
+    Process {
+        /// Which.
+        pid: u32,
+        /// How it failed.
+        source: std::io::Error,
+    },
     /// A picture could not be drawn.
     #[error("{0}: {1}")]
     Picture(PathBuf, String),

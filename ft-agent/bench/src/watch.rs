@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use nix::time::{clock_getcpuclockid, clock_gettime};
+use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -48,7 +50,7 @@ pub fn status(control: &Path) -> io::Result<Status> {
     Ok(serde_json::from_value(reply["status"].take())?)
 }
 
-/// CPU seconds that these processes have used.
+/// CPU seconds that these processes have used, with all their threads, also those that have ended.
 ///
 /// # Errors
 /// One of them is gone.
@@ -56,21 +58,10 @@ pub fn cpu_s(pids: &[u32]) -> Result<Vec<f64>, Error> {
     pids.iter().map(|pid| process_cpu_s(*pid)).collect()
 }
 
-/// The sum over the process's threads that run still; those of a guest run as long as it does.
 fn process_cpu_s(pid: u32) -> Result<f64, Error> {
-    let path = PathBuf::from(format!("/proc/{pid}/task"));
-    let failed = |source| Error::File { path: path.clone(), source };
-    let mut ns = 0;
-    for task in path.read_dir().map_err(failed)? {
-        let file = task.map_err(failed)?.path().join("schedstat");
-        let text = match std::fs::read_to_string(&file) {
-            // A thread may end meanwhile.
-            Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
-            text => text.map_err(failed)?,
-        };
-        ns += text.split(' ').next().and_then(|n| n.parse::<u64>().ok()).unwrap_or(0);
-    }
-    Ok(ns as f64 / 1e9)
+    let of = |pid| clock_getcpuclockid(Pid::from_raw(pid)).and_then(clock_gettime);
+    let time = of(pid as i32).map_err(|e| Error::Process { pid, source: e.into() })?;
+    Ok(time.tv_sec() as f64 + time.tv_nsec() as f64 / 1e9)
 }
 
 /// CPU time of the machine and of those that belong to the measurement, so far. All in s.
@@ -163,6 +154,15 @@ pub fn lags_during<T>(control: Option<&PathBuf>, f: impl FnOnce() -> T) -> (T, V
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_process_that_is_gone_is_named() {
+        let myself = std::process::id();
+        assert!(cpu_s(&[myself, myself]).unwrap()[1] > 0.0);
+        let mut gone = std::process::Command::new("true").spawn().unwrap();
+        gone.wait().unwrap();
+        assert!(cpu_s(&[gone.id()]).unwrap_err().to_string().contains(&gone.id().to_string()));
+    }
 
     #[test]
     fn what_others_use_is_seen() {
