@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use entry::identity::{HINT, Identity};
+use twox_hash::XxHash3_128;
 use vmm::machine::MACHINE_VERSION;
 use vmm::{BootFile, BootFiles, BootPlan, Engine, Machine, MachineConfig, Slot};
-use xxhash_rust::xxh3::Xxh3;
 
 use crate::error::Error;
 use crate::options::{ClockMode, Disk, Plan};
@@ -247,12 +247,12 @@ fn content(file: &BootFile) -> String {
 fn disk_content(path: &Path) -> Result<String, Error> {
     let read = || -> io::Result<u128> {
         let mut file = File::open(path)?;
-        let mut hash = Xxh3::new();
+        let mut hash = XxHash3_128::new();
         let mut buffer = vec![0; 1 << 20];
         loop {
             match file.read(&mut buffer)? {
-                0 => return Ok(hash.digest128()),
-                n => hash.update(&buffer[..n]),
+                0 => return Ok(hash.finish_128()),
+                n => hash.write(&buffer[..n]),
             }
         }
     };

@@ -15,10 +15,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use entry::Digest;
+use twox_hash::XxHash3_128;
 use vm_memory::bitmap::{Bitmap, RefSlice, WithBitmapSlice};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
-use xxhash_rust::xxh3::xxh3_128_with_seed;
 
 /// Guest-physical address where the hole for devices begins.
 pub const HOLE_START: u64 = soft_cpu::state::HOLE_START;
@@ -394,7 +394,7 @@ impl Ram {
             Some(before) => content == before,
             None => is_zero(content),
         };
-        let hash = if as_at_start { 0 } else { xxh3_128_with_seed(content, page as u64) };
+        let hash = if as_at_start { 0 } else { XxHash3_128::oneshot_with_seed(page.into(), content) };
         self.loaded = loaded;
         hash
     }

@@ -3,7 +3,7 @@
 use entry::codec::EXITS_MAX;
 use entry::log::{DiskStatus, EndReason, Entry, LoggedInput, LoggedOutput, OutputTo, Record};
 use entry::{Answer, Digest, DiskRequest, DiskResult, End, Input, Output, Position, PositionUnit, Question};
-use xxhash_rust::xxh3::xxh3_128;
+use twox_hash::XxHash3_128;
 
 use crate::guest_loop::LoopError;
 use crate::machine::{Machine, StateDigest};
@@ -263,7 +263,7 @@ fn give_back(input: &mut Input, logged: LoggedInput) {
 pub(crate) fn disk_status(result: &DiskResult) -> DiskStatus {
     match result {
         DiskResult::Done => DiskStatus::Done,
-        DiskResult::Read(data) => DiskStatus::Read(Digest(xxh3_128(data))),
+        DiskResult::Read(data) => DiskStatus::Read(Digest(XxHash3_128::oneshot(data))),
         DiskResult::Failed => DiskStatus::Failed,
     }
 }
@@ -274,17 +274,17 @@ pub(crate) fn logged_output(output: &Output) -> LoggedOutput {
         Output::Frame { slot, bytes } => (OutputTo::Net(*slot), bytes),
         Output::Console { console, bytes } => (OutputTo::Console(*console), bytes),
     };
-    LoggedOutput { to, len: bytes.len() as u32, digest: Digest(xxh3_128(bytes)) }
+    LoggedOutput { to, len: bytes.len() as u32, digest: Digest(XxHash3_128::oneshot(bytes)) }
 }
 
 /// What the log says of a state: vCPU, RAM, and the rest as one.
 pub(crate) fn logged_state(digest: &StateDigest) -> entry::log::StateDigest {
     let part = |name| digest.parts.iter().find(|(n, _)| *n == name).map_or(Digest(0), |(_, d)| *d);
-    let mut devices = xxhash_rust::xxh3::Xxh3::new();
+    let mut devices = XxHash3_128::new();
     for (name, d) in &digest.parts {
         if !matches!(*name, "vcpu" | "ram") {
-            devices.update(&d.0.to_le_bytes());
+            devices.write(&d.0.to_le_bytes());
         }
     }
-    entry::log::StateDigest { vcpu: part("vcpu"), devices: Digest(devices.digest128()), ram: part("ram") }
+    entry::log::StateDigest { vcpu: part("vcpu"), devices: Digest(devices.finish_128()), ram: part("ram") }
 }

@@ -10,7 +10,9 @@ use std::io::{self, Read, Write};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use xxhash_rust::xxh3::{Xxh3, xxh3_64};
+use std::hash::Hasher;
+
+use twox_hash::XxHash3_64;
 
 use crate::clock::Clock;
 use crate::config::MachineIdentity;
@@ -87,14 +89,14 @@ impl Machine {
         let pages: Vec<u32> = (0..self.ram.pages()).filter(|page| !is_zero(self.ram.page(*page))).collect();
         file.put(&(Section::Ram as u32).to_le_bytes())?;
         file.put(&(pages.len() as u64 * (4 + PAGE as u64)).to_le_bytes())?;
-        let mut hash = Xxh3::new();
+        let mut hash = XxHash3_64::new();
         for page in pages {
             for part in [&page.to_le_bytes()[..], &self.ram.page(page)[..]] {
-                hash.update(part);
+                hash.write(part);
                 file.put(part)?;
             }
         }
-        file.put(&hash.digest().to_le_bytes())
+        file.put(&hash.finish().to_le_bytes())
     }
 
     /// Takes over a saved state. The machine must have been made from the same configuration and boot files. After an
@@ -135,7 +137,7 @@ impl Machine {
         if !length.is_multiple_of(4 + PAGE as u64) || length / (4 + PAGE as u64) > self.ram.pages().into() {
             return Err(damaged(start - 8, "length of RAM"));
         }
-        let mut hash = Xxh3::new();
+        let mut hash = XxHash3_64::new();
         let mut next = 0;
         for _ in 0..length / (4 + PAGE as u64) {
             let at = file.offset;
@@ -147,10 +149,10 @@ impl Machine {
             next = page + 1;
             file.fill(self.ram.page(page))?;
             self.ram.note_written(page);
-            hash.update(&number);
-            hash.update(self.ram.page(page));
+            hash.write(&number);
+            hash.write(self.ram.page(page));
         }
-        if u64::from_le_bytes(file.array()?) != hash.digest() {
+        if u64::from_le_bytes(file.array()?) != hash.finish() {
             return Err(damaged(start, "checksum of RAM"));
         }
         Ok(())
@@ -174,7 +176,7 @@ impl<W: Write> Writer<'_, W> {
         self.put(&(section as u32).to_le_bytes())?;
         self.put(&(content.len() as u64).to_le_bytes())?;
         self.put(&content)?;
-        self.put(&xxh3_64(&content).to_le_bytes())
+        self.put(&XxHash3_64::oneshot(&content).to_le_bytes())
     }
 }
 
@@ -228,7 +230,7 @@ impl<R: Read> Reader<'_, R> {
             return Err(StateError::Damaged { offset, what: "it ends early" });
         }
         self.offset += length;
-        if u64::from_le_bytes(self.array()?) != xxh3_64(&content) {
+        if u64::from_le_bytes(self.array()?) != XxHash3_64::oneshot(&content) {
             return Err(StateError::Damaged { offset, what: "checksum of a section" });
         }
         postcard::from_bytes(&content)

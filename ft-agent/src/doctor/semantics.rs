@@ -1,7 +1,7 @@
 //! What KVM does at exits, breakpoints and steps, and what a guest can read that differs between hosts.
 
 use kvm_ioctls::Kvm;
-use xxhash_rust::xxh3::xxh3_128;
+use twox_hash::XxHash3_128;
 
 use super::Check;
 use super::micro::{CODE, Left, Micro};
@@ -166,7 +166,7 @@ fn mixed(kvm: &Kvm, mut answer: impl FnMut(u32) -> u8) -> Try<Option<u128>> {
     for value in [regs.rax, regs.rbx, regs.rcx, regs.rdx, regs.rsp, regs.rip, regs.rflags] {
         state.extend(value.to_le_bytes());
     }
-    Ok(Some(xxh3_128(&state)))
+    Ok(Some(XxHash3_128::oneshot(&state)))
 }
 
 /// Records random answers at exits, and replays them.

@@ -20,8 +20,8 @@ use linux_loader::cmdline::Cmdline;
 use linux_loader::loader::KernelLoader;
 use linux_loader::loader::bzimage::BzImage;
 use linux_loader::loader::elf::Elf;
+use twox_hash::XxHash3_128;
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryError};
-use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
 use crate::config::{MachineConfig, VIRTIO_BASE, VIRTIO_IRQS, VIRTIO_SIZE, VIRTIO_STRIDE};
 use crate::ram::{HOLE_END, HOLE_START, PAGE, Ram};
@@ -60,7 +60,7 @@ pub struct BootFile {
 impl BootFile {
     /// A file that was read from `name`. Its digest is computed here, once for all who want it.
     pub fn new(name: impl Into<String>, bytes: Vec<u8>) -> BootFile {
-        let digest = Digest(xxh3_128(&bytes));
+        let digest = Digest(XxHash3_128::oneshot(&bytes));
         BootFile { name: name.into(), bytes: Arc::new(bytes), digest }
     }
 
@@ -308,16 +308,16 @@ fn command_line(text: &str, slots: usize, max: usize) -> Result<Vec<u8>, BootErr
 }
 
 fn digest(files: &BootFiles, command_line: &[u8]) -> u128 {
-    let mut hash = Xxh3::new();
+    let mut hash = XxHash3_128::new();
     for file in [Some(&files.kernel), files.initrd.as_ref()] {
-        hash.update(&file.map_or(0, |file| file.digest().0).to_le_bytes());
+        hash.write(&file.map_or(0, |file| file.digest().0).to_le_bytes());
     }
     let seed: &[u8] = files.seed.as_ref().map_or(&[], |seed| seed);
     for part in [command_line, seed, &[files.rewrite.into()]] {
-        hash.update(&(part.len() as u64).to_le_bytes());
-        hash.update(part);
+        hash.write(&(part.len() as u64).to_le_bytes());
+        hash.write(part);
     }
-    hash.digest128()
+    hash.finish_128()
 }
 
 /// PML4, PDPT and four page directories of 2 MiB pages: the first 4 GiB mapped to themselves.

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use entry::{Answer, Digest, DiskRequest, End, Input, Output, Position, PositionUnit, Question};
 use serde::{Deserialize, Serialize};
+use twox_hash::XxHash3_128;
 
 use crate::boot::rewrite::Rewritten;
 use crate::boot::{BootError, BootPlan};
@@ -98,11 +99,11 @@ pub struct StateDigest {
 impl StateDigest {
     /// One digest of all parts.
     pub fn total(&self) -> Digest {
-        let mut hash = xxhash_rust::xxh3::Xxh3::new();
+        let mut hash = XxHash3_128::new();
         for (_, digest) in &self.parts {
-            hash.update(&digest.0.to_le_bytes());
+            hash.write(&digest.0.to_le_bytes());
         }
-        Digest(hash.digest128())
+        Digest(hash.finish_128())
     }
 
     /// Names of the parts that differ.
@@ -438,5 +439,5 @@ impl Machine {
 /// Digest of a value's serialised form.
 pub(crate) fn digest_of(value: &impl Serialize) -> Digest {
     let bytes = postcard::to_stdvec(value).unwrap_or_else(|error| unreachable!("plain data: {error}"));
-    Digest(xxhash_rust::xxh3::xxh3_128(&bytes))
+    Digest(XxHash3_128::oneshot(&bytes))
 }

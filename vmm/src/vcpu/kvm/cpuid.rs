@@ -8,7 +8,9 @@ use std::arch::x86_64::__cpuid;
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::Kvm;
 use soft_cpu::exec::cpuid::cpuid;
-use xxhash_rust::xxh3::Xxh3;
+use std::hash::Hasher;
+
+use twox_hash::XxHash3_64;
 
 use super::super::VcpuError;
 use super::failed;
@@ -67,15 +69,15 @@ pub fn profile(kvm: &Kvm) -> Result<CpuId, VcpuError> {
 
 /// Digest of a table, with the host's model: equal on hosts between which a guest may move.
 pub fn digest(profile: &CpuId) -> u64 {
-    let mut hash = Xxh3::new();
+    let mut hash = XxHash3_64::new();
     for e in profile.as_slice() {
         for word in [e.function, e.index, e.eax, e.ebx, e.ecx, e.edx] {
-            hash.update(&word.to_le_bytes());
+            hash.write(&word.to_le_bytes());
         }
     }
     // What instructions leave undefined, and how they approximate, differs between models.
-    hash.update(&__cpuid(1).eax.to_le_bytes());
-    hash.digest()
+    hash.write(&__cpuid(1).eax.to_le_bytes());
+    hash.finish()
 }
 
 /// The software CPU's leaves up to what the guest may ask for.

@@ -4,7 +4,7 @@
 //! same: a replay that compares the words finds a difference at the exit where it shows, or, once in 65,536, at the next.
 
 use kvm_bindings::kvm_regs;
-use xxhash_rust::xxh3::xxh3_64_with_seed;
+use twox_hash::XxHash3_64;
 
 use super::super::Exit;
 use super::state;
@@ -64,6 +64,6 @@ impl Trace {
         words[..4].copy_from_slice(&[kind, place, size, value]);
         words[4..20].copy_from_slice(&state::general(regs));
         words[20..].copy_from_slice(&[regs.rip, state::flags(regs)]);
-        self.chain = xxh3_64_with_seed(words.map(u64::to_le_bytes).as_flattened(), self.chain);
+        self.chain = XxHash3_64::oneshot_with_seed(self.chain, words.map(u64::to_le_bytes).as_flattened());
     }
 }

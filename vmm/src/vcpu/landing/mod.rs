@@ -20,7 +20,7 @@
 
 use std::sync::Arc;
 
-use xxhash_rust::xxh3::xxh3_64;
+use twox_hash::XxHash3_64;
 
 use super::{Exit, Kick, Vcpu, VcpuError};
 use crate::ram::Ram;
@@ -130,7 +130,7 @@ pub fn registers_digest(gpr: &[u64; 16], rflags: u64, cr3: u64) -> u64 {
     let mut words = [0; 18];
     words[..16].copy_from_slice(gpr);
     (words[16], words[17]) = (rflags & !HOST, cr3);
-    xxh3_64(words.map(u64::to_le_bytes).as_flattened())
+    XxHash3_64::oneshot(words.map(u64::to_le_bytes).as_flattened())
 }
 
 /// A position cannot be landed on.

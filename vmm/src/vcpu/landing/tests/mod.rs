@@ -4,8 +4,10 @@ use std::collections::VecDeque;
 
 use entry::Position;
 use soft_cpu::state::Shadow;
+use std::hash::Hasher;
 use vm_memory::{Bytes, GuestAddress};
-use xxhash_rust::xxh3::{Xxh3, xxh3_128};
+
+use twox_hash::{XxHash3_64, XxHash3_128};
 
 use super::policy::Margin;
 use super::{Lander, Steered, Trap, anchor};
@@ -179,9 +181,9 @@ impl Bench {
 
     fn access(&mut self, mut exit: Exit) -> Result<(), Failure> {
         loop {
-            let mut hash = Xxh3::with_seed(self.world.accesses);
-            hash.update(format!("{exit:?}").as_bytes());
-            self.world.accesses = hash.digest();
+            let mut hash = XxHash3_64::with_seed(self.world.accesses);
+            hash.write(format!("{exit:?}").as_bytes());
+            self.world.accesses = hash.finish();
             match self.vcpu.complete(&mut self.ram, self.world.accesses & 0xffff)? {
                 None => break,
                 Some(Exit::Shutdown) => return Err(Failure::Shutdown),
@@ -207,7 +209,7 @@ impl Bench {
     }
 
     fn ending(&mut self) -> Ending {
-        let digest = (xxh3_128(self.ram.as_mut_slice()), self.world.accesses);
+        let digest = (XxHash3_128::oneshot(self.ram.as_mut_slice()), self.world.accesses);
         let registers = *self.vcpu.host.cpu().regs.first_chunk().unwrap();
         Ending { digest, registers, at: self.vcpu.position() }
     }
