@@ -13,12 +13,12 @@ use std::time::{Duration, Instant, SystemTime};
 use rustls::{ClientConnection, ServerConnection, StreamOwned};
 use support::counter::{Counter, Seen};
 use support::pair::{Host, Site, inside};
+use support::row::BARE;
 use support::vm::Vm;
 use support::{can_network, cases, has_guest, has_kvm};
 use test_and_set::keys::Keys;
 use test_and_set::tls::{peer_client, peer_server};
 
-const BARE: [&str; 4] = ["--guest", "bare", "--memory-mib", "32"];
 const LINUX: [&str; 2] = ["--guest", "linux"];
 
 fn ready(test: &str, guest: &str) -> bool {

@@ -12,11 +12,9 @@ use std::time::{Duration, Instant};
 
 use support::counter::{Counter, tell_bare};
 use support::pair::{Host, Site, inside};
+use support::row::{BARE, LIVES};
 use support::vm::{VMFT, Vm, vmft_in};
 use support::{can_network, has_guest};
-
-const BARE: [&str; 4] = ["--guest", "bare", "--memory-mib", "32"];
-const LIVES: &str = "this side lives";
 
 fn ready(test: &str) -> bool {
     has_guest(test, "bare") && can_network(test)

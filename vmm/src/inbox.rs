@@ -32,7 +32,7 @@ struct Queues {
     sleeping: bool,
     /// Senders that wait for room.
     senders: usize,
-    /// Something came since the last [`Inbox::wait`].
+    /// Something came since the last [`Inbox::take`], and the guest's thread was told of it.
     news: bool,
 }
 

@@ -127,18 +127,19 @@ impl<O: Outside, L: Log<Error = O::Error>> Recorder<O, L> {
     }
 
     fn append(&mut self, position: Position, entry: Entry) -> Result<(), O::Error> {
-        self.append_exits()?;
-        self.log.append(&Record { position, entry })
+        self.append_record(&Record { position, entry })
     }
-}
 
-impl<O: Outside, L: Log<Error = O::Error>> Recorder<O, L> {
+    /// Appends a record, behind the exits that came before it.
+    fn append_record(&mut self, record: &Record) -> Result<(), O::Error> {
+        self.append_exits()?;
+        self.log.append(record)
+    }
+
     /// Appends an input, and gives it back. Its bytes are not copied: the log has only a look at them.
     fn append_input(&mut self, position: Position, mut input: Input) -> Result<Input, O::Error> {
-        self.append_exits()?;
-        let entry = Entry::Input(logged_input(&mut input));
-        let record = Record { position, entry };
-        self.log.append(&record)?;
+        let record = Record { position, entry: Entry::Input(logged_input(&mut input)) };
+        self.append_record(&record)?;
         if let Entry::Input(logged) = record.entry {
             give_back(&mut input, logged);
         }

@@ -6,12 +6,11 @@
 //!
 //! Reading never panics and never allocates by a number from the file. Every error has the offset.
 
+use std::hash::Hasher;
 use std::io::{self, Read, Write};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use std::hash::Hasher;
-
 use twox_hash::XxHash3_64;
 
 use crate::clock::Clock;

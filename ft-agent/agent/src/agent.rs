@@ -334,7 +334,7 @@ impl Agent {
         }
     }
 
-    /// Acknowledges on receipt.
+    /// Acknowledges what is due to be: what outputs wait for on receipt.
     pub(crate) fn acknowledge(&mut self, now: u64) {
         let echo = self.watch.echo();
         if let Some(Side::Backup(receiver)) = &mut self.side

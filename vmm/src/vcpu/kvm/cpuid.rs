@@ -4,12 +4,11 @@
 //! every register that the guest may use is in `CpuState`.
 
 use std::arch::x86_64::__cpuid;
+use std::hash::Hasher;
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::Kvm;
 use soft_cpu::exec::cpuid::cpuid;
-use std::hash::Hasher;
-
 use twox_hash::XxHash3_64;
 
 use super::super::VcpuError;

@@ -1,13 +1,12 @@
 //! Recording and replaying small guests with a counter that skids, and the troubles of [`Trap`] one by one.
 
 use std::collections::VecDeque;
+use std::hash::Hasher;
 
 use entry::Position;
 use soft_cpu::state::Shadow;
-use std::hash::Hasher;
-use vm_memory::{Bytes, GuestAddress};
-
 use twox_hash::{XxHash3_64, XxHash3_128};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::policy::Margin;
 use super::{Lander, Steered, Trap, anchor};
