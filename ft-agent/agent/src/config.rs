@@ -78,7 +78,7 @@ impl Default for Buffers {
             buffer_bytes: 32 << 20,
             lag_ns_max: 2_000_000_000,
             batch_ns: 5_000_000,
-            spacing_ns: 500_000,
+            spacing_ns: 1_000_000,
         }
     }
 }

@@ -16,7 +16,7 @@ const EVERY: &[c_long] = &[
     SYS_brk, SYS_mmap, SYS_munmap, SYS_mremap, SYS_mprotect, SYS_madvise,
     SYS_futex, SYS_sched_yield, SYS_clock_gettime, SYS_clock_nanosleep, SYS_nanosleep, SYS_restart_syscall,
     SYS_rt_sigprocmask, SYS_rt_sigreturn, SYS_sigaltstack, SYS_getpid, SYS_gettid, SYS_tgkill,
-    SYS_read, SYS_write, SYS_writev, SYS_sendto, SYS_close, SYS_getrandom, SYS_exit, SYS_exit_group,
+    SYS_read, SYS_write, SYS_writev, SYS_sendto, SYS_recvfrom, SYS_close, SYS_getrandom, SYS_exit, SYS_exit_group,
 ];
 
 /// What the others do in addition: files, sockets, threads, and the guest's own layer.
@@ -26,7 +26,7 @@ const PROCESS: &[c_long] = &[
     SYS_pread64, SYS_pwrite64, SYS_readv, SYS_fsync, SYS_fdatasync, SYS_fcntl, SYS_rename, SYS_unlink, SYS_fchmod,
     SYS_poll, SYS_ppoll, SYS_epoll_create1, SYS_epoll_ctl, SYS_epoll_wait, SYS_epoll_pwait, SYS_eventfd2,
     SYS_socket, SYS_socketpair, SYS_connect, SYS_bind, SYS_listen, SYS_accept4, SYS_getsockname, SYS_getpeername,
-    SYS_setsockopt, SYS_getsockopt, SYS_sendmsg, SYS_sendmmsg, SYS_recvfrom, SYS_recvmsg, SYS_shutdown,
+    SYS_setsockopt, SYS_getsockopt, SYS_sendmsg, SYS_sendmmsg, SYS_recvmsg, SYS_shutdown,
     SYS_clone, SYS_clone3, SYS_set_robust_list, SYS_rseq, SYS_prctl, SYS_sched_getaffinity, SYS_sched_getattr, SYS_sched_setattr, SYS_prlimit64, SYS_uname,
     SYS_rt_sigaction, SYS_seccomp, SYS_landlock_create_ruleset, SYS_landlock_restrict_self, SYS_getuid, SYS_geteuid,
 ];

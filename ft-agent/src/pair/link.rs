@@ -9,8 +9,8 @@ use agent::Agent;
 use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, ClientConnection, Connection, ServerConfig, ServerConnection};
 
-/// Plaintext that one [`Link::read`] takes at most.
-const READ_MAX: usize = 256 << 10;
+/// Bytes that one [`Link::read`] takes at most.
+const READ_MAX: usize = 128 << 10;
 /// Messages are handed to the socket together until they are so many bytes.
 const BATCH: usize = 16 << 10;
 /// The socket's send buffer: small, so that a heartbeat is never long behind bulk data.
@@ -37,6 +37,9 @@ pub enum LinkError {
 pub struct Link {
     tcp: Arc<TcpStream>,
     tls: Connection,
+    /// What the last read took from the socket, and its plaintext.
+    taken: Vec<u8>,
+    plaintext: Vec<u8>,
 }
 
 impl Link {
@@ -65,7 +68,7 @@ impl Link {
         tcp.set_nodelay(true).map_err(LinkError::Broken)?;
         let sized = nix::sys::socket::setsockopt(&tcp, nix::sys::socket::sockopt::SndBuf, &SEND_BUFFER);
         sized.map_err(|e| LinkError::Broken(e.into()))?;
-        let mut link = Link { tcp: Arc::new(tcp), tls };
+        let mut link = Link { tcp: Arc::new(tcp), tls, taken: vec![0; READ_MAX], plaintext: Vec::new() };
         while link.tls.is_handshaking() {
             link.step(deadline)?;
         }
@@ -111,7 +114,7 @@ impl Link {
     pub fn first_bytes(&mut self, deadline: Instant) -> Result<Vec<u8>, LinkError> {
         loop {
             let mut bytes = Vec::new();
-            self.plaintext(&mut bytes).map_err(LinkError::Broken)?;
+            Self::decrypted(&mut self.tls, &mut bytes).map_err(LinkError::Broken)?;
             if !bytes.is_empty() {
                 return Ok(bytes);
             }
@@ -141,25 +144,25 @@ impl Link {
     ///
     /// # Errors
     /// The connection has ended or is damaged.
-    pub fn read(&mut self, into: &mut Vec<u8>) -> io::Result<()> {
-        into.clear();
-        while into.len() < READ_MAX {
-            match self.tls.read_tls(&mut &*self.tcp) {
-                Ok(0) if into.is_empty() => return Err(ErrorKind::UnexpectedEof.into()),
-                Ok(0) => return Ok(()),
-                Ok(_) => {}
-                Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(()),
-                Err(e) if e.kind() == ErrorKind::Interrupted => continue,
-                Err(e) => return Err(e),
-            }
+    pub fn read(&mut self) -> io::Result<&[u8]> {
+        self.plaintext.clear();
+        let n = match (&*self.tcp).read(&mut self.taken) {
+            Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
+            Ok(n) => n,
+            Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => return Ok(&[]),
+            Err(e) => return Err(e),
+        };
+        let mut taken = &self.taken[..n];
+        while !taken.is_empty() {
+            self.tls.read_tls(&mut taken)?;
             self.tls.process_new_packets().map_err(io::Error::other)?;
-            self.plaintext(into)?;
+            Self::decrypted(&mut self.tls, &mut self.plaintext)?;
         }
-        Ok(())
+        Ok(&self.plaintext)
     }
 
-    fn plaintext(&mut self, into: &mut Vec<u8>) -> io::Result<()> {
-        match self.tls.reader().read_to_end(into) {
+    fn decrypted(tls: &mut Connection, into: &mut Vec<u8>) -> io::Result<()> {
+        match tls.reader().read_to_end(into) {
             Ok(_) => Ok(()),
             Err(e) if e.kind() == ErrorKind::WouldBlock => Ok(()),
             Err(e) => Err(e),

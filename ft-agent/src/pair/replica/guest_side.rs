@@ -1,7 +1,7 @@
 //! What the guest's thread, and the one that it works for, have to do with a replica.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use agent::{Event, Exit, NextRecord, Pace};
@@ -18,6 +18,9 @@ const SLOW_MAX_NS: u64 = 20_000_000;
 
 /// A guest that has made no output is looked at no sooner.
 const LOOK_NS: u64 = 50_000;
+
+/// One append in so many is timed, and counts for all: a guest may take 100,000 frames a second.
+const TIMED: u64 = 16;
 
 /// What the guest's thread has to do next.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,7 +61,7 @@ impl Replica {
             if until_refused && state.refused.is_some() {
                 return Ok(None);
             }
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = self.wait(state, TURN_INTERVAL);
         }
     }
 
@@ -123,24 +126,29 @@ impl Replica {
     fn rest<'a>(&'a self, mut state: Guard<'a>) -> Guard<'a> {
         let at = state.agent.status(now_ns()).position;
         state.agent.turn(now_ns(), at);
-        self.changed.wait_timeout(state, TURN_INTERVAL).unwrap_or_else(PoisonError::into_inner).0
+        self.wait(state, TURN_INTERVAL)
     }
 
-    /// Primary: the guest's thread is about to wait, and sends what outputs wait for.
-    pub fn before_wait(self: &Arc<Self>) {
+    /// Primary: the guest's thread is about to wait, and sends what outputs wait for. How long it may wait until it makes a turn.
+    pub fn before_wait(self: &Arc<Self>) -> Duration {
         let begin = now_ns();
         let mut state = self.lock();
         state.agent.rest(begin);
-        self.settle(state);
+        self.settle(&mut state);
+        let due = state.polling.due(begin);
         self.spent.recording_ns.add(now_ns() - begin);
+        due.map_or(TURN_INTERVAL, |due| Duration::from_nanos(due.saturating_sub(begin)))
     }
 
     /// A guest's thread that has waited makes a turn.
     pub fn turn(self: &Arc<Self>) {
         let mut state = self.lock();
-        let at = state.agent.status(now_ns()).position;
-        state.agent.turn(now_ns(), at);
-        self.settle(state);
+        let now = now_ns();
+        state.now = now;
+        state.poll(now);
+        let at = state.agent.status(now).position;
+        state.agent.turn(now, at);
+        self.settle(&mut state);
     }
 
     /// Primary: the guest's loop makes a turn; it waits here as long as its guest is too fast.
@@ -151,6 +159,8 @@ impl Replica {
             return;
         }
         let mut state = self.lock();
+        state.now = begin;
+        state.poll(begin);
         loop {
             let now = now_ns();
             state.agent.turn(now, at);
@@ -159,26 +169,30 @@ impl Replica {
                 state.agent.rest(now);
             }
             let ran = now.saturating_sub(state.looked_at);
-            self.settle(state);
+            self.settle(&mut state);
             let rest_begins = now_ns();
             match pace {
                 _ if self.needs_attention() => break,
                 Pace::Free => break,
                 Pace::Share(share) => {
                     let rest = ran.saturating_mul(1000 - share) / share.max(1);
+                    if state.polling.end(now) {
+                        self.wake_pump();
+                    }
+                    drop(state);
                     std::thread::sleep(Duration::from_nanos(rest.min(SLOW_MAX_NS)));
+                    state = self.lock();
                     rested += now_ns() - rest_begins;
                     break;
                 }
                 Pace::Stop => {
-                    let waiting = self.changed.wait_timeout(self.lock(), TURN_INTERVAL);
-                    state = waiting.unwrap_or_else(PoisonError::into_inner).0;
+                    state = self.wait(state, TURN_INTERVAL);
                     rested += now_ns() - rest_begins;
                 }
             }
         }
         let end = now_ns();
-        self.lock().looked_at = end;
+        state.looked_at = end;
         self.look_at.store(end + LOOK_NS, Ordering::Relaxed);
         self.spent.slowed_ns.add(rested);
         self.spent.recording_ns.add(end - begin - rested);
@@ -187,15 +201,19 @@ impl Replica {
     /// Primary: appends a record. An output's is sent at a [`Replica::look`], together with those of the other outputs of
     /// the same exit and, where there are many, of the last ones.
     pub fn append(self: &Arc<Self>, record: &Record) {
-        let begin = now_ns();
         let mut state = self.lock();
-        state.agent.append(begin, record);
+        state.appended += 1;
+        let timed = state.appended.is_multiple_of(TIMED).then(now_ns);
+        let now = state.now;
+        state.agent.append(now, record);
         if matches!(record.entry, Entry::Output(_)) {
             self.look_at.store(0, Ordering::Relaxed);
         } else {
-            self.settle(state);
+            self.settle(&mut state);
         }
-        self.spent.recording_ns.add(now_ns() - begin);
+        if let Some(begin) = timed {
+            self.spent.recording_ns.add(TIMED * (now_ns() - begin));
+        }
     }
 
     /// Holds an output until it may leave.
@@ -208,7 +226,7 @@ impl Replica {
         state.release();
         // Nobody looks at a guest that is alone; one with a backup is looked at before it runs on.
         if state.alone {
-            self.settle(state);
+            self.settle(&mut state);
         }
         self.spent.recording_ns.add(now_ns() - begin);
     }
@@ -217,21 +235,28 @@ impl Replica {
     /// more.
     pub fn next_record(self: &Arc<Self>, replayed: u64, at: Position) -> Option<Record> {
         failpoint::wedge("guest");
-        self.handle(Event::Replayed { records: replayed, position: at });
         let mut state = self.lock();
+        state.agent.handle(now_ns(), Event::Replayed { records: replayed, position: at });
         loop {
+            let now = now_ns();
+            state.poll(now);
+            state.agent.turn(now, at);
+            self.settle(&mut state);
             if state.exit.is_some() {
                 return None;
             }
-            state.agent.turn(now_ns(), at);
             match state.agent.next_record() {
                 NextRecord::Record(record) => return Some(record),
                 NextRecord::End => return None,
-                NextRecord::Wait => {
-                    let waiting = self.changed.wait_timeout(state, TURN_INTERVAL);
-                    state = waiting.unwrap_or_else(PoisonError::into_inner).0;
-                }
+                NextRecord::Wait => state = self.wait_for_records(state, now),
             }
+        }
+    }
+
+    fn wait_for_records<'a>(&'a self, state: Guard<'a>, now: u64) -> Guard<'a> {
+        match state.polling.due(now) {
+            Some(due) => self.sleep_until_changed(state, Duration::from_nanos(due.saturating_sub(now))),
+            None => self.wait(state, TURN_INTERVAL),
         }
     }
 

@@ -1,15 +1,17 @@
 //! One side of a pair at run time: the agent, its connection, its gate and its way out, under one mutex.
 //!
 //! Three threads meet here. The guest's appends records and holds outputs, and writes to the socket itself, so that no
-//! thread is between an output and the wire. The pump reads the socket, and lets outputs go when the backup has
-//! acknowledged them. The store's answers come on a thread of its client. Each tells the agent what has happened and does
+//! thread is between an output and the wire. The pump reads the socket (while the guest is busy, its thread does:
+//! [`polling`]), and lets outputs go when the backup has acknowledged them. The store's answers come on a thread of its client. Each tells the agent what has happened and does
 //! what it asks for, in order, before it lets go of the mutex.
 
 mod guest_side;
 mod operator;
+mod polling;
 mod pump;
 
 pub use guest_side::Duty;
+use polling::Polling;
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -81,9 +83,15 @@ struct State {
     failed: Option<Error>,
     /// Until when the pump sleeps, unless it is woken.
     sleeps_until: u64,
+    polling: Polling,
+    /// Threads that wait for a change.
+    waiting: usize,
     /// What takes long, and needs a thread that may do more than the guest's.
     errands: Option<Errands>,
     looked_at: u64,
+    /// The time, not older than [`Replica::look`] allows, and records appended.
+    now: u64,
+    appended: u64,
     story: Story,
     spent: Arc<Spent>,
 }
@@ -130,8 +138,12 @@ impl Replica {
             refused: None,
             failed: None,
             sleeps_until: 0,
+            polling: Polling::default(),
+            waiting: 0,
             errands: Some(Errands::start()?),
             looked_at: now_ns(),
+            now: now_ns(),
+            appended: 0,
             story: Story::default(),
             spent: spent.clone(),
         };
@@ -151,7 +163,7 @@ impl Replica {
             .spawn(move || pump.pump())
             .map_err(Error::host("thread"))?;
         // An unprotected primary asks the store at once.
-        replica.settle(replica.lock());
+        replica.settle(&mut replica.lock());
         Ok(replica)
     }
 
@@ -163,7 +175,7 @@ impl Replica {
     pub fn handle(self: &Arc<Self>, event: Event<'_>) {
         let mut state = self.lock();
         state.agent.handle(now_ns(), event);
-        self.settle(state);
+        self.settle(&mut state);
     }
 
     /// A connection to the peer, with the bytes that were read from it already.
@@ -177,7 +189,7 @@ impl Replica {
         if !bytes.is_empty() {
             state.agent.handle(now_ns(), Event::Received(bytes));
         }
-        self.settle(state);
+        self.settle(&mut state);
         self.wake_pump();
     }
 
@@ -192,10 +204,10 @@ impl Replica {
     }
 
     /// Does what the agent asks for and writes what it says.
-    fn settle(self: &Arc<Self>, mut state: Guard<'_>) {
+    fn settle(self: &Arc<Self>, state: &mut State) {
         loop {
             while let Some(action) = state.agent.next_action() {
-                self.act(&mut state, action);
+                self.act(state, action);
             }
             if state.write().is_ok() {
                 break;
@@ -295,6 +307,22 @@ impl Replica {
         }
     }
 
+    /// Waits for a change, at most so long.
+    fn wait<'a>(&'a self, mut state: Guard<'a>, patience: Duration) -> Guard<'a> {
+        if state.polling.end(now_ns()) {
+            self.wake_pump();
+        }
+        self.sleep_until_changed(state, patience)
+    }
+
+    fn sleep_until_changed<'a>(&'a self, mut state: Guard<'a>, patience: Duration) -> Guard<'a> {
+        state.waiting += 1;
+        let waiting = self.changed.wait_timeout(state, patience);
+        state = waiting.unwrap_or_else(PoisonError::into_inner).0;
+        state.waiting -= 1;
+        state
+    }
+
     fn wake_pump(&self) {
         // It is full only when the pump has been woken already.
         self.wake.write(1).ok();
@@ -334,10 +362,41 @@ impl State {
         }
     }
 
+    /// Reads what has come from the peer, and tells the agent of it. False: nothing has.
+    fn read(&mut self) -> bool {
+        let Some(link) = &mut self.link else { return false };
+        let now = now_ns();
+        self.polling.reads(now);
+        let event = match link.read() {
+            Ok([]) => return false,
+            Ok(bytes) => {
+                self.story.log_bytes += bytes.len() as u64;
+                self.spent.reads.add(1);
+                self.polling.moved(now, bytes.len() as u64);
+                Event::Received(bytes)
+            }
+            Err(e) => {
+                debug!("connection: {e}");
+                self.link = None;
+                Event::Disconnected
+            }
+        };
+        self.agent.handle(now, event);
+        true
+    }
+
+    /// The guest's thread reads, if it is for it to do.
+    fn poll(&mut self, now: u64) {
+        if self.polling.due(now).is_some_and(|due| due <= now) {
+            self.read();
+        }
+    }
+
     fn write(&mut self) -> io::Result<()> {
         let Some(link) = &mut self.link else { return Ok(()) };
         let written = link.write(&mut self.agent).map(|bytes| {
             self.story.log_bytes += bytes;
+            self.polling.moved(now_ns(), bytes);
             self.spent.writes.add(u64::from(bytes > 0));
         });
         if let Err(e) = &written {

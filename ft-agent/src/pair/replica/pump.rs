@@ -20,7 +20,6 @@ const END_PATIENCE: Duration = Duration::from_secs(10);
 impl Replica {
     /// Reads the socket and lets time pass, until the replica is out.
     pub(super) fn pump(self: Arc<Self>) {
-        let mut bytes = Vec::new();
         // An output waits for this thread, maybe on the guest's CPU.
         if let Err(e) = test_and_set::slice::shorten() {
             debug!("slower on a busy machine, without a short time slice: {e}");
@@ -31,33 +30,28 @@ impl Replica {
                 if state.exit.is_some() {
                     return self.end_if_stuck(state);
                 }
-                let deadline = state.deadline();
+                let now = now_ns();
+                let polled = state.polling.until(now);
+                let deadline = state.deadline().min(polled.unwrap_or(u64::MAX));
                 state.sleeps_until = deadline;
-                let link = state.link.as_ref();
+                let link = state.link.as_ref().filter(|_| polled.is_none());
                 let wants_write = link.is_some_and(Link::wants_write);
-                let sleep = Duration::from_nanos(deadline.saturating_sub(now_ns()));
+                let sleep = Duration::from_nanos(deadline.saturating_sub(now));
                 (link.map(|l| l.socket().clone()), wants_write, sleep.min(Duration::from_secs(1)))
             };
-            self.sleep(socket.as_deref(), wants_write, sleep);
+            let readable = self.sleep(socket.as_deref(), wants_write, sleep);
             let mut state = self.lock();
-            let read = state.link.as_mut().map(|link| link.read(&mut bytes));
-            let event = match read {
-                Some(Ok(())) if !bytes.is_empty() => {
-                    state.story.log_bytes += bytes.len() as u64;
-                    self.spent.reads.add(1);
-                    Event::Received(&bytes)
-                }
-                None | Some(Ok(())) => Event::Tick,
-                Some(Err(e)) => {
-                    debug!("connection: {e}");
-                    state.link = None;
-                    Event::Disconnected
-                }
-            };
-            state.agent.handle(now_ns(), event);
+            if !(readable && state.read()) {
+                state.agent.handle(now_ns(), Event::Tick);
+            }
             state.tick_announcer();
-            self.settle(state);
-            self.changed.notify_all();
+            self.settle(&mut state);
+            let waited_for = state.waiting > 0;
+            // Who is woken needs the mutex.
+            drop(state);
+            if waited_for {
+                self.changed.notify_all();
+            }
         }
     }
 
@@ -74,14 +68,20 @@ impl Replica {
         }
     }
 
-    fn sleep(&self, socket: Option<&TcpStream>, wants_write: bool, time: Duration) {
+    /// Sleeps until there is something to do; whether there is something to read.
+    fn sleep(&self, socket: Option<&TcpStream>, wants_write: bool, time: Duration) -> bool {
         let flags = if wants_write { PollFlags::POLLIN | PollFlags::POLLOUT } else { PollFlags::POLLIN };
         let wake = PollFd::new(self.wake.as_fd(), PollFlags::POLLIN);
         let socket = socket.map(|s| PollFd::new(s.as_fd(), flags));
         let mut fds: Vec<_> = std::iter::once(wake).chain(socket).collect();
         // A signal ends it early, as does a wake-up: both are looked at by the caller.
-        ppoll(&mut fds, Some(TimeSpec::from_duration(time)), None).ok();
-        // There is something to take only if the pump was woken.
-        self.wake.read().ok();
+        if ppoll(&mut fds, Some(TimeSpec::from_duration(time)), None).is_err() {
+            return false;
+        }
+        let [woken, readable] = [0, 1].map(|n| fds.get(n).is_some_and(|fd| fd.any() == Some(true)));
+        if woken {
+            self.wake.read().ok();
+        }
+        readable
     }
 }
