@@ -71,7 +71,8 @@ pub struct BenchArgs {
     /// Only workloads whose name begins with one of these
     #[arg(long, value_name = "NAME,...", value_delimiter = ',')]
     pub only: Vec<String>,
-    /// Round trip of the channel in µs, as ping shows it: judges the latency that protection adds
+    /// Round trip of the channel in µs, of a byte by TCP between processes on both hosts: judges the latency that protection
+    /// adds
     #[arg(long, value_name = "US")]
     pub channel_rtt_us: Option<f64>,
     /// After the rounds, show the log and the latency of redis for so long

@@ -129,12 +129,16 @@ impl Replica {
         self.wait(state, TURN_INTERVAL)
     }
 
-    /// Primary: the guest's thread is about to wait, and sends what outputs wait for. How long it may wait until it makes a turn.
+    /// Primary: the guest's thread is about to wait, and sends what outputs wait for. How long it may wait for its next turn.
     pub fn before_wait(self: &Arc<Self>) -> Duration {
         let begin = now_ns();
         let mut state = self.lock();
         state.agent.rest(begin);
         self.settle(&mut state);
+        // Where outputs wait, somebody may wait for them.
+        if state.gate.recorded() > state.gate.released() && state.polling.end(begin) {
+            self.wake_pump();
+        }
         let due = state.polling.due(begin);
         self.spent.recording_ns.add(now_ns() - begin);
         due.map_or(TURN_INTERVAL, |due| Duration::from_nanos(due.saturating_sub(begin)))
@@ -248,15 +252,8 @@ impl Replica {
             match state.agent.next_record() {
                 NextRecord::Record(record) => return Some(record),
                 NextRecord::End => return None,
-                NextRecord::Wait => state = self.wait_for_records(state, now),
+                NextRecord::Wait => state = self.wait(state, TURN_INTERVAL),
             }
-        }
-    }
-
-    fn wait_for_records<'a>(&'a self, state: Guard<'a>, now: u64) -> Guard<'a> {
-        match state.polling.due(now) {
-            Some(due) => self.sleep_until_changed(state, Duration::from_nanos(due.saturating_sub(now))),
-            None => self.wait(state, TURN_INTERVAL),
         }
     }
 

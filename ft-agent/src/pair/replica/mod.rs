@@ -312,10 +312,6 @@ impl Replica {
         if state.polling.end(now_ns()) {
             self.wake_pump();
         }
-        self.sleep_until_changed(state, patience)
-    }
-
-    fn sleep_until_changed<'a>(&'a self, mut state: Guard<'a>, patience: Duration) -> Guard<'a> {
         state.waiting += 1;
         let waiting = self.changed.wait_timeout(state, patience);
         state = waiting.unwrap_or_else(PoisonError::into_inner).0;
