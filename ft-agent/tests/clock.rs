@@ -2,6 +2,8 @@
 
 mod support;
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -58,8 +60,12 @@ fn steps_of_the_wall_clock_change_nothing() {
     let site = Site::new();
     let library = library(&site);
     let steps = ["a", "b"].map(|host| site.dir.join(format!("steps-{host}")));
-    let step = |file: &Path, hours: i64| std::fs::write(file, (hours * 3600).to_string()).expect("step");
-    steps.iter().for_each(|file| step(file, 0));
+    // Written over what is there, at once: whoever reads it meanwhile sees the one or the other.
+    let step = |file: &Path, hours: i64| {
+        let file = File::options().write(true).open(file).expect("step");
+        file.write_all_at(format!("{:+08}", hours * 3600).as_bytes(), 0).expect("step");
+    };
+    steps.iter().for_each(|file| std::fs::write(file, "+0000000").expect("step"));
     let side = |host| {
         // Their other clocks differ, too, by eleven days.
         let boot = ["0", "1000000"][host as usize];
@@ -83,9 +89,9 @@ fn steps_of_the_wall_clock_change_nothing() {
         std::thread::sleep(Duration::from_millis(1500));
     }
     assert!(!a.has_printed("lost") && !b.has_printed("lost"), "{}{}", a.seen(), b.seen());
-    // In the middle of a failover as well.
-    drop(a);
+    // With a failover as well.
     step(&steps[1], 5);
+    drop(a);
     b.wait_for(LIVES, 20);
     let after = hour(&b);
     step(&steps[1], -5);
