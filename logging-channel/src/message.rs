@@ -26,6 +26,9 @@ pub const BODY_MAX: usize = BLOCK_MAX + 16;
 const HEADER_MAX: usize = IDENTITY_MAX + 32;
 const HELLO_MAX: usize = HEADER_MAX + 2048;
 const SMALL_MAX: usize = 128;
+/// What a log message has in front of its block: at most its kind and three bytes of length.
+pub(crate) const LOG_ROOM: usize = 4;
+const _: () = assert!(BODY_MAX < 1 << 21);
 
 mod kind {
     pub const HELLO: u8 = 1;
@@ -219,7 +222,10 @@ pub fn encode(message: &Message, out: &mut Vec<u8>) {
             varint(*generation, &mut b);
             kind::START
         }
-        Message::Log(block) => return out.extend(encode_log(block.clone())),
+        Message::Log(block) => {
+            b.extend(block);
+            kind::LOG
+        }
         Message::Ack(ack) => {
             [ack.received, ack.replayed, ack.echo_ns].into_iter().for_each(|v| varint(v, &mut b));
             kind::ACK
@@ -250,13 +256,15 @@ pub fn encode(message: &Message, out: &mut Vec<u8>) {
     out.append(&mut b);
 }
 
-/// A log message around a block, in the block's own memory.
-pub(crate) fn encode_log(mut block: Vec<u8>) -> Vec<u8> {
-    assert!(block.len() <= BODY_MAX, "a block of {} bytes", block.len());
+/// Makes a block with [`LOG_ROOM`] bytes free in front of it a log message, in its own memory; where that begins.
+pub(crate) fn encode_log(block: &mut [u8]) -> usize {
+    let len = block.len() - LOG_ROOM;
+    assert!(len <= BODY_MAX, "a block of {len} bytes");
     let mut prefix = vec![kind::LOG];
-    varint(block.len() as u64, &mut prefix);
-    block.splice(..0, prefix);
-    block
+    varint(len as u64, &mut prefix);
+    let start = LOG_ROOM - prefix.len();
+    block[start..LOG_ROOM].copy_from_slice(&prefix);
+    start
 }
 
 fn encode_hello(hello: &Hello, out: &mut Vec<u8>) {

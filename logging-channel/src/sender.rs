@@ -7,7 +7,7 @@ use entry::block::Encoder;
 use entry::identity::Identity;
 use entry::log::{Entry, Record};
 
-use crate::message::{Ack, Message, encode_log};
+use crate::message::{Ack, LOG_ROOM, Message, encode_log};
 use crate::spacing::Spacing;
 use crate::stream::Outbox;
 use crate::{ChannelError, checked, weight};
@@ -82,7 +82,9 @@ struct Sent {
 /// A closed block that the backup has no room for yet.
 #[derive(Debug)]
 struct Closed {
+    /// It begins at `start`.
     message: Vec<u8>,
+    start: usize,
     end: Sent,
 }
 
@@ -117,7 +119,7 @@ pub struct Sender {
 impl Sender {
     /// The log of the machine with this identity, which the hello has told.
     pub fn new(identity: &Identity, limits: Limits) -> Sender {
-        let mut encoder = Encoder::new(identity);
+        let mut encoder = Encoder::new(identity).with_room(LOG_ROOM);
         // The header went with the hello.
         encoder.take();
         Sender {
@@ -214,9 +216,10 @@ impl Sender {
         if let Some(recorded_at) = self.open_since.take() {
             self.output_since = None;
             self.encoder.close_block();
-            let message = encode_log(self.encoder.take());
+            let mut message = self.encoder.take();
+            let start = encode_log(&mut message);
             let end = Sent { records: self.cursors.recorded, weight: self.weight, recorded_at };
-            self.closed.push_back(Closed { message, end });
+            self.closed.push_back(Closed { message, start, end });
         }
         self.send(out);
     }
@@ -229,12 +232,12 @@ impl Sender {
             if under_way > self.limits.peer_buffer_bytes && self.weight_sent > self.weight_replayed {
                 return;
             }
-            let Some(Closed { message, end }) = self.closed.pop_front() else { return };
+            let Some(Closed { message, start, end }) = self.closed.pop_front() else { return };
             if self.told_released < self.cursors.outputs_released {
                 self.told_released = self.cursors.outputs_released;
                 out.push(&Message::Released { outputs: self.told_released });
             }
-            out.push_encoded(message);
+            out.push_encoded(message, start);
             self.unacked.push_back(end);
             self.unreplayed.push_back(end);
             self.move_sent(end);

@@ -4,6 +4,8 @@
 const AT_ONCE: u32 = 2;
 /// The same, at most, where outputs have waited in vain for others.
 const AT_ONCE_MAX: u32 = 64;
+/// Waits that are half as long after the guest has rested while outputs waited: it had nothing to do without their answers.
+const SHORTER: u32 = 8;
 
 /// Moderates how often outputs leave, as a network card does its interrupts: each departure costs both hosts a message and its
 /// acknowledgement. Those of a guest that waits for answers leave at once; where many follow close upon one another, all
@@ -20,11 +22,22 @@ pub(crate) struct Spacing {
     seen: u64,
     bursts: u32,
     waits: bool,
+    /// Waits to come that are shorter.
+    shorter: u32,
 }
 
 impl Spacing {
     pub(crate) fn new() -> Spacing {
-        Spacing { left_at: 0, left: 0, at_once: AT_ONCE, grant: AT_ONCE, seen: 0, bursts: 0, waits: false }
+        Spacing {
+            left_at: 0,
+            left: 0,
+            at_once: AT_ONCE,
+            grant: AT_ONCE,
+            seen: 0,
+            bursts: 0,
+            waits: false,
+            shorter: 0,
+        }
     }
 
     /// Of `recorded` outputs in all, those that are still here may leave now, and do.
@@ -34,13 +47,17 @@ impl Spacing {
         if recorded == self.left {
             return false;
         }
+        let spacing_ns = if self.shorter > 0 { spacing_ns / 2 } else { spacing_ns };
         if self.at_once > 0 {
             self.at_once -= 1;
         } else if now.saturating_sub(self.left_at) < spacing_ns {
             self.waits = true;
             return false;
-        } else if self.judge_wait() {
-            self.at_once = self.grant;
+        } else {
+            self.shorter = self.shorter.saturating_sub(1);
+            if self.judge_wait() {
+                self.at_once = self.grant;
+            }
         }
         (self.left_at, self.left, self.bursts, self.waits) = (now, recorded, 0, false);
         true
@@ -48,6 +65,9 @@ impl Spacing {
 
     /// The guest rests: nothing follows that could leave together with what is here.
     pub(crate) fn rest(&mut self) {
+        if self.waits {
+            self.shorter = SHORTER;
+        }
         self.judge_wait();
         self.at_once = self.at_once.max(self.grant);
     }
@@ -100,7 +120,19 @@ mod tests {
         let mut spacing = Spacing::new();
         departures(&mut spacing, (1000..6000).step_by(100));
         spacing.rest();
-        assert_eq!(departures(&mut spacing, (6000..6500).step_by(100)), [6000, 6100]);
+        assert_eq!(departures(&mut spacing, (6000..6300).step_by(100)), [6000, 6100]);
+    }
+
+    #[test]
+    fn a_guest_that_rests_while_outputs_wait_waits_less() {
+        let mut spacing = Spacing::new();
+        departures(&mut spacing, (1000..6000).step_by(100));
+        assert!(!spacing.may_leave(6000, spacing.seen + 1, SPACING));
+        spacing.rest();
+        let left = departures(&mut spacing, (6100..12000).step_by(50));
+        // Two at once, eight after half the time, and then as before.
+        assert_eq!(left[..4], [6100, 6150, 6400, 6650]);
+        assert_eq!(left[8..13], [7900, 8150, 8650, 9150, 9650]);
     }
 
     #[test]

@@ -92,7 +92,8 @@ pub struct Outbox {
     written: usize,
     /// The latest beat that has not begun; an older one is of no use.
     beat: Vec<u8>,
-    waiting: VecDeque<Vec<u8>>,
+    /// Messages, and where they begin.
+    waiting: VecDeque<(Vec<u8>, usize)>,
 }
 
 impl Outbox {
@@ -108,14 +109,14 @@ impl Outbox {
         if matches!(message, Message::Beat(_)) {
             self.beat = bytes
         } else {
-            self.waiting.push_back(bytes)
+            self.waiting.push_back((bytes, 0))
         }
         self.advance();
     }
 
-    /// Puts an encoded message behind those that wait.
-    pub(crate) fn push_encoded(&mut self, bytes: Vec<u8>) {
-        self.waiting.push_back(bytes);
+    /// Puts an encoded message, which is there from `start` on, behind those that wait.
+    pub(crate) fn push_encoded(&mut self, bytes: Vec<u8>, start: usize) {
+        self.waiting.push_back((bytes, start));
         self.advance();
     }
 
@@ -148,11 +149,10 @@ impl Outbox {
         if self.written < self.front.len() {
             return;
         }
-        self.written = 0;
-        self.front = if self.beat.is_empty() {
+        (self.front, self.written) = if self.beat.is_empty() {
             self.waiting.pop_front().unwrap_or_default()
         } else {
-            std::mem::take(&mut self.beat)
+            (std::mem::take(&mut self.beat), 0)
         };
     }
 }

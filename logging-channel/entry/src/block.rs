@@ -34,11 +34,13 @@ pub struct Encoder {
     unit: PositionUnit,
     last: Position,
     checksum: u32,
-    /// The open block: empty, or room for its head and what was appended.
+    /// The open block: empty, or `room`, room for its head and what was appended.
     open: Vec<u8>,
     done: Vec<u8>,
     /// Size of the last block: the next is taken to become as large.
     expected: usize,
+    /// Bytes free in front of a block.
+    room: usize,
 }
 
 impl Encoder {
@@ -53,14 +55,20 @@ impl Encoder {
         let checksum = crc32fast::hash(&done);
         done.extend(checksum.to_le_bytes());
         let (unit, last) = (identity.unit(), Position::default());
-        Encoder { unit, last, checksum, open: Vec::new(), done, expected: 0 }
+        Encoder { unit, last, checksum, open: Vec::new(), done, expected: 0, room: 0 }
+    }
+
+    /// Leaves so many bytes free in front of the blocks that [`Encoder::take`] gives, for who wants to put something there.
+    pub fn with_room(mut self, room: usize) -> Encoder {
+        self.room = room;
+        self
     }
 
     /// Appends a record to the open block.
     pub fn append(&mut self, record: &Record) {
         if self.open.is_empty() {
             self.open.reserve(self.expected);
-            self.open.resize(BLOCK_HEAD, 0);
+            self.open.resize(self.room + BLOCK_HEAD, 0);
         }
         encode(self.unit, &mut self.last, record, &mut self.open);
         if self.open_bytes() >= BLOCK_FULL {
@@ -74,7 +82,7 @@ impl Encoder {
             return;
         }
         self.expected = self.open.len();
-        let (head, entries) = self.open.split_at_mut(BLOCK_HEAD);
+        let (head, entries) = self.open[self.room..].split_at_mut(BLOCK_HEAD);
         let length = length_field(entries.len());
         self.checksum = continue_checksum(self.checksum, &length, entries);
         head[..LENGTH].copy_from_slice(&length);
@@ -82,13 +90,14 @@ impl Encoder {
         if self.done.is_empty() {
             self.done = std::mem::take(&mut self.open);
         } else {
-            self.done.append(&mut self.open);
+            self.done.extend(&self.open[self.room..]);
+            self.open.clear();
         }
     }
 
     /// Bytes waiting in the open block.
     pub fn open_bytes(&self) -> usize {
-        self.open.len().saturating_sub(BLOCK_HEAD)
+        self.open.len().saturating_sub(self.room + BLOCK_HEAD)
     }
 
     /// The finished bytes since the last call.

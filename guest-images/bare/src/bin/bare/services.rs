@@ -22,6 +22,8 @@ pub const CONNECTIONS: usize = COUNTERS + 3 * BULKS + WORKS;
 
 const SMALL: usize = 4096;
 const LARGE: usize = 65536;
+/// What a sink takes at once: a window like those that other systems come to, so that the round trip does not limit it.
+const SINK_WINDOW: usize = 512 << 10;
 
 /// A client that says nothing and answers nothing for this long is gone.
 const TIMEOUT: Duration = Duration::from_secs(60);
@@ -69,8 +71,9 @@ impl Connections {
                 Some(i) if i < 3 * BULKS => (7778 + (i / BULKS) as u16, LARGE),
                 Some(_) => (WORK_PORT, SMALL),
             };
+            let window = if port == 7779 { SINK_WINDOW } else { len };
             let mut socket =
-                Socket::new(SocketBuffer::new(free.take_bytes(len)), SocketBuffer::new(free.take_bytes(len)));
+                Socket::new(SocketBuffer::new(free.take_bytes(window)), SocketBuffer::new(free.take_bytes(len)));
             socket.set_timeout(Some(TIMEOUT));
             socket.set_keep_alive(Some(KEEP_ALIVE));
             socket.set_ack_delay(None);
