@@ -72,8 +72,10 @@ impl Connections {
                 Some(_) => (WORK_PORT, SMALL),
             };
             let window = if port == 7779 { SINK_WINDOW } else { len };
-            let mut socket =
-                Socket::new(SocketBuffer::new(free.take_bytes(window)), SocketBuffer::new(free.take_bytes(len)));
+            let mut socket = Socket::new(
+                SocketBuffer::new(free.take_bytes(window)),
+                SocketBuffer::new(free.take_bytes(len)),
+            );
             socket.set_timeout(Some(TIMEOUT));
             socket.set_keep_alive(Some(KEEP_ALIVE));
             socket.set_ack_delay(None);
