@@ -154,7 +154,10 @@ impl Link {
         };
         let mut taken = &self.taken[..n];
         while !taken.is_empty() {
-            self.tls.read_tls(&mut taken)?;
+            // Behind its goodbye the other side has nothing to say.
+            if self.tls.read_tls(&mut taken)? == 0 {
+                break;
+            }
             self.tls.process_new_packets().map_err(io::Error::other)?;
             Self::decrypted(&mut self.tls, &mut self.plaintext)?;
         }

@@ -163,7 +163,6 @@ impl Replica {
             return;
         }
         let mut state = self.lock();
-        state.now = begin;
         state.poll(begin);
         loop {
             let now = now_ns();
@@ -196,7 +195,7 @@ impl Replica {
             }
         }
         let end = now_ns();
-        state.looked_at = end;
+        (state.looked_at, state.now) = (end, end);
         self.look_at.store(end + LOOK_NS, Ordering::Relaxed);
         self.spent.slowed_ns.add(rested);
         self.spent.recording_ns.add(end - begin - rested);

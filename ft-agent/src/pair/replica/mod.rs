@@ -1,9 +1,9 @@
 //! One side of a pair at run time: the agent, its connection, its gate and its way out, under one mutex.
 //!
 //! Three threads meet here. The guest's appends records and holds outputs, and writes to the socket itself, so that no
-//! thread is between an output and the wire. The pump reads the socket (while the guest is busy, its thread does:
-//! [`polling`]), and lets outputs go when the backup has acknowledged them. The store's answers come on a thread of its client. Each tells the agent what has happened and does
-//! what it asks for, in order, before it lets go of the mutex.
+//! thread is between an output and the wire. The pump reads the socket and lets outputs go when the backup has acknowledged
+//! them; in a bulk transfer the guest's thread does that too ([`polling`]). The store's answers come on a thread of its
+//! client. Each tells the agent what has happened and does what it asks for, in order, before it lets go of the mutex.
 
 mod guest_side;
 mod operator;
