@@ -229,3 +229,53 @@ fn dial(address: &str, patience: Duration) -> io::Result<TcpStream> {
     }
     Err(last)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+    use std::sync::mpsc::channel;
+    use std::thread;
+
+    use test_and_set::keys::{Keys, make_set};
+    use test_and_set::tls::{peer_client, peer_server};
+
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_secs(10);
+
+    /// Both ends of a connection.
+    fn connected() -> (Link, Link) {
+        let dir = std::env::temp_dir().join(format!("vmft-link-{}", std::process::id()));
+        make_set(&dir, &[], &["a", "b"].map(String::from)).unwrap();
+        let [a, b] = ["a", "b"].map(|name| Arc::new(Keys::load(&dir.join(name)).unwrap()));
+        std::fs::remove_dir_all(&dir).unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let dialled =
+            thread::spawn(move || Link::connect(&address, peer_client(&a).unwrap(), PATIENCE).unwrap());
+        let accepted =
+            Link::accept(listener.accept().unwrap().0, peer_server(&b).unwrap(), PATIENCE).unwrap();
+        (dialled.join().unwrap(), accepted)
+    }
+
+    #[test]
+    fn what_comes_behind_a_goodbye_is_not_read() {
+        let (mut leaving, mut staying) = connected();
+        leaving.tls.writer().write_all(b"last words").unwrap();
+        leaving.tls.send_close_notify();
+        while leaving.tls.wants_write() {
+            leaving.tls.write_tls(&mut &*leaving.tcp).unwrap();
+        }
+        (&*leaving.tcp).write_all(&[0; 100]).unwrap();
+        drop(leaving);
+        let (tell, told) = channel();
+        thread::spawn(move || {
+            let mut words = Vec::new();
+            while let Ok(bytes) = staying.read() {
+                words.extend_from_slice(bytes);
+            }
+            tell.send(words)
+        });
+        assert_eq!(told.recv_timeout(PATIENCE).expect("the end of the connection"), b"last words");
+    }
+}
