@@ -266,7 +266,7 @@ mod tests {
         while leaving.tls.wants_write() {
             leaving.tls.write_tls(&mut &*leaving.tcp).unwrap();
         }
-        (&*leaving.tcp).write_all(&[0; 100]).unwrap();
+        (&*leaving.tcp).write_all(&[0; 100_000]).unwrap();
         drop(leaving);
         let (tell, told) = channel();
         thread::spawn(move || {
