@@ -136,8 +136,8 @@ impl Replica {
         state.agent.rest(begin);
         self.settle(&mut state);
         // Where outputs wait, somebody may wait for them.
-        if state.gate.recorded() > state.gate.released() && state.polling.end(begin) {
-            self.wake_pump();
+        if state.gate.recorded() > state.gate.released() {
+            self.hand_back(&mut state);
         }
         let due = state.polling.due(begin);
         self.spent.recording_ns.add(now_ns() - begin);
@@ -179,9 +179,7 @@ impl Replica {
                 Pace::Free => break,
                 Pace::Share(share) => {
                     let rest = ran.saturating_mul(1000 - share) / share.max(1);
-                    if state.polling.end(now) {
-                        self.wake_pump();
-                    }
+                    self.hand_back(&mut state);
                     drop(state);
                     std::thread::sleep(Duration::from_nanos(rest.min(SLOW_MAX_NS)));
                     state = self.lock();

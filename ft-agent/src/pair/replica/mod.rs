@@ -309,14 +309,19 @@ impl Replica {
 
     /// Waits for a change, at most so long.
     fn wait<'a>(&'a self, mut state: Guard<'a>, patience: Duration) -> Guard<'a> {
-        if state.polling.end(now_ns()) {
-            self.wake_pump();
-        }
+        self.hand_back(&mut state);
         state.waiting += 1;
         let waiting = self.changed.wait_timeout(state, patience);
         state = waiting.unwrap_or_else(PoisonError::into_inner).0;
         state.waiting -= 1;
         state
+    }
+
+    /// The socket is the pump's again, for the guest's thread cannot read it for a while.
+    fn hand_back(&self, state: &mut State) {
+        if state.polling.end(now_ns()) {
+            self.wake_pump();
+        }
     }
 
     fn wake_pump(&self) {
@@ -391,9 +396,12 @@ impl State {
     fn write(&mut self) -> io::Result<()> {
         let Some(link) = &mut self.link else { return Ok(()) };
         let written = link.write(&mut self.agent).map(|bytes| {
-            self.story.log_bytes += bytes;
-            self.polling.moved(now_ns(), bytes);
-            self.spent.writes.add(u64::from(bytes > 0));
+            // Most often there is nothing: this comes after each append.
+            if bytes > 0 {
+                self.story.log_bytes += bytes;
+                self.polling.moved(now_ns(), bytes);
+                self.spent.writes.add(1);
+            }
         });
         if let Err(e) = &written {
             debug!("connection: {e}");
