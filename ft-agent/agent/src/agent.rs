@@ -197,9 +197,11 @@ impl Agent {
     }
 
     /// Primary: appends a record, before what it says takes effect. An output's leaves at [`Agent::turn`] or [`Agent::rest`].
-    pub fn append(&mut self, now: u64, record: &Record) {
+    /// True: there is something to write or to do, or [`Agent::deadline`] has changed.
+    pub fn append(&mut self, now: u64, record: &Record) -> bool {
         self.position = record.position;
-        let Some(Side::Primary(sender)) = &mut self.side else { return };
+        let Some(Side::Primary(sender)) = &mut self.side else { return false };
+        let deadline = sender.deadline();
         if self.config.without == Some(Rule::LogOutputs)
             && matches!(record.entry, entry::log::Entry::Output(_))
         {
@@ -207,7 +209,9 @@ impl Agent {
         } else {
             sender.append(now, record, &mut self.outbox);
         }
+        let moved = sender.deadline() != deadline;
         self.offer_release(now);
+        moved || !self.outbox.front().is_empty() || !self.actions.is_empty()
     }
 
     /// Backup: the next record to replay. At [`NextRecord::End`] everything is replayed that may be; the guest's loop

@@ -19,7 +19,7 @@ const SLOW_MAX_NS: u64 = 20_000_000;
 /// A guest that has made no output is looked at no sooner.
 const LOOK_NS: u64 = 50_000;
 
-/// One append in so many is timed, and counts for all: a guest may take 100,000 frames a second.
+/// One record in so many is timed, and counts for all: a guest may take 100,000 frames a second.
 const TIMED: u64 = 16;
 
 /// What the guest's thread has to do next.
@@ -164,8 +164,8 @@ impl Replica {
         }
         let mut state = self.lock();
         state.poll(begin);
+        let mut now = begin;
         loop {
-            let now = now_ns();
             state.agent.turn(now, at);
             let pace = state.agent.pace(now);
             if pace != Pace::Free {
@@ -173,10 +173,12 @@ impl Replica {
             }
             let ran = now.saturating_sub(state.looked_at);
             self.settle(&mut state);
+            if self.needs_attention() || pace == Pace::Free {
+                break;
+            }
             let rest_begins = now_ns();
             match pace {
-                _ if self.needs_attention() => break,
-                Pace::Free => break,
+                Pace::Free => {}
                 Pace::Share(share) => {
                     let rest = ran.saturating_mul(1000 - share) / share.max(1);
                     self.hand_back(&mut state);
@@ -188,7 +190,8 @@ impl Replica {
                 }
                 Pace::Stop => {
                     state = self.wait(state, TURN_INTERVAL);
-                    rested += now_ns() - rest_begins;
+                    now = now_ns();
+                    rested += now - rest_begins;
                 }
             }
         }
@@ -206,10 +209,10 @@ impl Replica {
         state.appended += 1;
         let timed = state.appended.is_multiple_of(TIMED).then(now_ns);
         let now = state.now;
-        state.agent.append(now, record);
+        let is_due = state.agent.append(now, record);
         if matches!(record.entry, Entry::Output(_)) {
             self.look_at.store(0, Ordering::Relaxed);
-        } else {
+        } else if is_due {
             self.settle(&mut state);
         }
         if let Some(begin) = timed {
@@ -224,12 +227,16 @@ impl Replica {
         state.gate.hold(output);
         self.spent.held_ns.sub(begin);
         state.drop_released();
-        state.release();
+        if state.agent.release_limit(begin) > state.gate.released() {
+            state.release();
+        }
         // Nobody looks at a guest that is alone; one with a backup is looked at before it runs on.
         if state.alone {
             self.settle(&mut state);
         }
-        self.spent.recording_ns.add(now_ns() - begin);
+        if state.gate.recorded().is_multiple_of(TIMED) {
+            self.spent.recording_ns.add(TIMED * (now_ns() - begin));
+        }
     }
 
     /// Backup: everything that was taken has been replayed, up to here; waits for the next record. `None`: there are no
@@ -249,7 +256,13 @@ impl Replica {
             match state.agent.next_record() {
                 NextRecord::Record(record) => return Some(record),
                 NextRecord::End => return None,
-                NextRecord::Wait => state = self.wait(state, TURN_INTERVAL),
+                // While much comes, to be woken for each piece of it costs both hosts more than to look again soon.
+                NextRecord::Wait => {
+                    state = match state.polling.due(now) {
+                        Some(due) => self.wait_for(state, Duration::from_nanos(due.saturating_sub(now))),
+                        None => self.wait(state, TURN_INTERVAL),
+                    }
+                }
             }
         }
     }

@@ -307,9 +307,14 @@ impl Replica {
         }
     }
 
-    /// Waits for a change, at most so long.
+    /// Waits for a change, at most so long; the pump reads the socket meanwhile.
     fn wait<'a>(&'a self, mut state: Guard<'a>, patience: Duration) -> Guard<'a> {
         self.hand_back(&mut state);
+        self.wait_for(state, patience)
+    }
+
+    /// Waits for a change, at most so long.
+    fn wait_for<'a>(&'a self, mut state: Guard<'a>, patience: Duration) -> Guard<'a> {
         state.waiting += 1;
         let waiting = self.changed.wait_timeout(state, patience);
         state = waiting.unwrap_or_else(PoisonError::into_inner).0;
@@ -436,11 +441,12 @@ impl State {
     fn release(&mut self) {
         loop {
             failpoint::stop("before-decision");
-            let Some(output) = self.gate.release(self.agent.release_limit(now_ns())) else { return };
-            self.spent.held_ns.add(now_ns());
+            let now = now_ns();
+            let Some(output) = self.gate.release(self.agent.release_limit(now)) else { return };
+            self.spent.held_ns.add(now);
             failpoint::stop("before-write");
             if self.alone && matches!(output, Output::Frame { .. }) {
-                self.story.frame(now_ns());
+                self.story.frame(now);
             }
             if let Err(e) = self.outlet.send(output) {
                 warn!("an output is lost: {e}");
@@ -448,15 +454,19 @@ impl State {
             failpoint::stop("after-write");
             // Who lives alone has no log that counts them.
             if !self.alone {
-                self.agent.released(now_ns(), self.gate.released());
+                self.agent.released(now, self.gate.released());
             }
         }
     }
 
     /// Backup: what has left over there is of no use here.
     fn drop_released(&mut self) {
-        while self.gate.release(self.agent.drop_limit()).is_some() {
-            self.spent.held_ns.add(now_ns());
+        let limit = self.agent.drop_limit();
+        if limit > self.gate.released() {
+            let now = now_ns();
+            while self.gate.release(limit).is_some() {
+                self.spent.held_ns.add(now);
+            }
         }
     }
 }
