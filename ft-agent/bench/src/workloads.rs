@@ -114,6 +114,7 @@ const BARE: &[Workload] = &[
     row("counter c1", Counter(1), None),
     row("counter c10", Counter(10), None),
     row("counter c30", Counter(30), Some(0.92)),
+    row("counter c50", Counter(50), Some(0.92)),
     row("ping-pong", PingPong, None),
     beside(row("tcp receive", Receive, Some(0.90)), 0.91, "netperf receive, 10 Gb/s"),
     beside(row("tcp transmit", Transmit, Some(0.95)), 0.99, "netperf transmit, 10 Gb/s"),

@@ -10,7 +10,7 @@ use smoltcp::iface::{SocketHandle, SocketSet};
 use smoltcp::socket::tcp::{Socket, SocketBuffer};
 use smoltcp::time::Duration;
 
-const COUNTERS: usize = 32;
+const COUNTERS: usize = 64;
 const BULKS: usize = 4;
 const WORKS: usize = 4;
 const WORK_PORT: u16 = 7781;
@@ -28,6 +28,8 @@ const SINK_WINDOW: usize = 512 << 10;
 /// A client that says nothing and answers nothing for this long is gone.
 const TIMEOUT: Duration = Duration::from_secs(60);
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
+/// How long an acknowledgement waits for an answer to go with.
+const ACK_DELAY: Duration = Duration::from_millis(10);
 
 /// All connections, open or waiting for a client.
 pub struct Connections {
@@ -78,7 +80,9 @@ impl Connections {
             );
             socket.set_timeout(Some(TIMEOUT));
             socket.set_keep_alive(Some(KEEP_ALIVE));
-            socket.set_ack_delay(None);
+            // What is asked for is answered at once, and the answer acknowledges it.
+            let answers = matches!(port, 7777 | WORK_PORT);
+            socket.set_ack_delay(answers.then_some(ACK_DELAY));
             socket.set_nagle_enabled(false);
             Connection { socket: sockets.add(socket), port, service: Service::new(port) }
         };
