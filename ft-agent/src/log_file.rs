@@ -3,12 +3,13 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use entry::Position;
 use entry::block::{Decoder, Encoder};
 use entry::identity::Identity;
 use entry::log::Record;
+use nix::time::{ClockId, clock_gettime};
 use vmm::record::Log;
 use vmm::replay::Records;
 
@@ -24,7 +25,8 @@ pub struct LogWriter {
     encoder: Encoder,
     file: File,
     path: PathBuf,
-    closed: Instant,
+    /// On [`now`]'s clock.
+    closed: Duration,
 }
 
 impl LogWriter {
@@ -36,7 +38,7 @@ impl LogWriter {
         let created = File::options().write(true).create_new(true).open(path);
         let file = created.map_err(|e| Error::config("log", format!("{}: {e}", path.display())))?;
         let encoder = Encoder::new(identity);
-        let mut writer = LogWriter { encoder, file, path: path.into(), closed: Instant::now() };
+        let mut writer = LogWriter { encoder, file, path: path.into(), closed: now() };
         writer.close_block()?;
         Ok(writer)
     }
@@ -52,9 +54,11 @@ impl LogWriter {
 
     fn close_block(&mut self) -> Result<(), Error> {
         self.encoder.close_block();
-        self.closed = Instant::now();
+        self.closed = now();
         let bytes = self.encoder.take();
-        self.file.write_all(&bytes).map_err(Error::host(self.name()))
+        self.file.write_all(&bytes).map_err(Error::host(self.name()))?;
+        self.encoder.reuse(bytes);
+        Ok(())
     }
 
     fn name(&self) -> String {
@@ -72,8 +76,14 @@ impl Log for LogWriter {
 
     fn look(&mut self, _at: Position) -> Result<(), Error> {
         let waits = self.encoder.open_bytes() > 0;
-        if waits && self.closed.elapsed() >= OPEN_MAX { self.close_block() } else { Ok(()) }
+        if waits && now().saturating_sub(self.closed) >= OPEN_MAX { self.close_block() } else { Ok(()) }
     }
+}
+
+/// The time, to a few ms: it is asked for at every turn of the guest's loop.
+fn now() -> Duration {
+    let clock = ClockId::CLOCK_MONOTONIC_COARSE;
+    clock_gettime(clock).unwrap_or_else(|e| unreachable!("CLOCK_MONOTONIC_COARSE: {e}")).into()
 }
 
 /// Reads a log.

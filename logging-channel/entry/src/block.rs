@@ -104,6 +104,14 @@ impl Encoder {
     pub fn take(&mut self) -> Vec<u8> {
         std::mem::take(&mut self.done)
     }
+
+    /// Gives back what [`Encoder::take`] gave, so that the next block needs no new memory.
+    pub fn reuse(&mut self, mut bytes: Vec<u8>) {
+        if self.open.is_empty() {
+            bytes.clear();
+            self.open = bytes;
+        }
+    }
 }
 
 /// Reads a log's bytes.

@@ -126,6 +126,24 @@ proptest! {
     }
 
     #[test]
+    fn a_log_taken_in_pieces_is_the_same(raw in records(PositionUnit::Instructions)) {
+        let mut e = Encoder::new(&identity(PositionUnit::Instructions));
+        let mut bytes = Vec::new();
+        for (record, close) in &raw {
+            e.append(record);
+            if *close {
+                e.close_block();
+                let piece = e.take();
+                bytes.extend(&piece);
+                e.reuse(piece);
+            }
+        }
+        e.close_block();
+        bytes.extend(e.take());
+        prop_assert_eq!(bytes, encode(PositionUnit::Instructions, &raw));
+    }
+
+    #[test]
     fn a_cut_log_gives_its_whole_blocks(cut in any::<prop::sample::Index>(), raw in records(PositionUnit::Instructions)) {
         let bytes = encode(PositionUnit::Instructions, &raw);
         let cut = cut.index(bytes.len() + 1);
