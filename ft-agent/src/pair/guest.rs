@@ -16,7 +16,7 @@ use vmm::record::Log;
 use vmm::replay::{Records, Standby};
 use vmm::source::Outside;
 
-use super::replica::{Replica, now_ns};
+use super::replica::{Replica, TURN_INTERVAL, now_ns};
 use crate::error::Error;
 use crate::outside::Inlet;
 use crate::outside::disk::{Disk, Image};
@@ -46,9 +46,9 @@ impl Outside for Guarded {
     }
 
     fn wait(&mut self, until_ns: Option<u64>) -> Result<(), Error> {
-        let patience = self.replica.before_wait();
+        self.replica.before_wait();
         let begin = now_ns();
-        self.inlet.wait(until_ns, Some(patience));
+        self.inlet.wait(until_ns, Some(TURN_INTERVAL));
         self.replica.spent.idle_ns.add(now_ns() - begin);
         self.replica.turn();
         Ok(())

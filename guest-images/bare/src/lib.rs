@@ -24,7 +24,7 @@
 //!
 //! | port | connections | service |
 //! |---|---|---|
-//! | 7777 | 32 | the counter of [`counter`]; the same lines are understood on the console |
+//! | 7777 | 64 | the counter of [`counter`]; the same lines are understood on the console |
 //! | 7778 | 4 | echo |
 //! | 7779 | 4 | sink: at the client's end, one line `BYTES CHECKSUM MS` with [`pattern::Checksum`] in hexadecimal |
 //! | 7780 | 4 | source: for each line with a number, that many bytes of [`pattern::fill`], from its start |

@@ -129,8 +129,8 @@ impl Replica {
         self.wait(state, TURN_INTERVAL)
     }
 
-    /// Primary: the guest's thread is about to wait, and sends what outputs wait for. How long it may wait for its next turn.
-    pub fn before_wait(self: &Arc<Self>) -> Duration {
+    /// Primary: the guest's thread is about to wait, for [`TURN_INTERVAL`] at most, and sends what outputs wait for.
+    pub fn before_wait(self: &Arc<Self>) {
         let begin = now_ns();
         let mut state = self.lock();
         state.agent.rest(begin);
@@ -139,16 +139,14 @@ impl Replica {
         if state.gate.recorded() > state.gate.released() {
             self.hand_back(&mut state);
         }
-        let due = state.polling.due(begin);
         self.spent.recording_ns.add(now_ns() - begin);
-        due.map_or(TURN_INTERVAL, |due| Duration::from_nanos(due.saturating_sub(begin)))
     }
 
     /// A guest's thread that has waited makes a turn.
     pub fn turn(self: &Arc<Self>) {
         let mut state = self.lock();
         let now = now_ns();
-        state.now = now;
+        state.looked_at = now;
         state.poll(now);
         let at = state.agent.status(now).position;
         state.agent.turn(now, at);
@@ -196,7 +194,7 @@ impl Replica {
             }
         }
         let end = now_ns();
-        (state.looked_at, state.now) = (end, end);
+        state.looked_at = end;
         self.look_at.store(end + LOOK_NS, Ordering::Relaxed);
         self.spent.slowed_ns.add(rested);
         self.spent.recording_ns.add(end - begin - rested);
@@ -208,7 +206,7 @@ impl Replica {
         let mut state = self.lock();
         state.appended += 1;
         let timed = state.appended.is_multiple_of(TIMED).then(now_ns);
-        let now = state.now;
+        let now = state.looked_at;
         let is_due = state.agent.append(now, record);
         if matches!(record.entry, Entry::Output(_)) {
             self.look_at.store(0, Ordering::Relaxed);

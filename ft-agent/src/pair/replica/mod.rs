@@ -88,9 +88,9 @@ struct State {
     waiting: usize,
     /// What takes long, and needs a thread that may do more than the guest's.
     errands: Option<Errands>,
+    /// When the primary's guest was last looked at, or had waited: near enough the time of what it appends.
     looked_at: u64,
-    /// The time, not older than [`Replica::look`] allows, and records appended.
-    now: u64,
+    /// Records appended.
     appended: u64,
     story: Story,
     spent: Arc<Spent>,
@@ -142,7 +142,6 @@ impl Replica {
             waiting: 0,
             errands: Some(Errands::start()?),
             looked_at: now_ns(),
-            now: now_ns(),
             appended: 0,
             story: Story::default(),
             spent: spent.clone(),
