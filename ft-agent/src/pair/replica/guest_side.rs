@@ -171,25 +171,24 @@ impl Replica {
             }
             let ran = now.saturating_sub(state.looked_at);
             self.settle(&mut state);
-            if self.needs_attention() || pace == Pace::Free {
-                break;
-            }
-            let rest_begins = now_ns();
             match pace {
-                Pace::Free => {}
+                _ if self.needs_attention() => break,
+                Pace::Free => break,
                 Pace::Share(share) => {
                     let rest = ran.saturating_mul(1000 - share) / share.max(1);
                     self.hand_back(&mut state);
                     drop(state);
+                    let begin = now_ns();
                     std::thread::sleep(Duration::from_nanos(rest.min(SLOW_MAX_NS)));
                     state = self.lock();
-                    rested += now_ns() - rest_begins;
+                    rested += now_ns() - begin;
                     break;
                 }
                 Pace::Stop => {
+                    let begin = now_ns();
                     state = self.wait(state, TURN_INTERVAL);
                     now = now_ns();
-                    rested += now - rest_begins;
+                    rested += now - begin;
                 }
             }
         }
