@@ -121,8 +121,9 @@ fn serve(mut client: UnixStream, replica: Option<Arc<Replica>>) -> std::io::Resu
         (Ok(Request::Stop), Some(replica)) => (stop(&replica), None),
         (Ok(Request::Console), Some(replica)) => (Reply::Done, Some(replica)),
     };
-    serde_json::to_writer(&mut client, &reply)?;
-    client.write_all(b"\n")?;
+    let mut answer = serde_json::to_vec(&reply)?;
+    answer.push(b'\n');
+    client.write_all(&answer)?;
     match console {
         Some(replica) => super::console::attach(&replica, client),
         None => Ok(()),
