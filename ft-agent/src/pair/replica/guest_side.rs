@@ -178,17 +178,17 @@ impl Replica {
                     let rest = ran.saturating_mul(1000 - share) / share.max(1);
                     self.hand_back(&mut state);
                     drop(state);
-                    let begin = now_ns();
+                    let rest_begins = now_ns();
                     std::thread::sleep(Duration::from_nanos(rest.min(SLOW_MAX_NS)));
                     state = self.lock();
-                    rested += now_ns() - begin;
+                    rested += now_ns() - rest_begins;
                     break;
                 }
                 Pace::Stop => {
-                    let begin = now_ns();
+                    let rest_begins = now_ns();
                     state = self.wait(state, TURN_INTERVAL);
                     now = now_ns();
-                    rested += now - begin;
+                    rested += now - rest_begins;
                 }
             }
         }

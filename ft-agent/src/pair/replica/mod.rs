@@ -400,7 +400,7 @@ impl State {
     fn write(&mut self) -> io::Result<()> {
         let Some(link) = &mut self.link else { return Ok(()) };
         let written = link.write(&mut self.agent).map(|bytes| {
-            // Most often there is nothing: this comes after each append.
+            // Often there is nothing: this comes after whatever has happened.
             if bytes > 0 {
                 self.story.log_bytes += bytes;
                 self.polling.moved(now_ns(), bytes);
