@@ -66,10 +66,10 @@ fn answer(mut tcp: TcpStream, metrics: impl FnOnce() -> String) -> std::io::Resu
         ("404 Not Found", "only GET /metrics is here\n".into())
     };
     let length = body.len();
-    write!(
-        tcp,
+    let answer = format!(
         "HTTP/1.1 {status}\r\nContent-Type: text/plain; version=0.0.4\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{body}"
-    )
+    );
+    tcp.write_all(answer.as_bytes())
 }
 
 /// Prometheus' text format. Before there is a replica the VM is not protected, and no more is known.
