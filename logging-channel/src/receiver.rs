@@ -10,7 +10,7 @@ use crate::message::Ack;
 use crate::{ChannelError, checked, weight};
 
 /// How long after an acknowledgement records that no output is among may wait for the next.
-const ACK_SPACING_NS: u64 = 2_000_000;
+const ACK_SPACING_NS: u64 = 10_000_000;
 
 /// The backup's side of the log.
 #[derive(Debug)]

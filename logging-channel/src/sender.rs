@@ -104,9 +104,13 @@ pub struct Sender {
     /// When its first output was.
     output_since: Option<u64>,
     spacing: Spacing,
-    /// Outputs have left lately. Whoever sleeps until [`Sender::deadline`] wakes once for all that follow in that time, and
-    /// need not be woken for each.
+    /// An output has waited at a turn.
+    output_waits: bool,
+    /// Outputs that had waited have left lately. Whoever sleeps until [`Sender::deadline`] wakes once for all that follow in that
+    /// time, and need not be woken for each.
     busy_until: Option<u64>,
+    /// The guest waits, and makes no turns.
+    rests: bool,
     closed: VecDeque<Closed>,
     unacked: VecDeque<Sent>,
     unreplayed: VecDeque<Sent>,
@@ -133,7 +137,9 @@ impl Sender {
             open_since: None,
             output_since: None,
             spacing: Spacing::new(),
+            output_waits: false,
             busy_until: None,
+            rests: false,
             closed: VecDeque::new(),
             unacked: VecDeque::new(),
             unreplayed: VecDeque::new(),
@@ -171,11 +177,15 @@ impl Sender {
 
     /// The guest's loop makes a turn: outputs leave, at once or after a while ([`Limits::spacing_ns`]).
     pub fn turn(&mut self, now: u64, out: &mut Outbox) {
+        self.rests = false;
         let recorded = self.cursors.outputs_recorded;
         if !self.is_detached && self.spacing.may_leave(now, recorded, self.limits.spacing_ns) {
+            if std::mem::take(&mut self.output_waits) {
+                self.busy_until = Some(now.saturating_add(self.limits.output_wait_ns()));
+            }
             self.flush(out);
-            self.busy_until = Some(now.saturating_add(self.limits.output_wait_ns()));
         }
+        self.output_waits = self.output_since.is_some();
         self.tick(now, out);
     }
 
@@ -184,6 +194,7 @@ impl Sender {
         self.spacing.rest();
         self.turn(now, out);
         self.spacing.rest();
+        self.rests = true;
     }
 
     /// The channel is closed for good: records are only counted from now on.
@@ -246,17 +257,24 @@ impl Sender {
 
     /// Time has come to `now`: what has waited long enough leaves.
     pub fn tick(&mut self, now: u64, out: &mut Outbox) {
-        if self.deadline().is_some_and(|deadline| deadline <= now) {
+        let due = self.deadline().into_iter().chain(self.open_until()).min();
+        if due.is_some_and(|due| due <= now) {
             self.busy_until = None;
             self.flush(out);
         }
     }
 
-    /// When [`Sender::tick`] has something to do, or will soon have.
+    /// When [`Sender::tick`] has something to do, or will soon have. Of records that no output waits for, the turns of a guest
+    /// that runs take care: to wake another thread for them costs more than they are worth.
     pub fn deadline(&self) -> Option<u64> {
         let output = self.output_since.map(|since| since.saturating_add(self.limits.output_wait_ns()));
-        let open = self.open_since.map(|since| since.saturating_add(self.limits.batch_ns));
+        let open = self.open_until().filter(|_| self.rests);
         [output, open, self.busy_until].into_iter().flatten().min()
+    }
+
+    /// Until when the open block waits for more.
+    fn open_until(&self) -> Option<u64> {
+        self.open_since.map(|since| since.saturating_add(self.limits.batch_ns))
     }
 
     /// The backup says what it has.

@@ -129,24 +129,40 @@ fn what_no_output_waits_for_is_batched_for_a_while() {
 }
 
 #[test]
+fn a_guest_that_runs_sees_itself_to_what_no_output_waits_for() {
+    let mut primary = Primary::new(LIMITS);
+    primary.sender.turn(10 * MS, &mut primary.outbox);
+    primary.sender.append(10 * MS, &mark(1), &mut primary.outbox);
+    assert_eq!(primary.sender.deadline(), None, "nobody else is called for it");
+    primary.sender.turn(14 * MS, &mut primary.outbox);
+    assert_eq!(primary.sent(), []);
+    primary.sender.turn(15 * MS, &mut primary.outbox);
+    assert_eq!(primary.blocks().len(), 1);
+    // One that makes no turns for long: whoever comes by sees to it.
+    primary.sender.append(16 * MS, &mark(2), &mut primary.outbox);
+    primary.sender.tick(40 * MS, &mut primary.outbox);
+    assert_eq!(primary.blocks().len(), 1);
+}
+
+#[test]
 fn outputs_of_a_busy_guest_wait_for_each_other_for_a_while() {
     let mut primary = Primary::new(LIMITS);
     let mut turn = |now: u64, records: &[Record]| {
         records.iter().for_each(|record| primary.sender.append(now, record, &mut primary.outbox));
         primary.sender.turn(now, &mut primary.outbox);
-        (primary.blocks().len(), primary.sender.deadline().unwrap())
+        (primary.blocks().len(), primary.sender.deadline())
     };
     let at = |us: u64| 10 * MS + us * 1000;
     // An answer of two frames leaves as one block.
-    assert_eq!(turn(at(0), &[output(1), output(2)]).0, 1);
+    assert_eq!(turn(at(0), &[output(1), output(2)]), (1, None));
     assert_eq!(turn(at(100), &[output(3)]).0, 1);
     assert_eq!(turn(at(200), &[output(4)]).0, 0);
     assert_eq!(turn(at(300), &[output(5)]).0, 0);
     assert_eq!(turn(at(1100), &[]).0, 1, "both together, a spacing after the last");
     // Who looks after a guest that makes no more turns is called in time, and not for each output anew.
     let called = turn(at(1200), &[output(6)]).1;
-    assert_eq!(called, at(1100) + 5 * MS);
-    primary.sender.tick(called, &mut primary.outbox);
+    assert_eq!(called, Some(at(1100) + 5 * MS));
+    primary.sender.tick(at(1100) + 5 * MS, &mut primary.outbox);
     assert_eq!(primary.blocks().len(), 1);
 }
 
@@ -331,7 +347,7 @@ fn what_no_output_waits_for_is_acknowledged_together() {
     assert_eq!(receive(&mark(2)), None);
     assert_eq!(receive(&mark(3)), None);
     let due = receiver.deadline().unwrap();
-    assert_eq!((due, receiver.ack(due - 1, 0)), (12 * MS, None));
+    assert_eq!((due, receiver.ack(due - 1, 0)), (20 * MS, None));
     assert_eq!(receiver.ack(due, 0).map(|ack| ack.received), Some(3));
     assert_eq!(receiver.deadline(), None);
 }
