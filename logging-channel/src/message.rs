@@ -13,7 +13,7 @@ use entry::log::EndReason;
 /// First bytes of a connection's hello.
 pub const MAGIC: [u8; 8] = *b"VMFTCHN\0";
 /// Version of the protocol.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 /// Longest VM's or disk's name, bytes.
 pub const NAME_MAX: usize = 64;
 /// Most disks of a VM.

@@ -85,7 +85,7 @@ fn refusal(bytes: &[u8]) -> MessageError {
 /// The file never changes: another format is another version, with a file of its own.
 #[test]
 fn golden() {
-    let golden = include_bytes!("golden/v1.channel");
+    let golden = include_bytes!("golden/v2.channel");
     assert!(bytes_of(&one_of_each()) == golden, "the bytes of the channel have changed");
     assert_eq!(read(golden, &[golden.len()]), (one_of_each(), None));
 }
@@ -120,7 +120,7 @@ fn errors_name_the_field_and_its_offset() {
     };
     // Kind and a length of two bytes stand before the hello's body.
     assert_eq!(changed(3, b'X'), "channel: byte 3: not a vmft channel (the magic differs)");
-    assert_eq!(changed(11, 9), "channel: byte 11: protocol version 9, this vmft speaks version 1");
+    assert_eq!(changed(11, 9), "channel: byte 11: protocol version 9, this vmft speaks version 2");
     assert_eq!(changed(13, 2), "channel: byte 13: role 2 is unknown");
     assert_eq!(changed(14, 0), "channel: byte 14: VM's name is 0, allowed is 1 to 64");
     assert_eq!(changed(0, 99), "channel: byte 0: unknown kind of message 99");

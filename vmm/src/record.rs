@@ -287,5 +287,6 @@ pub(crate) fn logged_state(digest: &StateDigest) -> entry::log::StateDigest {
             devices.write(&d.0.to_le_bytes());
         }
     }
-    entry::log::StateDigest { vcpu: part("vcpu"), devices: Digest(devices.finish_128()), ram: part("ram") }
+    let devices = Digest(devices.finish_128());
+    entry::log::StateDigest { vcpu: part("vcpu").into(), devices: devices.into(), ram: part("ram").into() }
 }

@@ -13,7 +13,7 @@ use crate::{Position, PositionUnit};
 /// First bytes of a log.
 pub const MAGIC: [u8; 8] = *b"VMFTLOG\0";
 /// Version of the format.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 /// Longest block, bytes of its entries.
 pub const BLOCK_MAX: usize = 1 << 20;
 /// Bytes of entries from which on a block is closed: below [`BLOCK_MAX`] by more than the longest entry.

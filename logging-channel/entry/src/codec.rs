@@ -3,7 +3,9 @@
 //! Decoding is total: every byte string gives records or an error with its offset, and nothing is allocated by
 //! a length that the bytes do not back.
 
-use crate::log::{DiskStatus, EndReason, Entry, LoggedInput, LoggedOutput, OutputTo, Record, StateDigest};
+use crate::log::{
+    CheckWord, DiskStatus, EndReason, Entry, LoggedInput, LoggedOutput, OutputTo, Record, StateDigest,
+};
 use crate::{Answer, Console, Digest, Position, PositionUnit};
 
 /// Bytes of an Ethernet frame, console input or output.
@@ -151,8 +153,8 @@ fn body(entry: &Entry, out: &mut Vec<u8>) -> u8 {
             kind::MARK
         }
         Entry::State(s) => {
-            for d in [&s.vcpu, &s.devices, &s.ram] {
-                digest(d, out);
+            for CheckWord(word) in [s.vcpu, s.devices, s.ram] {
+                out.extend(word.to_le_bytes());
             }
             kind::STATE
         }
@@ -256,9 +258,9 @@ impl<'a> Reader<'a> {
             }
             kind::MARK => Entry::Mark { time_ns: self.varint("time")? },
             kind::STATE => Entry::State(StateDigest {
-                vcpu: self.digest()?,
-                devices: self.digest()?,
-                ram: self.digest()?,
+                vcpu: self.check_word()?,
+                devices: self.check_word()?,
+                ram: self.check_word()?,
             }),
             kind::EXITS => {
                 let at = self.offset();
@@ -286,6 +288,10 @@ impl<'a> Reader<'a> {
             0 => Console::Serial,
             n => Console::Virtio(n - 1),
         })
+    }
+
+    fn check_word(&mut self) -> Result<CheckWord, DecodeError> {
+        self.array("check word").map(|word| CheckWord(u32::from_le_bytes(word)))
     }
 
     fn digest(&mut self) -> Result<Digest, DecodeError> {

@@ -6,7 +6,7 @@ use vmft_entry::block::{BLOCK_MAX, Decoder, Encoder};
 use vmft_entry::codec::{BYTES_MAX, DecodeError, ENTROPY_MAX, Reader, What};
 use vmft_entry::identity::Identity;
 use vmft_entry::log::{
-    DiskStatus, EndReason, Entry, LoggedInput, LoggedOutput, OutputTo, Record, StateDigest,
+    CheckWord, DiskStatus, EndReason, Entry, LoggedInput, LoggedOutput, OutputTo, Record, StateDigest,
 };
 use vmft_entry::{Answer, Console, Digest, End, Position, PositionUnit};
 
@@ -49,11 +49,10 @@ fn entry() -> impl Strategy<Value = Entry> {
         vec(any::<u8>(), 0..100).prop_map(|b| Entry::Answer(Answer::Entropy(b))),
         any::<u64>().prop_map(|v| Entry::Answer(Answer::Value(v))),
         any::<u64>().prop_map(|time_ns| Entry::Mark { time_ns }),
-        (digest(), digest(), digest()).prop_map(|(vcpu, devices, ram)| Entry::State(StateDigest {
-            vcpu,
-            devices,
-            ram
-        })),
+        any::<[u32; 3]>().prop_map(|words| {
+            let [vcpu, devices, ram] = words.map(CheckWord);
+            Entry::State(StateDigest { vcpu, devices, ram })
+        }),
         vec(any::<u16>(), 1..100).prop_map(Entry::Exits),
         end.prop_map(Entry::End),
     ]
@@ -221,7 +220,7 @@ fn errors_name_the_offset() {
     assert!(failure(b"VMFTLOX\0").starts_with("log: byte 0: not a vmft log"));
     let mut newer = log.clone();
     newer[8] = 9;
-    assert_eq!(failure(&newer), "log: byte 8: version 9, this vmft reads version 2");
+    assert_eq!(failure(&newer), "log: byte 8: version 9, this vmft reads version 3");
     let mut huge = log.clone();
     huge[10..14].copy_from_slice(&u32::MAX.to_le_bytes());
     assert!(failure(&huge).starts_with("log: byte 10: the identity's length is 4294967295"));
@@ -282,7 +281,7 @@ fn sample() -> Vec<(Record, bool)> {
         Entry::Output(LoggedOutput { to: OutputTo::Net(0), len: 1514, digest: Digest(u128::MAX / 3) }),
         Entry::Output(LoggedOutput { to: OutputTo::Console(Console::Virtio(3)), len: 1, digest: Digest(7) }),
         Entry::Mark { time_ns: 5_000_000_000 },
-        Entry::State(StateDigest { vcpu: Digest(1), devices: Digest(2), ram: Digest(3) }),
+        Entry::State(StateDigest { vcpu: CheckWord(1), devices: CheckWord(2), ram: CheckWord(3) }),
         Entry::End(EndReason::Guest(End::Reboot)),
         Entry::End(EndReason::Stopped),
     ];
@@ -296,7 +295,7 @@ fn sample() -> Vec<(Record, bool)> {
 
 #[test]
 fn the_golden_log_has_not_changed() {
-    let golden = include_bytes!("golden/v2.log");
+    let golden = include_bytes!("golden/v3.log");
     let records = sample();
     assert_eq!(
         encode(PositionUnit::Instructions, &records),
@@ -309,7 +308,7 @@ fn the_golden_log_has_not_changed() {
 
 #[test]
 fn the_golden_log_of_exits_has_not_changed() {
-    let golden = include_bytes!("golden/v2-exits.log");
+    let golden = include_bytes!("golden/v3-exits.log");
     let record = |count, within, entry| {
         (Record { position: Position { within, ..Position::exact(count) }, entry }, false)
     };
@@ -325,7 +324,9 @@ fn the_golden_log_of_exits_has_not_changed() {
 }
 
 #[test]
-fn version_1_is_refused() {
-    let error = decode(include_bytes!("golden/v1.log"), 4096).unwrap_err();
-    assert_eq!((error.offset, error.what), (8, What::Version(1)));
+fn older_versions_are_refused() {
+    for (version, log) in [(1, &include_bytes!("golden/v1.log")[..]), (2, include_bytes!("golden/v2.log"))] {
+        let error = decode(log, 4096).unwrap_err();
+        assert_eq!((error.offset, error.what), (8, What::Version(version)));
+    }
 }

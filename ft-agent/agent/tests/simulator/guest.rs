@@ -93,8 +93,12 @@ impl Guest {
     }
 
     pub fn digest(&self) -> StateDigest {
-        let d = Digest(self.hash as u128 | (self.outputs as u128) << 64);
-        StateDigest { vcpu: d, devices: Digest(self.count as u128), ram: Digest(self.done as u128) }
+        let vcpu = Digest((self.hash ^ self.outputs) as u128).into();
+        StateDigest {
+            vcpu,
+            devices: Digest(self.count as u128).into(),
+            ram: Digest(self.done as u128).into(),
+        }
     }
 }
 
