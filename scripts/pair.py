@@ -91,8 +91,12 @@ class Site:
         self.processes.append(process)
         return process
 
-    def start_store(self):
+    def make_keys(self):
+        """Keys of the store's members and of both hosts."""
         sh(STORE, "keys", self.path("keys"), "--members", "1,2,3", "--clients", "a,b")
+
+    def start_store(self):
+        self.make_keys()
         peers = ",".join(f"{n}={CONTROL}.3:{7400 + n}" for n in (1, 2, 3))
         for n in (1, 2, 3):
             self.start("store", STORE, "serve", "--id", str(n), "--listen", f"{CONTROL}.3:{7400 + n}", "--peers", peers,

@@ -104,8 +104,6 @@ pub struct Sender {
     /// When its first output was.
     output_since: Option<u64>,
     spacing: Spacing,
-    /// An output has waited at a turn.
-    output_waits: bool,
     /// Outputs that had waited have left lately. Whoever sleeps until [`Sender::deadline`] wakes once for all that follow in that
     /// time, and need not be woken for each.
     busy_until: Option<u64>,
@@ -137,7 +135,6 @@ impl Sender {
             open_since: None,
             output_since: None,
             spacing: Spacing::new(),
-            output_waits: false,
             busy_until: None,
             rests: false,
             closed: VecDeque::new(),
@@ -178,14 +175,13 @@ impl Sender {
     /// The guest's loop makes a turn: outputs leave, at once or after a while ([`Limits::spacing_ns`]).
     pub fn turn(&mut self, now: u64, out: &mut Outbox) {
         self.rests = false;
-        let recorded = self.cursors.outputs_recorded;
+        let (recorded, had_waited) = (self.cursors.outputs_recorded, self.spacing.has_waited());
         if !self.is_detached && self.spacing.may_leave(now, recorded, self.limits.spacing_ns) {
-            if std::mem::take(&mut self.output_waits) {
+            if had_waited {
                 self.busy_until = Some(now.saturating_add(self.limits.output_wait_ns()));
             }
             self.flush(out);
         }
-        self.output_waits = self.output_since.is_some();
         self.tick(now, out);
     }
 

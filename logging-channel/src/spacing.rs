@@ -63,6 +63,11 @@ impl Spacing {
         true
     }
 
+    /// Some of the outputs that are here had to wait at a look.
+    pub(crate) fn has_waited(&self) -> bool {
+        self.waits
+    }
+
     /// The guest rests: nothing follows that could leave together with what is here.
     pub(crate) fn rest(&mut self) {
         if self.waits {
