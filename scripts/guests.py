@@ -1,4 +1,4 @@
-"""Running guests for the scripts beside this file: two hosts in network namespaces, and a guest with its console."""
+"""For the scripts beside this file: a host and a client in network namespaces, and running guests with their consoles."""
 import os
 import re
 import select
@@ -6,17 +6,17 @@ import subprocess
 import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-# Another binary to measure: VMFT=/path/to/vmft.
+# VMFT=/path/to/vmft in the environment measures another binary.
 VMFT = os.environ.get("VMFT") or os.path.join(ROOT, "target/release/vmft")
 HOST, CLIENT = f"vmft-q{os.getpid()}", f"vmft-p{os.getpid()}"
-# Addresses of a guest on tap0 and of one on tap1, which may run beside it; the first MAC is vmft's own choice.
+# Addresses of the guests on tap0 and tap1; the first MAC is vmft's default.
 GUESTS = ("10.78.0.2", "10.78.0.3")
 MACS = ("02:76:6d:66:74:01", "02:76:6d:66:74:02")
 GUEST = GUESTS[0]
-# Cores of guests and of their client, if they are to stay there.
+# The cores to pin guests and their client to; None pins nothing.
 CORES = None
 MEMORY_MIB = 256
-# QEMU's -icount where it is quickest, and where it records; virtio-net then needs tx=timer, else the replay never ends.
+# QEMU's -icount for the fastest run, and for recording; virtio-net then needs tx=timer, or the replay never ends.
 QUICKEST, RECORDED = "shift=0,sleep=off", "shift=3"
 
 
@@ -25,15 +25,15 @@ def sh(*command, **kw):
 
 
 def prepare(*packages, guest="linux"):
-    """Installs packages, builds the guest, and vmft unless another is asked for."""
+    """Installs packages, builds the guest, and builds vmft unless $VMFT names another binary."""
     sh(os.path.join(ROOT, "scripts/needs"), "iproute2", *packages)
     if "VMFT" not in os.environ and subprocess.run(["cargo", "build", "--release", "--bin", "vmft"], cwd=ROOT).returncode:
-        raise SystemExit("the build failed")
+        raise SystemExit("building vmft failed; see above")
     sh(os.path.join(ROOT, "guest-images/build"), guest)
 
 
 class Hosts:
-    """A host with taps, and a client on the same network; removed at the end."""
+    """A host with two taps, and a client on the same network, as namespaces; removed at the end."""
 
     def __enter__(self):
         for ns in (HOST, CLIENT):
@@ -48,8 +48,8 @@ class Hosts:
             sh(*h, "set", tap, "master", "br0", "up")
         sh("ip", "-n", CLIENT, "address", "add", "10.78.0.1/24", "dev", "eth0")
         sh("ip", "-n", CLIENT, "link", "set", "eth0", "up")
-        # Connections that the last guest left behind look for it while the next boots. That this fails must not be an
-        # answer to who connects to the next: redis-benchmark would wait for ever.
+        # Connections that the last guest left open make the client resolve its address while the next guest boots. Without
+        # a permanent entry that lookup fails, and a new connection to the guest would fail with it: redis-benchmark would hang.
         for guest, mac in zip(GUESTS, MACS):
             sh("ip", "-n", CLIENT, "neigh", "add", guest, "lladdr", mac, "nud", "permanent", "dev", "eth0")
         return self
@@ -68,13 +68,13 @@ def on_client(*command):
 
 
 def redis(operation, connections, requests, guest=GUEST):
-    """Requests a second of redis-benchmark."""
+    """Requests a second, as redis-benchmark measures them."""
     out = on_client("redis-benchmark", "-h", guest, "-t", operation, "-c", str(connections), "-n", str(requests), "--csv")
     return float(out.strip().splitlines()[-1].split(",")[1].strip('"'))
 
 
 class Vm:
-    """A running guest; its console is read as it comes."""
+    """A running guest and its console."""
 
     def __init__(self, command):
         self.start, self.seen = time.monotonic(), ""
@@ -88,7 +88,7 @@ class Vm:
             ready, _, _ = select.select([self.process.stdout], [], [], max(left, 0))
             data = os.read(self.process.stdout.fileno(), 65536) if ready else b""
             if not data:
-                raise SystemExit(f"no {text!r} from {self.process.args[4]}:\n{self.seen}")
+                raise SystemExit(f"{self.process.args[4]} did not print {text!r}; its output:\n{self.seen}")
             self.seen += data.decode(errors="replace")
         return time.monotonic() - self.start
 
@@ -97,7 +97,7 @@ class Vm:
         self.process.stdin.flush()
 
     def ended(self):
-        """All that it printed, once it has ended by itself with success."""
+        """Waits until the process has ended; returns everything it printed. Exits if it failed."""
         self.seen += self.process.stdout.read().decode(errors="replace")
         if self.process.wait():
             raise SystemExit(f"{self.process.args[4]} failed:\n{self.seen}")
@@ -105,11 +105,11 @@ class Vm:
 
     def cpu_s(self):
         """CPU seconds that the process has used."""
-        # Of all its threads: the clock that clock_getcpuclockid(3) names.
+        # The process's CPU-time clock, as clock_getcpuclockid(3) computes its number.
         return time.clock_gettime(~self.process.pid << 3 | 2)
 
     def beyond_ram_mib(self):
-        """Resident memory of the process but for its largest mapping, which is the guest's RAM."""
+        """Resident memory of the process in MiB, without its largest mapping, the guest's RAM."""
         kib = [int(k) for k in re.findall(r"^Rss:\s+(\d+)", open(f"/proc/{self.process.pid}/smaps").read(), re.M)]
         return (sum(kib) - max(kib)) / 1024
 
@@ -122,14 +122,14 @@ class Vm:
 
 
 def vmft(extra, net, command=("run",), number=0):
-    """vmft's command line for the Linux guest, which is on the tap of this number."""
+    """vmft's command line for the Linux guest, on the tap with this number if `net`."""
     line = [VMFT, *command, "--guest", "linux", "--cpu", "soft", "--memory-mib", str(MEMORY_MIB), "--cmdline", extra]
     return line + (["--tap", f"tap{number}", "--mac", MACS[number], "--ip", f"{GUESTS[number]}/24"] if net else [])
 
 
 def qemu(extra, ip=None, icount=None, log=None, tap="tap0", mac=MACS[0], memory_mib=MEMORY_MIB):
-    """QEMU's command line for the Linux guest. With icount (as its option -icount has it) instructions are counted; with
-    log it records there."""
+    """QEMU's command line for the Linux guest. `icount` is the value of QEMU's option -icount; with `log` QEMU records into that
+    file."""
     if ip:
         extra += f" ip={ip}:::255.255.255.0::eth0:off"
     line = [os.path.join(ROOT, "guest-images/linux/qemu"), "initrd", extra, "-m", str(memory_mib)]

@@ -1,7 +1,7 @@
-"""What the link between the two hosts of a pair costs without vmft: programs for scripts/bench, one for each end.
+"""Programs that scripts/bench runs at the two ends of a pair's link, to measure what the link costs without vmft.
 
-    link.py echo | ask          round trips of a byte by TCP, with a pause as a guest makes one; ask prints the median in us
-    link.py sink KEYS | carry KEYS TAP   carry sends by TLS as many bytes as the host puts into TAP
+    link.py echo | ask   round trips of a byte by TCP, with a pause between them; ask prints the median in us
+    link.py sink KEYS | carry KEYS TAP   carry sends to sink, by TLS, as many bytes as the host sends into TAP
 """
 import os
 import socket
@@ -11,7 +11,7 @@ import sys
 import time
 
 ADDRESS = ("10.78.0.2", 7499)
-# A block of the log, and how long it waits for more.
+# The size of a full block of vmft's log in bytes, and the pause before more is sent.
 BLOCK, WAIT_S = 63 << 10, 0.002
 
 

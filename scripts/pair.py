@@ -1,4 +1,4 @@
-"""A pair with its store, and unprotected guests beside it, in network namespaces; for the scripts beside this file."""
+"""For the scripts beside this file: a pair with its store, and unprotected guests, in network namespaces."""
 import os
 import select
 import shutil
@@ -14,16 +14,16 @@ STORE = os.environ.get("VMFT_STORE") or os.path.join(ROOT, "target/release/vmft-
 ID = os.getpid()
 CONTROL = "10.79.0"
 DISK_MIB = 128
-# Cores of host a, of host b, of the client of a guest on a and of one on b.
+# The cores to pin to: host a, host b, the client of a guest on a, and the client of a guest on b.
 PLACEMENTS = {"cores": (0, 1, 0, 1), "one-core": (0, 0, 1, 1), "free": None}
 
 
 def prepare(guest, *packages):
-    """Installs packages, builds the guest, and vmft and vmft-store unless others are asked for."""
+    """Installs packages and builds the guest; builds vmft and vmft-store unless $VMFT and $VMFT_STORE name other binaries."""
     guests.prepare("e2fsprogs", "util-linux", *packages, guest=guest)
     if "VMFT_STORE" not in os.environ and subprocess.run(
             ["cargo", "build", "--release", "--bin", "vmft-store"], cwd=ROOT).returncode:
-        raise SystemExit("the build of the store failed")
+        raise SystemExit("building vmft-store failed; see above")
 
 
 def ns(name):
@@ -35,7 +35,8 @@ def ip(*words):
 
 
 def plug(interface, one, other, bridge_one=None, bridge_other=None, address=None):
-    """A cable between two namespaces; each end is a port of a bridge, or has an address."""
+    """Lays a cable between two namespaces. An end becomes a port of a bridge, if one is given;
+    the other namespace's end gets the address, if one is given."""
     ip("-n", ns(one), "link", "add", interface, "type", "veth", "peer", "name", interface + "p", "netns", ns(other))
     for name, end, bridge in ((one, interface, bridge_one), (other, interface + "p", bridge_other)):
         if bridge:
@@ -46,7 +47,7 @@ def plug(interface, one, other, bridge_one=None, bridge_other=None, address=None
 
 
 class Site:
-    """Hosts a and b, a client, and the store, in namespaces; what runs in them. Gone at the end."""
+    """Namespaces for hosts a and b, a client and the store, and the processes in them; removed at the end."""
 
     def __init__(self, options):
         self.options, self.processes, self.guests = options, [], 0
@@ -75,9 +76,9 @@ class Site:
 
     def __exit__(self, *_):
         for process in self.processes:
-            # What ends by itself here was not to end, and has said why.
+            # No process is expected to end by itself: show what it printed.
             if process.poll() is not None and process.stdout:
-                print(f"{process.args} has ended:\n{process.stdout.read().decode(errors='replace')}", file=sys.stderr)
+                print(f"{process.args} ended early:\n{process.stdout.read().decode(errors='replace')}", file=sys.stderr)
             process.kill()
             process.wait()
         for name in ("a", "b", "lan", "store"):
@@ -92,7 +93,7 @@ class Site:
         return process
 
     def make_keys(self):
-        """Keys of the store's members and of both hosts."""
+        """Makes the keys of the store's members and of both hosts."""
         sh(STORE, "keys", self.path("keys"), "--members", "1,2,3", "--clients", "a,b")
 
     def start_store(self):
@@ -107,7 +108,7 @@ class Site:
         return os.path.join(self.dir, name)
 
     def wire(self, hosts):
-        """A tap of the same number on each of these hosts, for a new guest; its number."""
+        """Makes a tap for a new guest on each of these hosts; returns its number, the same on all."""
         self.guests += 1
         for host in hosts:
             ip("-n", ns(host), "tuntap", "add", f"tap{self.guests}", "mode", "tap")
@@ -115,7 +116,7 @@ class Site:
         return self.guests
 
     def boot(self, host, number, *command):
-        """Starts a guest, or a side of the pair, with what all have alike."""
+        """Starts a guest, or a side of a pair, with the options that all of them share."""
         options = self.options
         line = [VMFT, *command, "--guest", options.guest, "--cpu", options.cpu, "--memory-mib", str(options.memory_mib),
                 "--tap", f"tap{number}", "--mac", mac(number), "--ip", f"{address(number)}/24"]
@@ -132,7 +133,7 @@ class Site:
                          "--control", self.path(f"{host}{number}.sock"))
 
     def pair(self):
-        """Starts a pair; its number and its processes, the primary first."""
+        """Starts a pair; returns its number and its processes, the primary first."""
         number = self.wire("ab")
         peer = f"10.78.0.2:{7500 + number}"
         backup = self.replica("b", number, "backup", "--listen", peer)
@@ -142,7 +143,7 @@ class Site:
         return number, [primary, backup]
 
     def plain(self, hosts):
-        """Starts an unprotected guest on each of these hosts; their numbers and processes."""
+        """Starts an unprotected guest on each of these hosts; returns their numbers and processes."""
         numbers = [self.wire(host) for host in hosts]
         running = [self.boot(host, number, "run") for host, number in zip(hosts, numbers)]
         for process in running:
@@ -159,11 +160,11 @@ def mac(number):
 
 
 def wait_for(process, text, seconds=180):
-    """Reads what a process prints until it has printed text; what comes later is left in the pipe."""
+    """Reads a process's output until it contains text; what comes later is left in the pipe."""
     seen, end = "", time.monotonic() + seconds
     while text not in seen:
         ready, _, _ = select.select([process.stdout], [], [], max(end - time.monotonic(), 0))
         data = os.read(process.stdout.fileno(), 65536) if ready else b""
         if not data:
-            raise SystemExit(f"no {text!r} from {' '.join(process.args)}:\n{seen}")
+            raise SystemExit(f"{' '.join(process.args)} did not print {text!r}; its output:\n{seen}")
         seen += data.decode(errors="replace")

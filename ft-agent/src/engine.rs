@@ -1,4 +1,4 @@
-//! Which engine runs the guest: the user's wish, and what this host can do.
+//! Chooses the engine that runs the guest, from the user's options and what this host can do.
 
 use clap::ValueEnum;
 use serde::Deserialize;
@@ -7,64 +7,71 @@ use vmm::Engine;
 use crate::doctor;
 use crate::error::Error;
 
-/// Which CPU executes the guest.
+/// The CPU that executes the guest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Cpu {
-    /// The best that this host can run deterministically.
+pub enum CpuChoice {
+    /// The host's CPU if this host can run it deterministically, otherwise the software CPU.
     #[default]
     Auto,
-    /// The software CPU: any x86-64 host.
+    /// The software CPU, which runs on any x86-64 host.
     Soft,
-    /// The same without translated code: slower, and otherwise the same to the last bit.
+    /// The software CPU without translated code: slower, with the same result to the last bit.
     Interpreter,
-    /// The host's own, through /dev/kvm.
+    /// The host's CPU, through /dev/kvm.
     Kvm,
 }
 
-/// What a position counts on KVM.
+/// What positions count with `--cpu kvm`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Positions {
-    /// The best that this host has.
+pub enum PositionsChoice {
+    /// Hardware counters if they are exact on this host, otherwise the guest's synchronous exits.
     #[default]
     Auto,
-    /// Hardware counters.
+    /// Conditional branches, by a hardware counter.
     Counter,
     /// The guest's synchronous exits.
     Sync,
-    /// Single steps: for tests.
+    /// Single steps, for tests.
     Step,
 }
 
-/// Chooses, and says what and why in a line.
+/// Chooses the engine, and prints a line that names it and the reason.
 ///
 /// # Errors
-/// What is asked for cannot be had here.
-pub fn choose(cpu: Cpu, positions: Positions) -> Result<Engine, Error> {
+/// The engine that was asked for is not available on this host, or the options contradict each other.
+pub fn choose(cpu: CpuChoice, positions: PositionsChoice) -> Result<Engine, Error> {
     let asked = "as asked for".to_owned();
     let (engine, why) = match (cpu, positions) {
-        (Cpu::Auto, Positions::Auto) => match doctor::exact() {
+        (CpuChoice::Auto, PositionsChoice::Auto) => match doctor::check_exact_positions() {
             Ok(why) => (Engine::KvmCounter, why),
-            Err(why) => (Engine::Soft, format!("KVM would not be exact here: {why}")),
+            Err(why) => (Engine::Soft, format!("KVM is not exact on this host: {why}")),
         },
-        (Cpu::Soft, Positions::Auto) => (Engine::Soft, asked),
-        (Cpu::Soft, Positions::Counter) => (Engine::SoftCounter, "a simulated counter, for tests".into()),
-        (Cpu::Interpreter, Positions::Auto) => {
+        (CpuChoice::Soft, PositionsChoice::Auto) => (Engine::Soft, asked),
+        (CpuChoice::Soft, PositionsChoice::Counter) => {
+            (Engine::SoftCounter, "a simulated counter, for tests".into())
+        }
+        (CpuChoice::Interpreter, PositionsChoice::Auto) => {
             (Engine::Interpreter, "the software CPU without translated code, as asked for".into())
         }
-        (Cpu::Auto | Cpu::Soft | Cpu::Interpreter, _) => {
-            return Err(Error::config("positions", "they are a choice of --cpu kvm only"));
+        (CpuChoice::Auto | CpuChoice::Soft | CpuChoice::Interpreter, _) => {
+            return Err(Error::config(
+                "positions",
+                "--positions needs --cpu kvm; leave it out, or give --cpu kvm as well",
+            ));
         }
-        (Cpu::Kvm, Positions::Auto) => match doctor::exact() {
+        (CpuChoice::Kvm, PositionsChoice::Auto) => match doctor::check_exact_positions() {
             Ok(why) => (Engine::KvmCounter, why),
-            Err(why) => (Engine::KvmSync, format!("no exact counter here: {why}")),
+            Err(why) => (Engine::KvmSync, format!("this host has no exact counter: {why}")),
         },
-        (Cpu::Kvm, Positions::Sync) => (Engine::KvmSync, asked),
-        (Cpu::Kvm, Positions::Step) => (Engine::KvmStep, asked),
-        (Cpu::Kvm, Positions::Counter) => match doctor::exact() {
+        (CpuChoice::Kvm, PositionsChoice::Sync) => (Engine::KvmSync, asked),
+        (CpuChoice::Kvm, PositionsChoice::Step) => (Engine::KvmStep, asked),
+        (CpuChoice::Kvm, PositionsChoice::Counter) => match doctor::check_exact_positions() {
             Ok(why) => (Engine::KvmCounter, why),
-            Err(why) => return Err(Error::config("positions", format!("no exact counter here: {why}"))),
+            Err(why) => {
+                return Err(Error::config("positions", format!("this host has no exact counter: {why}")));
+            }
         },
     };
     eprintln!("engine: {} ({why})", engine.name());

@@ -1,68 +1,68 @@
-//! What may go wrong, sorted by what the user can do about it.
+//! The errors that end the program, sorted by what the user can do about them.
 
 use std::process::ExitCode;
 
-use agent::Exit;
+use agent::Outcome;
 use test_and_set::names::{Generation, VmName};
+use vmm::bisect::FirstDifference;
 use vmm::guest_loop::LoopError;
-use vmm::narrow::Parting;
 use vmm::replay::Divergence;
 use vmm::{BootError, MachineError};
 
 /// An error that ends the program.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The user asked for something that cannot be.
+    /// An option, a field of a file or a file that an option names is wrong.
     #[error("{field}: {why}")]
     Config {
-        /// The option or field.
+        /// The option or the field.
         field: String,
-        /// What is wrong with it, and what would be right.
+        /// What is wrong, and what to do about it.
         why: String,
     },
     /// The guest cannot be booted from these files.
     #[error(transparent)]
     Boot(#[from] BootError),
-    /// The machine cannot be made, or its engine failed.
+    /// The machine cannot be created, or its engine failed.
     #[error(transparent)]
     Machine(#[from] MachineError),
-    /// This host cannot do its part.
+    /// Something on this host failed: a file, a device or a system call.
     #[error("{what}: {source}")]
     Host {
-        /// What was being done, with the file or device.
+        /// What failed, with the file or device: `cannot write log run.log`.
         what: String,
-        /// What the system said.
+        /// The cause.
         source: std::io::Error,
     },
-    /// Replay and recording differ.
+    /// The replay differs from the recording.
     #[error(transparent)]
     Divergence(Box<Divergence>),
-    /// Two replays of one log differ: this host or its engine is to be mistrusted.
+    /// Two replays of one log differ, each time at the same position: this host or its engine cannot be trusted.
     #[error(transparent)]
-    Parting(Box<Parting>),
-    /// Two replays of one log differed, and not again.
+    ReplaysDiffer(Box<FirstDifference>),
+    /// Two replays of one log differed once, and did not when they were repeated.
     #[error(
-        "two replays differed between the positions {equal_at} and {differs_at}, but not when they were repeated: this \
-         host does not always compute the same"
+        "two replays differed between positions {equal_at} and {differs_at}, but not when they were repeated: this host \
+         does not always compute the same result; test its memory and CPU, or replay on another host"
     )]
-    Unsteady {
-        /// Equal here.
+    NotRepeatable {
+        /// The last position at which the two replays were equal.
         equal_at: u64,
-        /// Different here.
+        /// The first position at which they were seen to differ.
         differs_at: u64,
     },
-    /// What protection costs could not be measured.
+    /// The benchmark failed.
     #[error(transparent)]
-    Bench(#[from] bench::Error),
-    /// This side of a pair is out.
+    Bench(#[from] bench::BenchError),
+    /// This side of a pair no longer runs the VM.
     #[error("{0}")]
-    Out(agent::Exit),
-    /// The store's record says that the VM runs. Where both hosts have died, the user has to say so.
+    Out(agent::Outcome),
+    /// According to the store the VM runs. If both hosts have died, the user has to say so.
     #[error(
-        "the store has another generation of VM {vm}, {generation}: the VM runs elsewhere, or both its hosts have died and \
-         `vmft forget --name {vm} --store '{store}'` lets it start again"
+        "the store has another generation of VM {vm}, {generation}: the VM runs elsewhere; if both its hosts have died, run \
+         `vmft forget --name {vm} --store '{store}'` and start it again"
     )]
-    Running {
+    RunsElsewhere {
         /// The VM.
         vm: VmName,
         /// The generation that is open.
@@ -70,31 +70,32 @@ pub enum Error {
         /// The store's URL.
         store: String,
     },
-    /// `vmft status` found a VM whose host may not die.
+    /// `vmft status` found a VM that is not protected: it would be lost with its host.
     #[error("the VM is not protected")]
     Unprotected,
     /// The guest crashed: its CPU shut down (triple fault).
     #[error("the guest crashed (triple fault) at position {position}")]
     GuestCrash {
-        /// Where.
+        /// The position of the guest at the crash.
         position: u64,
     },
 }
 
 impl Error {
-    /// A bad option.
+    /// An option or a field that is wrong: `why` says what is wrong with it and what to do.
     pub fn config(field: &str, why: impl Into<String>) -> Error {
         Error::Config { field: field.into(), why: why.into() }
     }
 
-    /// For `map_err`: a failure of this host while doing `what`.
+    /// For `map_err`: an error of this host; `what` says what failed (`cannot open tap web0`).
     pub fn host(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> Error {
         let what = what.into();
         move |source| Error::Host { what, source }
     }
 
-    /// The process' exit code: 1 unprotected (`vmft status`), 2 configuration, 3 host, 4 guest crash, 5 divergence, 6 fenced
-    /// (the other side lives), 7 not started (the VM runs elsewhere, or the peer was lost before the guest ran).
+    /// The exit code of the process: 1 not protected (`vmft status`), 2 configuration, 3 host, 4 guest crash, 5 divergence,
+    /// 6 fenced (the other side runs the VM), 7 not started (the VM runs elsewhere, or the peer was lost before the guest
+    /// ran).
     pub fn exit_code(&self) -> ExitCode {
         ExitCode::from(self.code())
     }
@@ -104,15 +105,15 @@ impl Error {
         match self {
             Error::Config { .. } | Error::Boot(_) => 2,
             Error::Machine(MachineError::Config(_) | MachineError::Boot(_)) => 2,
-            Error::Bench(bench::Error::Only(..)) => 2,
+            Error::Bench(bench::BenchError::Only(..)) => 2,
             Error::Machine(_) | Error::Host { .. } | Error::Bench(_) => 3,
             Error::GuestCrash { .. } => 4,
-            Error::Divergence(_) | Error::Parting(_) | Error::Unsteady { .. } => 5,
+            Error::Divergence(_) | Error::ReplaysDiffer(_) | Error::NotRepeatable { .. } => 5,
             Error::Unprotected => 1,
-            Error::Out(Exit::Fenced(_)) => 6,
-            Error::Running { .. } | Error::Out(Exit::NotOpened | Exit::NotStarted(_)) => 7,
-            Error::Out(Exit::Failed(_)) => 3,
-            Error::Out(Exit::Ended(_) | Exit::HandedOver | Exit::Stopped) => 0,
+            Error::Out(Outcome::Fenced(_)) => 6,
+            Error::RunsElsewhere { .. } | Error::Out(Outcome::NotOpened | Outcome::NotStarted(_)) => 7,
+            Error::Out(Outcome::Failed(_)) => 3,
+            Error::Out(Outcome::Ended(_) | Outcome::HandedOver | Outcome::Stopped) => 0,
         }
     }
 }

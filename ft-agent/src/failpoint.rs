@@ -1,71 +1,122 @@
-//! Places where a test makes a replica fail, at a moment of its choice: `VMFT_FAILPOINT=NAME:FILE` arms one, and making FILE
-//! sets it off; the file goes when that has happened. Debug builds only.
+//! Failpoints: places in a replica at which a test makes it fail. `VMFT_FAILPOINT=NAME:FILE` arms the failpoint NAME;
+//! creating FILE sets it off, and FILE is removed once the failure has happened. A release build has none of this code.
 
-use std::path::{Path, PathBuf};
-use std::sync::LazyLock;
-use std::sync::atomic::{AtomicU8, Ordering};
-use std::time::Duration;
+#[cfg(not(debug_assertions))]
+pub use disabled::{file, flip_ram_bit, stop, watch, wedge};
+#[cfg(debug_assertions)]
+pub use enabled::{file, flip_ram_bit, stop, watch, wedge};
 
-use nix::sys::signal::{Signal, raise};
+#[cfg(debug_assertions)]
+mod enabled {
+    use std::path::{Path, PathBuf};
+    use std::sync::LazyLock;
+    use std::sync::atomic::{AtomicU8, Ordering};
+    use std::time::Duration;
 
-static ARMED: LazyLock<Option<(String, PathBuf)>> = LazyLock::new(|| {
-    let armed = std::env::var("VMFT_FAILPOINT").ok().filter(|_| cfg!(debug_assertions))?;
-    armed.split_once(':').map(|(name, file)| (name.to_owned(), file.into()))
-});
+    use nix::sys::signal::{Signal, raise};
+    use vmm::Machine;
 
-/// The file is not there; it is; its failpoint was reached, and it has to go. The thread that fails may not see files itself.
-static STATE: AtomicU8 = AtomicU8::new(IDLE);
-const IDLE: u8 = 0;
-const WANTED: u8 = 1;
-const REACHED: u8 = 2;
+    static ARMED: LazyLock<Option<(String, PathBuf)>> = LazyLock::new(|| {
+        let armed = std::env::var("VMFT_FAILPOINT").ok()?;
+        armed.split_once(':').map(|(name, file)| (name.to_owned(), file.into()))
+    });
 
-const LOOK: Duration = Duration::from_millis(1);
+    /// State shared by the watching thread and the failing thread, because the failing thread may be confined and unable to
+    /// use files.
+    static STATE: AtomicU8 = AtomicU8::new(IDLE);
+    /// The file does not exist.
+    const IDLE: u8 = 0;
+    /// The file exists, and the failpoint has not been reached yet.
+    const WANTED: u8 = 1;
+    /// The failpoint has been reached, and the file has to be removed.
+    const REACHED: u8 = 2;
 
-/// The file that sets the one off that is armed.
-pub fn file() -> Option<&'static Path> {
-    ARMED.as_ref().map(|(_, file)| file.as_path())
-}
+    const POLL_INTERVAL: Duration = Duration::from_millis(1);
 
-/// Looks for the file from now on, if a failpoint is armed.
-pub fn watch() {
-    let Some(file) = file() else { return };
-    std::thread::spawn(move || {
-        loop {
-            std::thread::sleep(LOOK);
-            match STATE.load(Ordering::Acquire) {
-                IDLE if file.exists() => STATE.store(WANTED, Ordering::Release),
-                REACHED if std::fs::remove_file(file).is_ok() => STATE.store(IDLE, Ordering::Release),
-                _ => {}
+    /// The file that sets off the armed failpoint, if one is armed.
+    pub fn file() -> Option<&'static Path> {
+        ARMED.as_ref().map(|(_, file)| file.as_path())
+    }
+
+    /// Starts the thread that watches for the file, if a failpoint is armed.
+    pub fn watch() {
+        let Some(file) = file() else { return };
+        std::thread::spawn(move || {
+            loop {
+                std::thread::sleep(POLL_INTERVAL);
+                match STATE.load(Ordering::Acquire) {
+                    IDLE if file.exists() => STATE.store(WANTED, Ordering::Release),
+                    REACHED if std::fs::remove_file(file).is_ok() => STATE.store(IDLE, Ordering::Release),
+                    _ => {}
+                }
+            }
+        });
+    }
+
+    /// Whether the test wants the failure `name` here and now.
+    fn reached(name: &str) -> bool {
+        let Some((armed, _)) = &*ARMED else { return false };
+        let claim = || STATE.compare_exchange(WANTED, REACHED, Ordering::AcqRel, Ordering::Relaxed).is_ok();
+        if armed != name || !claim() {
+            return false;
+        }
+        while STATE.load(Ordering::Acquire) == REACHED {
+            std::thread::sleep(POLL_INTERVAL);
+        }
+        true
+    }
+
+    /// Failpoint `name`: stops the whole process with SIGSTOP.
+    pub fn stop(name: &str) {
+        if reached(name) {
+            raise(Signal::SIGSTOP).unwrap_or_else(|e| unreachable!("SIGSTOP to this process: {e}"));
+        }
+    }
+
+    /// Failpoint `name`: blocks this thread forever.
+    pub fn wedge(name: &str) {
+        if reached(name) {
+            loop {
+                std::thread::park();
             }
         }
-    });
-}
-
-/// Whether the test wants a failure here and now.
-pub fn reached(name: &str) -> bool {
-    let Some((armed, _)) = &*ARMED else { return false };
-    let taken = || STATE.compare_exchange(WANTED, REACHED, Ordering::AcqRel, Ordering::Relaxed).is_ok();
-    if armed != name || !taken() {
-        return false;
     }
-    while STATE.load(Ordering::Acquire) == REACHED {
-        std::thread::sleep(LOOK);
-    }
-    true
-}
 
-/// The whole process is stopped here.
-pub fn stop(name: &str) {
-    if reached(name) {
-        raise(Signal::SIGSTOP).unwrap_or_else(|e| unreachable!("SIGSTOP for oneself: {e}"));
-    }
-}
-
-/// This thread goes no further.
-pub fn wedge(name: &str) {
-    if reached(name) {
-        loop {
-            std::thread::park();
+    /// Failpoints `flip` and `flip-unseen`: flip a bit of the machine's RAM, noted as a write or not.
+    pub fn flip_ram_bit(machine: &mut Machine) {
+        for (name, noted) in [("flip", true), ("flip-unseen", false)] {
+            if reached(name) {
+                let ram = machine.ram();
+                let page = ram.pages() / 2;
+                ram.page(page)[0] ^= 1;
+                if noted {
+                    ram.note_written(page);
+                }
+            }
         }
     }
+}
+
+#[cfg(not(debug_assertions))]
+mod disabled {
+    use std::path::Path;
+
+    use vmm::Machine;
+
+    /// No file: no failpoint can be armed.
+    pub fn file() -> Option<&'static Path> {
+        None
+    }
+
+    /// Nothing to watch for.
+    pub fn watch() {}
+
+    /// Does not stop.
+    pub fn stop(_name: &str) {}
+
+    /// Does not block.
+    pub fn wedge(_name: &str) {}
+
+    /// Does not change RAM.
+    pub fn flip_ram_bit(_machine: &mut Machine) {}
 }

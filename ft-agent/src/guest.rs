@@ -1,4 +1,4 @@
-//! A guest before it runs: machine, boot files and disks, from the user's options or from a log's identity.
+//! A guest before its start: configuration, boot files and disks, from the user's options or from a log's identity.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -11,32 +11,32 @@ use vmm::machine::MACHINE_VERSION;
 use vmm::{BootFile, BootFiles, BootPlan, Engine, Machine, MachineConfig, Slot};
 
 use crate::error::Error;
-use crate::options::{ClockMode, Disk, Plan};
+use crate::options::{ClockMode, DiskConfig, GuestPlan};
 use crate::outside::disk::Image;
 
-/// Everything that a machine starts from, but for what its disks hold.
+/// Everything that a machine starts from, except the content of its disks.
 pub struct Guest {
-    /// The machine.
+    /// Configuration of the machine.
     pub config: MachineConfig,
-    /// What it boots.
+    /// The files that it boots from.
     pub files: BootFiles,
-    /// Where the kernel was read from.
+    /// The file that the kernel was read from.
     kernel: PathBuf,
-    /// Where the initial RAM disk was read from.
+    /// The file that the initial RAM disk was read from.
     initrd: Option<PathBuf>,
     /// The disks, in the order of their slots.
-    pub disks: Vec<Disk>,
-    /// Digests of what the disks held at the start, once they were read.
+    pub disks: Vec<DiskConfig>,
+    /// Digests of the content of the disks at the start, once they have been read.
     disk_contents: OnceLock<Vec<String>>,
 }
 
 impl Guest {
-    /// The guest of checked options, with the open images of its disks. `clock` says whether anything of the host
-    /// (its date, chance) may be in it.
+    /// The guest that checked options describe, with the open images of its disks. `clock` says whether the host's date and
+    /// random numbers may enter it.
     ///
     /// # Errors
     /// A file cannot be read.
-    pub fn new(plan: &Plan, clock: ClockMode) -> Result<(Guest, Vec<Image>), Error> {
+    pub fn new(plan: &GuestPlan, clock: ClockMode) -> Result<(Guest, Vec<Image>), Error> {
         let images = plan.disks.iter().map(Image::open).collect::<Result<Vec<_>, _>>()?;
         let config = MachineConfig {
             engine: plan.engine,
@@ -72,15 +72,20 @@ impl Guest {
                 Some(rewritten) if rewritten.is_empty() => {}
                 Some(rewritten) => eprintln!("kernel: {rewritten}"),
                 None => eprintln!(
-                    "kernel: warning: {} is no ELF file with sections, so that RDTSC and its like stay in it: a replay may differ",
+                    "kernel: warning: {} is not an ELF file with sections, so RDTSC, RDRAND and similar \
+                     instructions stay in it and a replay may diverge: boot an ELF vmlinux",
                     self.files.kernel.name()
                 ),
             }
         }
-        Ok(Machine::new(self.config.clone(), plan)?)
+        let machine = Machine::new(self.config.clone(), plan)?;
+        if let Some(warning) = machine.engine_warning() {
+            eprintln!("engine: warning: {warning}");
+        }
+        Ok(machine)
     }
 
-    /// What a log of this guest says at its start. Reads the disks whole.
+    /// The identity that a log of this guest begins with. The first call reads the whole disks.
     ///
     /// # Errors
     /// A disk cannot be read.
@@ -116,8 +121,8 @@ impl Guest {
         Ok(identity)
     }
 
-    /// Takes over what a primary has chosen for the guest when it started: its date and the seed of its random numbers.
-    /// What is missing there is found by comparing the identities.
+    /// Takes over what the primary chose when its guest started: the date and the seed of its random numbers. If one of them
+    /// is missing, the comparison of the identities fails later.
     pub fn adopt(&mut self, primary: &Identity) {
         if let Some(epoch_s) = primary.get("epoch-s").and_then(|t| t.parse().ok()) {
             self.config.epoch_s = epoch_s;
@@ -127,19 +132,22 @@ impl Guest {
         }
     }
 
-    /// The guest that a log was made of, its files found where the log says they were unless told otherwise.
+    /// The guest of a recording. Its files are those that `elsewhere` gives, or are where the log says they were.
     ///
     /// # Errors
-    /// A file is missing, or not the one of the recording: the field is named.
-    pub fn recorded(identity: &Identity, elsewhere: &Elsewhere) -> Result<Guest, Error> {
+    /// A file is missing, or is not the one of the recording; the error names the field.
+    pub fn from_recording(identity: &Identity, elsewhere: &FileOverrides) -> Result<Guest, Error> {
         let hint = |name: &str| identity.get(&format!("{HINT}{name}")).map(str::to_owned);
         let kernel = elsewhere.kernel.clone().or(hint("kernel").map(PathBuf::from));
-        let kernel = kernel.ok_or_else(|| Error::config("kernel", "the log does not say where it was"))?;
+        let kernel = kernel.ok_or_else(|| {
+            Error::config("kernel", "the log does not say where its kernel was: give --kernel FILE")
+        })?;
         let initrd = elsewhere.initrd.clone().or(hint("initrd").map(PathBuf::from));
         let hinted = (0..).map_while(|n| hint(&format!("disk-{n}"))).collect::<Vec<_>>();
         let disks = if elsewhere.disks.is_empty() { &hinted } else { &elsewhere.disks };
-        let text =
-            |name: &str| identity.get(name).ok_or_else(|| Error::config(name, "the log does not have it"));
+        let text = |name: &str| {
+            identity.get(name).ok_or_else(|| Error::config(name, "the log's identity lacks this field"))
+        };
         let cmdline = text("cmdline")?.to_owned();
         let seed = parse("seed", text("seed")?, unhex)?;
         let engine = parse("engine", text("engine")?, Engine::named)?;
@@ -160,30 +168,31 @@ impl Guest {
         match guest.identity()?.check(identity) {
             Ok(()) => Ok(guest),
             Err(difference) => {
-                let why = format!("the recording had another: {difference}");
+                let why = format!("this machine is not the recorded one: {difference}");
                 Err(Error::config(&difference.field, why))
             }
         }
     }
 }
 
-/// Where the files of a recording are now.
+/// Files of a recording that are not where they were when it was made.
 #[derive(Clone, Debug, Default, clap::Args)]
-pub struct Elsewhere {
-    /// The recording's kernel, if it is not where it was
+pub struct FileOverrides {
+    /// The recording's kernel, if its file was moved
     #[arg(long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,
-    /// The recording's initial RAM disk, if it is not where it was
+    /// The recording's initial RAM disk, if its file was moved
     #[arg(long, value_name = "FILE")]
     pub initrd: Option<PathBuf>,
-    /// The recording's disks as they were at its start, if they are not where they were
+    /// The recording's disk as it was at the start, if its file was moved; give all disks, in the same order
     #[arg(long = "disk", value_name = "FILE[,ro]")]
     pub disks: Vec<String>,
 }
 
 fn parse<T>(field: &str, text: &str, f: impl FnOnce(&str) -> Option<T>) -> Result<T, Error> {
-    f(text)
-        .ok_or_else(|| Error::config(field, format!("the log has {text:?}, which this vmft does not know")))
+    f(text).ok_or_else(|| {
+        Error::config(field, format!("this version of vmft cannot use the log's value {text:?}"))
+    })
 }
 
 /// Seconds since 1970 at guest time 0.
@@ -204,13 +213,13 @@ fn seed(clock: ClockMode) -> Result<[u8; 32], Error> {
     let mut seed = [0x5a; 32];
     if clock == ClockMode::Host {
         let random = File::open("/dev/urandom").and_then(|mut f| f.read_exact(&mut seed));
-        random.map_err(Error::host("/dev/urandom"))?;
+        random.map_err(Error::host("cannot read /dev/urandom"))?;
     }
     Ok(seed)
 }
 
-/// Network first, then disks, then entropy: the numbers of the slots follow from the options alone.
-fn slots(plan: &Plan, images: &[Image]) -> Vec<Slot> {
+/// The slots: network first, then disks, then entropy, so that their numbers follow from the options alone.
+fn slots(plan: &GuestPlan, images: &[Image]) -> Vec<Slot> {
     let net = plan.net.iter().map(|n| Slot::Net { mac: n.mac });
     let disks = plan.disks.iter().zip(images);
     let disks = disks.map(|(d, image)| Slot::Disk { bytes: image.bytes(), read_only: d.read_only });
@@ -235,15 +244,17 @@ fn boot_files(
 
 fn read_file(field: &str, path: &Path) -> Result<BootFile, Error> {
     let name = path.display().to_string();
-    let bytes = std::fs::read(path).map_err(|e| Error::config(field, format!("{name}: {e}")))?;
+    let bytes =
+        std::fs::read(path).map_err(|e| Error::config(field, format!("cannot read {field} {name}: {e}")))?;
     Ok(BootFile::new(name, bytes))
 }
 
-/// Digest of a file's content, as identities have it.
+/// Digest of a file's content, in the form that identities use.
 fn content(file: &BootFile) -> String {
     format!("{:032x}", file.digest().0)
 }
 
+/// Digest of a disk image's content, in the same form.
 fn disk_content(path: &Path) -> Result<String, Error> {
     let read = || -> io::Result<u128> {
         let mut file = File::open(path)?;
@@ -256,7 +267,7 @@ fn disk_content(path: &Path) -> Result<String, Error> {
             }
         }
     };
-    let digest = read().map_err(Error::host(format!("disk {}", path.display())))?;
+    let digest = read().map_err(Error::host(format!("cannot read disk image {}", path.display())))?;
     Ok(format!("{digest:032x}"))
 }
 

@@ -1,4 +1,4 @@
-//! `vmft log`: what is in a log.
+//! `vmft log`: shows what is in a log.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -14,62 +14,62 @@ use vmm::replay::Records;
 use crate::error::Error;
 use crate::log_file::LogReader;
 
-/// What to tell of a log.
+/// What to show of a log.
 #[derive(Subcommand, Debug)]
 pub enum LogCommand {
-    /// Entries and bytes by kind, and per guest second
+    /// Count entries and bytes by kind, and bytes per second of guest time
     Stat {
         /// The log
         file: PathBuf,
-        /// As JSON
+        /// Print JSON
         #[arg(long)]
         json: bool,
-        /// Only what came at this guest time in seconds, or later: to leave out a boot. Marks tell it to a second
-        #[arg(long, default_value_t = 0.0)]
+        /// Count only from this guest time on, in seconds (precise to one second): to leave out the boot
+        #[arg(long, value_name = "S", default_value_t = 0.0)]
         from_s: f64,
     },
-    /// One line an entry
+    /// Print the entries, one line each
     Show {
         /// The log
         file: PathBuf,
-        /// Only entries of these kinds (names as FORMAT.md has them)
-        #[arg(long, value_delimiter = ',')]
+        /// Only entries of these kinds, named as in FORMAT.md
+        #[arg(long, value_name = "KIND,...", value_delimiter = ',')]
         kind: Vec<String>,
-        /// Only entries at or behind this position
-        #[arg(long, default_value_t = 0)]
+        /// Only entries at this position or later ones
+        #[arg(long, value_name = "POSITION", default_value_t = 0)]
         from: u64,
-        /// Only entries before this position
-        #[arg(long, default_value_t = u64::MAX)]
+        /// Only entries before this position [default: to the end]
+        #[arg(long, value_name = "POSITION", default_value_t = u64::MAX, hide_default_value = true)]
         to: u64,
     },
 }
 
 #[derive(Default, Serialize)]
-struct Kind {
+struct KindStat {
     entries: u64,
     bytes: u64,
 }
 
 #[derive(Serialize)]
-struct Stat {
+struct LogStat {
     identity: BTreeMap<String, String>,
-    kinds: BTreeMap<&'static str, Kind>,
+    kinds: BTreeMap<&'static str, KindStat>,
     entries: u64,
-    /// With header and blocks.
+    /// Size of the file, with its header and the frames of its blocks; from `--from-s` on, if that is given.
     bytes: u64,
-    /// Bytes behind the last whole block.
+    /// Bytes after the last whole block.
     cut_off_bytes: usize,
     last_position: u64,
     guest_s: f64,
     kbit_per_guest_s: f64,
-    /// Bytes of the frames that came in.
+    /// Bytes of the network frames that came in.
     frame_bytes: u64,
 }
 
-/// Tells.
+/// Runs `vmft log`.
 ///
 /// # Errors
-/// The log is damaged; what was before the damage is told.
+/// The log is damaged; everything before the damage is shown.
 pub fn run(command: LogCommand) -> Result<(), Error> {
     match command {
         LogCommand::Stat { file, json, from_s } => {
@@ -93,25 +93,26 @@ pub fn run(command: LogCommand) -> Result<(), Error> {
                     println!("{record}");
                 }
             }
-            tell_cut_off(&reader);
+            warn_if_cut_off(&reader);
             Ok(())
         }
     }
 }
 
-/// Says what a crash of the recorder has cut off.
-pub fn tell_cut_off(reader: &LogReader) {
+/// Prints a line if a crash of the recorder has cut off the log's last block.
+pub fn warn_if_cut_off(reader: &LogReader) {
     if reader.cut_off() > 0 {
         let (bytes, offset) = (reader.cut_off(), reader.offset());
         eprintln!(
-            "the log was cut off: {bytes} bytes behind the last whole block, which ends at {offset}, are left out"
+            "the log was cut off by a crash of the recorder: {bytes} bytes after its last whole block, which ends at byte \
+             {offset}, are ignored"
         );
     }
 }
 
-fn stat(mut reader: LogReader, identity: &Identity, from_ns: u64) -> (Stat, Result<(), Error>) {
+fn stat(mut reader: LogReader, identity: &Identity, from_ns: u64) -> (LogStat, Result<(), Error>) {
     let unit = identity.unit();
-    let mut stat = Stat {
+    let mut stat = LogStat {
         identity: identity.fields().map(|(n, v)| (n.to_owned(), v.to_owned())).collect(),
         kinds: BTreeMap::new(),
         entries: 0,
@@ -124,7 +125,7 @@ fn stat(mut reader: LogReader, identity: &Identity, from_ns: u64) -> (Stat, Resu
     };
     let mut last = entry::Position::default();
     let mut clock = (0, 0);
-    // Guest time and offset in the file from which on is counted.
+    // Guest time and offset in the file from which counting starts.
     let mut start = (0, 0);
     let mut bytes = Vec::new();
     let damage = loop {
@@ -154,7 +155,7 @@ fn stat(mut reader: LogReader, identity: &Identity, from_ns: u64) -> (Stat, Resu
     };
     stat.last_position = last.count;
     stat.cut_off_bytes = reader.cut_off();
-    // Marks come every guest second; behind the last one only the instructions are known.
+    // There is a mark every second of guest time; after the last one, only instructions give the time.
     let since = if unit == PositionUnit::Instructions { last.count - clock.0 } else { 0 };
     stat.guest_s = (clock.1 + since - start.0) as f64 / 1e9;
     stat.bytes -= start.1;
@@ -162,7 +163,7 @@ fn stat(mut reader: LogReader, identity: &Identity, from_ns: u64) -> (Stat, Resu
     (stat, damage)
 }
 
-fn print_table(stat: &Stat) {
+fn print_table(stat: &LogStat) {
     for (name, value) in &stat.identity {
         println!("{name:20} {value}");
     }
@@ -177,9 +178,9 @@ fn print_table(stat: &Stat) {
     );
     if stat.frame_bytes > 0 {
         let over = (stat.bytes - stat.frame_bytes) as f64 * 100.0 / stat.frame_bytes as f64;
-        println!("frames that came in: {} bytes; the log has {over:.2} % over them", stat.frame_bytes);
+        println!("network frames that came in: {} bytes; the log is {over:.2} % larger", stat.frame_bytes);
     }
     if stat.cut_off_bytes > 0 {
-        println!("cut off: {} bytes behind the last whole block", stat.cut_off_bytes);
+        println!("cut off: {} bytes after the last whole block", stat.cut_off_bytes);
     }
 }

@@ -1,4 +1,4 @@
-//! A log in a file.
+//! Writes a log to a file, and reads it.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -10,63 +10,64 @@ use entry::block::{Decoder, Encoder};
 use entry::identity::Identity;
 use entry::log::Record;
 use nix::time::{ClockId, clock_gettime};
-use vmm::record::Log;
+use vmm::record::RecordSink;
 use vmm::replay::Records;
 
 use crate::error::Error;
 
-/// A block is closed when it has this many bytes, or at the first look after [`OPEN_MAX`].
+/// A block is closed when it has this many bytes, or at the first check after [`OPEN_MAX`].
 const BLOCK_BYTES: usize = 64 << 10;
-/// How long a record may wait in an open block: what a crash of the recorder can cost at most.
+/// How long a record may wait in an open block, and so the most that a crash of the recorder can lose.
 const OPEN_MAX: Duration = Duration::from_secs(1);
 
-/// Writes a log.
+/// Writes a log to a file.
 pub struct LogWriter {
     encoder: Encoder,
     file: File,
     path: PathBuf,
-    /// On [`now`]'s clock.
+    /// When the last block was closed, on the clock of [`now`].
     closed: Duration,
 }
 
 impl LogWriter {
-    /// Makes the file and writes the header.
+    /// Creates the file and writes the header.
     ///
     /// # Errors
     /// The file exists already, or cannot be written.
     pub fn create(path: &Path, identity: &Identity) -> Result<LogWriter, Error> {
         let created = File::options().write(true).create_new(true).open(path);
-        let file = created.map_err(|e| Error::config("log", format!("{}: {e}", path.display())))?;
+        let file = created
+            .map_err(|e| Error::config("log", format!("cannot create log {}: {e}", path.display())))?;
         let encoder = Encoder::new(identity);
         let mut writer = LogWriter { encoder, file, path: path.into(), closed: now() };
         writer.close_block()?;
         Ok(writer)
     }
 
-    /// Writes what is left and makes the log durable.
+    /// Writes the open block and syncs the file.
     ///
     /// # Errors
     /// The file cannot be written.
     pub fn finish(&mut self) -> Result<(), Error> {
         self.close_block()?;
-        self.file.sync_all().map_err(Error::host(self.name()))
+        self.file.sync_all().map_err(Error::host(self.failed()))
     }
 
     fn close_block(&mut self) -> Result<(), Error> {
         self.encoder.close_block();
         self.closed = now();
-        let bytes = self.encoder.take();
-        self.file.write_all(&bytes).map_err(Error::host(self.name()))?;
+        let bytes = self.encoder.take_bytes();
+        self.file.write_all(&bytes).map_err(Error::host(self.failed()))?;
         self.encoder.reuse(bytes);
         Ok(())
     }
 
-    fn name(&self) -> String {
-        format!("log {}", self.path.display())
+    fn failed(&self) -> String {
+        format!("cannot write log {}", self.path.display())
     }
 }
 
-impl Log for LogWriter {
+impl RecordSink for LogWriter {
     type Error = Error;
 
     fn append(&mut self, record: &Record) -> Result<(), Error> {
@@ -74,19 +75,19 @@ impl Log for LogWriter {
         if self.encoder.open_bytes() >= BLOCK_BYTES { self.close_block() } else { Ok(()) }
     }
 
-    fn look(&mut self, _at: Position) -> Result<(), Error> {
+    fn on_turn(&mut self, _at: Position) -> Result<(), Error> {
         let waits = self.encoder.open_bytes() > 0;
         if waits && now().saturating_sub(self.closed) >= OPEN_MAX { self.close_block() } else { Ok(()) }
     }
 }
 
-/// The time, to a few ms: it is asked for at every turn of the guest's loop.
+/// The time, with a resolution of a few ms: a precise clock would cost too much, as the guest's loop asks at every turn.
 fn now() -> Duration {
     let clock = ClockId::CLOCK_MONOTONIC_COARSE;
     clock_gettime(clock).unwrap_or_else(|e| unreachable!("CLOCK_MONOTONIC_COARSE: {e}")).into()
 }
 
-/// Reads a log.
+/// Reads a log from a file.
 pub struct LogReader {
     decoder: Decoder,
     file: File,
@@ -97,12 +98,14 @@ pub struct LogReader {
 }
 
 impl LogReader {
-    /// Opens a log; its identity.
+    /// Opens a log and returns it with its identity.
     ///
     /// # Errors
     /// The file cannot be read or has no header.
     pub fn open(path: &Path) -> Result<(LogReader, Identity), Error> {
-        let unusable = |e: &dyn std::fmt::Display| Error::config("log", format!("{}: {e}", path.display()));
+        let unusable = |e: &dyn std::fmt::Display| {
+            Error::config("log", format!("cannot read log {}: {e}", path.display()))
+        };
         let file = File::open(path).map_err(|e| unusable(&e))?;
         let bytes = file.metadata().map_err(|e| unusable(&e))?.len();
         let decoder = Decoder::new();
@@ -120,7 +123,7 @@ impl LogReader {
                 return Ok((reader, identity));
             }
             if !reader.fill().map_err(|e| unusable(&e))? {
-                return Err(unusable(&"the header is cut off: nothing was recorded"));
+                return Err(unusable(&"its header is cut off, so that it has no records"));
             }
         }
     }
@@ -130,12 +133,12 @@ impl LogReader {
         self.bytes
     }
 
-    /// Offset behind the last whole block read.
+    /// Offset of the end of the last whole block that was read.
     pub fn offset(&self) -> u64 {
         self.decoder.offset()
     }
 
-    /// Bytes behind the last whole block, once the end was reached: what a crash has cut off.
+    /// Bytes after the last whole block, once the end of the file is reached: a block that a crash has cut off.
     pub fn cut_off(&self) -> usize {
         self.decoder.incomplete()
     }
@@ -156,9 +159,15 @@ impl Records for LogReader {
                 return Ok(Some(record));
             }
             let path = self.path.display().to_string();
-            match self.decoder.block().map_err(|e| Error::config("log", format!("{path}: {e}")))? {
+            match self
+                .decoder
+                .next_block()
+                .map_err(|e| Error::config("log", format!("cannot read log {path}: {e}")))?
+            {
                 Some(records) => self.block = records.into_iter(),
-                None if !self.fill().map_err(Error::host(path))? => return Ok(None),
+                None if !self.fill().map_err(Error::host(format!("cannot read log {path}")))? => {
+                    return Ok(None);
+                }
                 None => {}
             }
         }

@@ -1,4 +1,4 @@
-//! vmft: a virtual machine that goes on running when the host under it dies.
+//! vmft: virtual machines that survive the death of their host.
 
 mod confine;
 mod doctor;
@@ -28,57 +28,57 @@ use error::Error;
 #[command(name = "vmft", version)]
 struct Cli {
     #[command(subcommand)]
-    command: Command,
+    command: CliCommand,
 }
 
 #[derive(Subcommand)]
-enum Command {
-    /// Run a guest alone
+enum CliCommand {
+    /// Run a guest without protection
     Run(run::RunArgs),
     /// Run a guest and write a log from which it can be replayed
     Record(run::RecordArgs),
-    /// Replay a log, checking every output and state on the way
+    /// Replay a log, and check every output and every recorded state
     Replay(replay::ReplayArgs),
-    /// Run a guest that outlives this host: record it for a backup
+    /// Run a guest with protection: record it for a backup on another host
     Primary(pair::PairOptions),
-    /// Stand by for a primary: replay its guest, and go live when it is lost
+    /// Protect a primary's guest: replay it, and go live when the primary is lost
     Backup(pair::PairOptions),
-    /// Tell how a replica is; exit code 0 if the VM is protected, 1 if not
+    /// Show a replica's status; exit code 0 if the VM is protected, 1 if it is not
     Status(pair::StatusArgs),
-    /// Let the backup go on in the primary's place, without losing anything
-    Failover(pair::At),
-    /// End the run of a VM on both sides
-    Stop(pair::At),
-    /// Attach to the console of the guest; Ctrl-A x leaves it
-    Console(pair::At),
-    /// Measure what protection costs: a protected guest beside the same guest unprotected
+    /// Hand the guest over to the backup, as a planned failover: nothing is lost
+    Failover(pair::ControlArgs),
+    /// Stop a VM on both sides
+    Stop(pair::ControlArgs),
+    /// Attach to the guest's console; Ctrl-A x detaches
+    Console(pair::ControlArgs),
+    /// Measure what protection costs: load a protected guest and the same guest unprotected
     Bench(bench::BenchArgs),
-    /// Let a VM start again whose hosts have all died
+    /// Allow a VM to start again after all its hosts have died
     Forget(pair::ForgetArgs),
-    /// Tell what this host can do for guests on KVM
+    /// Test which engines this host supports, and why not the others
     Doctor(doctor::DoctorArgs),
-    /// Tell what is in a log
+    /// Show what is in a log
     #[command(subcommand)]
     Log(log_command::LogCommand),
 }
 
 fn main() -> ExitCode {
-    // A wrong flag is bad configuration: clap's own code for it is 2 as well.
+    // clap exits with 2 for a wrong flag, which is also the code for bad configuration.
     let cli = Cli::parse();
     let result = match cli.command {
-        Command::Run(args) => run::run(args),
-        Command::Record(args) => run::record(args),
-        Command::Replay(args) => replay::run(&args),
-        Command::Primary(options) => pair::primary(options),
-        Command::Backup(options) => pair::backup(options),
-        Command::Status(args) => pair::status(&args),
-        Command::Failover(at) => pair::failover(&at),
-        Command::Stop(at) => pair::stop(&at),
-        Command::Console(at) => pair::console(&at),
-        Command::Bench(args) => bench::run(&args).map_err(Error::from),
-        Command::Forget(args) => pair::forget(&args),
-        Command::Doctor(args) => doctor::run(&args),
-        Command::Log(command) => log_command::run(command),
+        CliCommand::Run(args) => run::run(args),
+        CliCommand::Record(args) => run::record(args),
+        CliCommand::Replay(args) => replay::run(&args),
+        CliCommand::Primary(options) => pair::primary(options),
+        CliCommand::Backup(options) => pair::backup(options),
+        CliCommand::Status(args) => pair::status(&args),
+        CliCommand::Failover(at) => pair::failover(&at),
+        CliCommand::Stop(at) => pair::stop(&at),
+        CliCommand::Console(at) => pair::console(&at),
+        CliCommand::Bench(args) => bench::run(&args).map_err(Error::from),
+        CliCommand::Forget(args) => pair::forget(&args),
+        CliCommand::Doctor(args) => doctor::run(&args),
+        CliCommand::Log(command) => log_command::run(command),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

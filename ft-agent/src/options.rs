@@ -1,6 +1,6 @@
-//! What the user may ask for, in flags or in a TOML file: one structure for both.
+//! The options of a machine, from flags or from a TOML file: one structure for both.
 //!
-//! A flag wins over the file. [`RunOptions::check`] turns the wishes into a [`Plan`], or says which field is wrong.
+//! A flag wins over the file. [`RunOptions::check`] turns the options into a [`GuestPlan`], or says which field is wrong.
 
 use std::fmt;
 use std::net::Ipv4Addr;
@@ -12,9 +12,9 @@ use clap::{Args, ValueEnum};
 use serde::Deserialize;
 use vmm::config::{MEMORY_BYTES, is_station};
 
-use crate::engine::{self, Cpu, Positions};
+use crate::engine::{self, CpuChoice, PositionsChoice};
 use crate::error::Error;
-use crate::images;
+use crate::images::{self, BundledGuest};
 
 /// Where guest time comes from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Deserialize)]
@@ -23,39 +23,29 @@ pub enum ClockMode {
     /// Guest time follows the host's clock.
     #[default]
     Host,
-    /// Guest time follows the instructions executed and jumps over idle waits; nothing of the host gets in:
-    /// the real-time clock starts at 2000-01-01 and entropy is a fixed stream.
+    /// Guest time follows the executed instructions and skips idle waits. Nothing from the host enters the guest:
+    /// the real-time clock starts at 2000-01-01, and entropy is a fixed stream.
     Virtual,
 }
 
-/// One of vmft's own guests, made by `guest-images/build`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Guest {
-    /// Linux with redis and a web server.
-    Linux,
-    /// The bare-metal test guest.
-    Bare,
-}
-
-/// The machine and its surroundings. Every field is optional in a file and on the command line.
+/// Options of the machine and of the host devices around it. Every field is optional, in a file and on the command line.
 #[derive(Args, Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct RunOptions {
-    /// Take options from this TOML file; flags win over it
+    /// Read options from this TOML file; flags take precedence over it
     #[arg(long, value_name = "FILE")]
     #[serde(skip)]
     pub config: Option<PathBuf>,
-    /// Run one of vmft's own guests (build them with guest-images/build)
+    /// Run one of vmft's own guests (built by guest-images/build)
     #[arg(long, value_enum)]
-    pub guest: Option<Guest>,
-    /// Kernel: bzImage or ELF vmlinux
+    pub guest: Option<BundledGuest>,
+    /// Kernel to boot: a bzImage or an ELF vmlinux
     #[arg(long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,
     /// Initial RAM disk
     #[arg(long, value_name = "FILE")]
     pub initrd: Option<PathBuf>,
-    /// Kernel command line; with --guest it is added to the guest's own
+    /// Kernel command line; with --guest it is appended to that guest's own
     #[arg(long, value_name = "TEXT")]
     pub cmdline: Option<String>,
     /// Guest RAM in MiB [default: 256]
@@ -63,51 +53,51 @@ pub struct RunOptions {
     pub memory_mib: Option<u64>,
     /// Engine that executes the guest [default: auto]
     #[arg(long, value_enum)]
-    pub cpu: Option<Cpu>,
+    pub cpu: Option<CpuChoice>,
     /// What positions count with --cpu kvm [default: auto]
     #[arg(long, value_enum)]
-    pub positions: Option<Positions>,
-    /// With --cpu kvm: report a guest that lets an input wait longer than this for its next exit [default: 1000]
+    pub positions: Option<PositionsChoice>,
+    /// With --cpu kvm: report a guest that makes no exit for this long while an input waits [default: 1000]
     #[arg(long, value_name = "MS")]
     pub starvation_ms: Option<u64>,
-    /// Guest time [default: host; virtual is implied by --stop-at and --digest-at]
+    /// Clock of the guest [default: host; virtual with --stop-at, --digest-at or --save-at]
     #[arg(long, value_enum)]
     pub clock: Option<ClockMode>,
-    /// Connect the guest's network to this tap; made when it does not exist
+    /// Connect the guest's network to this tap, which is created if it does not exist
     #[arg(long, value_name = "NAME")]
     pub tap: Option<String>,
-    /// MAC address of the guest [default: 02:76:6d:66:74:01]
+    /// MAC address of the guest; needs --tap [default: 02:76:6d:66:74:01]
     #[arg(long, value_name = "MAC")]
     pub mac: Option<String>,
-    /// Address of the guest, ADDRESS/PREFIX or ADDRESS/PREFIX,GATEWAY: becomes ip= on the command line
-    #[arg(long, value_name = "ADDRESS")]
+    /// IPv4 address of the guest; becomes ip= on the kernel command line
+    #[arg(long, value_name = "ADDRESS/PREFIX[,GATEWAY]")]
     pub ip: Option<String>,
-    /// Disk image (raw); may be given several times. FILE,ro is read-only
+    /// Raw disk image, read-only with ,ro; may be given several times
     #[arg(long = "disk", value_name = "FILE[,ro]")]
     pub disks: Vec<String>,
 }
 
-/// A disk image that the guest gets.
+/// A disk of the guest: the image file and how it is used.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Disk {
-    /// The image.
+pub struct DiskConfig {
+    /// The image file.
     pub path: PathBuf,
-    /// The guest may not write.
+    /// The guest may not write to it.
     pub read_only: bool,
 }
 
 /// The guest's network.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Net {
+pub struct NetConfig {
     /// Name of the tap.
     pub tap: String,
     /// The guest's MAC address.
     pub mac: [u8; 6],
 }
 
-/// Checked options: what to boot, and what to put around it.
+/// The checked options: what to boot, and which host devices the machine gets.
 #[derive(Clone, Debug)]
-pub struct Plan {
+pub struct GuestPlan {
     /// Kernel file.
     pub kernel: PathBuf,
     /// Initial RAM disk file.
@@ -116,16 +106,16 @@ pub struct Plan {
     pub cmdline: String,
     /// Guest RAM, bytes.
     pub memory: u64,
-    /// Engine.
+    /// Engine that executes the guest.
     pub engine: vmm::Engine,
-    /// How long the guest may let an input wait before it is reported.
+    /// How long the guest may make no exit while an input waits before that is reported.
     pub starvation: Duration,
-    /// Clock, when asked for.
+    /// Clock, if one is given.
     pub clock: Option<ClockMode>,
     /// Network, if any.
-    pub net: Option<Net>,
-    /// Disks in order.
-    pub disks: Vec<Disk>,
+    pub net: Option<NetConfig>,
+    /// Disks, in the order of their slots.
+    pub disks: Vec<DiskConfig>,
 }
 
 const STARVATION_MS_DEFAULT: u64 = 1000;
@@ -134,11 +124,11 @@ const MEMORY_MIB_DEFAULT: u64 = 256;
 const MAC_DEFAULT: [u8; 6] = [0x02, 0x76, 0x6d, 0x66, 0x74, 0x01];
 
 impl RunOptions {
-    /// Checks the options, together with those of the file they name.
+    /// Checks the options, together with those of the file that `config` names.
     ///
     /// # Errors
     /// [`Error::Config`] names the field.
-    pub fn check(self) -> Result<Plan, Error> {
+    pub fn check(self) -> Result<GuestPlan, Error> {
         let o = match &self.config {
             Some(path) => {
                 let file = read_file(path)?;
@@ -152,18 +142,25 @@ impl RunOptions {
         let memory_mib = o.memory_mib.unwrap_or(MEMORY_MIB_DEFAULT);
         let (least, most) = (MEMORY_BYTES.start() >> 20, MEMORY_BYTES.end() >> 20);
         if !(least..=most).contains(&memory_mib) {
-            let why = format!("{memory_mib} is not within {least} to {most}");
+            let why = format!("{memory_mib} MiB is not within {least} to {most}");
             return Err(Error::config("memory-mib", why));
         }
         let ip = o.ip.as_deref().map(ip_argument).transpose()?;
         let cmdline = [images.cmdline, o.cmdline, ip].into_iter().flatten().collect::<Vec<_>>().join(" ");
         let mac = o.mac.as_deref().map(parse_mac).transpose()?;
         if mac.is_some() && o.tap.is_none() {
-            return Err(Error::config("mac", "there is no network without --tap"));
+            return Err(Error::config(
+                "mac",
+                "the guest has no network: give --tap NAME, or leave --mac out",
+            ));
         }
-        Ok(Plan {
-            kernel: kernel
-                .ok_or_else(|| Error::config("kernel", "give --kernel FILE, or --guest linux|bare"))?,
+        Ok(GuestPlan {
+            kernel: kernel.ok_or_else(|| {
+                Error::config(
+                    "kernel",
+                    "no kernel is given: give --kernel FILE, --guest linux or --guest bare",
+                )
+            })?,
             initrd: o.initrd.or(images.initrd),
             cmdline,
             memory: memory_mib << 20,
@@ -175,7 +172,7 @@ impl RunOptions {
         })
     }
 
-    /// These options, completed by those of `file`.
+    /// These options; what they lack is taken from `file`.
     pub fn over(self, file: RunOptions) -> RunOptions {
         RunOptions {
             config: None,
@@ -198,57 +195,64 @@ impl RunOptions {
 
 fn read_file(path: &Path) -> Result<RunOptions, Error> {
     let text = std::fs::read_to_string(path)
-        .map_err(|e| Error::config("config", format!("{}: {e}", path.display())))?;
-    toml::from_str(&text).map_err(|e| Error::config("config", format!("{}: {e}", path.display())))
+        .map_err(|e| Error::config("config", format!("cannot read {}: {e}", path.display())))?;
+    toml::from_str(&text).map_err(|e| Error::config("config", format!("cannot use {}: {e}", path.display())))
 }
 
 fn parse_mac(text: &str) -> Result<[u8; 6], Error> {
     let parts: Vec<_> =
         text.split(':').map(|p| u8::from_str_radix(p, 16)).collect::<Result<_, _>>().unwrap_or_default();
-    let mac = <[u8; 6]>::try_from(parts)
-        .map_err(|_| Error::config("mac", format!("{text:?} is not six hex bytes with colons")))?;
+    let mac = <[u8; 6]>::try_from(parts).map_err(|_| {
+        Error::config(
+            "mac",
+            format!("{text:?} is not a MAC address: give six hexadecimal bytes with colons between them"),
+        )
+    })?;
     if !is_station(mac) {
-        return Err(Error::config("mac", format!("{text} is a multicast address")));
+        return Err(Error::config(
+            "mac",
+            format!("{text} is a multicast address: give one whose first byte is even"),
+        ));
     }
     Ok(mac)
 }
 
-/// Interface names are at most 15 bytes without '/' and white space (`dev_valid_name` of Linux).
-fn check_tap(tap: String, mac: [u8; 6]) -> Result<Net, Error> {
+/// Checks the name of a tap: 1 to 15 bytes without '/', ':' or white space (`dev_valid_name` of Linux).
+fn check_tap(tap: String, mac: [u8; 6]) -> Result<NetConfig, Error> {
     let bad =
         tap.is_empty() || tap.len() > 15 || tap.contains(|c: char| c == '/' || c == ':' || c.is_whitespace());
     if bad {
         return Err(Error::config(
             "tap",
-            format!("{tap:?} is no interface name (1 to 15 bytes, no '/', ':' or space)"),
+            format!("{tap:?} is not an interface name: give 1 to 15 bytes without '/', ':' or space"),
         ));
     }
-    Ok(Net { tap, mac })
+    Ok(NetConfig { tap, mac })
 }
 
-impl FromStr for Disk {
+impl FromStr for DiskConfig {
     type Err = Error;
 
     /// `FILE` or `FILE,ro`.
-    fn from_str(text: &str) -> Result<Disk, Error> {
+    fn from_str(text: &str) -> Result<DiskConfig, Error> {
         let (path, read_only) = match text.rsplit_once(',') {
             Some((path, "ro")) => (path, true),
             _ => (text, false),
         };
         if path.is_empty() {
-            return Err(Error::config("disk", "the file name is empty"));
+            return Err(Error::config("disk", "the file name is empty: give FILE or FILE,ro"));
         }
-        Ok(Disk { path: path.into(), read_only })
+        Ok(DiskConfig { path: path.into(), read_only })
     }
 }
 
-impl fmt::Display for Disk {
+impl fmt::Display for DiskConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}{}", self.path.display(), if self.read_only { ",ro" } else { "" })
     }
 }
 
-/// `ADDRESS/PREFIX[,GATEWAY]` as the kernel's `ip=` parameter.
+/// Converts `ADDRESS/PREFIX[,GATEWAY]` to the kernel's `ip=` parameter.
 fn ip_argument(text: &str) -> Result<String, Error> {
     let bad = || Error::config("ip", format!("{text:?} is not ADDRESS/PREFIX or ADDRESS/PREFIX,GATEWAY"));
     let (network, gateway) = match text.split_once(',') {
@@ -301,7 +305,7 @@ mod tests {
         let plan = flags.over(file).check().unwrap();
         assert_eq!(plan.memory, 128 << 20);
         assert_eq!(plan.kernel, PathBuf::from("a"));
-        assert_eq!(plan.disks, [Disk { path: "d".into(), read_only: true }]);
+        assert_eq!(plan.disks, [DiskConfig { path: "d".into(), read_only: true }]);
         let error = toml::from_str::<RunOptions>("memroy_mib = 64").unwrap_err();
         assert!(error.to_string().contains("memroy_mib"), "{error}");
     }

@@ -1,4 +1,4 @@
-//! `vmft replay`: a machine whose inputs come from a log.
+//! `vmft replay`: runs a machine whose inputs come from a log.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -8,57 +8,57 @@ use clap::Args;
 use entry::log::{EndReason, Entry};
 use entry::{DiskRequest, DiskResult, End, Output, Position};
 use vmm::GuestLoop;
+use vmm::bisect::{Bisection, PiecewiseReplay, bisect};
 use vmm::guest_loop::{LoopError, Turn};
-use vmm::narrow::{Narrowed, Pieces, narrow};
 use vmm::replay::{Records, ReplayError, Replayer, Standby};
 use vmm::vcpu::landing::Landings;
 
 use crate::error::Error;
-use crate::guest::{Elsewhere, Guest};
-use crate::log_command::tell_cut_off;
+use crate::guest::{FileOverrides, Guest};
+use crate::log_command::warn_if_cut_off;
 use crate::log_file::LogReader;
 use crate::outside::disk::Image;
 
-/// What `vmft replay` takes.
+/// Arguments of `vmft replay`.
 #[derive(Args, Debug)]
 pub struct ReplayArgs {
     /// The log
     file: PathBuf,
     #[command(flatten)]
-    elsewhere: Elsewhere,
-    /// Replay no further than this position
+    elsewhere: FileOverrides,
+    /// Stop at this position
     #[arg(long, value_name = "POSITION")]
     to: Option<u64>,
-    /// Print the digest of the whole machine exactly there
+    /// Print a digest of the whole machine at exactly these positions
     #[arg(long, value_name = "POSITION,...", value_delimiter = ',')]
     digest_at: Vec<u64>,
-    /// Replay again and again until one replay diverges, at most so often
+    /// Repeat the replay until one diverges, at most this many times
     #[arg(long, value_name = "TIMES")]
     until_divergence: Option<u32>,
-    /// Replay twice side by side, once in whole and once in pieces, and find the first position where the two differ
+    /// Replay twice side by side, one replay with extra stops, and bisect to the first position where the two differ
     #[arg(long, conflicts_with_all = ["to", "digest_at", "until_divergence"])]
-    narrow: bool,
+    bisect: bool,
 }
 
-/// Private copies of a recording's disks, gone when this is.
-struct Copies {
-    /// By slot.
+/// Private copies of a recording's disks; they are removed when this is dropped.
+struct DiskCopies {
+    /// The copies, with their slots.
     images: Vec<(u8, Image)>,
-    /// What requests gave that the log has not ended yet.
+    /// Results of requests whose completion has not come in the log yet: slot, id, result.
     results: Vec<(u8, u64, DiskResult)>,
 }
 
-impl Copies {
-    fn new(guest: &Guest) -> Result<Copies, Error> {
+impl DiskCopies {
+    fn new(guest: &Guest) -> Result<DiskCopies, Error> {
         let slots = guest.config.slots.iter().enumerate();
         let slots = slots.filter(|(_, s)| matches!(s, vmm::Slot::Disk { .. })).map(|(n, _)| n as u8);
-        let copy = |(slot, disk): (u8, &crate::options::Disk)| Ok((slot, Image::private_copy(disk)?));
+        let copy = |(slot, disk): (u8, &crate::options::DiskConfig)| Ok((slot, Image::private_copy(disk)?));
         let images = slots.zip(&guest.disks).map(copy).collect::<Result<_, Error>>()?;
-        Ok(Copies { images, results: Vec::new() })
+        Ok(DiskCopies { images, results: Vec::new() })
     }
 }
 
-impl Standby for Copies {
+impl Standby for DiskCopies {
     type Error = Error;
 
     fn start(&mut self, request: DiskRequest) -> Result<(), Error> {
@@ -79,13 +79,13 @@ impl Standby for Copies {
     }
 }
 
-/// Replays, once or until it diverges.
+/// Replays a log, once or until a replay diverges.
 ///
 /// # Errors
-/// A divergence, a damaged log, a file that is not the recording's.
+/// The replay diverges, the log is damaged, or a file is not that of the recording.
 pub fn run(args: &ReplayArgs) -> Result<(), Error> {
-    if args.narrow {
-        return narrow_down(args);
+    if args.bisect {
+        return bisect_replays(args);
     }
     let times = args.until_divergence.unwrap_or(1);
     for n in 1..=times {
@@ -97,19 +97,19 @@ pub fn run(args: &ReplayArgs) -> Result<(), Error> {
     Ok(())
 }
 
-/// A replay at its start.
-fn start(args: &ReplayArgs) -> Result<Replay, Error> {
+/// Sets up a replay at the start of the log.
+fn start(args: &ReplayArgs) -> Result<LogReplay, Error> {
     let (reader, identity) = LogReader::open(&args.file)?;
-    let guest = Guest::recorded(&identity, &args.elsewhere)?;
+    let guest = Guest::from_recording(&identity, &args.elsewhere)?;
     let machine = guest.boot()?;
-    Ok(GuestLoop { machine, source: Replayer::new(reader, Copies::new(&guest)?) })
+    Ok(GuestLoop { machine, source: Replayer::new(reader, DiskCopies::new(&guest)?) })
 }
 
-/// Instructions that the second of two replays runs without a stop: few enough for the kicks of a recording, and no
-/// divisor of anything.
+/// How many instructions the second of two replays runs between stops: as few as between the kicks of a recording, and not
+/// commensurable with any interval of the machine.
 const PIECE: u64 = 49_999;
 
-fn narrow_down(args: &ReplayArgs) -> Result<(), Error> {
+fn bisect_replays(args: &ReplayArgs) -> Result<(), Error> {
     let (mut reader, _) = LogReader::open(&args.file)?;
     let mut stops = Vec::new();
     let mut end = 0;
@@ -123,22 +123,24 @@ fn narrow_down(args: &ReplayArgs) -> Result<(), Error> {
     let mut pairs = 0;
     let pair = || {
         pairs += 1;
-        eprintln!("pair {pairs} of replays");
-        Ok([u64::MAX, PIECE].map(|piece| Ok(Pieces { guest: start(args)?, piece })))
+        eprintln!("comparing two replays, pass {pairs}");
+        Ok([u64::MAX, PIECE].map(|piece| Ok(PiecewiseReplay { guest: start(args)?, piece })))
             .and_then(|[one, other]: [Result<_, Error>; 2]| Ok([one?, other?]))
             .map_err(|e| LoopError::Source(ReplayError::Log(e)))
     };
-    match narrow(pair, &stops) {
-        Ok(Narrowed::Equal(None)) => {
-            eprintln!("no difference between two replays, nor to the log");
+    match bisect(pair, &stops) {
+        Ok(Bisection::Equal(None)) => {
+            eprintln!("no difference between two replays, nor between them and the log");
             Ok(())
         }
-        Ok(Narrowed::Equal(Some(divergence))) => {
-            eprintln!("both replays do the same, which is not what the log has");
+        Ok(Bisection::Equal(Some(divergence))) => {
+            eprintln!("both replays are equal, and both differ from the log");
             Err(Error::Divergence(divergence))
         }
-        Ok(Narrowed::Parted(parting)) => Err(Error::Parting(parting)),
-        Ok(Narrowed::Once { equal_at, differs_at }) => Err(Error::Unsteady { equal_at, differs_at }),
+        Ok(Bisection::Different(parting)) => Err(Error::ReplaysDiffer(parting)),
+        Ok(Bisection::Intermittent { equal_at, differs_at }) => {
+            Err(Error::NotRepeatable { equal_at, differs_at })
+        }
         Err(LoopError::Machine(e)) => Err(e.into()),
         Err(LoopError::Source(e)) => Err(error(e)),
     }
@@ -171,11 +173,11 @@ fn replay(args: &ReplayArgs) -> Result<(), Error> {
     report(&guest, started.elapsed(), args)
 }
 
-type Replay = GuestLoop<Replayer<LogReader, Copies>>;
+type LogReplay = GuestLoop<Replayer<LogReader, DiskCopies>>;
 
-fn run_to_pause(guest: &mut Replay, progress: &mut Progress) -> Result<(), Error> {
+fn run_to_pause(guest: &mut LogReplay, progress: &mut Progress) -> Result<(), Error> {
     loop {
-        match guest.turn() {
+        match guest.run_once() {
             Ok(Turn::Again) => {
                 let time_ns = guest.machine.time_ns();
                 progress.show(guest.source.records().offset(), time_ns);
@@ -194,16 +196,16 @@ fn error(e: ReplayError<Error, Error>) -> Error {
     }
 }
 
-fn report(guest: &Replay, wall: Duration, args: &ReplayArgs) -> Result<(), Error> {
+fn report(guest: &LogReplay, wall: Duration, args: &ReplayArgs) -> Result<(), Error> {
     let at = guest.machine.position().count;
     let source = &guest.source;
     let guest_s = guest.machine.time_ns() as f64 / 1e9;
-    // A guest whose time follows the host's clock was busy for all the time that it was not idle.
+    // If guest time follows the host's clock, the guest was busy whenever it was not idle.
     let busy_s = guest_s - guest.machine.counts().idle_ns as f64 / 1e9;
     let wall_s = wall.as_secs_f64().max(1e-9);
     eprintln!(
         "replayed {} entries to position {at} in {wall_s:.3} s: {:.1} MIPS; {guest_s:.3} guest seconds, {busy_s:.3} of \
-         them busy, {:.2} times as fast as those",
+         them busy; busy time was replayed {:.2} times as fast",
         source.applied(),
         at as f64 / 1e6 / wall_s,
         busy_s / wall_s,
@@ -211,26 +213,26 @@ fn report(guest: &Replay, wall: Duration, args: &ReplayArgs) -> Result<(), Error
     match source.ended() {
         Some(EndReason::Stopped) => eprintln!("the recording was stopped here"),
         Some(EndReason::Guest(End::PowerOff)) => eprintln!("the guest powered off"),
-        Some(EndReason::Guest(end)) => eprintln!("the guest ended by {end:?}"),
-        None if source.is_done() => eprintln!("the log says nothing of its end: the recorder died"),
+        Some(EndReason::Guest(end)) => eprintln!("the guest ended: {end:?}"),
+        None if source.is_done() => eprintln!("the log has no end record: the recorder was killed"),
         None => eprintln!("stopped at --to {}", args.to.unwrap_or(at)),
     }
     let Landings { landed, retries, .. } = guest.machine.counts().landings;
     if landed + retries > 0 {
         eprintln!(
-            "{landed} positions landed on by counter; {retries} missed and sought again with twice the margin"
+            "{landed} positions landed on by counter; {retries} missed and tried again with twice the margin"
         );
     }
     if source.is_done() {
-        tell_cut_off(source.records());
+        warn_if_cut_off(source.records());
     }
     if let Some(at) = source.equal_until() {
-        eprintln!("every output and every state was equal, the last state at {}", at.count);
+        eprintln!("every output and every state was equal, the last state at position {}", at.count);
     }
     Ok(())
 }
 
-/// A line on standard error when it is a terminal.
+/// A progress line on standard error, if that is a terminal.
 struct Progress {
     bytes: u64,
     started: Instant,
@@ -239,8 +241,10 @@ struct Progress {
 
 impl Progress {
     fn new(log: &Path) -> Result<Progress, Error> {
-        let bytes =
-            File::open(log).and_then(|f| f.metadata()).map_err(Error::host(log.display().to_string()))?.len();
+        let bytes = File::open(log)
+            .and_then(|f| f.metadata())
+            .map_err(Error::host(format!("cannot read log {}", log.display())))?
+            .len();
         let now = Instant::now();
         let last = std::io::IsTerminal::is_terminal(&std::io::stderr()).then_some(now);
         Ok(Progress { bytes, started: now, last })

@@ -1,4 +1,4 @@
-//! `vmft run` and `vmft record`: a machine that is not protected, alone or with a log of what came into it.
+//! `vmft run` and `vmft record`: a machine without protection; `record` also logs its inputs.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -13,78 +13,75 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::{Handle, Signals};
 use vmm::guest_loop::Turn;
 use vmm::inbox::{Inbox, InboxSender};
-use vmm::record::{Pace, Recorder};
-use vmm::source::{Live, Outside, Source, Stops};
+use vmm::record::{LogIntervals, Recorder};
+use vmm::source::{Live, Outside, PlannedStops, Source};
 use vmm::{GuestLoop, Machine};
 
 use crate::error::Error;
 use crate::guest::Guest;
 use crate::log_file::LogWriter;
-use crate::options::{ClockMode, Plan, RunOptions};
+use crate::options::{ClockMode, GuestPlan, RunOptions};
 use crate::outside::console::{Printer, read_keys};
 use crate::outside::disk::Image;
 use crate::outside::tap::Tap;
 use crate::outside::terminal::RawMode;
-use crate::outside::{ConsoleOut, Host, Inlet, Outlet};
+use crate::outside::{ConsoleOut, Host, INBOX_CAPACITY, Inlet, Outlet};
 use crate::summary::Summary;
 
-/// What `vmft run` takes beside the machine itself.
+/// Arguments of `vmft run`.
 #[derive(Args, Debug)]
 pub struct RunArgs {
     #[command(flatten)]
-    options: Options,
-    /// Go on from a machine that was saved; its kernel, initrd, cmdline and devices must be given as they were
+    options: CommonArgs,
+    /// Continue from a state saved by --save-at; give the same kernel, initrd, cmdline and devices as then
     #[arg(long, value_name = "FILE")]
     restore: Option<PathBuf>,
 }
 
-/// What `vmft record` takes beside the machine itself.
+/// Arguments of `vmft record`.
 #[derive(Args, Debug)]
 pub struct RecordArgs {
     #[command(flatten)]
-    options: Options,
-    /// The log; must not exist yet
+    options: CommonArgs,
+    /// Write the log to this file, which must not exist yet
     #[arg(long, value_name = "FILE")]
     log: PathBuf,
 }
 
-/// What both take.
+/// Arguments of both commands.
 #[derive(Args, Debug)]
-struct Options {
+struct CommonArgs {
     #[command(flatten)]
     machine: RunOptions,
-    /// End with success once the console has printed this
+    /// End the run with success once the guest has printed this text
     #[arg(long, value_name = "TEXT")]
     until: Option<String>,
-    /// Stop exactly after this many retired instructions; implies --clock virtual
+    /// Stop after exactly this many retired instructions; implies --clock virtual
     #[arg(long, value_name = "COUNT")]
     stop_at: Option<u64>,
-    /// Print the digest of the whole machine exactly there; implies --clock virtual
+    /// Print a digest of the whole machine after exactly this many; implies --clock virtual
     #[arg(long, value_name = "COUNT,...", value_delimiter = ',')]
     digest_at: Vec<u64>,
-    /// Write the machine to --save exactly there, and go on; implies --clock virtual
+    /// Save the machine to --save after exactly this many, and go on; implies --clock virtual
     #[arg(long, value_name = "COUNT", requires = "save")]
     save_at: Option<u64>,
-    /// File for --save-at
+    /// The file that --save-at writes
     #[arg(long, value_name = "FILE", requires = "save_at")]
     save: Option<PathBuf>,
-    /// Write the summary to this file as JSON
+    /// Also write the summary to this file, as JSON
     #[arg(long, value_name = "FILE")]
     summary_json: Option<PathBuf>,
 }
 
-/// Frames, keys and disk completions that may wait for the guest, of each device.
-pub const INBOX_CAPACITY: usize = 1024;
-
 /// Runs the guest to its end.
 ///
 /// # Errors
-/// The options, this host, or the guest's crash.
+/// The options are wrong, this host fails, or the guest crashes.
 pub fn run(args: RunArgs) -> Result<(), Error> {
     let plan = args.options.machine.clone().check()?;
     let clock = args.options.clock(&plan)?;
-    // A saved machine was made with the virtual clock (--save-at implies it): the one that goes on from it must have
-    // the same epoch and seed.
+    // A saved machine ran with the virtual clock (--save-at implies it), and the machine that continues from it needs the
+    // same epoch and seed.
     let origin = if args.restore.is_some() { ClockMode::Virtual } else { clock };
     let (guest, images) = Guest::new(&plan, origin)?;
     let mut machine = guest.boot()?;
@@ -95,15 +92,15 @@ pub fn run(args: RunArgs) -> Result<(), Error> {
     session.run(machine, |live| live)
 }
 
-/// Runs the guest to its end and logs what comes into it.
+/// Runs the guest to its end and logs its inputs.
 ///
 /// # Errors
-/// As [`run`], or the log cannot be written.
+/// The same as for [`run`], or the log cannot be written.
 pub fn record(args: RecordArgs) -> Result<(), Error> {
     let plan = args.options.machine.clone().check()?;
     let clock = args.options.clock(&plan)?;
     let (guest, images) = Guest::new(&plan, clock)?;
-    // The identity has digests of all disks, which need not hold up the boot.
+    // The identity has digests of all disks; the boot does not wait for them.
     let (machine, identity) = std::thread::scope(|scope| {
         let identity = scope.spawn(|| guest.identity());
         (guest.boot(), identity.join())
@@ -112,34 +109,36 @@ pub fn record(args: RecordArgs) -> Result<(), Error> {
     let machine = machine?;
     let log = LogWriter::create(&args.log, &identity)?;
     let session = Session::start(&args.options, &plan, clock, &machine, images)?;
-    session.run(machine, |live| Recorder::new(live, log, Pace::FILE))
+    session.run(machine, |live| Recorder::new(live, log, LogIntervals::FILE))
 }
 
-impl Options {
-    fn clock(&self, plan: &Plan) -> Result<ClockMode, Error> {
+impl CommonArgs {
+    fn clock(&self, plan: &GuestPlan) -> Result<ClockMode, Error> {
         let exact = self.stop_at.is_some() || !self.digest_at.is_empty() || self.save_at.is_some();
         match plan.clock {
             None if exact => Ok(ClockMode::Virtual),
-            Some(ClockMode::Host) if exact => {
-                Err(Error::config("clock", "--stop-at, --digest-at and --save-at need --clock virtual"))
-            }
+            Some(ClockMode::Host) if exact => Err(Error::config(
+                "clock",
+                "--stop-at, --digest-at and --save-at need the virtual clock: give --clock virtual, or leave --clock out",
+            )),
             given => Ok(given.unwrap_or_default()),
         }
     }
 }
 
-/// A source whose inputs come from this host, recorded or not.
-trait FromHost: Source<Error = Error> {
+/// A source that takes inputs from this host, recorded or not.
+trait HostSource: Source<Error = Error> {
+    /// The source without its recorder.
     fn live(&mut self) -> &mut Live<Host>;
 
-    /// The run is over though the guest is not.
+    /// Ends the run although the guest could go on.
     fn stop(&mut self, machine: &mut Machine) -> Result<(), Error>;
 
-    /// Nothing comes any more.
+    /// Completes the log; nothing is recorded after this.
     fn finish(&mut self) -> Result<(), Error>;
 }
 
-impl FromHost for Live<Host> {
+impl HostSource for Live<Host> {
     fn live(&mut self) -> &mut Live<Host> {
         self
     }
@@ -153,7 +152,7 @@ impl FromHost for Live<Host> {
     }
 }
 
-impl FromHost for Recorder<Host, LogWriter> {
+impl HostSource for Recorder<Host, LogWriter> {
     fn live(&mut self) -> &mut Live<Host> {
         Recorder::live(self)
     }
@@ -167,9 +166,9 @@ impl FromHost for Recorder<Host, LogWriter> {
     }
 }
 
-/// A host that is ready to run a guest: devices open, terminal raw, signals caught.
+/// A host that is ready to run a guest: its devices are open, its terminal is raw, signals are caught.
 struct Session<'a> {
-    options: &'a Options,
+    options: &'a CommonArgs,
     live: Live<Host>,
     terminal: Option<RawMode>,
     signals: Handle,
@@ -177,8 +176,8 @@ struct Session<'a> {
 
 impl<'a> Session<'a> {
     fn start(
-        options: &'a Options,
-        plan: &Plan,
+        options: &'a CommonArgs,
+        plan: &GuestPlan,
         clock: ClockMode,
         machine: &Machine,
         images: Vec<Image>,
@@ -189,25 +188,25 @@ impl<'a> Session<'a> {
         let mut host =
             Host { inlet, outlet: Outlet::new(ConsoleOut::Printer(Printer::new(options.until.clone()))) };
         attach(&mut host, plan, images)?;
-        // A restored machine may have been saved while its disks were at work.
+        // A restored machine may have been saved with disk requests under way.
         for request in machine.unfinished_disk_requests() {
             host.disk(request)?;
         }
         let sender = host.inlet.sender().clone();
         let signals = stop_on_signals(&sender)?;
-        let terminal = RawMode::enter().map_err(Error::host("terminal"))?;
+        let terminal = RawMode::enter().map_err(Error::host("cannot make the terminal raw"))?;
         std::thread::spawn(move || read_keys(sender));
-        // What a restored machine has behind it cannot be had again.
+        // A restored machine cannot give digests of positions that it has already passed.
         let from = machine.position().count;
         let digests: BTreeSet<u64> =
             options.digest_at.iter().copied().filter(|count| *count >= from).collect();
-        let stops = Stops { digests: digests.into_iter().map(Position::exact).collect(), pause: None };
+        let stops = PlannedStops { digests: digests.into_iter().map(Position::exact).collect(), pause: None };
         let live = Live::new(host, plan.engine.unit(), stops);
         Ok(Session { options, live, terminal, signals })
     }
 
-    /// Runs the machine to its end, prints the summary, and turns the end into the command's.
-    fn run<S: FromHost>(self, machine: Machine, source: impl FnOnce(Live<Host>) -> S) -> Result<(), Error> {
+    /// Runs the machine to its end, prints the summary, and returns the command's result.
+    fn run<S: HostSource>(self, machine: Machine, source: impl FnOnce(Live<Host>) -> S) -> Result<(), Error> {
         let Session { options, live, terminal, signals } = self;
         let started = Instant::now();
         let from = machine.position().count;
@@ -231,7 +230,7 @@ impl<'a> Session<'a> {
     }
 }
 
-fn attach(host: &mut Host, plan: &Plan, images: Vec<Image>) -> Result<(), Error> {
+fn attach(host: &mut Host, plan: &GuestPlan, images: Vec<Image>) -> Result<(), Error> {
     let mut slot = 0;
     if let Some(net) = &plan.net {
         let tap = Arc::new(Tap::open(&net.tap)?);
@@ -247,7 +246,8 @@ fn attach(host: &mut Host, plan: &Plan, images: Vec<Image>) -> Result<(), Error>
 
 /// SIGINT and SIGTERM end the run in an orderly way.
 fn stop_on_signals(sender: &InboxSender) -> Result<Handle, Error> {
-    let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(Error::host("signal handlers"))?;
+    let mut signals =
+        Signals::new([SIGINT, SIGTERM]).map_err(Error::host("cannot install signal handlers"))?;
     let handle = signals.handle();
     let sender = sender.clone();
     std::thread::spawn(move || {
@@ -258,8 +258,8 @@ fn stop_on_signals(sender: &InboxSender) -> Result<Handle, Error> {
     Ok(handle)
 }
 
-/// Runs the guest until its end, `None` when it was stopped before.
-fn drive<S: FromHost>(guest: &mut GuestLoop<S>, options: &Options) -> Result<Option<End>, Error> {
+/// Runs the guest to its end; `None` if it was stopped before.
+fn drive<S: HostSource>(guest: &mut GuestLoop<S>, options: &CommonArgs) -> Result<Option<End>, Error> {
     let pauses: BTreeSet<u64> = options.save_at.into_iter().chain(options.stop_at).collect();
     let mut pauses = pauses.into_iter();
     loop {
@@ -279,10 +279,10 @@ fn drive<S: FromHost>(guest: &mut GuestLoop<S>, options: &Options) -> Result<Opt
     }
 }
 
-/// Runs the guest until it pauses or ends, and says how far it is as long as it says nothing itself.
-fn run_to_pause<S: FromHost>(guest: &mut GuestLoop<S>) -> Result<Turn, Error> {
+/// Runs the guest until it pauses or ends, and shows progress until the guest prints something.
+fn run_to_pause<S: HostSource>(guest: &mut GuestLoop<S>) -> Result<Turn, Error> {
     loop {
-        match guest.turn()? {
+        match guest.run_once()? {
             Turn::Again if guest.machine.unit() == PositionUnit::Instructions => {
                 let count = guest.machine.position().count;
                 if let ConsoleOut::Printer(printer) = guest.source.live().outside().outlet.console() {
@@ -296,7 +296,7 @@ fn run_to_pause<S: FromHost>(guest: &mut GuestLoop<S>) -> Result<Turn, Error> {
 }
 
 fn save(machine: &mut Machine, path: &Path) -> Result<(), Error> {
-    let failed = || Error::host(path.display().to_string());
+    let failed = || Error::host(format!("cannot save the machine to {}", path.display()));
     let file = File::create(path).map_err(failed())?;
     let mut file = BufWriter::new(file);
     machine.save(&mut file).map_err(std::io::Error::other).map_err(failed())?;
@@ -305,7 +305,9 @@ fn save(machine: &mut Machine, path: &Path) -> Result<(), Error> {
 }
 
 fn restore(machine: &mut Machine, path: &Path) -> Result<(), Error> {
-    let unusable = |e: &dyn std::fmt::Display| Error::config("restore", format!("{}: {e}", path.display()));
+    let unusable = |e: &dyn std::fmt::Display| {
+        Error::config("restore", format!("cannot restore the machine from {}: {e}", path.display()))
+    };
     let file = File::open(path).map_err(|e| unusable(&e))?;
     machine.restore(&mut BufReader::new(file)).map_err(|e| unusable(&e))
 }

@@ -1,4 +1,4 @@
-//! What a run came to, for people and for programs.
+//! The summary of a run, as text and as JSON.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -17,48 +17,48 @@ use crate::outside::Traffic;
 /// Figures of one run.
 #[derive(Clone, Debug, Serialize)]
 pub struct Summary {
-    /// What positions count: instructions, exits or steps.
+    /// What positions count: instructions, exits, branches or steps.
     pub unit: &'static str,
-    /// How many of them in this run.
+    /// How many of these units this run executed.
     pub instructions: u64,
     /// Position at the end.
     pub position: u64,
     /// Wall time, s.
     pub wall_s: f64,
-    /// Of that, time slept because the guest was idle, s.
+    /// The part of it that was slept because the guest was idle, s.
     pub slept_s: f64,
     /// Guest time at the end, s.
     pub guest_s: f64,
     /// Guest time that was skipped because the guest was idle, s.
     pub idle_s: f64,
-    /// Millions of them a second while the guest was not idle.
+    /// Millions of units a second while the guest was not idle.
     pub mips: f64,
     /// Port accesses.
     pub pio: u64,
-    /// Accesses to devices in memory.
+    /// Accesses to memory-mapped devices.
     pub mmio: u64,
-    /// HLTs.
+    /// HLT exits.
     pub halts: u64,
     /// Interrupts delivered.
     pub interrupts: u64,
-    /// Times that another thread stopped the guest.
+    /// How often another thread stopped the guest.
     pub kicks: u64,
-    /// What became of positions by a branch counter.
+    /// Landings by the branch counter.
     pub landings: Landings,
-    /// Addresses of kernel instructions that were made exits, by what they were.
+    /// Addresses of the kernel's instructions that were rewritten as exits, by instruction.
     pub rewritten: BTreeMap<&'static str, Vec<String>>,
     /// Frames sent to the network.
     pub frames_sent: u64,
-    /// Frames that the host's network did not take.
+    /// Frames that the tap did not accept.
     pub frames_dropped: u64,
-    /// Times that an input waited too long for an exit of the guest.
+    /// How often an input waited too long for an exit of the guest.
     pub starved: u64,
     /// The longest such wait, s.
     pub starved_longest_s: f64,
 }
 
 impl Summary {
-    /// Of a machine that began at position `from` and ran for `wall`.
+    /// The summary of a machine that started at position `from` and ran for `wall`.
     pub fn new(machine: &Machine, from: u64, wall: Duration, traffic: Traffic) -> Summary {
         let counts = machine.counts();
         let position = machine.position().count;
@@ -89,12 +89,12 @@ impl Summary {
 }
 
 impl Summary {
-    /// Writes it as JSON.
+    /// Writes the summary as JSON.
     ///
     /// # Errors
     /// The file cannot be written.
     pub fn write(&self, path: &Path) -> Result<(), Error> {
-        let failed = || Error::host(path.display().to_string());
+        let failed = || Error::host(format!("cannot write summary {}", path.display()));
         let file = File::create(path).map_err(failed())?;
         serde_json::to_writer_pretty(file, self).map_err(std::io::Error::from).map_err(failed())
     }
@@ -116,19 +116,19 @@ impl fmt::Display for Summary {
         if self.landings != Landings::default() {
             writeln!(
                 f,
-                "branch counter: {anchored} kicks stopped at a branch and {starved} not, {landed} positions landed on, \
-                 {retries} missed and sought again with twice the margin"
+                "branch counter: {anchored} kicks stopped at a branch, {starved} did not; {landed} positions landed on, \
+                 {retries} missed and tried again with twice the margin"
             )?;
         }
         if self.starved > 0 {
             writeln!(
                 f,
-                "{} times an input waited for an exit of the guest, {:.1} s at most: it runs long without one",
+                "{} times an input waited for an exit of the guest, at most {:.1} s: the guest runs long without an exit",
                 self.starved, self.starved_longest_s
             )?;
         }
         if self.frames_dropped > 0 {
-            writeln!(f, "{} frames were dropped: the host's network did not take them", self.frames_dropped)?;
+            writeln!(f, "{} frames were dropped because the tap did not accept them", self.frames_dropped)?;
         }
         Ok(())
     }
@@ -137,7 +137,7 @@ impl fmt::Display for Summary {
 fn rewritten(machine: &Machine) -> BTreeMap<&'static str, Vec<String>> {
     let mut all = BTreeMap::<_, Vec<_>>::new();
     for (at, site) in machine.rewritten().iter().flat_map(|r| r.sites.iter()) {
-        all.entry(site.asks.name()).or_default().push(format!("{at:#x}"));
+        all.entry(site.insn.name()).or_default().push(format!("{at:#x}"));
     }
     all
 }

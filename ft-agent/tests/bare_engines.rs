@@ -1,4 +1,5 @@
-//! The bare guest on KVM and on the software CPU at once, with the same inputs: at every exit both are in the same state.
+//! The bare guest runs on KVM and on the software CPU with the same inputs: at every exit both are in the
+//! same state.
 
 mod support;
 
@@ -8,9 +9,9 @@ use vmm::vcpu::perf::events::CpuModel;
 use vmm::{BootFile, BootFiles, BootPlan, Engine, Machine, MachineConfig, Slot};
 
 const DISK_BYTES: usize = 256 << 10;
-/// Exits compared.
+/// How many exits are compared.
 const EXITS: u64 = 6_000;
-/// RAM is looked at whole after so many; in between what was written is.
+/// After this many exits all of RAM is compared; at the others, the pages that were written.
 const WHOLE_EVERY: u64 = 500;
 
 /// A machine whose time stands still while its guest runs, as it does on KVM.
@@ -28,7 +29,7 @@ fn machine(engine: Engine, kernel: &[u8], command_line: &str) -> Machine {
     Machine::new(config, plan).unwrap()
 }
 
-/// Runs to the next exit of the guest, or to what has to be dealt with.
+/// Runs to the next exit of the guest, or to an earlier stop that has to be handled.
 fn to_exit(machine: &mut Machine) -> Stop {
     let exits = |machine: &Machine| {
         let counts = machine.counts();
@@ -37,7 +38,7 @@ fn to_exit(machine: &mut Machine) -> Stop {
     let before = exits(machine);
     loop {
         let next = Position::exact(machine.position().count + 1);
-        // An exit for an MSR is one on KVM only.
+        // Only on KVM is an MSR access an exit.
         match machine.run(Some(next)).unwrap() {
             Stop::Reached if exits(machine) == before => {}
             stop => return stop,
@@ -45,7 +46,8 @@ fn to_exit(machine: &mut Machine) -> Stop {
     }
 }
 
-/// Registers that engines keep alike: positions and caches are their own, and so are the hidden parts of segments.
+/// The registers that must be equal on all engines. Positions, caches and the hidden parts of segments may
+/// differ.
 fn registers(machine: &Machine) -> Vec<(&'static str, u128)> {
     const OWN: [&str; 9] = [
         "other system registers",
@@ -60,7 +62,7 @@ fn registers(machine: &Machine) -> Vec<(&'static str, u128)> {
     ];
     let mut all = machine.vcpu_state().unwrap().registers();
     all.retain(|(name, _)| !OWN.contains(name));
-    // Status flags that the SDM leaves undefined are with us as Intel has them.
+    // The software CPU sets the status flags that the SDM leaves undefined as Intel's CPUs do.
     const STATUS: u128 = 0x8d5;
     let status = if CpuModel::host().vendor == "GenuineIntel" { 0 } else { STATUS };
     for (_, flags) in all.iter_mut().filter(|(name, _)| *name == "rflags") {
@@ -89,7 +91,7 @@ fn perform(disk: &mut [u8], request: DiskRequest) -> Input {
     Input::DiskDone { slot: request.slot, id: request.id, result }
 }
 
-/// What comes in behind the exit with this number.
+/// The input that arrives after the exit with this number.
 fn input(exit: u64) -> Option<Input> {
     let line = |text: String| Input::Console { console: Console::Serial, bytes: text.into_bytes() };
     match exit % 97 {
@@ -108,7 +110,7 @@ fn input(exit: u64) -> Option<Input> {
     }
 }
 
-/// What came of a workload: exits compared, outputs, disk requests.
+/// Compares a workload on both engines. Returns the number of exits, outputs and disk requests.
 fn compare(kernel: &[u8], command_line: &str) -> (u64, usize, usize) {
     let mut both = [Engine::KvmSync, Engine::SoftCounter].map(|engine| machine(engine, kernel, command_line));
     let mut disk = vec![0x5a; DISK_BYTES];
@@ -119,7 +121,7 @@ fn compare(kernel: &[u8], command_line: &str) -> (u64, usize, usize) {
         if let Stop::Question(Question::Entropy { len, .. }) = &stops[0] {
             for machine in &mut both {
                 machine.answer(Answer::Entropy(vec![exit as u8; *len as usize])).unwrap();
-                assert_eq!(machine.finish().unwrap().filter(|s| *s != Stop::Outputs), None);
+                assert_eq!(machine.finish_instruction().unwrap().filter(|s| *s != Stop::Outputs), None);
             }
         }
         let said: [Vec<Output>; 2] = both.each_mut().map(Machine::take_outputs);

@@ -1,6 +1,8 @@
-//! The bare guest in this process, with random inputs at random moments: what is recorded is replayed to the same state.
+//! The bare guest in this process, with random inputs at random moments: what is recorded is replayed to the
+//! same state.
 //!
-//! VMFT_CASES says how many cases (2,000), VMFT_FIRST_CASE from which on: a case depends on its number alone.
+//! VMFT_CASES is the number of cases (2,000 by default), VMFT_FIRST_CASE the number of the first: a case
+//! depends on its number alone.
 
 mod support;
 
@@ -12,12 +14,12 @@ use entry::{
 };
 use vmm::guest_loop::Turn;
 use vmm::machine::StateDigest;
-use vmm::record::{Pace, Recorder};
+use vmm::record::{LogIntervals, Recorder};
 use vmm::replay::{Replayer, Standby};
-use vmm::source::{Live, Outside, Stops};
+use vmm::source::{Live, Outside, PlannedStops};
 use vmm::{BootFile, BootFiles, BootPlan, Engine, GuestLoop, Machine, MachineConfig, Slot};
 
-use support::log::{Kept, Played};
+use support::log::{MemoryLog, MemoryRecords};
 
 const NET: u8 = 0;
 const DISK: u8 = 1;
@@ -50,9 +52,9 @@ impl Random {
 }
 
 /// A disk image in memory.
-struct Image(Vec<u8>);
+struct MemoryDisk(Vec<u8>);
 
-impl Image {
+impl MemoryDisk {
     fn perform(&mut self, work: &DiskWork) -> DiskResult {
         match work {
             DiskWork::Read { offset, len } => {
@@ -67,21 +69,21 @@ impl Image {
     }
 }
 
-/// A world that does at random what a world may.
-struct World {
+/// An outside that does, at random, everything that an outside may do.
+struct RandomOutside {
     random: Random,
-    disk: Image,
-    /// Completions come in any order, some of them as failures.
+    disk: MemoryDisk,
+    /// Completions that have not arrived yet. They arrive in any order.
     done: Vec<Input>,
     waiting: VecDeque<Input>,
-    /// How much of what was sent at most: zero for a quiet world.
+    /// How many more inputs may arrive; zero for a quiet outside.
     inputs_left: u64,
     now_ns: u64,
     clock: bool,
 }
 
-impl World {
-    /// Something comes in, now and then.
+impl RandomOutside {
+    /// Lets an input arrive, now and then.
     fn arrive(&mut self) {
         let r = &mut self.random;
         if self.inputs_left > 0 && r.one_in(3) {
@@ -95,7 +97,7 @@ impl World {
     }
 }
 
-/// A line for the counter, whole, or part of one, or anything.
+/// A line for the counter, or part of one, or random bytes.
 fn typed(r: &mut Random) -> Input {
     let bytes = match r.below(40) {
         0 => b"reboot\n".to_vec(),
@@ -110,7 +112,7 @@ fn typed(r: &mut Random) -> Input {
     Input::Console { console: Console::Serial, bytes }
 }
 
-/// A frame that the guest answers, or one that looks like it, or anything.
+/// A frame that the guest answers, or one that is slightly damaged, or random bytes.
 fn frame(r: &mut Random) -> Input {
     let mut bytes = match r.below(4) {
         0 => {
@@ -153,7 +155,7 @@ fn checksum(bytes: &[u8]) -> [u8; 2] {
     (!(sum + (sum >> 16)) as u16).to_be_bytes()
 }
 
-impl Outside for World {
+impl Outside for RandomOutside {
     type Error = Infallible;
 
     fn poll(&mut self, takes: &mut dyn FnMut(&Input) -> bool) -> Result<Option<Input>, Infallible> {
@@ -197,12 +199,12 @@ impl Outside for World {
 }
 
 /// The replaying side's copy of the disk.
-struct Copy {
-    disk: Image,
+struct DiskCopy {
+    disk: MemoryDisk,
     results: Vec<(u64, DiskResult)>,
 }
 
-impl Standby for Copy {
+impl Standby for DiskCopy {
     type Error = Infallible;
 
     fn start(&mut self, request: DiskRequest) -> Result<(), Infallible> {
@@ -234,7 +236,7 @@ fn machine(engine: Engine, kernel: &[u8], command_line: &str) -> Machine {
     Machine::new(config, plan).unwrap()
 }
 
-/// Runs to `end`, or to the guest's, with pauses on the way at which nothing is done.
+/// Runs to position `end` or to the guest's end, with pauses on the way at which nothing is done.
 fn run<S>(
     guest: &mut GuestLoop<S>,
     pause_at: impl Fn(&mut S, Option<Position>),
@@ -260,7 +262,8 @@ where
     }
 }
 
-/// What a case came to: records, instructions, and whether the guest ended by itself.
+/// Runs a case. Returns the number of records, the number of instructions, and whether the guest ended by
+/// itself.
 fn case(number: u64, kernel: &[u8]) -> (usize, u64, bool) {
     let mut r = Random(number);
     let workload = ["serve", "serve", "serve", "disk mib=1", "random", "mem mib=1", "spin every=20000"];
@@ -272,9 +275,9 @@ fn case(number: u64, kernel: &[u8]) -> (usize, u64, bool) {
     );
     let disk: Vec<u8> = r.bytes(64).into_iter().cycle().take(DISK_BYTES).collect();
     let clock = r.one_in(2);
-    let world = World {
+    let world = RandomOutside {
         random: Random(r.next()),
-        disk: Image(disk.clone()),
+        disk: MemoryDisk(disk.clone()),
         done: Vec::new(),
         waiting: VecDeque::new(),
         inputs_left: r.below(60),
@@ -283,10 +286,10 @@ fn case(number: u64, kernel: &[u8]) -> (usize, u64, bool) {
     };
     let mut digests: Vec<u64> = (0..r.below(5)).map(|_| r.below(1_500_000)).collect();
     digests.sort_unstable();
-    let stops = Stops { digests: digests.into_iter().map(Position::exact).collect(), pause: None };
+    let stops = PlannedStops { digests: digests.into_iter().map(Position::exact).collect(), pause: None };
     let live = Live::new(world, PositionUnit::Instructions, stops);
-    let pace = if r.one_in(2) { Pace::FILE } else { Pace::BACKUP };
-    let source = Recorder::new(live, Kept::default(), pace);
+    let pace = if r.one_in(2) { LogIntervals::FILE } else { LogIntervals::BACKUP };
+    let source = Recorder::new(live, MemoryLog::default(), pace);
     let mut recording = GuestLoop { machine: machine(Engine::Soft, kernel, &command_line), source };
     let end = 50_000 + r.below(1_500_000);
     let turn = run(&mut recording, |s, at| s.live().pause_at(at), Random(r.next()), Some(end));
@@ -295,9 +298,9 @@ fn case(number: u64, kernel: &[u8]) -> (usize, u64, bool) {
     }
     let log = std::mem::take(&mut recording.source.log().0);
     let records = log.len();
-    let copy = Copy { disk: Image(disk), results: Vec::new() };
-    let source = Replayer::new(Played(log.into_iter()), copy);
-    // What translated code did the interpreter has to do, too.
+    let copy = DiskCopy { disk: MemoryDisk(disk), results: Vec::new() };
+    let source = Replayer::new(MemoryRecords(log.into_iter()), copy);
+    // The interpreter has to replay what translated code has recorded.
     let engine = if number.is_multiple_of(2) { Engine::Soft } else { Engine::Interpreter };
     let mut replay = GuestLoop { machine: machine(engine, kernel, &command_line), source };
     let replayed = run(&mut replay, Replayer::pause_at, Random(r.next()), None);

@@ -1,4 +1,4 @@
-//! The wall clock of a host steps: nothing of a pair is decided by it.
+//! The wall clock of a host is stepped: a pair decides nothing by it.
 
 mod support;
 
@@ -10,11 +10,11 @@ use std::time::Duration;
 
 use support::counter::Counter;
 use support::pair::{Host, Site};
-use support::row::{BARE, LIVES, end};
+use support::row::{BARE, LIVES, check_survivor};
 use support::vm::{Vm, under};
 use support::{can_network, has, has_guest, skip};
 
-/// A library that lets the wall clock of a process be off by as many seconds as a file says, whenever it is read.
+/// A library that adds to each reading of a process's wall clock the number of seconds in a file.
 const STEPPED_CLOCK: &str = r#"
 #include <fcntl.h>
 #include <stdlib.h>
@@ -40,7 +40,7 @@ fn library(site: &Site) -> PathBuf {
     library
 }
 
-/// The hour in which a side has logged its last line.
+/// The hour in the time stamp of the last line that a side has logged.
 fn hour(side: &Vm) -> u32 {
     let mut times = side.seen().lines().filter_map(|line| line.split_once('T')?.1.get(..2)?.parse().ok());
     times.next_back().unwrap_or_else(|| panic!("no time in {}", side.seen()))
@@ -60,17 +60,17 @@ fn steps_of_the_wall_clock_change_nothing() {
     let site = Site::new();
     let library = library(&site);
     let steps = ["a", "b"].map(|host| site.dir.join(format!("steps-{host}")));
-    // Written over what is there, at once: whoever reads it meanwhile sees the one or the other.
+    // Overwrites the number in a single write: a concurrent reader sees either the old or the new one.
     let step = |file: &Path, hours: i64| {
         let file = File::options().write(true).open(file).expect("step");
         file.write_all_at(format!("{:+08}", hours * 3600).as_bytes(), 0).expect("step");
     };
     steps.iter().for_each(|file| std::fs::write(file, "+0000000").expect("step"));
     let side = |host| {
-        // Their other clocks differ, too, by eleven days.
+        // The monotonic clocks of the two sides differ too, by eleven days.
         let boot = ["0", "1000000"][host as usize];
         let wrapper = ["unshare", "--time", "--monotonic", boot, "--boottime", boot];
-        // A guest's thread that is confined could not read by how much the clock is off.
+        // A confined guest's thread could not read the file.
         let options = [&BARE[..], &["--no-confine"]].concat();
         let mut command = under(site.replica(host, &options), &wrapper);
         Vm::start(command.env("LD_PRELOAD", &library).env("STEPPED_BY", &steps[host as usize]))
@@ -79,7 +79,7 @@ fn steps_of_the_wall_clock_change_nothing() {
     b.wait_for("waiting for a primary", 30);
     let mut a = side(Host::A);
     a.wait_for("READY", 60);
-    // This one is also told of time by the guest, whose clock may not go back.
+    // This client also checks that the guest's clock does not go back.
     let client = Counter::bare(&site.ns("client"));
     client.wait_for(20, 20);
     let before = hour(&b);
@@ -89,7 +89,7 @@ fn steps_of_the_wall_clock_change_nothing() {
         std::thread::sleep(Duration::from_millis(1500));
     }
     assert!(!a.has_printed("lost") && !b.has_printed("lost"), "{}{}", a.seen(), b.seen());
-    // With a failover as well.
+    // The same with a failover.
     step(&steps[1], 5);
     drop(a);
     b.wait_for(LIVES, 20);
@@ -97,5 +97,5 @@ fn steps_of_the_wall_clock_change_nothing() {
     step(&steps[1], -5);
     client.wait_for(100, 20);
     assert!([4, 5, 6].contains(&((after + 24 - before) % 24)), "the clock was not stepped: {}", b.seen());
-    end(client, b);
+    check_survivor(client, b);
 }

@@ -11,16 +11,16 @@ use support::counter::Counter;
 use support::inject::inject;
 use support::net::ip;
 use support::pair::{Host, Site};
-use support::row::{LIVES, end, pair_with};
+use support::row::{LIVES, check_survivor, pair_with};
 use support::vm::{VMFT, Vm, under};
 use support::{can_network, has, has_guest, has_kvm, image, skip};
 
-/// What the kernel says of each thread of a process, by the thread's name: the number of its seccomp filters.
+/// The number of seccomp filters of each thread of a process, by the thread's name.
 fn filters(vm: &Vm) -> BTreeMap<String, u32> {
     let tasks = std::fs::read_dir(format!("/proc/{}/task", vm.id())).expect("threads");
     let mut filters = BTreeMap::new();
     for task in tasks.flatten() {
-        // A thread may have ended.
+        // The thread may have ended meanwhile.
         let Ok(status) = std::fs::read_to_string(task.path().join("status")) else { continue };
         let field = |name: &str| {
             let line = status.lines().find_map(|line| line.strip_prefix(name));
@@ -33,8 +33,8 @@ fn filters(vm: &Vm) -> BTreeMap<String, u32> {
 }
 
 #[test]
-fn every_thread_is_confined_and_the_guests_to_less() {
-    const TEST: &str = "every_thread_is_confined_and_the_guests_to_less";
+fn every_thread_is_confined_and_the_guests_thread_more() {
+    const TEST: &str = "every_thread_is_confined_and_the_guests_thread_more";
     let Some((_site, mut a, mut b, client)) = pair_with(TEST, &[], &[]) else { return };
     for side in [&mut a, &mut b] {
         for who in ["process", "guest's thread"] {
@@ -48,33 +48,33 @@ fn every_thread_is_confined_and_the_guests_to_less() {
         assert!(filters.len() > 4 && filters.values().all(|n| *n > 0), "{filters:?}");
     }
     drop(a);
-    end(client, b);
+    check_survivor(client, b);
 }
 
-/// What it is, the call, and its arguments by the address of a path.
-type Try = (&'static str, c_long, fn(u64) -> [u64; 4]);
+/// A name, the number of a system call, and its arguments, given the address of a path.
+type Attempt = (&'static str, c_long, fn(u64) -> [u64; 4]);
 
-/// Calls that an intruder would like to make.
-const TRIES: [Try; 6] = [
+/// System calls that an intruder would want to make.
+const ATTEMPTS: [Attempt; 6] = [
     ("read a file", SYS_openat, |path| [AT_FDCWD as u64, path, O_RDONLY as u64, 0]),
     ("make a file", SYS_openat, |path| [AT_FDCWD as u64, path, (O_CREAT | O_WRONLY) as u64, 0o600]),
     ("connect", SYS_socket, |_| [AF_INET as u64, SOCK_STREAM as u64, 0, 0]),
-    ("have a file in memory", SYS_memfd_create, |path| [path, 0, 0, 0]),
+    ("make a file in memory", SYS_memfd_create, |path| [path, 0, 0, 0]),
     ("be another user", SYS_setuid, |_| [u64::MAX, 0, 0, 0]),
     ("unshare", SYS_unshare, |_| [CLONE_FS as u64, 0, 0, 0]),
 ];
 
-/// What comes of [`TRIES`] on a thread of a replica: whether each was done.
-fn tries(vm: &Vm, thread: &str, dir: &Path) -> Vec<(&'static str, bool)> {
+/// Makes a thread of a replica do the [`ATTEMPTS`]. Returns for each whether it was allowed.
+fn attempts(vm: &Vm, thread: &str, dir: &Path) -> Vec<(&'static str, bool)> {
     let made = dir.join(format!("made-by-{thread}"));
-    let attempt = |(what, number, arguments): &Try| {
+    let attempt = |(what, number, arguments): &Attempt| {
         let path = if *what == "make a file" { made.as_path() } else { Path::new("/proc/version") };
         let result = inject(vm.id(), thread, *number, path, arguments);
         let refused = [-i64::from(EPERM), -i64::from(EACCES)].contains(&result);
         assert!(refused || result >= 0 || *what == "be another user", "{what} on {thread}: {result}");
         (*what, !refused)
     };
-    TRIES.iter().map(attempt).collect()
+    ATTEMPTS.iter().map(attempt).collect()
 }
 
 #[test]
@@ -83,11 +83,11 @@ fn a_confined_replica_is_refused_what_it_does_not_need() {
     for confined in [true, false] {
         let options: &[&str] = if confined { &[] } else { &["--no-confine"] };
         let Some((site, a, b, client)) = pair_with(TEST, options, &[]) else { return };
-        // Beside the control socket's directory, in which it makes files.
+        // Outside the control socket's directory, in which the replica may create files.
         let elsewhere = PathBuf::from(format!("{}-elsewhere", site.dir.display()));
         std::fs::create_dir(&elsewhere).expect("directory");
         for thread in ["guest", "pump"] {
-            let done: Vec<_> = tries(&b, thread, &elsewhere)
+            let done: Vec<_> = attempts(&b, thread, &elsewhere)
                 .into_iter()
                 .filter(|(_, done)| *done)
                 .map(|(what, _)| what)
@@ -95,20 +95,20 @@ fn a_confined_replica_is_refused_what_it_does_not_need() {
             let expected = match (confined, thread) {
                 (true, "guest") => vec![],
                 (true, _) => vec!["connect"],
-                (false, _) => TRIES.map(|(what, ..)| what).to_vec(),
+                (false, _) => ATTEMPTS.map(|(what, ..)| what).to_vec(),
             };
             assert_eq!(done, expected, "{thread}, confined: {confined}");
         }
         std::fs::remove_dir_all(&elsewhere).expect("directory");
         drop(a);
-        end(client, b);
+        check_survivor(client, b);
     }
 }
 
 /// User and group without any rights.
 const NOBODY: &str = "65534";
 
-/// A pair whose two sides are nobody's, with taps that are theirs and a device for KVM that is.
+/// Runs a pair as the user nobody, who owns its taps and a device node for KVM.
 fn without_root(test: &str, machine: &[&str]) {
     if !has_guest(test, "bare") || !can_network(test) {
         return;
@@ -126,12 +126,13 @@ fn without_root(test: &str, machine: &[&str]) {
         ip(&["-n", &ns, "tuntap", "add", "tap0", "mode", "tap", "user", NOBODY]);
         ip(&["-n", &ns, "link", "set", "tap0", "master", "br0", "up"]);
     }
-    // Root's own directories are closed to others.
+    // Other users cannot read root's directories.
     std::fs::copy(VMFT, place("vmft")).expect("copy");
     std::fs::copy(image("bare", "kernel"), place("kernel")).expect("copy");
     let owned = Command::new("chown").args(["-R", NOBODY]).arg(&site.dir).status();
     assert!(owned.expect("chown").success());
-    // Where udev has not given the devices to their groups, or to all; the mounts of `ip netns exec` are its own.
+    // Gives the user the devices, in case udev has given them to nobody else than root. The mounts of `ip
+    // netns exec` end with it.
     let given = |device: &str, number: u32| {
         let node = place(&device.replace('/', "-"));
         let node = format!("{node}-$$");
@@ -162,7 +163,7 @@ fn without_root(test: &str, machine: &[&str]) {
     client.wait_for(20, 20);
     drop(a);
     b.wait_for(LIVES, 20);
-    end(client, b);
+    check_survivor(client, b);
 }
 
 #[test]

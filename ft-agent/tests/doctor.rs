@@ -1,4 +1,4 @@
-//! `vmft doctor` as a user sees it: on every host it has a verdict, and says why it is no better.
+//! `vmft doctor` as a user sees it: on every host it has a verdict, and says why the verdict is not better.
 
 use std::process::Command;
 
@@ -24,7 +24,7 @@ fn every_host_has_a_verdict_with_its_reasons() {
     let because = report["because"].as_array().unwrap();
     assert_eq!(verdict == "exact", because.is_empty(), "{report}");
     assert!(["exact", "exact-with-retry", "sync-only", "unsupported"].contains(&verdict));
-    // Nobody promises what was not seen.
+    // The verdict promises nothing that was not tested.
     if outcome("kvm") != "pass" {
         assert_eq!(verdict, "unsupported");
     } else if outcome("counter") != "pass" && outcome("replay by exits") == "pass" {

@@ -11,7 +11,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
 use rustls::{ClientConnection, ServerConnection, StreamOwned};
-use support::counter::{Counter, Seen};
+use support::counter::{ClientResult, Counter};
 use support::pair::{Host, Site, inside};
 use support::row::BARE;
 use support::vm::Vm;
@@ -25,13 +25,13 @@ fn ready(test: &str, guest: &str) -> bool {
     has_guest(test, guest) && can_network(test)
 }
 
-/// What the survivor did: its last lines about the failover.
-fn checked(client: Counter, survivor: &Vm) -> Seen {
+/// Ends the client. Returns what it has seen; panics with the survivor's output if a reply was wrong.
+fn client_result(client: Counter, survivor: &Vm) -> ClientResult {
     client.finish().unwrap_or_else(|e| panic!("{e}\n{}", survivor.seen()))
 }
 
-/// Ends a survivor in order, and looks whether it found anything wrong.
-fn end(survivor: Vm) {
+/// Ends a survivor in order, and checks that it has found nothing wrong.
+fn check_end(survivor: Vm) {
     survivor.terminate();
     let (status, output) = survivor.finish(30);
     assert!(status.success() && !output.contains("divergence"), "{output}");
@@ -45,21 +45,21 @@ fn kill_primary(guest: &[&str], client: fn(&str) -> Counter, cases: u64) {
         let client = client(&site.ns("client"));
         client.wait_for(20, 20);
         std::thread::sleep(Duration::from_millis(case * 37 % 200));
-        let knocking = Knocking::new(&site.ns("client"));
+        let knocking = KnockingClient::new(&site.ns("client"));
         let killed = Instant::now();
         drop(a);
         b.wait_for("this side lives", 20);
         let alive = killed.elapsed();
         client.wait_for(50, 30);
         drop(knocking);
-        splits.push(split_ms(&site));
-        let seen = checked(client, &b);
+        splits.push(failover_steps_ms(&site));
+        let seen = client_result(client, &b);
         eprintln!(
             "failover {case}: alive after {alive:?}, {} replies, longest gap {:?}",
             seen.replies, seen.gap
         );
         gaps.push(seen.gap);
-        end(b);
+        check_end(b);
     }
     gaps.sort_unstable();
     let middle = gaps[gaps.len() / 2];
@@ -75,16 +75,17 @@ fn kill_primary(guest: &[&str], client: fn(&str) -> Counter, cases: u64) {
     }
 }
 
-/// Connects again and again to a port where nobody listens: a frame for the guest every 2 ms or so, to which it has an
-/// answer. So a guest that has just gone live has something to do at once; the client may have lost its request with the
-/// primary, and repeats it when its own timer says so, 200 ms later.
-struct Knocking {
+/// Connects again and again to a port on which the guest does not listen: a frame about every 2 ms, which the
+/// guest answers. So a guest that has just gone live has a frame to send at once. The counting client cannot
+/// be relied on for that: its request may have been lost with the primary, and it repeats it only after its
+/// own timeout, 200 ms later.
+struct KnockingClient {
     done: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
-impl Knocking {
-    fn new(namespace: &str) -> Knocking {
+impl KnockingClient {
+    fn new(namespace: &str) -> KnockingClient {
         let done = Arc::new(AtomicBool::new(false));
         let stop = done.clone();
         let at = (support::net::GUEST.parse::<std::net::IpAddr>().expect("address"), 9).into();
@@ -92,34 +93,34 @@ impl Knocking {
             let pause = Duration::from_millis(2);
             while !stop.load(Ordering::Relaxed) {
                 let answer = TcpStream::connect_timeout(&at, pause);
-                assert!(answer.is_err(), "somebody listens at port 9 of the guest");
+                assert!(answer.is_err(), "the guest listens on port 9");
                 std::thread::sleep(pause);
             }
         });
-        Knocking { done, thread: Some(thread) }
+        KnockingClient { done, thread: Some(thread) }
     }
 }
 
-impl Drop for Knocking {
+impl Drop for KnockingClient {
     fn drop(&mut self) {
         self.done.store(true, Ordering::Relaxed);
         let ended = self.thread.take().map(JoinHandle::join);
         assert!(
             std::thread::panicking() || ended.is_some_and(|e| e.is_ok()),
-            "the one who knocks has failed"
+            "the knocking client has failed"
         );
     }
 }
 
-/// What `vmft status` tells of a failover.
+/// The steps of a failover in `vmft status --json`.
 const STEPS: [&str; 4] = ["asked_ms", "verdict_ms", "running_ms", "first_frame_ms"];
 
-/// When each step of B's failover was done, ms after it held its peer for lost.
-fn split_ms(site: &Site) -> [f64; 4] {
-    let mut ask = Command::new(support::vm::VMFT);
-    let asked = ask.args(["status", "--json", "--control"]).arg(site.control(Host::B)).output();
+/// When each step of B's failover was done, ms after B declared its peer lost.
+fn failover_steps_ms(site: &Site) -> [f64; 4] {
+    let mut command = Command::new(support::vm::VMFT);
+    let status = command.args(["status", "--json", "--control"]).arg(site.control(Host::B)).output();
     let status: serde_json::Value =
-        serde_json::from_slice(&asked.expect("vmft status").stdout).expect("JSON");
+        serde_json::from_slice(&status.expect("vmft status").stdout).expect("JSON");
     STEPS.map(|step| status["failover"][step].as_f64().unwrap_or_else(|| panic!("no {step} in {status}")))
 }
 
@@ -158,9 +159,9 @@ fn the_primary_goes_on_alone_when_its_backup_is_killed() {
     drop(b);
     a.wait_for("this side lives", 20);
     client.wait_for(100, 20);
-    let seen = checked(client, &a);
-    assert!(seen.gap < Duration::from_secs(1), "longer than the detection time: {seen:?}");
-    end(a);
+    let seen = client_result(client, &a);
+    assert!(seen.gap < Duration::from_secs(1), "the gap is longer than the timeout: {seen:?}");
+    check_end(a);
 }
 
 #[test]
@@ -176,15 +177,17 @@ fn a_cut_link_leaves_exactly_one_and_the_other_fences() {
     client.wait_for(100, 30);
     let seen = client.finish().unwrap_or_else(|e| panic!("{e}"));
     eprintln!("link cut: longest gap {:?}", seen.gap);
-    // One of them ends by itself; the other lives until it is told.
+    // One of them ends by itself; the other lives until it is terminated.
     std::thread::sleep(Duration::from_secs(1));
     let mut both = [(Host::A, a), (Host::B, b)].map(|(host, vm)| (host, vm.has_ended(), vm));
     both.sort_by_key(|(_, ended, _)| !ended);
-    let [(loser, true, fenced), (_, false, winner)] = both else { panic!("not exactly one lives") };
+    let [(loser, true, fenced), (_, false, winner)] = both else {
+        panic!("not exactly one of the two lives")
+    };
     let (status, output) = fenced.finish(5);
     assert_eq!(status.code(), Some(6), "{loser:?}: {output}");
     assert!(output.contains("fenced"), "{output}");
-    end(winner);
+    check_end(winner);
 }
 
 #[test]
@@ -205,16 +208,16 @@ fn a_planned_handover_loses_nothing() {
         let (there, here) = (full_state(&output), full_state(b.seen()));
         assert!(here.is_some() && here == there, "{there:?}, {here:?}");
         client.wait_for(50, 20);
-        let seen = checked(client, &b);
+        let seen = client_result(client, &b);
         eprintln!("handover {case}: longest gap {:?},{}", seen.gap, here.unwrap_or_default());
-        end(b);
+        check_end(b);
     }
 }
 
-/// What a side that is to log the digests of its guest's state has as VMFT_LOG.
-const STATES: &str = "info,vmft::pair::guest=debug";
+/// VMFT_LOG for a side that logs the digests of its guest's state.
+const STATES: &str = "info,vmft::pair::guest_io=debug";
 
-/// What follows a word in the lines that have it.
+/// What follows a word, in each line that has it.
 fn lines<'a>(text: &'a str, word: &'a str) -> impl Iterator<Item = &'a str> {
     text.lines().filter_map(move |line| line.split_once(word).map(|(_, rest)| rest))
 }
@@ -234,7 +237,7 @@ fn the_states_of_a_primary_that_was_killed_are_those_its_backup_has_checked() {
         a.signal(nix::sys::signal::Signal::SIGKILL);
         let (_, there) = a.finish(10);
         b.wait_for("this side lives", 20);
-        checked(client, &b);
+        client_result(client, &b);
         let position = |text: &str| -> u64 {
             let at = text.split_whitespace().find_map(|word| word.strip_prefix("at="));
             at.and_then(|at| at.parse().ok()).unwrap_or_else(|| panic!("no position in {text:?}"))
@@ -242,7 +245,7 @@ fn the_states_of_a_primary_that_was_killed_are_those_its_backup_has_checked() {
         let here: Vec<&str> = lines(b.seen(), "state checked").collect();
         let last = here.last().map(|text| position(text)).expect("no state was checked");
         let there: Vec<&str> = there.lines().filter(|line| line.contains("state recorded")).collect();
-        // What was recorded last may not have left the host that died.
+        // The last recorded state may not have left the host that died.
         let mut reached = there.iter().filter(|line| position(line) <= last);
         let recorded: Vec<&str> = reached.clone().flat_map(|line| lines(line, "state recorded")).collect();
         assert_eq!(recorded, here);
@@ -254,12 +257,12 @@ fn the_states_of_a_primary_that_was_killed_are_those_its_backup_has_checked() {
         );
         let age = reached.next_back().map(|line| age_ms(line, killed)).expect("a state");
         eprintln!("kill {case}: {} states are equal, the last was {age} ms old", here.len());
-        assert!(age < 1000, "the last state that was checked is {age} ms old");
-        end(b);
+        assert!(age < 1000, "the last state that was checked was {age} ms old at the kill");
+        check_end(b);
     }
 }
 
-/// How old a line of the log was at a time, ms, by the seconds of its time stamp.
+/// How old a line of the log was at the time `then`, ms, by the seconds of its time stamp.
 fn age_ms(line: &str, then: SystemTime) -> u64 {
     let seconds = line.split_once('Z').and_then(|(time, _)| time.rsplit_once(':')).map(|(_, s)| s);
     let at_ms = seconds.and_then(|s| s.parse::<f64>().ok()).map(|s| (s * 1000.0) as u64);
@@ -279,7 +282,7 @@ fn power_off_ends_both_sides_and_reboot_resets_them_in_step() {
     a.wait_for_again("READY", 20);
     let client = Counter::bare(&ns);
     client.wait_for(20, 20);
-    checked(client, &a);
+    client_result(client, &a);
     support::counter::tell_bare(&ns, "poweroff");
     for side in [a, b] {
         let (status, output) = side.finish(20);
@@ -287,7 +290,7 @@ fn power_off_ends_both_sides_and_reboot_resets_them_in_step() {
     }
 }
 
-/// Times of round trips between the two hosts over a connection as the channel's, µs, sorted.
+/// Round-trip times between the two hosts over a TLS connection like that of the channel, µs, sorted.
 fn round_trips_us(site: &Site) -> Vec<u32> {
     let keys = |host| Arc::new(Keys::load(&site.keys(host)).expect("keys"));
     let (server, client) = (peer_server(&keys("b")).expect("TLS"), peer_client(&keys("a")).expect("TLS"));
@@ -310,7 +313,7 @@ fn round_trips_us(site: &Site) -> Vec<u32> {
             peer.write_all(&[1; 256]).and_then(|()| peer.read_exact(&mut [0; 64])).expect("echo");
             asked.elapsed().as_micros() as u32
         };
-        // The handshake is the first one's.
+        // The first round trip includes the handshake.
         time();
         (0..3000).map(|_| time()).collect::<Vec<_>>()
     });
@@ -342,10 +345,10 @@ fn an_output_waits_for_about_a_round_trip() {
         link.0 * 3 / 2 + 100
     );
     assert!(added < link.0 * 3 / 2 + 5_000, "an output waits for {added} µs, a round trip is {} µs", link.0);
-    end(a);
+    check_end(a);
 }
 
-/// Round trips to the bare guest's echo service, µs, sorted.
+/// Round-trip times to the bare guest's echo service, µs, sorted.
 fn echo_us(namespace: &str) -> Vec<u32> {
     let ask = inside(namespace, || {
         let mut guest = TcpStream::connect(format!("{}:7778", support::net::GUEST)).expect("connect");

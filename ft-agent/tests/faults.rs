@@ -1,4 +1,5 @@
-//! The fault table of the pair, each row with real processes: who lives, who fences, and what the client sees.
+//! The fault table of the pair, each row with real processes: which side lives, which is fenced, and what the
+//! client sees.
 
 mod support;
 
@@ -13,10 +14,12 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal::{SIGCONT, SIGSTOP};
 use support::pair::{Host, Site, inside};
-use support::row::{BARE, LIVES, LONG, end, fenced, one_lives, pair, pair_with};
+use support::row::{
+    BARE, LIVES, LONGER_THAN_TIMEOUT, check_fenced, check_survivor, one_lives, pair, pair_with,
+};
 use support::vm::{Vm, vmft_in};
 use support::{can_network, has_guest};
-use test_and_set::blocking::Blocking;
+use test_and_set::blocking::BlockingStore;
 
 #[test]
 fn a_primary_that_was_stopped_is_fenced_when_it_goes_on() {
@@ -27,8 +30,8 @@ fn a_primary_that_was_stopped_is_fenced_when_it_goes_on() {
     b.wait_for(LIVES, 20);
     client.wait_for(50, 20);
     a.signal(SIGCONT);
-    fenced(a);
-    end(client, b);
+    check_fenced(a);
+    check_survivor(client, b);
 }
 
 #[test]
@@ -40,8 +43,8 @@ fn a_backup_that_was_stopped_is_fenced_when_it_goes_on() {
     a.wait_for(LIVES, 20);
     client.wait_for(50, 20);
     b.signal(SIGCONT);
-    fenced(b);
-    end(client, a);
+    check_fenced(b);
+    check_survivor(client, a);
 }
 
 #[test]
@@ -52,10 +55,10 @@ fn a_primary_that_is_cut_off_from_everything_is_silent_until_it_is_fenced() {
     pull(false);
     b.wait_for(LIVES, 20);
     client.wait_for(50, 20);
-    assert!(!a.has_ended(), "it cannot know");
+    assert!(!a.has_ended(), "a primary that cannot reach the store cannot know that it has lost");
     pull(true);
-    fenced(a);
-    end(client, b);
+    check_fenced(a);
+    check_survivor(client, b);
 }
 
 #[test]
@@ -67,11 +70,12 @@ fn a_backup_that_is_cut_off_from_everything_is_fenced() {
     pull(false);
     a.wait_for(LIVES, 20);
     pull(true);
-    fenced(b);
-    end(client, a);
+    check_fenced(b);
+    check_survivor(client, a);
 }
 
-/// A fault while the store has no quorum: nobody lives and nothing is said until it is back, and then exactly one lives.
+/// A fault while the store has no quorum: no side lives and no output leaves until the quorum is back, and
+/// then exactly one side lives. `fault` returns the sides that still run; `heal` undoes it.
 fn without_a_quorum(
     test: &str,
     fault: impl FnOnce(&Site, Vm, Vm) -> [Option<Vm>; 2],
@@ -86,22 +90,22 @@ fn without_a_quorum(
         side.wait_for("asking the store", 20);
     }
     let replies = client.replies();
-    std::thread::sleep(LONG);
-    assert_eq!(client.replies(), replies, "somebody answers without a verdict");
+    std::thread::sleep(LONGER_THAN_TIMEOUT);
+    assert_eq!(client.replies(), replies, "a side answers the client without a verdict");
     assert!(sides.iter_mut().flatten().all(|side| !side.has_printed(LIVES) && !side.has_ended()));
     site.start_store(1);
     match sides {
         [Some(a), Some(b)] => {
-            std::thread::sleep(LONG);
+            std::thread::sleep(LONGER_THAN_TIMEOUT);
             heal(&site);
             let (host, survivor) = one_lives(a, b);
             eprintln!("{host:?} lives");
-            end(client, survivor);
+            check_survivor(client, survivor);
         }
         [survivor, other] => {
             let mut survivor = survivor.or(other).expect("a side");
             survivor.wait_for(LIVES, 30);
-            end(client, survivor);
+            check_survivor(client, survivor);
         }
     }
 }
@@ -150,16 +154,20 @@ fn a_verdict_whose_reply_is_lost_is_the_same_when_it_is_asked_for_again() {
     b.wait_for("the store does not answer", 20);
     let url = site.store_url("a");
     let store =
-        inside(&site.ns("a"), move || Blocking::connect(&url)).join().expect("thread").expect("store");
-    let holder =
-        || store.get(&"vm".parse().expect("name"), LONG).expect("record").and_then(|record| record.holder());
+        inside(&site.ns("a"), move || BlockingStore::connect(&url)).join().expect("thread").expect("store");
+    let holder = || {
+        store
+            .get(&"vm".parse().expect("name"), LONGER_THAN_TIMEOUT)
+            .expect("record")
+            .and_then(|record| record.holder())
+    };
     let told = holder().expect("B has won");
-    std::thread::sleep(LONG);
+    std::thread::sleep(LONGER_THAN_TIMEOUT);
     assert!(!b.has_printed(LIVES) && !b.has_ended(), "{}", b.seen());
     site.set_store_mute(Host::B, false);
     b.wait_for(LIVES, 20);
     assert_eq!(holder(), Some(told));
-    end(client, b);
+    check_survivor(client, b);
 }
 
 #[test]
@@ -169,11 +177,11 @@ fn acknowledgements_that_come_after_the_suspicion_change_nothing() {
         let Some((site, a, b, client)) = pair(test) else { return };
         site.set_mute(mute, true);
         client.wait_for(100, 30);
-        // What was under way arrives now.
+        // Acknowledgements that were delayed arrive now.
         site.set_mute(mute, false);
         let (host, survivor) = one_lives(a, b);
         eprintln!("{mute:?} was not heard, {host:?} lives");
-        end(client, survivor);
+        check_survivor(client, survivor);
     }
 }
 
@@ -182,7 +190,7 @@ fn a_log_that_stalls_under_load_slows_the_guest_and_goes_on() {
     let test = "a_log_that_stalls_under_load_slows_the_guest_and_goes_on";
     let options = ["--timeout-ms", "5000", "--buffer-mib", "1"];
     let Some((site, mut a, mut b, client)) = pair_with(test, &options, &[]) else { return };
-    // Frames that the guest has no use for fill the log.
+    // Frames that the guest discards fill the log.
     let (stop, load) = flood(&site);
     for stall in 0..3 {
         client.wait_for(50, 60);
@@ -207,17 +215,17 @@ fn a_log_that_stalls_under_load_slows_the_guest_and_goes_on() {
     assert!(!a.has_printed("lost") && !b.has_printed("lost"), "{}{}", a.seen(), b.seen());
     drop(a);
     b.wait_for(LIVES, 30);
-    end(client, b);
+    check_survivor(client, b);
 }
 
-/// Sends the guest datagrams without end, from the client.
+/// Sends datagrams from the client to the guest until it is stopped.
 fn flood(site: &Site) -> (Arc<AtomicBool>, JoinHandle<()>) {
     let stop = Arc::new(AtomicBool::new(false));
     let stopped = stop.clone();
     let load = inside(&site.ns("client"), move || {
         let socket = UdpSocket::bind("10.77.0.1:0").expect("bind");
         while !stopped.load(Ordering::Relaxed) {
-            // The guest refuses them, which the next one is told.
+            // The guest refuses them; the next call may report that.
             socket.send_to(&[7; 1400], (support::net::GUEST, 9)).ok();
             std::thread::sleep(Duration::from_micros(200));
         }
@@ -225,11 +233,11 @@ fn flood(site: &Site) -> (Arc<AtomicBool>, JoinHandle<()>) {
     (stop, load)
 }
 
-/// What `vmft status` says of the primary.
+/// The output of `vmft status --json` for the primary.
 fn status(site: &Site) -> serde_json::Value {
-    let mut ask = Command::new(support::vm::VMFT);
-    let asked = ask.args(["status", "--json", "--control"]).arg(site.control(Host::A)).output();
-    let output = asked.expect("vmft status");
+    let mut command = Command::new(support::vm::VMFT);
+    let status = command.args(["status", "--json", "--control"]).arg(site.control(Host::A)).output();
+    let output = status.expect("vmft status");
     serde_json::from_slice(&output.stdout).expect("JSON")
 }
 
@@ -244,7 +252,7 @@ fn a_primary_that_is_started_again_at_once_is_a_stranger() {
     assert_eq!(status.code(), Some(7), "{output}");
     assert!(output.contains("another generation"), "{output}");
     b.wait_for(LIVES, 20);
-    end(client, b);
+    check_survivor(client, b);
 }
 
 #[test]
@@ -265,7 +273,7 @@ fn sides_that_differ_are_refused_with_the_field_named() {
     assert!(a.finish(20).0.success());
 }
 
-/// How often a backup has refused a caller, by the reason.
+/// How often a backup has refused a connection, by the reason.
 fn reasons(backup: &mut Vm) -> BTreeMap<String, usize> {
     let mut reasons = BTreeMap::new();
     backup.has_printed("");
@@ -277,8 +285,9 @@ fn reasons(backup: &mut Vm) -> BTreeMap<String, usize> {
 }
 
 #[test]
-fn callers_that_are_no_peer_do_not_disturb_a_pair() {
-    let Some((site, a, mut b, client)) = pair("callers_that_are_no_peer_do_not_disturb_a_pair") else {
+fn connections_that_are_not_from_the_peer_do_not_disturb_a_pair() {
+    let Some((site, a, mut b, client)) = pair("connections_that_are_not_from_the_peer_do_not_disturb_a_pair")
+    else {
         return;
     };
     let attempts = support::cases(200);
@@ -303,16 +312,16 @@ fn callers_that_are_no_peer_do_not_disturb_a_pair() {
         called
     });
     let called = calls.join().expect("calls");
-    // Each is refused, and why is logged.
+    // Each is refused, and the reason is logged.
     let deadline = Instant::now() + Duration::from_secs(60);
     while reasons(&mut b).values().sum::<usize>() < called && Instant::now() < deadline {
         std::thread::sleep(Duration::from_millis(100));
     }
     let reasons = reasons(&mut b);
-    eprintln!("{called} callers: {reasons:#?}");
+    eprintln!("{called} connections: {reasons:#?}");
     assert_eq!(reasons.values().sum::<usize>(), called);
-    assert!(reasons.len() >= 3, "garbage, broken off and slow ones differ");
-    // One with a certificate that nobody has pinned, and one of another VM.
+    assert!(reasons.len() >= 3, "garbage, a broken connection and a slow one have different reasons");
+    // A primary whose certificate is not pinned, and one of another VM.
     let keys = site.dir.join("other-keys");
     test_and_set::keys::make_set(&keys, &[1], &["x".into(), "y".into()]).expect("keys");
     for keys in [keys.join("x"), site.keys("a")] {
@@ -337,7 +346,7 @@ fn callers_that_are_no_peer_do_not_disturb_a_pair() {
     assert!(!a.has_ended() && !b.has_ended());
     client.wait_for(50, 20);
     drop(b);
-    end(client, a);
+    check_survivor(client, a);
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! The engine on KVM as a user meets it: the bare guest runs, is recorded under load and replayed.
+//! The KVM engine as a user sees it: the bare guest runs, is recorded under load, and is replayed.
 
 mod support;
 
@@ -35,7 +35,7 @@ fn replays(log: &Path, times: u32) -> String {
     text
 }
 
-/// A client that adds 1 so often over one connection, and prints the last reply.
+/// A bash script: a client that adds 1 `count` times over one connection, and prints the last reply.
 fn requests(count: u32) -> String {
     format!(
         "exec 3<>/dev/tcp/{GUEST}/7777; for ((n = 0; n < {count}; n++)); do echo add 1 >&3; read -r reply <&3; done; \
@@ -72,7 +72,7 @@ fn the_bare_guest_serves_is_recorded_and_replayed_ten_times() {
     let (status, output) = vm.finish(30);
     assert!(status.success(), "{output}");
     assert!(output.contains("engine: kvm-sync (as asked for)"), "{output}");
-    // The last of them while others want the CPUs too.
+    // The last replays run while other processes compete for the CPUs.
     replays(&log, REPLAYS - 3);
     let load: Vec<_> =
         (0..4).map(|_| Command::new("sh").args(["-c", "while :; do :; done"]).spawn().unwrap()).collect();
@@ -106,7 +106,7 @@ fn a_guest_that_makes_no_exits_is_reported_and_can_be_stopped() {
     std::fs::remove_file(&log).unwrap();
 }
 
-/// The whole way of a counter's positions, with one that is simulated: the host's is for hosts that have one.
+/// Records and replays positions by a counter, with a simulated counter, since not every host has a real one.
 #[test]
 fn counted_branches_are_recorded_and_replayed() {
     const TEST: &str = "counted_branches_are_recorded_and_replayed";
@@ -123,7 +123,8 @@ fn counted_branches_are_recorded_and_replayed() {
     let (status, output) = vm.finish(20);
     assert!(status.success() && output.contains("kicks stopped at a branch"), "{output}");
     let text = replays(&log, 3);
-    // Inputs between two exits, sought again where the counter was later than expected.
+    // Inputs arrived between two exits, and some positions were sought again because the counter was later
+    // than expected.
     let numbers =
         |line: &str| -> Vec<u64> { line.split([' ', ';']).filter_map(|word| word.parse().ok()).collect() };
     for line in text.lines().filter(|line| line.contains("landed on by counter")) {
@@ -151,11 +152,16 @@ fn a_counter_is_used_where_there_is_one_and_refused_with_the_reason_elsewhere() 
         replays(&log, 10);
         std::fs::remove_file(&log).unwrap();
     } else {
-        skip(TEST, "no exact counter here: the replay by it was not run");
+        skip(TEST, "this host has no exact counter: no replay by it was run");
         assert_eq!(code, 2, "{text}");
         // The reason is one of the doctor's.
-        let reason =
-            text.split("no exact counter here: ").nth(1).expect(&text).split([';', '\n']).next().unwrap();
+        let reason = text
+            .split("this host has no exact counter: ")
+            .nth(1)
+            .expect(&text)
+            .split([';', '\n'])
+            .next()
+            .unwrap();
         let (name, reason) = reason.split_once(": ").expect(&text);
         assert!(
             report.lines().any(|l| l.starts_with("FAIL") && l.contains(name) && l.contains(reason)),
@@ -163,6 +169,7 @@ fn a_counter_is_used_where_there_is_one_and_refused_with_the_reason_elsewhere() 
         );
     }
     let (_, text) = vmft(&["run", "--guest", "bare", "--memory-mib", "16", "--stop-at", "300"]);
-    let chosen = if exact { "engine: kvm-counter (" } else { "engine: soft (KVM would not be exact here: " };
+    let chosen =
+        if exact { "engine: kvm-counter (" } else { "engine: soft (KVM is not exact on this host: " };
     assert!(text.contains(chosen), "{text}");
 }

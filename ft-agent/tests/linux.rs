@@ -1,4 +1,5 @@
-//! The Linux guest: boots to its services, is used from another host, keeps its files, and is deterministic.
+//! The Linux guest: it boots to its services, is used from another host, keeps its files, and is
+//! deterministic.
 
 mod support;
 
@@ -39,8 +40,8 @@ fn redis_and_the_web_server_are_used_from_another_host() {
 }
 
 #[test]
-fn a_file_on_ext4_outlives_a_reboot() {
-    const TEST: &str = "a_file_on_ext4_outlives_a_reboot";
+fn a_file_on_ext4_survives_a_reboot() {
+    const TEST: &str = "a_file_on_ext4_survives_a_reboot";
     if !has_guest(TEST, "linux") {
         return;
     }
@@ -58,7 +59,7 @@ fn a_file_on_ext4_outlives_a_reboot() {
         assert!(output.status.success(), "{program}: {text}{}", String::from_utf8_lossy(&output.stderr));
     };
     run("mkfs.ext4", &["-q", image]);
-    // The first boot writes and reboots, the second reads what it finds.
+    // The first boot writes the file and reboots, the second checks it.
     let script = "if [ -f /disk/sum ]; then cd /disk; sha256sum -c sum && echo INTACT; \
                   else seq 1 200000 >/disk/file; cd /disk; sha256sum file >sum; cd /; umount /disk; reboot -f; fi";
     let cmdline = format!("vmft.noservices vmft.exec=\"{script}\"");
@@ -90,7 +91,7 @@ fn two_boots_and_a_restored_one_have_the_same_digests() {
     let first = boot(&[]);
     assert_eq!(first.len(), 10, "{first:?}");
     assert_eq!(boot(&["--save-at", "200000000", "--save", file]), first);
-    // The interpreter goes on where translated code has been, and comes to the same.
+    // The interpreter continues what translated code has begun, with the same digests.
     let rest = boot(&["--restore", file, "--cpu", "interpreter"]);
     assert_eq!(rest, first[6..]);
     std::fs::remove_file(file).unwrap();

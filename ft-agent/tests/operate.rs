@@ -1,4 +1,5 @@
-//! A pair as its operator has it: control sockets, the TOML file, a primary without a backup, a VM that is forgotten.
+//! A pair from its operator's side: control sockets, the TOML file, a primary without a backup, forgetting a
+//! VM.
 
 mod support;
 
@@ -38,7 +39,7 @@ fn report(control: &Path) -> (i32, serde_json::Value) {
     (code, serde_json::from_str(&out).unwrap_or_else(|e| panic!("{e} in {out:?}, {errors}")))
 }
 
-/// The same once the peer has told where it is, which its next heartbeat does.
+/// The same once the peer's position is known, which its next heartbeat carries.
 fn report_with_peer(control: &Path) -> (i32, serde_json::Value) {
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {
@@ -50,7 +51,7 @@ fn report_with_peer(control: &Path) -> (i32, serde_json::Value) {
     }
 }
 
-/// What a host answers to a scrape of its metrics.
+/// The answer of a host to a scrape of its metrics.
 fn scrape(site: &Site, host: Host, path: &str) -> String {
     let request = format!("GET {path} HTTP/1.1\r\nHost: x\r\n\r\n");
     let ask = move || {
@@ -62,32 +63,32 @@ fn scrape(site: &Site, host: Host, path: &str) -> String {
     inside(&site.ns(host.name()), ask).join().expect("scrape")
 }
 
-/// Everything that is no request; the socket stays what it was.
+/// Sends everything that is not a request, and checks that the socket belongs to its owner only.
 fn talk_nonsense(control: &Path) {
     let mode = std::fs::metadata(control).expect("control socket").permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
     for nonsense in [&b"\n"[..], b"", b"\"Status\"\n", b"{\"status\":1}\n", &[0xff; 5000], &[b'"'; 64]] {
         let mut socket = UnixStream::connect(control).expect("connect");
         socket.set_read_timeout(Some(Duration::from_secs(10))).expect("timeout");
-        // It may have hung up before all of it was written.
+        // The replica may close the connection before all of it is written.
         socket.write_all(nonsense).and_then(|()| socket.shutdown(std::net::Shutdown::Write)).ok();
         let mut answer = Vec::new();
         socket.read_to_end(&mut answer).ok();
         let answer = String::from_utf8_lossy(&answer);
         assert!(answer.is_empty() || answer.contains("refused"), "{answer}");
     }
-    // Silent, and left open.
+    // A client that sends nothing and stays connected.
     std::mem::forget(UnixStream::connect(control).expect("connect"));
 }
 
 #[test]
-fn a_pair_is_watched_and_handed_over_through_its_control_sockets() {
-    if !ready("a_pair_is_watched_and_handed_over_through_its_control_sockets") {
+fn a_pair_is_observed_and_handed_over_through_its_control_sockets() {
+    if !ready("a_pair_is_observed_and_handed_over_through_its_control_sockets") {
         return;
     }
     let site = Site::new();
     let told_to = |role: &str| site.dir.join(format!("told-{role}"));
-    // One that takes long holds up nobody.
+    // The command takes long, which must not delay anything.
     let hook = format!(
         "echo $VMFT_STATE $VMFT_VM $VMFT_PHASE $VMFT_GENERATION >>{}$VMFT_ROLE; sleep 1",
         told_to("").display()
@@ -162,7 +163,7 @@ fn stop_ends_both_sides_of_a_pair() {
         let (status, output) = side.finish(20);
         assert!(status.success() && output.contains("the VM has ended: Stopped"), "{output}");
     }
-    // It may start again.
+    // The VM can be started again.
     let (a, b) = site.pair(&BARE);
     assert_eq!(report(&site.control(Host::A)).1["generation"], 2);
     drop((a, b));
@@ -204,7 +205,7 @@ fn a_primary_from_a_file_runs_without_a_backup() {
     let client = Counter::bare(&site.ns("client"));
     client.wait_for(20, 20);
     client.finish().unwrap_or_else(|e| panic!("{e}\n{}", vm.seen()));
-    // A second one does not take its socket.
+    // A second primary does not take over the socket.
     let (code, _, errors) = run(vmft_in(&site.ns("b")).args(["primary", "--config"]).arg(&file));
     assert!(code != 0 && !errors.contains("READY"), "{errors}");
     assert_eq!(ask(&control, &["stop"]).0, 0);
@@ -259,19 +260,19 @@ fn the_console_of_a_pair_takes_what_is_typed_on_the_side_that_lives() {
     let mut at_a = attach(Host::A);
     at_a.type_in("n=41; echo $((n * 100))\n");
     at_a.wait_for("4100", 30);
-    // The backup takes nothing before it lives.
+    // The backup ignores what is typed before it lives.
     let mut at_b = attach(Host::B);
     at_b.type_in("n=0\n");
     std::thread::sleep(Duration::from_millis(500));
     drop(a);
     b.wait_for("going live", 20);
     drop(at_a);
-    // The shell is the same one as before.
+    // The shell is the same as before the failover.
     at_b.type_in("echo $((n + 1))\n");
     at_b.wait_for("\n42\r", 30);
     at_b.type_in("\x01x");
     assert!(at_b.finish(10).0.success());
-    // Somebody else may attach, and end the run as one does at a terminal.
+    // Another client can attach, and end the run from the shell.
     let mut again = attach(Host::B);
     again.type_in("poweroff\n");
     again.finish(30);

@@ -1,4 +1,4 @@
-//! Rows of the fault table with a disk that is written to: Linux with a file system, of which each host has a copy.
+//! Rows of the fault table with a disk: Linux writes to a file system, of which each host has a copy.
 
 mod support;
 
@@ -7,16 +7,16 @@ use std::process::Command;
 use std::time::Duration;
 
 use support::pair::{Host, Site};
-use support::row::{LIVES, set_off};
+use support::row::{LIVES, trigger};
 use support::vm::{Vm, under};
 use support::{can_network, has, has_guest, skip};
 
-/// Files that the guest writes, one after the other, each synchronised before the guest says so.
+/// How many files the guest writes, one after the other. It reports each after it has synchronised it.
 const FILES: u32 = 60;
-/// Lines in a file, all different.
+/// Lines in a file. All lines differ.
 const LINES: u32 = 10_000;
 
-/// Both hosts' copies of an empty file system, unless the test cannot run here.
+/// Makes both hosts' copies of an empty file system. `None`: the test cannot run here, and is skipped.
 fn disks(test: &str) -> Option<(Site, [PathBuf; 2])> {
     if !has_guest(test, "linux") || !can_network(test) {
         return None;
@@ -49,7 +49,7 @@ fn tool(program: &str, args: &[&str]) -> Vec<u8> {
     output.stdout
 }
 
-/// A side whose guest writes files.
+/// The command of a side whose guest writes files.
 fn writer(site: &Site, host: Host, disk: &Path) -> Command {
     let write = format!(
         "cd /disk; for i in $(seq 1 {FILES}); do seq $((i*{LINES})) $((i*{LINES}+{LINES}-1)) >f$i; sync; \
@@ -59,7 +59,7 @@ fn writer(site: &Site, host: Host, disk: &Path) -> Command {
     site.replica(host, &["--guest", "linux", "--disk", &name(disk), "--cmdline", &cmdline])
 }
 
-/// The same with its disk on a file system that is soon full.
+/// The same with the disk image on a file system that is soon full.
 fn writer_on_a_small_host(site: &Site, host: Host, disk: &Path) -> Command {
     const ROOM_KIB: u64 = 1024;
     use std::os::unix::fs::MetadataExt;
@@ -67,7 +67,7 @@ fn writer_on_a_small_host(site: &Site, host: Host, disk: &Path) -> Command {
     let small = site.dir.join(format!("small-{}", host.name()));
     std::fs::create_dir(&small).expect("directory");
     let copy = small.join("disk.img");
-    // `ip netns exec` gives its command mounts of its own, which end with it.
+    // `ip netns exec` gives its command a mount namespace of its own, so the mount ends with the command.
     let then = format!(
         "mount -t tmpfs -o size={}k tmpfs {small} && cp --sparse=always {disk} {copy} && exec \"$@\"",
         used_kib + ROOM_KIB,
@@ -78,14 +78,14 @@ fn writer_on_a_small_host(site: &Site, host: Host, disk: &Path) -> Command {
     under(writer(site, host, &copy), &["sh", "-c", &then, "sh"])
 }
 
-/// Numbers of the files that the guest has said to have written.
+/// The numbers of the files that the guest has reported as written.
 fn written(output: &str) -> Vec<u32> {
     let numbers = output.lines().filter_map(|line| line.trim().strip_prefix("WROTE "));
     numbers.filter_map(|n| n.parse().ok()).collect()
 }
 
-/// The guest has written everything and powered off; the copy of the side that lived has it all.
-fn check(survivor: Vm, disk: &Path) -> String {
+/// Checks that the guest has written everything and powered off, and that the survivor's copy has all files.
+fn check_survivor(survivor: Vm, disk: &Path) -> String {
     let (status, output) = survivor.finish(120);
     assert!(status.success() && output.contains("EXIT 0"), "{output}");
     tool("e2fsck", &["-fn", &name(disk)]);
@@ -102,8 +102,8 @@ fn sidecar(disk: &Path) -> String {
 }
 
 #[test]
-fn writes_that_are_under_way_when_the_primary_dies_are_all_there() {
-    const TEST: &str = "writes_that_are_under_way_when_the_primary_dies_are_all_there";
+fn writes_that_are_in_flight_when_the_primary_dies_are_not_lost() {
+    const TEST: &str = "writes_that_are_in_flight_when_the_primary_dies_are_not_lost";
     for case in 0..support::cases(2).min(30) {
         let Some((site, [disk_a, disk_b])) = disks(TEST) else { return };
         let mut b = Vm::start(&mut writer(&site, Host::B, &disk_b));
@@ -115,7 +115,7 @@ fn writes_that_are_under_way_when_the_primary_dies_are_all_there() {
         let (_, said) = a.finish(10);
         b.wait_for(LIVES, 20);
         let acknowledged = written(&said).last().copied().expect("a file");
-        let output = check(b, &disk_b);
+        let output = check_survivor(b, &disk_b);
         let requests = output.lines().find_map(|l| l.split_once("requests=").map(|(_, n)| n.to_owned()));
         let went_on = written(&output);
         eprintln!("{acknowledged} files were acknowledged, {requests:?} requests issued again, {went_on:?}");
@@ -141,7 +141,7 @@ fn a_backup_whose_disk_fails_says_so_and_never_lives() {
     let (status, output) = b.finish(20);
     assert_eq!(status.code(), Some(3), "{output}");
     assert!(output.contains("No space left") && !output.contains(LIVES), "{output}");
-    check(a, &disk_a);
+    check_survivor(a, &disk_a);
 }
 
 #[test]
@@ -155,7 +155,7 @@ fn a_primary_whose_disk_fails_lets_its_backup_go_on() {
     let (status, output) = a.finish(20);
     assert_eq!(status.code(), Some(3), "{output}");
     assert!(output.contains("No space left") && !output.contains(LIVES), "{output}");
-    check(b, &disk_b);
+    check_survivor(b, &disk_b);
 }
 
 #[test]
@@ -163,26 +163,26 @@ fn a_request_that_is_in_flight_when_the_primary_dies_is_issued_again() {
     const TEST: &str = "a_request_that_is_in_flight_when_the_primary_dies_is_issued_again";
     let Some((site, [disk_a, disk_b])) = disks(TEST) else { return };
     if !cfg!(debug_assertions) {
-        return skip(TEST, "needs failpoints, which a release build has not");
+        return skip(TEST, "needs failpoints, which a release build does not have");
     }
     let mut b = Vm::start(&mut writer(&site, Host::B, &disk_b));
     b.wait_for("waiting for a primary", 30);
     let caught = format!("disk:{}", site.dir.join("disk").display());
     let mut a = Vm::start(writer(&site, Host::A, &disk_a).env("VMFT_FAILPOINT", caught));
     a.wait_for("WROTE 5", 180);
-    // From now on its disk does nothing any more: the guest waits for it.
-    set_off(&site, "disk");
+    // From now on A's disk does not finish any request, and the guest waits for it.
+    trigger(&site, "disk");
     std::thread::sleep(Duration::from_millis(300));
     a.signal(nix::sys::signal::Signal::SIGKILL);
     a.finish(10);
     b.wait_for("going live", 20);
     let requests = b.seen().lines().find_map(|line| line.split_once("requests=")).expect("a number").1;
     assert!(requests.trim().parse::<u32>().expect("a number") > 0, "no request was in flight");
-    check(b, &disk_b);
+    check_survivor(b, &disk_b);
 }
 
-/// A copy of the disk loses its end while the guest writes: that host fails, and the other side has everything.
-fn shortened(test: &str, victim: Host) {
+/// Cuts a copy of the disk short while the guest writes: that host fails, and the other side has everything.
+fn check_shortened_image(test: &str, victim: Host) {
     let Some((site, disks)) = disks(test) else { return };
     let mut b = Vm::start(&mut writer(&site, Host::B, &disks[1]));
     b.wait_for("waiting for a primary", 30);
@@ -199,17 +199,17 @@ fn shortened(test: &str, victim: Host) {
     assert_eq!(status.code(), Some(3), "{output}");
     assert!(output.contains("it has 1048576 bytes, and had 67108864 at the start"), "{output}");
     assert!(!output.contains(LIVES), "{output}");
-    check(survivor, &disks[1 - victim as usize]);
+    check_survivor(survivor, &disks[1 - victim as usize]);
 }
 
 #[test]
 fn a_primary_whose_image_is_shortened_lets_its_backup_go_on() {
-    shortened("a_primary_whose_image_is_shortened_lets_its_backup_go_on", Host::A);
+    check_shortened_image("a_primary_whose_image_is_shortened_lets_its_backup_go_on", Host::A);
 }
 
 #[test]
 fn a_backup_whose_image_is_shortened_never_lives() {
-    shortened("a_backup_whose_image_is_shortened_never_lives", Host::B);
+    check_shortened_image("a_backup_whose_image_is_shortened_never_lives", Host::B);
 }
 
 #[test]
@@ -224,7 +224,7 @@ fn an_image_that_was_cut_off_is_refused_at_the_start() {
     let (status, output) = Vm::start(&mut writer(&site, Host::B, &disk_b)).finish(30);
     assert_eq!(status.code(), Some(2), "{output}");
     assert!(output.contains("its size, 33554532 bytes, is not a positive multiple of 512"), "{output}");
-    // Whole sectors it could be, but it is not its peer's.
+    // A size in whole sectors is accepted, but the copies of the two sides differ.
     cut(32 << 20);
     let mut b = Vm::start(&mut writer(&site, Host::B, &disk_b));
     b.wait_for("waiting for a primary", 30);

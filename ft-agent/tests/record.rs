@@ -25,7 +25,7 @@ fn vmft(args: &[&str]) -> (i32, String, String) {
     (output.status.code().expect("ended by a signal"), text(&output.stdout), text(&output.stderr))
 }
 
-/// Replays; panics unless everything was equal.
+/// Replays a log. Panics unless everything was equal.
 fn replays(log: &Path, extra: &[&str]) -> String {
     let (code, _, errors) = vmft(&[&["replay", log.to_str().unwrap()], extra].concat());
     assert_eq!(code, 0, "{errors}");
@@ -33,7 +33,8 @@ fn replays(log: &Path, extra: &[&str]) -> String {
     errors
 }
 
-/// Records the bare guest while lines are typed at it at moments that the host's scheduling chooses.
+/// Records the bare guest while lines are typed on its console, at moments that depend on the host's
+/// scheduling.
 fn record_bare(log: &Path, seed: u64) {
     let args = ["record", "--guest", "bare", "--memory-mib", "16", "--cmdline", "hz=19"];
     let mut vm = Vm::start(Command::new(VMFT).args(args).args(["--log", log.to_str().unwrap()]));
@@ -81,7 +82,7 @@ fn a_replay_stops_where_it_is_told_and_shows_the_same_digests() {
     let (code, table, _) = vmft(&["log", "stat", name]);
     assert!(code == 0 && table.contains("state"), "{table}");
     let (code, lines, _) = vmft(&["log", "show", name, "--kind", "state"]);
-    // One at the start, one each 10 M instructions, the three that were asked for, and the last.
+    // One at the start, one every 10 M instructions, the three that were asked for, and the last.
     assert_eq!((code, lines.lines().count()), (0, 9), "{lines}");
     std::fs::remove_file(&log).unwrap();
 }
@@ -95,7 +96,7 @@ fn a_damaged_or_cut_log_is_never_replayed_silently() {
     let log = scratch("damaged");
     record_bare(&log, 5);
     let good = std::fs::read(&log).unwrap();
-    // The codec's tests flip every byte; here is that its refusal reaches the user, with the offset.
+    // The codec's tests flip every byte; this test checks that the error reaches the user, with the offset.
     for at in [3, 9, 40, good.len() / 2, good.len() - 2] {
         let mut bad = good.clone();
         bad[at] ^= 0x10;
@@ -111,8 +112,8 @@ fn a_damaged_or_cut_log_is_never_replayed_silently() {
 }
 
 #[test]
-fn a_large_log_is_guarded_everywhere() {
-    const TEST: &str = "a_large_log_is_guarded_everywhere";
+fn damage_anywhere_in_a_large_log_is_detected() {
+    const TEST: &str = "damage_anywhere_in_a_large_log_is_detected";
     if !has_guest(TEST, "bare") {
         return;
     }
@@ -135,7 +136,7 @@ fn a_large_log_is_guarded_everywhere() {
         assert!(code == 2 && errors.contains("log: byte"), "byte {at}: {code} {errors}");
         let named = errors.split("log: byte ").nth(1).and_then(|t| t.split(':').next());
         let named: usize = named.and_then(|n| n.parse().ok()).unwrap();
-        // A block is at most that long.
+        // A block is at most 128 KiB long.
         assert!(named <= at && at < named + (1 << 17), "byte {at}: {errors}");
     }
     std::fs::remove_file(&log).unwrap();
@@ -147,9 +148,9 @@ fn two_replays_are_compared_side_by_side() {
     if !has_guest(TEST, "bare") {
         return;
     }
-    let log = scratch("narrow");
+    let log = scratch("bisect");
     record_bare(&log, 3);
-    let (code, _, errors) = vmft(&["replay", log.to_str().unwrap(), "--narrow"]);
+    let (code, _, errors) = vmft(&["replay", log.to_str().unwrap(), "--bisect"]);
     assert_eq!(code, 0, "{errors}");
     assert!(errors.contains("no difference between two replays"), "{errors}");
     std::fs::remove_file(&log).unwrap();
@@ -183,7 +184,7 @@ fn linux_under_network_and_disk_load_is_replayed() {
     eprintln!("{TEST}: recorded");
     let errors = replays(&log, &["--disk", before.to_str().unwrap()]);
     assert!(errors.contains("powered off"), "{errors}");
-    // The disk has changed since: it is not the recording's any more.
+    // The disk has changed since the recording.
     let (code, _, errors) = vmft(&["replay", log.to_str().unwrap(), "--disk", disk.to_str().unwrap()]);
     assert!(code == 2 && errors.contains("disk-0"), "{errors}");
     for file in [log, disk, before] {

@@ -1,4 +1,5 @@
-//! The project's own Linux kernel, rewritten for engines that cannot trap what tells the time or chance.
+//! The project's own Linux kernel, rewritten for engines that cannot trap the instructions that read the time
+//! or random numbers.
 
 mod support;
 
@@ -11,13 +12,13 @@ use entry::{Answer, DiskRequest, Input, Output, Position, PositionUnit, Question
 use vmm::boot::rewrite::rewrite;
 use vmm::guest_loop::Turn;
 use vmm::machine::StateDigest;
-use vmm::record::{Pace, Recorder};
-use vmm::source::{Live, Outside, Stops};
+use vmm::record::{LogIntervals, Recorder};
+use vmm::source::{Live, Outside, PlannedStops};
 use vmm::{BootFile, BootFiles, BootPlan, Engine, GuestLoop, Machine, MachineConfig};
 
-use support::log::{Kept, replay};
+use support::log::{MemoryLog, replay};
 
-/// How often a disassembler that is not ours finds each instruction.
+/// How often objdump, which is not our disassembler, finds each of the instructions.
 fn objdump(kernel: &std::path::Path) -> BTreeMap<String, usize> {
     let output = Command::new("objdump").args(["-d", "--no-show-raw-insn"]).arg(kernel).output().unwrap();
     let mut found = BTreeMap::new();
@@ -38,9 +39,10 @@ fn every_site_of_the_kernel_is_rewritten() {
     }
     let kernel = support::image("linux", "kernel");
     let (file, rewritten) = rewrite(&std::fs::read(&kernel).unwrap()).expect("a vmlinux");
-    assert!(rewritten.left.is_empty(), "{rewritten}");
+    assert!(rewritten.not_rewritten.is_empty(), "{rewritten}");
     assert!(rewritten.instructions["rdtsc"] > 40, "{rewritten}");
-    // Alternatives are copied to where they belong: addresses come on top.
+    // The kernel copies its alternative instructions to their places, so there are more sites than
+    // instructions.
     assert!(rewritten.sites.iter().count() > rewritten.instructions.values().sum::<usize>());
     assert!(rewrite(&file).unwrap().1.instructions.is_empty());
     if support::has("objdump") {
@@ -49,14 +51,14 @@ fn every_site_of_the_kernel_is_rewritten() {
     }
 }
 
-/// A world without clock, in which only the guest's questions are answered.
+/// An outside without a clock, which only answers the guest's questions.
 #[derive(Default)]
-struct Quiet {
+struct QuietOutside {
     printed: Vec<u8>,
     asked: u64,
 }
 
-impl Outside for Quiet {
+impl Outside for QuietOutside {
     type Error = Infallible;
 
     fn poll(&mut self, _takes: &mut dyn FnMut(&Input) -> bool) -> Result<Option<Input>, Infallible> {
@@ -99,10 +101,11 @@ impl Outside for Quiet {
     }
 }
 
-/// Instructions of the boot that are run: the kernel has set itself up and replaced its alternatives by then.
+/// How many instructions of the boot are run. By then the kernel has set itself up and replaced its
+/// alternatives.
 const BOOT: u64 = 250_000_000;
 
-/// The kernel as an engine on KVM gets it, on the software CPU.
+/// A machine with the kernel as an engine on KVM gets it, but on the software CPU.
 fn machine() -> Machine {
     let kernel = support::image("linux", "kernel");
     let config =
@@ -124,9 +127,9 @@ fn the_rewritten_kernel_boots_and_is_replayed() {
     if !support::has_guest(TEST, "linux") {
         return;
     }
-    let stops = Stops { pause: Some(Position::exact(BOOT)), ..Stops::default() };
-    let live = Live::new(Quiet::default(), PositionUnit::Instructions, stops);
-    let source = Recorder::new(live, Kept::default(), Pace::FILE);
+    let stops = PlannedStops { pause: Some(Position::exact(BOOT)), ..PlannedStops::default() };
+    let live = Live::new(QuietOutside::default(), PositionUnit::Instructions, stops);
+    let source = Recorder::new(live, MemoryLog::default(), LogIntervals::FILE);
     let mut recorded = GuestLoop { machine: machine(), source };
     assert_eq!(recorded.run().unwrap(), Turn::Paused);
     recorded.source.stop(&mut recorded.machine).unwrap();

@@ -1,4 +1,4 @@
-//! `vmft run` as a user has it: options and errors, the bare guest's runs, digests and saved machines.
+//! `vmft run` as a user sees it: options and errors, runs of the bare guest, digests and saved machines.
 
 mod support;
 
@@ -35,11 +35,11 @@ fn errors_name_the_field_and_exit_with_two() {
     let (cut, config, odd) = (cut.to_str().unwrap(), config.to_str().unwrap(), odd.to_str().unwrap());
     for (args, expected) in [
         (vec![], "kernel"),
-        (vec!["--kernel", "/nonexistent"], "kernel: /nonexistent"),
+        (vec!["--kernel", "/nonexistent"], "cannot read kernel /nonexistent"),
         (vec!["--kernel", cut], cut),
         (vec!["--kernel", cut, "--memory-mib", "0"], "memory-mib"),
         (vec!["--kernel", cut, "--mac", "01:00:00:00:00:00", "--tap", "t"], "mac"),
-        (vec!["--kernel", cut, "--disk", "/nonexistent"], "disk: /nonexistent"),
+        (vec!["--kernel", cut, "--disk", "/nonexistent"], "cannot open disk image /nonexistent"),
         (vec!["--kernel", cut, "--disk", odd], "700 bytes"),
         (vec!["--kernel", cut, "--ip", "10.0.0.2"], "ip"),
         (vec!["--config", config], "kernal"),
@@ -91,7 +91,7 @@ fn until_ends_with_success_and_a_signal_ends_in_order() {
     assert!(output.contains("instructions in"), "no summary: {output}");
 }
 
-/// Splitmix64: the stops are random, and the same in every run of the test.
+/// Splitmix64: the stops are random, but the same in every run of the test.
 fn random(state: &mut u64) -> u64 {
     *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let z = (*state ^ *state >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -124,11 +124,11 @@ fn random_programs_give_the_same_digests_whole_stopped_and_restored() {
         let expected = digests(&whole.2);
         assert_eq!(expected.len(), stops.len(), "{}", whole.2);
         assert_eq!(digests(&again.2), expected, "case {case}: {cmdline}");
-        // The interpreter goes on where translated code has been.
+        // The interpreter continues what translated code has begun.
         let go_on = ["--restore", file, "--digest-at", &list, "--stop-at", &end, "--cpu", "interpreter"];
         let rest = bare(&cmdline, &go_on);
         assert_eq!(rest.0, 0, "{}", rest.2);
-        // What was before the position that it was saved at is not taken again.
+        // Digests before the position at which the machine was saved are not taken again.
         assert_eq!(digests(&rest.2), expected[1..], "case {case}: {cmdline}");
         if case % 100 == 99 {
             eprintln!("{} of {cases} programs", case + 1);

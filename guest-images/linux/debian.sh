@@ -1,31 +1,31 @@
 # shellcheck shell=bash
-# Debian packages for the build: tools to run, and .deb files to take apart. Sourced.
+# Functions for the build scripts, which source this file: install Debian packages, or unpack their .deb files.
 
 say() { echo "guest-images: $*" >&2; }
 die() { say "$@" && exit 1; }
 
-# need WHAT=PACKAGE...: each WHAT is a command or an absolute path; the packages of missing ones are installed.
+# need WHAT=PACKAGE...: installs the package of each WHAT, a command or an absolute path, that is missing.
 need() {
     local missing=() pair
     for pair; do
         command -v "${pair%=*}" >/dev/null || [ -e "${pair%=*}" ] || missing+=("${pair#*=}")
     done
     [ ${#missing[@]} -gt 0 ] || return 0
-    [ "$(id -u)" = 0 ] || die "these packages are missing: as root, run: apt-get install ${missing[*]}"
+    [ "$(id -u)" = 0 ] || die "Debian packages are missing; run as root: apt-get install ${missing[*]}"
     say "installing ${missing[*]} (about half a minute)"
     refresh
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" \
         >"$VMFT_CACHE/apt.log" 2>&1 </dev/null || die "apt-get install failed; see $VMFT_CACHE/apt.log"
 }
 
-# Brings the package lists up to date, once: .deb files of older lists may be gone from the mirrors.
+# Updates the package lists, once in a run: the mirrors may no longer have the .deb files of older lists.
 refresh() {
     [ "$(id -u)" = 0 ] && [ -z "${refreshed-}" ] || return 0
     refreshed=1
     apt-get update -qq >&2 || die "apt-get update failed; see above"
 }
 
-# versions PACKAGE...: prints "package=version" of what apt would install today.
+# versions PACKAGE...: prints "package=version" for each package, as apt would install it now.
 versions() {
     local found
     found=$(apt-cache policy "$@" | awk '/^[^ ]/ { name = $1; sub(/:$/, "", name) }

@@ -1,33 +1,33 @@
-//! What goes over the connection: FORMAT.md, "Channel".
+//! The messages on the connection, and their encoding: FORMAT.md, "The logging channel".
 //!
-//! Decoding is total: every byte string gives messages or an error with its offset. A message's length is checked
-//! against the bound of its kind before anything of it is kept.
+//! Decoding is total: every byte string gives messages or an error with its offset. A message's length is
+//! checked against the maximum of its kind before any of its bytes are kept.
 
 use std::collections::BTreeMap;
 
 use entry::block::{BLOCK_MAX, Decoder, Encoder};
-use entry::codec::{DecodeError, Reader, What, varint};
+use entry::codec::{ByteReader, DecodeError, DecodeFault, put_varint};
 use entry::identity::{IDENTITY_MAX, Identity};
 use entry::log::EndReason;
 
-/// First bytes of a connection's hello.
+/// The first bytes of a hello.
 pub const MAGIC: [u8; 8] = *b"VMFTCHN\0";
 /// Version of the protocol.
 pub const VERSION: u16 = 2;
-/// Longest VM's or disk's name, bytes.
+/// Longest name of a VM or a disk, in bytes.
 pub const NAME_MAX: usize = 64;
-/// Most disks of a VM.
+/// Most disks that a VM may have.
 pub const DISKS_MAX: usize = 16;
-/// Longest reason, bytes.
+/// Longest reason, in bytes.
 pub const REASON_MAX: usize = 1024;
-/// Longest message body: that of [`Message::Log`].
+/// Longest message body, in bytes: that of [`Message::Log`].
 pub const BODY_MAX: usize = BLOCK_MAX + 16;
-/// A log's header around its identity.
+/// Longest header of a log, in bytes.
 const HEADER_MAX: usize = IDENTITY_MAX + 32;
 const HELLO_MAX: usize = HEADER_MAX + 2048;
 const SMALL_MAX: usize = 128;
-/// What a log message has in front of its block: at most its kind and three bytes of length.
-pub(crate) const LOG_ROOM: usize = 4;
+/// Most bytes of a log message before its block: its kind and a length of three bytes.
+pub(crate) const LOG_PREFIX_MAX: usize = 4;
 const _: () = assert!(BODY_MAX < 1 << 21);
 
 mod kind {
@@ -44,12 +44,12 @@ mod kind {
     pub const ENDED: u8 = 11;
 }
 
-/// Which side of a pair somebody is.
+/// The role of a replica in its pair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
     /// Runs the guest and sends the log.
     Primary,
-    /// Replays it.
+    /// Receives the log and replays it.
     Backup,
 }
 
@@ -58,84 +58,85 @@ pub enum Role {
 pub struct Hello {
     /// Name of the VM, at most [`NAME_MAX`] bytes.
     pub vm: String,
-    /// What the sender of this is.
+    /// The sender's role.
     pub role: Role,
-    /// Its incarnation.
+    /// The sender's incarnation.
     pub incarnation: u128,
-    /// Its copies of the VM's disks: name and id, at most [`DISKS_MAX`].
+    /// The sender's copies of the VM's disks, by name; at most [`DISKS_MAX`].
     pub disks: BTreeMap<String, u128>,
-    /// After how much silence it suspects the other.
+    /// The silence after which the sender suspects the other side, in ns.
     pub timeout_ns: u64,
-    /// Weight of the records that it can hold (see [`crate::weight`]).
+    /// Weight of the records that the sender can hold (see [`crate::weight`]).
     pub buffer_bytes: u64,
-    /// Its machine. The log that it will send, if it does, goes on from this.
+    /// Its machine's identity. A primary's log continues the header made from this.
     pub identity: Identity,
 }
 
-/// The backup's word on the log, sent when it has received more.
+/// The backup's acknowledgement of the log.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Ack {
     /// Records received.
     pub received: u64,
     /// Records replayed.
     pub replayed: u64,
-    /// The last [`Beat::stamp_ns`] that the backup has heard.
+    /// The latest [`Beat::stamp_ns`] that the backup has received.
     pub echo_ns: u64,
 }
 
-/// Sent by both at a fixed interval.
+/// A heartbeat, which both sides send at a fixed interval.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Beat {
-    /// The sender's clock. Only the sender reads it again, out of an echo.
+    /// The sender's clock, in ns. Only the sender itself interprets it, when it comes back as an echo.
     pub stamp_ns: u64,
-    /// The last stamp that the sender has heard: the other side knows by it that a word of that age has arrived.
+    /// The latest stamp that the sender has received. It tells the other side that what it sent up to then
+    /// has arrived.
     pub echo_ns: u64,
-    /// Turns that the sender's guest loop has made.
+    /// Turns (iterations) of the sender's guest loop.
     pub turns: u64,
-    /// Records recorded or replayed.
+    /// Records that the sender has recorded or replayed.
     pub records: u64,
-    /// Count of the position where its guest is.
+    /// The position of the sender's guest (its count).
     pub position: u64,
 }
 
 /// A message.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Message {
-    /// The first, both ways.
+    /// From both: the first message.
     Hello(Box<Hello>),
-    /// Primary: the generation is open, the guest runs.
+    /// From the primary: the generation is open, and the guest runs.
     Start {
-        /// Its number.
+        /// The generation's number.
         generation: u64,
     },
-    /// Primary: one block of the log in the bytes of FORMAT.md, "Block".
+    /// From the primary: one block of the log, encoded as FORMAT.md, "Block", says.
     Log(Vec<u8>),
-    /// Backup.
+    /// From the backup.
     Ack(Ack),
-    /// Primary: so many outputs have left.
+    /// From the primary: outputs have left.
     Released {
         /// Outputs since the log's start.
         outputs: u64,
     },
-    /// Both.
+    /// From both.
     Beat(Beat),
-    /// Both: the sender cannot go on, and will never take.
+    /// From both: the sender cannot go on, and will never take.
     Failed {
         /// Why, at most [`REASON_MAX`] bytes.
         reason: String,
     },
-    /// Primary: the log ends here for a planned handover; take, and go live.
+    /// From the primary: the log ends here for a planned handover; the backup is to take, and go live.
     HandOver,
-    /// Backup: it lives, after a handover.
+    /// From the backup: it lives, after a handover.
     Live,
-    /// Primary: the VM has ended for good, everything was released.
+    /// From the primary: the VM has ended for good, and all outputs have left.
     End(EndReason),
-    /// Backup: it knows that the VM has ended, and will never take.
+    /// From the backup: it knows that the VM has ended, and will never take.
     Ended,
 }
 
 impl Message {
-    /// Its name.
+    /// Its name in FORMAT.md.
     pub fn name(&self) -> &'static str {
         match self {
             Message::Hello(_) => "hello",
@@ -153,53 +154,56 @@ impl Message {
     }
 }
 
-/// Bytes that are no message.
+/// The bytes are not a valid message.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("channel: byte {offset}: {fault}")]
 pub struct MessageError {
-    /// Where in the connection's bytes.
+    /// Offset in the connection's bytes.
     pub offset: u64,
     /// What is wrong there.
-    pub fault: Fault,
+    pub fault: MessageFault,
 }
 
 /// What is wrong with the bytes at an offset.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[allow(missing_docs)]
-pub enum Fault {
-    #[error("not a vmft channel (the magic differs)")]
+pub enum MessageFault {
+    #[error("this is not a vmft channel (the magic number differs): check the address and port of the peer")]
     Magic,
-    #[error("protocol version {0}, this vmft speaks version {VERSION}")]
+    #[error(
+        "the peer speaks protocol version {0}, this vmft speaks version {VERSION}: use the same release of vmft \
+         on both sides"
+    )]
     Version(u16),
-    #[error("a hello is expected first, and only first")]
+    #[error("the first message, and only the first, must be a hello")]
     Hello,
-    #[error("unknown kind of message {0}")]
+    #[error("message kind {0} is unknown")]
     Kind(u8),
-    #[error("the message goes on behind its last field")]
+    #[error("the message continues after its last field")]
     Long,
-    #[error("the {0} do not ascend")]
+    #[error("the {0} are not in ascending order")]
     Order(&'static str),
     #[error("{0}")]
-    Field(What),
+    Field(DecodeFault),
 }
 
 impl From<DecodeError> for MessageError {
     fn from(e: DecodeError) -> MessageError {
-        MessageError { offset: e.offset, fault: Fault::Field(e.what) }
+        MessageError { offset: e.offset, fault: MessageFault::Field(e.fault) }
     }
 }
 
-/// Longest body of a kind.
+/// The maximum length of a body of this kind.
 ///
 /// # Errors
 /// The kind is unknown.
-pub(crate) fn body_max(kind: u8) -> Result<usize, Fault> {
+pub(crate) fn body_max(kind: u8) -> Result<usize, MessageFault> {
     Ok(match kind {
         kind::HELLO => HELLO_MAX,
         kind::LOG => BODY_MAX,
         kind::FAILED => REASON_MAX + 8,
         kind::START..=kind::ENDED => SMALL_MAX,
-        _ => return Err(Fault::Kind(kind)),
+        _ => return Err(MessageFault::Kind(kind)),
     })
 }
 
@@ -210,7 +214,8 @@ pub(crate) fn is_hello(kind: u8) -> bool {
 /// Appends a message's bytes.
 ///
 /// # Panics
-/// When a name or a block is longer than allowed: they are the program's own. A reason is cut.
+/// If a name or a block is longer than allowed; both come from the program itself. A reason that is too long
+/// is cut.
 pub fn encode(message: &Message, out: &mut Vec<u8>) {
     let mut b = Vec::new();
     let kind = match message {
@@ -219,7 +224,7 @@ pub fn encode(message: &Message, out: &mut Vec<u8>) {
             kind::HELLO
         }
         Message::Start { generation } => {
-            varint(*generation, &mut b);
+            put_varint(*generation, &mut b);
             kind::START
         }
         Message::Log(block) => {
@@ -227,16 +232,16 @@ pub fn encode(message: &Message, out: &mut Vec<u8>) {
             kind::LOG
         }
         Message::Ack(ack) => {
-            [ack.received, ack.replayed, ack.echo_ns].into_iter().for_each(|v| varint(v, &mut b));
+            [ack.received, ack.replayed, ack.echo_ns].into_iter().for_each(|v| put_varint(v, &mut b));
             kind::ACK
         }
         Message::Released { outputs } => {
-            varint(*outputs, &mut b);
+            put_varint(*outputs, &mut b);
             kind::RELEASED
         }
         Message::Beat(beat) => {
             let fields = [beat.stamp_ns, beat.echo_ns, beat.turns, beat.records, beat.position];
-            fields.into_iter().for_each(|v| varint(v, &mut b));
+            fields.into_iter().for_each(|v| put_varint(v, &mut b));
             kind::BEAT
         }
         Message::Failed { reason } => {
@@ -252,18 +257,19 @@ pub fn encode(message: &Message, out: &mut Vec<u8>) {
         Message::Ended => kind::ENDED,
     };
     out.push(kind);
-    varint(b.len() as u64, out);
+    put_varint(b.len() as u64, out);
     out.append(&mut b);
 }
 
-/// Makes a block with [`LOG_ROOM`] bytes free in front of it a log message, in its own memory; where that begins.
+/// Turns a block after [`LOG_PREFIX_MAX`] free bytes into a log message in place. Returns where the message
+/// begins.
 pub(crate) fn encode_log(block: &mut [u8]) -> usize {
-    let len = block.len() - LOG_ROOM;
+    let len = block.len() - LOG_PREFIX_MAX;
     assert!(len <= BODY_MAX, "a block of {len} bytes");
     let mut prefix = vec![kind::LOG];
-    varint(len as u64, &mut prefix);
-    let start = LOG_ROOM - prefix.len();
-    block[start..LOG_ROOM].copy_from_slice(&prefix);
+    put_varint(len as u64, &mut prefix);
+    let start = LOG_PREFIX_MAX - prefix.len();
+    block[start..LOG_PREFIX_MAX].copy_from_slice(&prefix);
     start
 }
 
@@ -274,15 +280,15 @@ fn encode_hello(hello: &Hello, out: &mut Vec<u8>) {
     out.push(matches!(hello.role, Role::Backup) as u8);
     name(&hello.vm, out);
     out.extend(hello.incarnation.to_le_bytes());
-    varint(hello.timeout_ns, out);
-    varint(hello.buffer_bytes, out);
+    put_varint(hello.timeout_ns, out);
+    put_varint(hello.buffer_bytes, out);
     out.push(hello.disks.len() as u8);
     for (disk, copy) in &hello.disks {
         name(disk, out);
         out.extend(copy.to_le_bytes());
     }
-    let header = Encoder::new(&hello.identity).take();
-    varint(header.len() as u64, out);
+    let header = Encoder::new(&hello.identity).take_bytes();
+    put_varint(header.len() as u64, out);
     out.extend(header);
 }
 
@@ -292,16 +298,16 @@ fn name(name: &str, out: &mut Vec<u8>) {
 }
 
 fn text(text: &str, out: &mut Vec<u8>) {
-    varint(text.len() as u64, out);
+    put_varint(text.len() as u64, out);
     out.extend(text.as_bytes());
 }
 
-/// The message of a kind with this body, which lies at `base` in the connection's bytes.
+/// Decodes the message of this kind and body. The body begins at the offset `base` of the connection's bytes.
 pub(crate) fn decode(kind: u8, body: &[u8], base: u64) -> Result<Message, MessageError> {
     if kind == kind::LOG {
         return Ok(Message::Log(body.to_vec()));
     }
-    let mut r = Reader::new(body, base);
+    let mut r = ByteReader::new(body, base);
     let message = match kind {
         kind::HELLO => Message::Hello(Box::new(decode_hello(&mut r)?)),
         kind::START => Message::Start { generation: r.varint("generation")? },
@@ -323,45 +329,49 @@ pub(crate) fn decode(kind: u8, body: &[u8], base: u64) -> Result<Message, Messag
         kind::LIVE => Message::Live,
         kind::END => {
             let (offset, number) = (r.offset(), r.byte("reason")?);
-            let unknown = Fault::Field(What::Value { what: "end reason", value: number });
+            let unknown = MessageFault::Field(DecodeFault::Value { what: "end reason", value: number });
             Message::End(EndReason::numbered(number).ok_or(MessageError { offset, fault: unknown })?)
         }
         kind::ENDED => Message::Ended,
-        unknown => return Err(MessageError { offset: base, fault: Fault::Kind(unknown) }),
+        unknown => return Err(MessageError { offset: base, fault: MessageFault::Kind(unknown) }),
     };
-    if r.is_done() { Ok(message) } else { Err(MessageError { offset: r.offset(), fault: Fault::Long }) }
+    if r.is_done() {
+        Ok(message)
+    } else {
+        Err(MessageError { offset: r.offset(), fault: MessageFault::Long })
+    }
 }
 
-fn decode_hello(r: &mut Reader<'_>) -> Result<Hello, MessageError> {
+fn decode_hello(r: &mut ByteReader<'_>) -> Result<Hello, MessageError> {
     let offset = r.offset();
     let fault = |offset, fault| Err(MessageError { offset, fault });
     if r.array("magic")? != MAGIC {
-        return fault(offset, Fault::Magic);
+        return fault(offset, MessageFault::Magic);
     }
     let offset = r.offset();
     let version = u16::from_le_bytes(r.array("version")?);
     if version != VERSION {
-        return fault(offset, Fault::Version(version));
+        return fault(offset, MessageFault::Version(version));
     }
     let offset = r.offset();
     let role = match r.byte("role")? {
         0 => Role::Primary,
         1 => Role::Backup,
-        value => return fault(offset, Fault::Field(What::Value { what: "role", value })),
+        value => return fault(offset, MessageFault::Field(DecodeFault::Value { what: "role", value })),
     };
-    let vm = decode_text(r, "VM's name", 1, NAME_MAX)?;
+    let vm = decode_text(r, "VM name", 1, NAME_MAX)?;
     let incarnation = u128::from_le_bytes(r.array("incarnation")?);
     let timeout_ns = r.varint("timeout")?;
     let buffer_bytes = r.varint("buffer")?;
-    let count = r.length("number of disks", 0, DISKS_MAX)?;
+    let count = r.length("list of disks", 0, DISKS_MAX)?;
     let mut disks = BTreeMap::<String, u128>::new();
     for _ in 0..count {
         let offset = r.offset();
-        let name = decode_text(r, "disk's name", 1, NAME_MAX)?;
+        let name = decode_text(r, "disk name", 1, NAME_MAX)?;
         if disks.last_key_value().is_some_and(|(last, _)| *last >= name) {
-            return fault(offset, Fault::Order("disks' names"));
+            return fault(offset, MessageFault::Order("disk names"));
         }
-        disks.insert(name, u128::from_le_bytes(r.array("disk's copy")?));
+        disks.insert(name, u128::from_le_bytes(r.array("disk copy id")?));
     }
     let length = r.length("log header", 0, HEADER_MAX)?;
     let offset = r.offset();
@@ -369,22 +379,25 @@ fn decode_hello(r: &mut Reader<'_>) -> Result<Hello, MessageError> {
     header.push(r.take(length, "log header")?);
     let identity = match header.identity() {
         Ok(identity) => identity.cloned(),
-        Err(e) => return fault(offset + e.offset, Fault::Field(e.what)),
+        Err(e) => return fault(offset + e.offset, MessageFault::Field(e.fault)),
     };
-    let Some(identity) = identity else { return fault(offset, Fault::Field(What::Short("log header"))) };
+    let Some(identity) = identity else {
+        return fault(offset, MessageFault::Field(DecodeFault::Short("log header")));
+    };
     if header.incomplete() != 0 {
-        return fault(offset + header.offset(), Fault::Long);
+        return fault(offset + header.offset(), MessageFault::Long);
     }
     Ok(Hello { vm, role, incarnation, disks, timeout_ns, buffer_bytes, identity })
 }
 
 fn decode_text(
-    r: &mut Reader<'_>,
+    r: &mut ByteReader<'_>,
     what: &'static str,
     min: usize,
     max: usize,
 ) -> Result<String, MessageError> {
     let offset = r.offset();
-    let bytes = r.counted(what, min, max)?;
-    String::from_utf8(bytes).map_err(|_| MessageError { offset, fault: Fault::Field(What::Utf8 { what }) })
+    let bytes = r.prefixed_bytes(what, min, max)?;
+    String::from_utf8(bytes)
+        .map_err(|_| MessageError { offset, fault: MessageFault::Field(DecodeFault::Utf8 { what }) })
 }

@@ -1,4 +1,5 @@
-//! The backup's side of the log: takes its blocks, acknowledges them on receipt, and hands the records to replay.
+//! The backup's end of the log: it receives blocks, acknowledges them on receipt, and hands their records to
+//! the replay.
 
 use std::collections::VecDeque;
 
@@ -7,15 +8,16 @@ use entry::identity::Identity;
 use entry::log::{Entry, Record};
 
 use crate::message::Ack;
-use crate::{ChannelError, checked, weight};
+use crate::{ChannelError, check_cursor, weight};
 
-/// How long after an acknowledgement records that no output is among may wait for the next.
+/// How long after an acknowledgement the next one may be delayed if it covers no output.
 const ACK_SPACING_NS: u64 = 10_000_000;
 
-/// The backup's side of the log.
+/// The backup's end of the log.
 #[derive(Debug)]
 pub struct Receiver {
     decoder: Decoder,
+    /// Records that wait for replay.
     queue: VecDeque<Record>,
     /// Weight of the records in the queue.
     weight: u64,
@@ -23,33 +25,34 @@ pub struct Receiver {
     received: u64,
     replayed: u64,
     outputs_received: u64,
+    /// Outputs that have left at the primary.
     released: u64,
-    /// Records received, as last acknowledged; when, and how many outputs were among them.
-    told: u64,
-    told_at: u64,
-    outputs_told: u64,
+    /// Records in the last acknowledgement, when it was sent, and how many outputs were among them.
+    acked: u64,
+    acked_at: u64,
+    outputs_acked: u64,
     /// Weight of the records taken for replay since then.
     freed: u64,
     closed: bool,
 }
 
-/// What there is to replay next.
+/// What to replay next.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum NextRecord {
     /// This record.
     Record(Record),
-    /// Nothing yet.
+    /// Nothing yet: wait.
     Wait,
-    /// Nothing, and no more comes.
+    /// Nothing: no more records will come.
     End,
 }
 
 impl Receiver {
-    /// Receives the log of the machine with the other side's identity, in a buffer for records of this weight.
+    /// A receiver of the log of the machine with this identity. Its buffer holds records of this weight.
     pub fn new(identity: &Identity, buffer_bytes: u64) -> Receiver {
         let mut decoder = Decoder::new();
         // The header came with the hello.
-        decoder.push(&Encoder::new(identity).take());
+        decoder.push(&Encoder::new(identity).take_bytes());
         Receiver {
             decoder,
             queue: VecDeque::new(),
@@ -59,24 +62,24 @@ impl Receiver {
             replayed: 0,
             outputs_received: 0,
             released: 0,
-            told: 0,
-            told_at: 0,
-            outputs_told: 0,
+            acked: 0,
+            acked_at: 0,
+            outputs_acked: 0,
             freed: 0,
             closed: false,
         }
     }
 
-    /// Takes a block.
+    /// Receives a block.
     ///
     /// # Errors
-    /// It is damaged, not the next one, or more than the buffer holds.
-    pub fn log(&mut self, block: &[u8]) -> Result<(), ChannelError> {
+    /// The block is damaged, is not the next one, or exceeds the buffer; or the receiver is closed.
+    pub fn receive_block(&mut self, block: &[u8]) -> Result<(), ChannelError> {
         if self.closed {
             return Err(ChannelError::Unexpected("log"));
         }
         self.decoder.push(block);
-        let records = self.decoder.block()?.filter(|_| self.decoder.incomplete() == 0);
+        let records = self.decoder.next_block()?.filter(|_| self.decoder.incomplete() == 0);
         let records = records.ok_or(ChannelError::Block { bytes: block.len() })?;
         let added: u64 = records.iter().map(weight).sum();
         let max = self.buffer_bytes.max(added);
@@ -91,16 +94,16 @@ impl Receiver {
         Ok(())
     }
 
-    /// The primary says how many outputs have left.
+    /// The primary reports how many outputs have left.
     ///
     /// # Errors
-    /// It goes back, or counts outputs that were not received.
+    /// The number is smaller than before, or counts outputs that were not received.
     pub fn released(&mut self, outputs: u64) -> Result<(), ChannelError> {
-        self.released = checked("released", outputs, self.released, self.outputs_received)?;
+        self.released = check_cursor("released", outputs, self.released, self.outputs_received)?;
         Ok(())
     }
 
-    /// No more comes: what was received is all that is replayed. Nothing is acknowledged from here on.
+    /// Ends the log: only what was received so far is replayed. Nothing is acknowledged from here on.
     pub fn close(&mut self) {
         self.closed = true;
     }
@@ -123,32 +126,32 @@ impl Receiver {
         }
     }
 
-    /// So many records have been replayed.
+    /// Sets how many records have been replayed.
     ///
     /// # Panics
-    /// When they were not taken, or it goes back.
+    /// If the number is smaller than before, or counts records that were not taken.
     pub fn move_replayed(&mut self, replayed: u64) {
         let taken = self.received - self.queue.len() as u64;
         assert!((self.replayed..=taken).contains(&replayed), "replayed {replayed} of {taken}");
         self.replayed = replayed;
     }
 
-    /// Acknowledges what was received: at once if there are outputs, which wait for it, or a good part of the buffer is free
-    /// again; else when [`Receiver::deadline`] has come.
-    pub fn ack(&mut self, now: u64, echo_ns: u64) -> Option<Ack> {
-        let outputs = self.outputs_received > self.outputs_told;
+    /// Acknowledges what was received: at once if it contains outputs, which wait for that, or if a good part
+    /// of the buffer has become free; otherwise once [`Receiver::deadline`] has come.
+    pub fn ack_if_due(&mut self, now: u64, echo_ns: u64) -> Option<Ack> {
+        let outputs = self.outputs_received > self.outputs_acked;
         let due = self.deadline().is_some_and(|deadline| deadline <= now);
         if self.closed || !(outputs || due || self.freed > self.buffer_bytes / 4) {
             return None;
         }
-        (self.told, self.told_at, self.outputs_told, self.freed) =
+        (self.acked, self.acked_at, self.outputs_acked, self.freed) =
             (self.received, now, self.outputs_received, 0);
         Some(Ack { received: self.received, replayed: self.replayed, echo_ns })
     }
 
-    /// When [`Receiver::ack`] has something to tell that is not urgent.
+    /// When an acknowledgement that is not urgent is due from [`Receiver::ack_if_due`].
     pub fn deadline(&self) -> Option<u64> {
-        (!self.closed && self.received > self.told).then(|| self.told_at + ACK_SPACING_NS)
+        (!self.closed && self.received > self.acked).then(|| self.acked_at + ACK_SPACING_NS)
     }
 
     /// Records received.
@@ -161,7 +164,7 @@ impl Receiver {
         self.replayed
     }
 
-    /// Everything received has been replayed.
+    /// Whether everything received has been replayed.
     pub fn is_drained(&self) -> bool {
         self.replayed == self.received
     }
@@ -171,7 +174,7 @@ impl Receiver {
         self.outputs_received
     }
 
-    /// Outputs that the primary has said to have left.
+    /// Outputs that have left, as the primary reports.
     pub fn outputs_released(&self) -> u64 {
         self.released
     }

@@ -1,31 +1,32 @@
-//! A connection's bytes: messages out of what comes in, and what goes out in its order.
+//! A connection's bytes: the messages in those that come in, and the order of those that go out.
 
 use std::collections::VecDeque;
 
-use entry::codec::{DecodeError, Reader, What};
+use entry::codec::{ByteReader, DecodeError, DecodeFault};
 
-use crate::message::{Fault, Message, MessageError, body_max, decode, encode, is_hello};
+use crate::message::{Message, MessageError, MessageFault, body_max, decode, encode, is_hello};
 
-/// Most bytes of a message in front of its body.
+/// Most bytes of a message before its body: its kind, and a varint of ten bytes.
 const PREFIX_MAX: usize = 11;
 
-/// Takes messages out of one connection's bytes, which come in any pieces. Holds at most one message that is not
-/// complete, beside the piece that was pushed last.
+/// Splits the bytes of one connection, which come in pieces of any size, into messages. It holds at most one
+/// incomplete message besides the piece that was pushed last.
 #[derive(Debug, Default)]
-pub struct Inbox {
+pub struct MessageReader {
     buffer: Vec<u8>,
-    /// What lies before this in the buffer has been taken.
+    /// The bytes before this index have been consumed.
     start: usize,
-    /// Offset in the connection of the buffer's first byte.
+    /// The offset in the connection of the buffer's first byte.
     base: u64,
+    /// The hello has come.
     greeted: bool,
     failed: Option<MessageError>,
 }
 
-impl Inbox {
-    /// An inbox for a new connection.
-    pub fn new() -> Inbox {
-        Inbox::default()
+impl MessageReader {
+    /// A reader for a new connection.
+    pub fn new() -> MessageReader {
+        MessageReader::default()
     }
 
     /// Takes more bytes.
@@ -36,33 +37,34 @@ impl Inbox {
         self.buffer.extend(bytes);
     }
 
-    /// The next message, when it has come whole. The first is a hello, and no other.
+    /// The next message, once it is complete. The first message, and only the first, is a hello.
     ///
     /// # Errors
-    /// The bytes are no message, or not one that may come here. Every later call fails alike.
-    pub fn message(&mut self) -> Result<Option<Message>, MessageError> {
+    /// The bytes are not a valid message, or not one that may come here. Every later call fails with the same
+    /// error.
+    pub fn next_message(&mut self) -> Result<Option<Message>, MessageError> {
         if let Some(error) = &self.failed {
             return Err(error.clone());
         }
-        let message = self.next();
+        let message = self.decode_next();
         if let Err(error) = &message {
             self.failed = Some(error.clone());
         }
         message
     }
 
-    fn next(&mut self) -> Result<Option<Message>, MessageError> {
+    fn decode_next(&mut self) -> Result<Option<Message>, MessageError> {
         let bytes = &self.buffer[self.start..];
         let offset = self.base + self.start as u64;
         let Some(&kind) = bytes.first() else { return Ok(None) };
         let max = body_max(kind).map_err(|fault| MessageError { offset, fault })?;
         if is_hello(kind) == self.greeted {
-            return Err(MessageError { offset, fault: Fault::Hello });
+            return Err(MessageError { offset, fault: MessageFault::Hello });
         }
-        let mut prefix = Reader::new(&bytes[1..bytes.len().min(PREFIX_MAX)], offset + 1);
-        let length = match prefix.length("the message's length", 0, max) {
+        let mut prefix = ByteReader::new(&bytes[1..bytes.len().min(PREFIX_MAX)], offset + 1);
+        let length = match prefix.length("message", 0, max) {
             Ok(length) => length,
-            Err(DecodeError { what: What::Short(_), .. }) => return Ok(None),
+            Err(DecodeError { fault: DecodeFault::Short(_), .. }) => return Ok(None),
             Err(e) => return Err(e.into()),
         };
         let body_offset = prefix.offset();
@@ -74,25 +76,25 @@ impl Inbox {
         Ok(Some(message))
     }
 
-    /// Bytes that are not yet a whole message.
+    /// Bytes that do not form a whole message yet.
     pub fn incomplete(&self) -> usize {
         self.buffer.len() - self.start
     }
 }
 
-/// What goes out on one connection: whole messages in order, but a beat goes before the log's messages that wait.
+/// The messages to be sent on one connection, in order, except that a beat overtakes the messages that wait.
 ///
-/// Whoever owns the socket writes [`Outbox::front`] and says with [`Outbox::wrote`] how much the socket took. So that
-/// a beat is never long behind bulk data, it writes no more than the socket takes at once, and the socket's own
-/// buffer is small.
+/// The owner of the socket writes [`Outbox::front`] and reports with [`Outbox::wrote`] how much the socket
+/// took. So that a beat is not delayed by bulk data, the owner writes no more than the socket takes at once,
+/// and the socket's own buffer is small.
 #[derive(Debug, Default)]
 pub struct Outbox {
-    /// Partly written.
+    /// The message that is being written, and how much of it is.
     front: Vec<u8>,
     written: usize,
-    /// The latest beat that has not begun; an older one is of no use.
+    /// The latest beat whose writing has not begun. It replaces an older one.
     beat: Vec<u8>,
-    /// Messages, and where they begin.
+    /// Encoded messages, each with the index at which it begins.
     waiting: VecDeque<(Vec<u8>, usize)>,
 }
 
@@ -102,7 +104,7 @@ impl Outbox {
         Outbox::default()
     }
 
-    /// Puts a message behind those that wait; a beat in front of them, in place of one that waits.
+    /// Queues a message. A beat goes before all messages that wait, and replaces a beat that waits.
     pub fn push(&mut self, message: &Message) {
         let mut bytes = Vec::new();
         encode(message, &mut bytes);
@@ -114,13 +116,13 @@ impl Outbox {
         self.advance();
     }
 
-    /// Puts an encoded message, which is there from `start` on, behind those that wait.
+    /// Queues an encoded message, which begins at index `start` of `bytes`.
     pub(crate) fn push_encoded(&mut self, bytes: Vec<u8>, start: usize) {
         self.waiting.push_back((bytes, start));
         self.advance();
     }
 
-    /// The next bytes to write: the rest of one message, empty when there is nothing.
+    /// The next bytes to write: the rest of one message; empty if there is nothing to write.
     pub fn front(&self) -> &[u8] {
         &self.front[self.written..]
     }
@@ -128,19 +130,19 @@ impl Outbox {
     /// The socket took `n` bytes of [`Outbox::front`].
     ///
     /// # Panics
-    /// When that is more than there were.
+    /// If that is more than there were.
     pub fn wrote(&mut self, n: usize) {
         self.written += n;
         assert!(self.written <= self.front.len(), "more was written than there is");
         self.advance();
     }
 
-    /// Nothing is to be written.
+    /// Whether there is nothing to write.
     pub fn is_empty(&self) -> bool {
         self.front().is_empty()
     }
 
-    /// Drops everything.
+    /// Drops all messages.
     pub fn clear(&mut self) {
         *self = Outbox::default();
     }

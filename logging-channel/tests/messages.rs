@@ -6,11 +6,11 @@ use std::collections::BTreeMap;
 use entry::PositionUnit;
 use entry::identity::Identity;
 use entry::log::EndReason;
-use proptest::prelude::*;
-use vmft_logging_channel::message::{
-    Ack, BODY_MAX, Beat, Fault, Hello, Message, MessageError, NAME_MAX, REASON_MAX, Role, encode,
+use logging_channel::message::{
+    Ack, BODY_MAX, Beat, Hello, Message, MessageError, MessageFault, NAME_MAX, REASON_MAX, Role, encode,
 };
-use vmft_logging_channel::stream::Inbox;
+use logging_channel::stream::MessageReader;
+use proptest::prelude::*;
 
 fn hello() -> Hello {
     Hello {
@@ -53,24 +53,28 @@ fn bytes_of(messages: &[Message]) -> Vec<u8> {
     bytes
 }
 
-/// Everything that an inbox gives when the bytes come in pieces of these lengths, over and over.
+/// Everything that a reader returns when the bytes come in pieces of these lengths, again and again.
 fn read(bytes: &[u8], pieces: &[usize]) -> (Vec<Message>, Option<MessageError>) {
-    let (mut inbox, mut messages, mut rest) = (Inbox::new(), Vec::new(), bytes);
+    let (mut reader, mut messages, mut rest) = (MessageReader::new(), Vec::new(), bytes);
     for piece in pieces.iter().cycle() {
         let (now, later) = rest.split_at(rest.len().min(*piece));
-        inbox.push(now);
+        reader.push(now);
         rest = later;
         loop {
-            match inbox.message() {
+            match reader.next_message() {
                 Ok(Some(message)) => messages.push(message),
                 Ok(None) => break,
                 Err(error) => {
-                    assert_eq!(inbox.message(), Err(error.clone()), "an error is the last word");
+                    assert_eq!(
+                        reader.next_message(),
+                        Err(error.clone()),
+                        "a reader that has failed fails again"
+                    );
                     return (messages, Some(error));
                 }
             }
         }
-        assert!(inbox.incomplete() <= BODY_MAX + 16 + piece, "an inbox keeps one message");
+        assert!(reader.incomplete() <= BODY_MAX + 16 + piece, "a reader keeps at most one message");
         if rest.is_empty() {
             return (messages, None);
         }
@@ -82,7 +86,7 @@ fn refusal(bytes: &[u8]) -> MessageError {
     read(bytes, &[bytes.len()]).1.expect("these bytes are refused")
 }
 
-/// The file never changes: another format is another version, with a file of its own.
+/// This file never changes: another format is a new version, with its own file.
 #[test]
 fn golden() {
     let golden = include_bytes!("golden/v2.channel");
@@ -91,12 +95,12 @@ fn golden() {
 }
 
 #[test]
-fn the_first_message_is_a_hello_and_no_other() {
+fn only_the_first_message_is_a_hello() {
     let error = refusal(&bytes_of(&[Message::HandOver]));
-    assert_eq!(error, MessageError { offset: 0, fault: Fault::Hello });
+    assert_eq!(error, MessageError { offset: 0, fault: MessageFault::Hello });
     let first = bytes_of(&one_of_each()[..1]);
     let twice = [first.clone(), first.clone()].concat();
-    assert_eq!(refusal(&twice), MessageError { offset: first.len() as u64, fault: Fault::Hello });
+    assert_eq!(refusal(&twice), MessageError { offset: first.len() as u64, fault: MessageFault::Hello });
 }
 
 #[test]
@@ -107,7 +111,10 @@ fn a_length_is_refused_before_its_bytes_come() {
     let error = refusal(&bytes);
     assert_eq!(error.offset, start + 1);
     let text = error.to_string();
-    assert!(text.contains("the message's length is 268435455, allowed is 0 to 1048592"), "{text}");
+    assert!(
+        text.contains("the length of the message is 268435455, but must be between 0 and 1048592"),
+        "{text}"
+    );
 }
 
 #[test]
@@ -119,18 +126,29 @@ fn errors_name_the_field_and_its_offset() {
         refusal(&bytes).to_string()
     };
     // Kind and a length of two bytes stand before the hello's body.
-    assert_eq!(changed(3, b'X'), "channel: byte 3: not a vmft channel (the magic differs)");
-    assert_eq!(changed(11, 9), "channel: byte 11: protocol version 9, this vmft speaks version 2");
+    assert_eq!(
+        changed(3, b'X'),
+        "channel: byte 3: this is not a vmft channel (the magic number differs): check the address and port of \
+         the peer"
+    );
+    assert_eq!(
+        changed(11, 9),
+        "channel: byte 11: the peer speaks protocol version 9, this vmft speaks version 2: use the same release \
+         of vmft on both sides"
+    );
     assert_eq!(changed(13, 2), "channel: byte 13: role 2 is unknown");
-    assert_eq!(changed(14, 0), "channel: byte 14: VM's name is 0, allowed is 1 to 64");
-    assert_eq!(changed(0, 99), "channel: byte 0: unknown kind of message 99");
+    assert_eq!(
+        changed(14, 0),
+        "channel: byte 14: the length of the VM name is 0, but must be between 1 and 64"
+    );
+    assert_eq!(changed(0, 99), "channel: byte 0: message kind 99 is unknown");
     let last = golden.len() - 1;
     let mut long = golden.clone();
     long[last] = 1;
     long.push(0);
     assert_eq!(
         refusal(&long).to_string(),
-        format!("channel: byte {}: the message goes on behind its last field", last + 1)
+        format!("channel: byte {}: the message continues after its last field", last + 1)
     );
 }
 
@@ -184,7 +202,7 @@ proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn what_is_sent_is_read(
+    fn messages_are_read_as_they_were_sent(
         hello in any_hello(),
         rest in proptest::collection::vec(any_message(), 0..12),
         pieces in proptest::collection::vec(1usize..700, 1..8),

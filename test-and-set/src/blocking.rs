@@ -1,44 +1,50 @@
-//! A store for callers that are plain threads: the client runs on a thread of its own, and a call may wait or leave a callback.
+//! A store for callers that are plain threads: the client runs on its own thread, and a call waits or takes a callback.
 
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use crate::names::{Generation, Incarnation, VmName};
-use crate::record::{Members, Record};
-use crate::store::{Outcome, StoreError, TestAndSet, Verdict};
+use crate::record::{Applied, Members, Verdict, VmRecord};
+use crate::store::{StoreError, TestAndSet};
 
-/// How much longer than its deadline a call may take to say that it has passed.
+/// How long after its deadline a call may return at the latest.
 const GRACE: Duration = Duration::from_millis(250);
 
-/// A store to be used without async. Clones share one client and its warm connection; the last one dropped ends its thread.
+/// A store without async. Clones share one client and its open connection; dropping the last one ends the client's thread.
 #[derive(Clone)]
-pub struct Blocking {
+pub struct BlockingStore {
     store: Arc<dyn TestAndSet>,
-    runtime: Arc<OwnThread>,
+    runtime: Arc<ClientThread>,
 }
 
-struct OwnThread {
+struct ClientThread {
     handle: tokio::runtime::Handle,
     stop: Option<tokio::sync::oneshot::Sender<()>>,
 }
 
-impl Drop for OwnThread {
+impl Drop for ClientThread {
     fn drop(&mut self) {
         if let Some(stop) = self.stop.take() {
-            // If the thread has ended already there is nothing to stop.
+            // An error means that the thread has already ended.
             stop.send(()).ok();
         }
     }
 }
 
-impl Blocking {
-    /// Makes a client for the store at this URL and begins to connect, without waiting for it.
+impl BlockingStore {
+    /// Makes a client for the store at this URL and starts to connect, without waiting for the connection.
+    ///
+    /// # Errors
+    /// The URL or the keys are wrong, or the thread cannot be started.
     pub fn connect(url: &str) -> Result<Self, StoreError> {
         let url: crate::url::StoreUrl = url.parse()?;
-        Self::start(move || crate::connect(&url))
+        Self::start(move || crate::connect::connect(&url))
     }
 
-    /// Runs any store, as a [`crate::fake::FakeStore`] that several agents of a test share.
+    /// Wraps any store, for example a [`crate::fake::FakeStore`] that several agents of a test share.
+    ///
+    /// # Errors
+    /// The thread cannot be started.
     pub fn over(store: Arc<dyn TestAndSet>) -> Result<Self, StoreError> {
         Self::start(move || Ok(store))
     }
@@ -53,35 +59,41 @@ impl Blocking {
                 Ok(runtime) => runtime,
                 Err(error) => return drop(made.send(Err(StoreError::Thread(error)))),
             };
-            // Without it a verdict takes longer on a busy machine, and that is all.
-            crate::slice::shorten().ok();
+            // A failure only means that verdicts take longer on a busy machine.
+            crate::time_slice::shorten().ok();
             runtime.block_on(async {
                 let handle = tokio::runtime::Handle::current();
-                // Who asked may have gone; then `stopped` is closed, too.
+                // If the caller is gone, `stopped` is closed, too, and the thread ends.
                 made.send(make().map(|store| (store, handle))).ok();
                 stopped.await.ok();
             });
         };
         std::thread::Builder::new().name("store-client".into()).spawn(run).map_err(StoreError::Thread)?;
         let (store, handle) = wait.recv().map_err(|_| StoreError::Stopped)??;
-        Ok(Self { store, runtime: Arc::new(OwnThread { handle, stop: Some(stop) }) })
+        Ok(Self { store, runtime: Arc::new(ClientThread { handle, stop: Some(stop) }) })
     }
 
-    /// Takes, and tells the verdict to `tell` on the client's thread: for an event loop that must not wait.
+    /// Takes a generation and passes the verdict to `tell` on the client's thread: for an event loop that must not wait.
     pub fn begin_take(
         &self,
         vm: VmName,
         generation: Generation,
         who: Incarnation,
         patience: Duration,
-        tell: impl FnOnce(Verdict) + Send + 'static,
+        tell: impl FnOnce(Verdict<StoreError>) + Send + 'static,
     ) {
         let (store, deadline) = (self.store.clone(), Instant::now() + patience);
         self.runtime.handle.spawn(async move { tell(store.take(&vm, generation, who, deadline).await) });
     }
 
-    /// Takes, and waits at most `patience` for the verdict.
-    pub fn take(&self, vm: &VmName, generation: Generation, who: Incarnation, patience: Duration) -> Verdict {
+    /// Takes a generation, and waits at most `patience` for the verdict.
+    pub fn take(
+        &self,
+        vm: &VmName,
+        generation: Generation,
+        who: Incarnation,
+        patience: Duration,
+    ) -> Verdict<StoreError> {
         let vm = vm.clone();
         self.wait(patience, move |store, deadline| async move {
             Ok(store.take(&vm, generation, who, deadline).await)
@@ -89,14 +101,14 @@ impl Blocking {
         .unwrap_or_else(Verdict::Unknown)
     }
 
-    /// Opens a generation; see [`TestAndSet::open`].
+    /// Opens a generation, as [`TestAndSet::open`] does.
     pub fn open(
         &self,
         vm: &VmName,
         generation: Generation,
         members: &Members,
         patience: Duration,
-    ) -> Result<Outcome, StoreError> {
+    ) -> Result<Applied, StoreError> {
         let (vm, members) = (vm.clone(), members.clone());
         self.wait(patience, move |store, deadline| async move {
             store.open(&vm, generation, &members, deadline).await
@@ -104,28 +116,28 @@ impl Blocking {
     }
 
     /// The record of a VM, forgotten or not.
-    pub fn get(&self, vm: &VmName, patience: Duration) -> Result<Option<Record>, StoreError> {
+    pub fn get(&self, vm: &VmName, patience: Duration) -> Result<Option<VmRecord>, StoreError> {
         let vm = vm.clone();
         self.wait(patience, move |store, deadline| async move { store.get(&vm, deadline).await })
     }
 
-    /// A page of the VMs; see [`TestAndSet::list`].
+    /// A page of the VMs, as [`TestAndSet::list`] returns it.
     pub fn list(
         &self,
         after: Option<&VmName>,
         patience: Duration,
-    ) -> Result<Vec<(VmName, Record)>, StoreError> {
+    ) -> Result<Vec<(VmName, VmRecord)>, StoreError> {
         let after = after.cloned();
         self.wait(patience, move |store, deadline| async move { store.list(after.as_ref(), deadline).await })
     }
 
-    /// Forgets a VM whose last generation this is.
+    /// Forgets a VM, if this is its current generation.
     pub fn forget(
         &self,
         vm: &VmName,
         generation: Generation,
         patience: Duration,
-    ) -> Result<Outcome, StoreError> {
+    ) -> Result<Applied, StoreError> {
         let vm = vm.clone();
         self.wait(
             patience,
@@ -145,7 +157,7 @@ impl Blocking {
         let (tell, told) = mpsc::sync_channel(1);
         let asked = ask(self.store.clone(), Instant::now() + patience);
         self.runtime.handle.spawn(async move {
-            // The asker may have gone after its patience.
+            // The caller may have stopped waiting.
             tell.send(asked.await).ok();
         });
         match told.recv_timeout(patience + GRACE) {

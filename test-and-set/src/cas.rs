@@ -1,24 +1,24 @@
-//! The rule of [`crate::record`] over a store that only has compare-and-set: read, decide here, write if unchanged.
+//! The rule of [`crate::record`] on a store that only offers compare-and-set: read the record, decide here, write if unchanged.
 
 use std::time::{Duration, Instant};
 
 use crate::names::VmName;
-use crate::record::{self, Command, Record, Reply};
+use crate::record::{self, Command, CommandReply, VmRecord};
 use crate::store::{NodeError, StoreError};
 
-/// What a compare-and-set store must offer.
-pub(crate) trait Registers: Sync {
-    /// What a write is compared with; `Default` stands for "absent".
+/// What a compare-and-set store has to offer: one record for each VM.
+pub(crate) trait CasStore: Sync {
+    /// The revision of a record, with which a write is compared; `Default` stands for "absent".
     type Revision: Default + Send + Sync;
 
-    /// Reads a record. The read need not be fresh unless `fresh`: what is decided from it is compared before it is written.
+    /// Reads a record. Unless `fresh` is set the result may be old: a write based on it is compared with the current revision.
     fn read(
         &self,
         vm: &VmName,
         fresh: bool,
     ) -> impl Future<Output = Result<(Option<Vec<u8>>, Self::Revision), CasError>> + Send;
 
-    /// Writes a record if it still has this revision; `false` if it has not.
+    /// Writes a record if it still has this revision; returns `false` if it has another.
     fn write(
         &self,
         vm: &VmName,
@@ -27,28 +27,28 @@ pub(crate) trait Registers: Sync {
     ) -> impl Future<Output = Result<bool, CasError>> + Send;
 }
 
-/// A failure of one step.
+/// Why an attempt failed.
 pub(crate) enum CasError {
-    /// Try again, inside the deadline; the node that failed is named.
-    Again(String, NodeError),
-    /// Tell the caller.
-    Tell(StoreError),
+    /// Try again until the deadline. Names the node that failed.
+    Retry(String, NodeError),
+    /// Report it to the caller.
+    Report(StoreError),
 }
 
 impl From<StoreError> for CasError {
     fn from(error: StoreError) -> Self {
-        Self::Tell(error)
+        Self::Report(error)
     }
 }
 
-/// First byte of a record in a foreign store: the version of its encoding.
+/// The first byte of a record in etcd or ZooKeeper: the version of its encoding.
 const RECORD_VERSION: u8 = 1;
 
-pub(crate) fn encode(record: &Record) -> Result<Vec<u8>, StoreError> {
+pub(crate) fn encode(record: &VmRecord) -> Result<Vec<u8>, StoreError> {
     postcard::to_extend(record, vec![RECORD_VERSION]).map_err(StoreError::Encode)
 }
 
-pub(crate) fn decode(vm: &VmName, bytes: &[u8]) -> Result<Record, StoreError> {
+pub(crate) fn decode(vm: &VmName, bytes: &[u8]) -> Result<VmRecord, StoreError> {
     let foreign = |source| StoreError::Foreign { vm: vm.clone(), source };
     match bytes.split_first() {
         Some((&RECORD_VERSION, body)) => postcard::from_bytes(body).map_err(foreign),
@@ -56,8 +56,8 @@ pub(crate) fn decode(vm: &VmName, bytes: &[u8]) -> Result<Record, StoreError> {
     }
 }
 
-/// Repeats a step until it is answered, must be told, or the deadline has come.
-pub(crate) async fn until<T, F: Future<Output = Result<T, CasError>>>(
+/// Repeats an attempt until it succeeds, its failure has to be reported, or the deadline has passed.
+pub(crate) async fn retry_until<T, F: Future<Output = Result<T, CasError>>>(
     deadline: Instant,
     mut step: impl FnMut() -> F,
 ) -> Result<T, StoreError> {
@@ -68,8 +68,8 @@ pub(crate) async fn until<T, F: Future<Output = Result<T, CasError>>>(
         let step = tokio::time::timeout_at(deadline.into(), step()).await;
         match step {
             Ok(Ok(value)) => return Ok(value),
-            Ok(Err(CasError::Tell(error))) => return Err(error),
-            Ok(Err(CasError::Again(node, error))) => nodes = vec![(node, error)],
+            Ok(Err(CasError::Report(error))) => return Err(error),
+            Ok(Err(CasError::Retry(node, error))) => nodes = vec![(node, error)],
             Err(_) if nodes.is_empty() => nodes = vec![("the store".into(), NodeError::Silent)],
             Err(_) => {}
         }
@@ -81,20 +81,21 @@ pub(crate) async fn until<T, F: Future<Output = Result<T, CasError>>>(
     }
 }
 
-/// Applies a command. Repeating after an unclear write is right: the repeat reads what the write did.
-pub(crate) async fn command<R: Registers>(
+/// Applies a command. After a write with an unknown outcome it is safe to start again, because the next read shows what the
+/// write did.
+pub(crate) async fn command<R: CasStore>(
     registers: &R,
     vm: &VmName,
     command: &Command,
     deadline: Instant,
-) -> Result<Reply, StoreError> {
-    until(deadline, || async {
+) -> Result<CommandReply, StoreError> {
+    retry_until(deadline, || async {
         let mut fresh = false;
         loop {
             let (bytes, revision) = registers.read(vm, fresh).await?;
             let record = bytes.map(|bytes| decode(vm, &bytes)).transpose()?;
             match record::decide(record.as_ref(), command) {
-                // An answer without a write is only as good as the read.
+                // A reply without a write is correct only if the read was fresh.
                 (None, reply) if fresh => return Ok(reply),
                 (None, _) => fresh = true,
                 (Some(new), reply) => {
@@ -109,12 +110,12 @@ pub(crate) async fn command<R: Registers>(
 }
 
 /// Reads a record.
-pub(crate) async fn get<R: Registers>(
+pub(crate) async fn get<R: CasStore>(
     registers: &R,
     vm: &VmName,
     deadline: Instant,
-) -> Result<Option<Record>, StoreError> {
-    until(deadline, || async {
+) -> Result<Option<VmRecord>, StoreError> {
+    retry_until(deadline, || async {
         let (bytes, _) = registers.read(vm, true).await?;
         Ok(bytes.map(|bytes| decode(vm, &bytes)).transpose()?)
     })

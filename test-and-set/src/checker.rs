@@ -10,7 +10,7 @@
 use std::collections::{BTreeMap, HashSet};
 
 use crate::names::VmName;
-use crate::record::{Command, Record, Reply, decide};
+use crate::record::{Command, CommandReply, VmRecord, decide};
 
 /// What was asked.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,11 +23,11 @@ pub enum Call {
 
 /// What was answered.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Seen {
+pub enum Observed {
     /// To a command.
-    Reply(Reply),
+    Reply(CommandReply),
     /// To a get.
-    Record(Option<Record>),
+    Record(Option<VmRecord>),
 }
 
 /// One call of a client. Times are of one clock, in any unit.
@@ -36,7 +36,7 @@ pub struct Operation {
     /// When the client asked.
     pub begun: u64,
     /// When it had the answer, and what it was; `None` if it never had one.
-    pub ended: Option<(u64, Seen)>,
+    pub ended: Option<(u64, Observed)>,
     /// What it asked.
     pub call: Call,
 }
@@ -61,8 +61,11 @@ pub fn check(history: &BTreeMap<VmName, Vec<Operation>>) -> Result<(), Violation
         let mut operations = operations.clone();
         operations.sort_by_key(|op| op.begun);
         let mut search = Search { operations: &operations, tried: HashSet::new(), explained: 0 };
-        let start =
-            Point { done: Bits::new(operations.len()), applied: Bits::new(operations.len()), record: None };
+        let start = SearchPoint {
+            done: Bits::new(operations.len()),
+            applied: Bits::new(operations.len()),
+            record: None,
+        };
         if search.explains(start) {
             return Ok(());
         }
@@ -95,21 +98,21 @@ impl Bits {
 
 /// A place in the search: which calls have had their answer, which have been applied before it, and what the record is.
 #[derive(Clone, PartialEq, Eq, Hash)]
-struct Point {
+struct SearchPoint {
     done: Bits,
     applied: Bits,
-    record: Option<Record>,
+    record: Option<VmRecord>,
 }
 
 struct Search<'h> {
     operations: &'h [Operation],
-    tried: HashSet<Point>,
+    tried: HashSet<SearchPoint>,
     explained: usize,
 }
 
 impl Search<'_> {
     /// Whether some order of the rest explains its answers. The stack is a list: histories may be longer than a thread's stack.
-    fn explains(&mut self, start: Point) -> bool {
+    fn explains(&mut self, start: SearchPoint) -> bool {
         let mut open = vec![start];
         while let Some(point) = open.pop() {
             if !self.tried.insert(point.clone()) {
@@ -129,26 +132,26 @@ impl Search<'_> {
     }
 
     /// Where one call can lead from here.
-    fn step(&self, from: &Point, i: usize, open: &mut Vec<Point>) {
+    fn step(&self, from: &SearchPoint, i: usize, open: &mut Vec<SearchPoint>) {
         let operation = &self.operations[i];
         let Call::Command(command) = &operation.call else {
-            if matches!(&operation.ended, Some((_, Seen::Record(seen))) if *seen == from.record) {
-                open.push(Point { done: from.done.with(i), ..from.clone() });
+            if matches!(&operation.ended, Some((_, Observed::Record(seen))) if *seen == from.record) {
+                open.push(SearchPoint { done: from.done.with(i), ..from.clone() });
             }
             return;
         };
         let (changed, reply) = decide(from.record.as_ref(), command);
         if changed.is_some() && !from.applied.has(i) {
             // An application whose answer was lost; for a call without an answer, its only one.
-            open.push(Point {
+            open.push(SearchPoint {
                 done: from.done.clone(),
                 applied: from.applied.with(i),
                 record: changed.clone(),
             });
         }
-        if matches!(&operation.ended, Some((_, Seen::Reply(seen))) if *seen == reply) {
+        if matches!(&operation.ended, Some((_, Observed::Reply(seen))) if *seen == reply) {
             let record = changed.or_else(|| from.record.clone());
-            open.push(Point { done: from.done.with(i), applied: from.applied.clone(), record });
+            open.push(SearchPoint { done: from.done.with(i), applied: from.applied.clone(), record });
         }
     }
 }
@@ -179,8 +182,8 @@ mod tests {
         Call::Command(Command::Forget { generation: Generation(generation) })
     }
 
-    fn op(begun: u64, ended: u64, call: Call, reply: Reply) -> Operation {
-        Operation { begun, ended: Some((ended, Seen::Reply(reply))), call }
+    fn op(begun: u64, ended: u64, call: Call, reply: CommandReply) -> Operation {
+        Operation { begun, ended: Some((ended, Observed::Reply(reply))), call }
     }
 
     fn unknown(begun: u64, call: Call) -> Operation {
@@ -205,7 +208,7 @@ mod tests {
             .0
             .unwrap();
         }
-        Operation { begun, ended: Some((ended, Seen::Record(Some(record)))), call: Call::Get }
+        Operation { begun, ended: Some((ended, Observed::Record(Some(record)))), call: Call::Get }
     }
 
     fn is_possible(operations: &[Operation]) -> bool {
@@ -213,7 +216,7 @@ mod tests {
     }
 
     fn opened() -> Operation {
-        op(0, 1, open(1, 1, 2), Reply::Done)
+        op(0, 1, open(1, 1, 2), CommandReply::Done)
     }
 
     #[test]
@@ -221,28 +224,32 @@ mod tests {
         // One after the other.
         assert!(is_possible(&[
             opened(),
-            op(2, 3, take(1, 1), Reply::Won),
-            op(4, 5, take(1, 2), Reply::Lost(who(1)))
+            op(2, 3, take(1, 1), CommandReply::Won),
+            op(4, 5, take(1, 2), CommandReply::Lost(who(1)))
         ]));
         // At once: the answers say in which order.
         assert!(is_possible(&[
             opened(),
-            op(2, 9, take(1, 1), Reply::Lost(who(2))),
-            op(3, 8, take(1, 2), Reply::Won)
+            op(2, 9, take(1, 1), CommandReply::Lost(who(2))),
+            op(3, 8, take(1, 2), CommandReply::Won)
         ]));
         // Asked again by the same one.
-        assert!(is_possible(&[opened(), op(2, 3, take(1, 1), Reply::Won), op(4, 5, take(1, 1), Reply::Won)]));
+        assert!(is_possible(&[
+            opened(),
+            op(2, 3, take(1, 1), CommandReply::Won),
+            op(4, 5, take(1, 1), CommandReply::Won)
+        ]));
         // An unknown take that was done much later, or never.
         let late = [opened(), unknown(2, take(1, 2)), saw_holder(8, 9, 1, pair(1, 2), None)];
         assert!(is_possible(&late));
-        assert!(is_possible(&[&late[..], &[op(10, 11, take(1, 1), Reply::Lost(who(2)))]].concat()));
-        assert!(is_possible(&[&late[..], &[op(10, 11, take(1, 1), Reply::Won)]].concat()));
+        assert!(is_possible(&[&late[..], &[op(10, 11, take(1, 1), CommandReply::Lost(who(2)))]].concat()));
+        assert!(is_possible(&[&late[..], &[op(10, 11, take(1, 1), CommandReply::Won)]].concat()));
         // A take that was done, whose answer was lost, and which was repeated inside its call after the VM was forgotten.
         let repeated = [
             opened(),
-            op(2, 9, take(1, 1), Reply::Stale),
+            op(2, 9, take(1, 1), CommandReply::Stale),
             saw_holder(3, 4, 1, pair(1, 2), Some(1)),
-            op(5, 6, forget(1), Reply::Done),
+            op(5, 6, forget(1), CommandReply::Done),
         ];
         assert!(is_possible(&repeated));
     }
@@ -251,35 +258,38 @@ mod tests {
     fn two_winners_are_refused() {
         assert!(!is_possible(&[
             opened(),
-            op(2, 9, take(1, 1), Reply::Won),
-            op(3, 8, take(1, 2), Reply::Won)
+            op(2, 9, take(1, 1), CommandReply::Won),
+            op(3, 8, take(1, 2), CommandReply::Won)
         ]));
         assert!(!is_possible(&[
             opened(),
-            op(2, 3, take(1, 1), Reply::Won),
-            op(4, 5, take(1, 2), Reply::Won)
+            op(2, 3, take(1, 1), CommandReply::Won),
+            op(4, 5, take(1, 2), CommandReply::Won)
         ]));
         // Both lost.
-        let lost = [op(2, 9, take(1, 1), Reply::Lost(who(2))), op(3, 8, take(1, 2), Reply::Lost(who(1)))];
+        let lost = [
+            op(2, 9, take(1, 1), CommandReply::Lost(who(2))),
+            op(3, 8, take(1, 2), CommandReply::Lost(who(1))),
+        ];
         assert!(!is_possible(&[&[opened()], &lost[..]].concat()));
     }
 
     #[test]
     fn a_forgotten_winner_is_refused() {
-        let won = op(2, 3, take(1, 1), Reply::Won);
+        let won = op(2, 3, take(1, 1), CommandReply::Won);
         // Nobody holds it afterwards.
         assert!(!is_possible(&[opened(), won.clone(), saw_holder(4, 5, 1, pair(1, 2), None)]));
         // The VM is unknown afterwards.
-        let gone = Operation { begun: 4, ended: Some((5, Seen::Record(None))), call: Call::Get };
+        let gone = Operation { begun: 4, ended: Some((5, Observed::Record(None))), call: Call::Get };
         assert!(!is_possible(&[opened(), won.clone(), gone]));
         // Its number comes again after it was forgotten.
-        let again = op(6, 7, open(1, 3, 4), Reply::Done);
-        assert!(!is_possible(&[opened(), won, op(4, 5, forget(1), Reply::Done), again]));
+        let again = op(6, 7, open(1, 3, 4), CommandReply::Done);
+        assert!(!is_possible(&[opened(), won, op(4, 5, forget(1), CommandReply::Done), again]));
     }
 
     #[test]
     fn reads_of_the_past_and_of_the_future_are_refused() {
-        let won = op(4, 5, take(1, 1), Reply::Won);
+        let won = op(4, 5, take(1, 1), CommandReply::Won);
         // It was read as taken before anybody asked for it.
         assert!(!is_possible(&[opened(), saw_holder(2, 3, 1, pair(1, 2), Some(1)), won.clone()]));
         // Two reads, the later of which is older.
@@ -289,14 +299,18 @@ mod tests {
 
     #[test]
     fn a_wrong_stale_is_refused() {
-        assert!(!is_possible(&[opened(), op(2, 3, take(1, 1), Reply::Stale)]));
+        assert!(!is_possible(&[opened(), op(2, 3, take(1, 1), CommandReply::Stale)]));
         // A stranger that won, an opener that does not hold the last generation, an unknown call that cannot have done it.
-        assert!(!is_possible(&[opened(), op(2, 3, take(1, 9), Reply::Won)]));
+        assert!(!is_possible(&[opened(), op(2, 3, take(1, 9), CommandReply::Won)]));
         assert!(!is_possible(&[
             opened(),
-            op(2, 3, take(1, 1), Reply::Won),
-            op(4, 5, open(2, 2, 3), Reply::Done)
+            op(2, 3, take(1, 1), CommandReply::Won),
+            op(4, 5, open(2, 2, 3), CommandReply::Done)
         ]));
-        assert!(!is_possible(&[opened(), unknown(2, take(1, 9)), op(4, 5, take(1, 1), Reply::Lost(who(9)))]));
+        assert!(!is_possible(&[
+            opened(),
+            unknown(2, take(1, 9)),
+            op(4, 5, take(1, 1), CommandReply::Lost(who(9)))
+        ]));
     }
 }

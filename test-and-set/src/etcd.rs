@@ -11,9 +11,9 @@ use prost::{Message, Oneof};
 use tonic::codegen::http::uri::PathAndQuery;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 
-use crate::cas::{self, CasError, Registers};
+use crate::cas::{self, CasError, CasStore};
 use crate::names::VmName;
-use crate::record::{Command, Phase, Record, Reply};
+use crate::record::{Command, CommandReply, VmPhase, VmRecord};
 use crate::store::{NodeError, PAGE_RECORDS_MAX, StoreError, TestAndSet};
 
 /// How long one request may take before it is repeated.
@@ -70,15 +70,15 @@ struct PutRequest {
 }
 
 #[derive(Clone, PartialEq, Oneof)]
-enum Operation {
+enum EtcdOperation {
     #[prost(message, tag = "2")]
     Put(PutRequest),
 }
 
 #[derive(Clone, PartialEq, Message)]
 struct RequestOp {
-    #[prost(oneof = "Operation", tags = "2")]
-    request: Option<Operation>,
+    #[prost(oneof = "EtcdOperation", tags = "2")]
+    request: Option<EtcdOperation>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -135,7 +135,7 @@ impl EtcdStore {
         revision: i64,
         deadline: Instant,
     ) -> Result<bool, StoreError> {
-        cas::until(deadline, || self.write(vm, value.clone(), revision)).await
+        cas::retry_until(deadline, || self.write(vm, value.clone(), revision)).await
     }
 
     async fn request<Q, A>(&self, path: &'static str, request: Q) -> Result<A, CasError>
@@ -143,7 +143,7 @@ impl EtcdStore {
         Q: Message + Send + Sync + 'static,
         A: Message + Default + Send + Sync + 'static,
     {
-        let again = |error| CasError::Again(self.nodes.clone(), error);
+        let again = |error| CasError::Retry(self.nodes.clone(), error);
         let mut grpc = tonic::client::Grpc::new(self.channel.clone());
         grpc.ready().await.map_err(|error| again(error.into()))?;
         let codec = tonic_prost::ProstCodec::default();
@@ -153,11 +153,11 @@ impl EtcdStore {
             Err(status)
                 if status.code() == tonic::Code::ResourceExhausted && status.message().contains("space") =>
             {
-                Err(CasError::Tell(StoreError::DiskFull(self.nodes.clone())))
+                Err(CasError::Report(StoreError::DiskFull(self.nodes.clone())))
             }
             Err(status) if is_lasting(status.code()) => {
                 let error = NodeError::Etcd(Box::new(status));
-                Err(CasError::Tell(StoreError::Unusable(vec![(self.nodes.clone(), error)])))
+                Err(CasError::Report(StoreError::Unusable(vec![(self.nodes.clone(), error)])))
             }
             Err(status) => Err(again(NodeError::Etcd(Box::new(status)))),
         }
@@ -182,7 +182,7 @@ fn tls(dir: &Path) -> Result<ClientTlsConfig, StoreError> {
     Ok(config.identity(Identity::from_pem(read("own.crt")?, read("own.key")?)))
 }
 
-impl Registers for EtcdStore {
+impl CasStore for EtcdStore {
     /// The key's modification revision; 0 if it is absent.
     type Revision = i64;
 
@@ -197,7 +197,7 @@ impl Registers for EtcdStore {
         let key = self.key(vm);
         let unchanged =
             Compare { result: EQUAL, target: MOD, key: key.clone(), mod_revision: Some(revision) };
-        let put = RequestOp { request: Some(Operation::Put(PutRequest { key, value: record })) };
+        let put = RequestOp { request: Some(EtcdOperation::Put(PutRequest { key, value: record })) };
         let request = TxnRequest { compare: vec![unchanged], success: vec![put] };
         let answer: TxnResponse = self.request("/etcdserverpb.KV/Txn", request).await?;
         Ok(answer.succeeded)
@@ -206,11 +206,16 @@ impl Registers for EtcdStore {
 
 #[async_trait]
 impl TestAndSet for EtcdStore {
-    async fn command(&self, vm: &VmName, command: &Command, deadline: Instant) -> Result<Reply, StoreError> {
+    async fn command(
+        &self,
+        vm: &VmName,
+        command: &Command,
+        deadline: Instant,
+    ) -> Result<CommandReply, StoreError> {
         cas::command(self, vm, command, deadline).await
     }
 
-    async fn get(&self, vm: &VmName, deadline: Instant) -> Result<Option<Record>, StoreError> {
+    async fn get(&self, vm: &VmName, deadline: Instant) -> Result<Option<VmRecord>, StoreError> {
         cas::get(self, vm, deadline).await
     }
 
@@ -218,7 +223,7 @@ impl TestAndSet for EtcdStore {
         &self,
         after: Option<&VmName>,
         deadline: Instant,
-    ) -> Result<Vec<(VmName, Record)>, StoreError> {
+    ) -> Result<Vec<(VmName, VmRecord)>, StoreError> {
         let base = format!("{}/vm/", self.prefix);
         // '0' is the byte behind '/': the end of everything below the prefix.
         let end = format!("{}/vm0", self.prefix).into_bytes();
@@ -228,7 +233,8 @@ impl TestAndSet for EtcdStore {
             let request =
                 RangeRequest { key: from.clone(), range_end: end.clone(), limit: PAGE_RECORDS_MAX as i64 };
             let answer: RangeResponse =
-                cas::until(deadline, || self.request("/etcdserverpb.KV/Range", request.clone())).await?;
+                cas::retry_until(deadline, || self.request("/etcdserverpb.KV/Range", request.clone()))
+                    .await?;
             let Some(last) = answer.kvs.last() else { return Ok(vec![]) };
             from = [&last.key[..], &[0]].concat();
             let mut page = vec![];
@@ -237,7 +243,7 @@ impl TestAndSet for EtcdStore {
                     kv.key.strip_prefix(base.as_bytes()).and_then(|name| std::str::from_utf8(name).ok());
                 let Some(vm) = name.and_then(|name| name.parse::<VmName>().ok()) else { continue };
                 let record = cas::decode(&vm, &kv.value)?;
-                if record.phase != Phase::Forgotten {
+                if record.phase != VmPhase::Forgotten {
                     page.push((vm, record));
                 }
             }

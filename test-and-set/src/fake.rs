@@ -1,4 +1,4 @@
-//! A store in memory, for tests of what uses a store.
+//! A store in memory, for tests of code that uses a store.
 
 use std::sync::Mutex;
 use std::time::Instant;
@@ -6,32 +6,32 @@ use std::time::Instant;
 use async_trait::async_trait;
 
 use crate::names::VmName;
-use crate::record::{Command, Record, Reply, State};
+use crate::record::{Command, CommandReply, StoreState, VmRecord};
 use crate::store::{PAGE_RECORDS_MAX, StoreError, TestAndSet};
 
-/// A store that lives in this process only. Share it with an `Arc`.
+/// A store in this process's memory. Share it with an `Arc`.
 #[derive(Debug, Default)]
 pub struct FakeStore {
-    state: Mutex<State>,
+    state: Mutex<StoreState>,
 }
 
 impl FakeStore {
-    fn state(&self) -> std::sync::MutexGuard<'_, State> {
+    fn state(&self) -> std::sync::MutexGuard<'_, StoreState> {
         self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 }
 
 #[async_trait]
 impl TestAndSet for FakeStore {
-    async fn command(&self, vm: &VmName, command: &Command, _: Instant) -> Result<Reply, StoreError> {
+    async fn command(&self, vm: &VmName, command: &Command, _: Instant) -> Result<CommandReply, StoreError> {
         Ok(self.state().apply(vm, command))
     }
 
-    async fn get(&self, vm: &VmName, _: Instant) -> Result<Option<Record>, StoreError> {
+    async fn get(&self, vm: &VmName, _: Instant) -> Result<Option<VmRecord>, StoreError> {
         Ok(self.state().get(vm).cloned())
     }
 
-    async fn list(&self, after: Option<&VmName>, _: Instant) -> Result<Vec<(VmName, Record)>, StoreError> {
+    async fn list(&self, after: Option<&VmName>, _: Instant) -> Result<Vec<(VmName, VmRecord)>, StoreError> {
         let state = self.state();
         let page = state.list(after).take(PAGE_RECORDS_MAX);
         Ok(page.map(|(vm, record)| (vm.clone(), record.clone())).collect())

@@ -1,17 +1,17 @@
-//! Keys: every party has a key and a self-signed certificate of its own, and a list of the certificates that it accepts.
+//! Keys: every party has its own key and self-signed certificate, and copies of the certificates that it accepts.
 //!
-//! There is no authority to ask and no name to check: a certificate is accepted when a copy of it lies in the directory.
+//! There is no certificate authority, and names are not checked: a certificate is accepted if the directory has a copy of it.
 //!
 //! ```text
 //! DIR/own.key           the private key, PEM, readable by its owner only
 //! DIR/own.crt           its certificate, PEM
 //! DIR/members/ID.crt    the certificate of each member of the store, by its number
-//! DIR/clients/NAME.crt  the certificate of each client; needed on members only
-//! DIR/peers/NAME.crt    the certificate of each host that may form a pair with this one; needed on hosts only
+//! DIR/clients/NAME.crt  the certificate of each client; for members only
+//! DIR/peers/NAME.crt    the certificate of each host that may form a pair with this one; for hosts only
 //! ```
 //!
-//! A certificate that is added while a server runs is found at the next connection that needs it; one that is removed is
-//! refused from the next reload on, at most a second later.
+//! The accepted certificates are read again at most a second after a change, so they can be added and removed while a server
+//! runs.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -30,7 +30,7 @@ use crate::wire::NodeId;
 #[derive(Debug, thiserror::Error)]
 pub enum KeysError {
     /// A file cannot be read or written.
-    #[error("{path}")]
+    #[error("cannot read or write {path}")]
     Io {
         /// The file.
         path: PathBuf,
@@ -38,7 +38,7 @@ pub enum KeysError {
         source: std::io::Error,
     },
     /// A file is not PEM, or holds something else.
-    #[error("{path} is not a PEM file with what its name says")]
+    #[error("{path} is not a PEM file with a key or certificate, as its name requires")]
     Pem {
         /// The file.
         path: PathBuf,
@@ -46,47 +46,47 @@ pub enum KeysError {
         source: rustls::pki_types::pem::Error,
     },
     /// A file in `members/` is not named by a member's number.
-    #[error("{0}: the files in members/ are named by numbers, as 1.crt")]
+    #[error("{0} is not named by a member's number, like 1.crt: rename or remove it")]
     MemberName(PathBuf),
     /// A certificate cannot be made.
-    #[error("a certificate for {name} cannot be made")]
+    #[error("cannot make a certificate for {name}")]
     Make {
-        /// For whom.
+        /// The party that it is for.
         name: String,
         /// Why.
         source: rcgen::Error,
     },
-    /// The key and its certificate do not fit each other or TLS.
-    #[error("own.key and own.crt cannot be used for TLS")]
+    /// The key and its certificate do not fit each other, or cannot be used for TLS.
+    #[error("cannot use own.key and own.crt for TLS: make both anew with `vmft-store keys`")]
     Tls(#[from] rustls::Error),
 }
 
-fn at(path: &Path) -> impl FnOnce(std::io::Error) -> KeysError {
+fn io_error(path: &Path) -> impl FnOnce(std::io::Error) -> KeysError {
     move |source| KeysError::Io { path: path.into(), source }
 }
 
 fn read_certificate(path: &Path) -> Result<CertificateDer<'static>, KeysError> {
-    let pem = fs::read(path).map_err(at(path))?;
+    let pem = fs::read(path).map_err(io_error(path))?;
     CertificateDer::from_pem_slice(&pem).map_err(|source| KeysError::Pem { path: path.into(), source })
 }
 
-/// One party's keys, and whom it accepts.
+/// A party's keys, and the certificates that it accepts.
 #[derive(Debug)]
 pub struct Keys {
     dir: PathBuf,
     pub(crate) certificate: CertificateDer<'static>,
     pub(crate) key: PrivateKeyDer<'static>,
-    pins: Mutex<(Pins, Instant)>,
+    pins: Mutex<(AcceptedCertificates, Instant)>,
 }
 
 #[derive(Debug)]
-struct Pins {
+struct AcceptedCertificates {
     members: BTreeMap<NodeId, CertificateDer<'static>>,
     clients: Vec<CertificateDer<'static>>,
     peers: Vec<CertificateDer<'static>>,
 }
 
-impl Pins {
+impl AcceptedCertificates {
     fn load(dir: &Path) -> Result<Self, KeysError> {
         let mut members = BTreeMap::new();
         for path in certificates_in(&dir.join("members"))? {
@@ -108,14 +108,14 @@ impl Pins {
 fn certificates_in(dir: &Path) -> Result<Vec<PathBuf>, KeysError> {
     let entries = match fs::read_dir(dir) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(vec![]),
-        entries => entries.map_err(at(dir))?,
+        entries => entries.map_err(io_error(dir))?,
     };
     let paths =
-        entries.map(|entry| entry.map(|e| e.path())).collect::<Result<Vec<_>, _>>().map_err(at(dir))?;
+        entries.map(|entry| entry.map(|e| e.path())).collect::<Result<Vec<_>, _>>().map_err(io_error(dir))?;
     Ok(paths.into_iter().filter(|path| path.extension().is_some_and(|e| e == "crt")).collect())
 }
 
-/// How long a list of accepted certificates is used before it is read again.
+/// How long the accepted certificates are used before they are read again.
 const RELOAD_AFTER: Duration = Duration::from_secs(1);
 
 impl Keys {
@@ -123,19 +123,22 @@ impl Keys {
     pub fn load(dir: &Path) -> Result<Self, KeysError> {
         let certificate = read_certificate(&dir.join("own.crt"))?;
         let path = dir.join("own.key");
-        let pem = fs::read(&path).map_err(at(&path))?;
+        let pem = fs::read(&path).map_err(io_error(&path))?;
         let key = PrivateKeyDer::from_pem_slice(&pem).map_err(|source| KeysError::Pem { path, source })?;
-        let pins = Mutex::new((Pins::load(dir)?, Instant::now()));
+        let pins = Mutex::new((AcceptedCertificates::load(dir)?, Instant::now()));
         Ok(Self { dir: dir.into(), certificate, key, pins })
     }
 
-    /// Looks at the accepted certificates, read anew if they are old. A directory that cannot be read leaves the last list.
-    fn with_pins<T>(&self, look: impl FnOnce(&Pins) -> T) -> T {
+    /// Calls `look` with the accepted certificates, after reading them again if they are old. If they cannot be read, those read
+    /// before stay in use.
+    fn with_accepted<T>(&self, look: impl FnOnce(&AcceptedCertificates) -> T) -> T {
         let mut pins = self.pins.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         if pins.1.elapsed() >= RELOAD_AFTER {
-            match Pins::load(&self.dir) {
+            match AcceptedCertificates::load(&self.dir) {
                 Ok(read) => pins.0 = read,
-                Err(error) => eprintln!("the accepted certificates stay as they were: {error}"),
+                Err(error) => {
+                    eprintln!("cannot read the accepted certificates again, those in use stay: {error}")
+                }
             }
             pins.1 = Instant::now();
         }
@@ -144,27 +147,30 @@ impl Keys {
 
     /// Whether this is a member's certificate.
     pub(crate) fn is_member(&self, certificate: &CertificateDer<'_>) -> bool {
-        self.with_pins(|pins| pins.members.values().any(|pin| pin == certificate))
+        self.with_accepted(|pins| pins.members.values().any(|pin| pin == certificate))
     }
 
-    /// Whether this is the certificate of just this member.
+    /// Whether this is the certificate of the member with this number.
     pub(crate) fn is_this_member(&self, id: NodeId, certificate: &CertificateDer<'_>) -> bool {
-        self.with_pins(|pins| pins.members.get(&id).is_some_and(|pin| pin == certificate))
+        self.with_accepted(|pins| pins.members.get(&id).is_some_and(|pin| pin == certificate))
     }
 
     /// Whether this is the certificate of a host that may form a pair with this one.
     pub(crate) fn is_peer(&self, certificate: &CertificateDer<'_>) -> bool {
-        self.with_pins(|pins| pins.peers.iter().any(|pin| pin == certificate))
+        self.with_accepted(|pins| pins.peers.iter().any(|pin| pin == certificate))
     }
 
     /// Whether this is a member's or a client's certificate.
     pub(crate) fn is_known(&self, certificate: &CertificateDer<'_>) -> bool {
-        self.with_pins(|pins| pins.members.values().chain(&pins.clients).any(|pin| pin == certificate))
+        self.with_accepted(|pins| pins.members.values().chain(&pins.clients).any(|pin| pin == certificate))
     }
 }
 
-/// Makes the keys for a trial: under `dir` one directory for each member, named by its number, and one for each client,
-/// each complete and ready to be copied to its host. The clients are each other's peers. Existing files are an error.
+/// Makes keys: in `dir` one directory for each member, named by its number, and one for each client, each complete and ready to
+/// be copied to its host. The clients accept each other as peers.
+///
+/// # Errors
+/// A file exists already, or cannot be written.
 pub fn make_set(dir: &Path, members: &[NodeId], clients: &[String]) -> Result<(), KeysError> {
     let parties =
         members.iter().map(|id| (id.to_string(), true)).chain(clients.iter().map(|c| (c.clone(), false)));
@@ -194,8 +200,8 @@ pub fn make_set(dir: &Path, members: &[NodeId], clients: &[String]) -> Result<()
 
 fn write_new(path: &Path, text: &str, mode: u32) -> Result<(), KeysError> {
     if let Some(parent) = path.parent() {
-        fs::create_dir_all(parent).map_err(at(parent))?;
+        fs::create_dir_all(parent).map_err(io_error(parent))?;
     }
     let file = fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(path);
-    file.and_then(|mut file| file.write_all(text.as_bytes())).map_err(at(path))
+    file.and_then(|mut file| file.write_all(text.as_bytes())).map_err(io_error(path))
 }

@@ -37,8 +37,8 @@
 //!   Invariants: a generation has one holder, for ever; generation numbers only grow, and survive forgetting; a command that is
 //!   answered `Stale` or `Refused` has changed nothing; every command may be repeated.
 //! - [`store`] is the trait. A call ends at its deadline; an error is *unknown*, never *no*.
-//! - [`wire`] describes the bytes of `raft://`; [`link`] is one connection with any number of questions under way.
-//! - [`server`] is one member. [`server::raft`] is the only module that names openraft; [`server::log`] lets a leader write to its disk
+//! - [`wire`] describes the bytes of `raft://`; [`connection`] is one connection with any number of questions under way.
+//! - [`server`] is one member. [`server::raft`] is the only module that names openraft; [`server::raft_log`] lets a leader write to its disk
 //!   while it sends to the others; [`server::disk`] is on the disk (fsync) when it returns. A member is bound to its data: each one
 //!   notes the data of the others at first contact, and lets nobody in who comes with other data.
 //! - [`checker`] judges histories, [`conformance`] is what every store must pass.
@@ -48,43 +48,25 @@
 //! that the next entry waits for, so the network puts the two together.
 //!
 //! A verdict is a chain of small steps in several processes, and waits for each thread to be woken: a member takes them on one
-//! thread, and that thread asks for a short time [`slice`].
+//! thread, and that thread asks for a short time [`time_slice`].
 
 pub mod blocking;
 mod cas;
 pub mod checker;
 pub mod conformance;
+mod connect;
+pub mod connection;
 pub mod etcd;
 pub mod fake;
 pub mod keys;
-pub mod link;
 pub mod raft_client;
 pub mod server;
-pub mod slice;
 pub mod store;
+pub mod time_slice;
 pub mod tls;
 pub mod url;
 pub mod wire;
 pub mod zookeeper;
 
+pub use connect::connect;
 pub use store_rule::{names, record};
-
-use std::sync::Arc;
-
-use keys::Keys;
-use store::{StoreError, TestAndSet};
-use url::StoreUrl;
-
-/// Makes a client for the store at this URL and begins to connect, without waiting for it. Must be called inside a tokio
-/// runtime; for plain threads there is [`blocking::Blocking`].
-pub fn connect(url: &StoreUrl) -> Result<Arc<dyn TestAndSet>, StoreError> {
-    Ok(match url {
-        StoreUrl::Raft { nodes, keys, cluster } => {
-            Arc::new(raft_client::RaftStore::new(nodes.clone(), Keys::load(keys)?, cluster.clone())?)
-        }
-        StoreUrl::Etcd { nodes, prefix, keys } => {
-            Arc::new(etcd::EtcdStore::new(nodes, prefix, keys.as_deref())?)
-        }
-        StoreUrl::ZooKeeper { nodes, prefix } => Arc::new(zookeeper::ZooKeeperStore::new(nodes, prefix)),
-    })
-}

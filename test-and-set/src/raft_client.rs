@@ -6,12 +6,12 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 
+use crate::connection::{ConnectionError, Dialer, NodeConnection};
 use crate::keys::Keys;
-use crate::link::{Dialer, Link, LinkError};
 use crate::names::{ClusterName, VmName};
-use crate::record::{Command, Record, Reply};
+use crate::record::{Command, CommandReply, VmRecord};
 use crate::store::{NodeError, StoreError, TestAndSet};
-use crate::wire::{Answer, Ask, Failure, Status};
+use crate::wire::{NodeStatus, RequestFailure, StoreRequest, StoreResponse};
 
 /// How long one node may take before another is asked. A repeated command does no harm.
 const NODE_PATIENCE: Duration = Duration::from_millis(400);
@@ -25,14 +25,14 @@ const PAUSE_MAX: Duration = Duration::from_millis(50);
 
 /// A client of our own store. It keeps one connection to the leader, so that a verdict costs one round trip.
 pub struct RaftStore {
-    inner: Arc<Inner>,
+    inner: Arc<SharedClient>,
     pinger: tokio::task::AbortHandle,
 }
 
-struct Inner {
+struct SharedClient {
     dialer: Dialer,
     /// The connection in use, with its node's address. Held while connecting, so that one connection is made for all askers.
-    link: tokio::sync::Mutex<Option<(Arc<Link>, String)>>,
+    link: tokio::sync::Mutex<Option<(Arc<NodeConnection>, String)>>,
     /// Which node to ask next; the first is the most promising.
     order: Mutex<Vec<String>>,
 }
@@ -48,53 +48,53 @@ impl RaftStore {
     pub fn new(nodes: Vec<String>, keys: Keys, cluster: ClusterName) -> Result<Self, StoreError> {
         let keys = Arc::new(keys);
         let dialer = Dialer { tls: crate::tls::connector(&keys)?, keys, cluster };
-        let inner = Arc::new(Inner { dialer, link: Default::default(), order: Mutex::new(nodes) });
+        let inner = Arc::new(SharedClient { dialer, link: Default::default(), order: Mutex::new(nodes) });
         let pinger = tokio::spawn(keep_warm(Arc::downgrade(&inner))).abort_handle();
         Ok(Self { inner, pinger })
     }
 
     /// Asks one node for its view of the cluster.
-    pub async fn status(&self, node: &str, deadline: Instant) -> Result<Status, NodeError> {
+    pub async fn status(&self, node: &str, deadline: Instant) -> Result<NodeStatus, NodeError> {
         let patience = deadline.saturating_duration_since(Instant::now());
         let (link, _) = self.inner.dialer.connect(node, None, patience).await?;
-        match link.ask(&Ask::Status, patience).await? {
-            Answer::Status(status) => Ok(*status),
-            Answer::Failed(failure) => Err(from_failure(failure)),
+        match link.ask(&StoreRequest::Status, patience).await? {
+            StoreResponse::Status(status) => Ok(*status),
+            StoreResponse::Failed(failure) => Err(from_failure(failure)),
             _ => Err(NodeError::Failed),
         }
     }
 
     /// Adds a member that is started with `--join`, or removes one.
-    pub async fn change_members(&self, ask: Ask, deadline: Instant) -> Result<(), StoreError> {
+    pub async fn change_members(&self, ask: StoreRequest, deadline: Instant) -> Result<(), StoreError> {
         match self.inner.ask(&ask, deadline.saturating_duration_since(Instant::now()), deadline).await? {
-            Answer::MembersChanged => Ok(()),
+            StoreResponse::MembersChanged => Ok(()),
             answer => Err(StoreError::Unfitting(Box::new(answer))),
         }
     }
 }
 
-fn from_failure(failure: Failure) -> NodeError {
+fn from_failure(failure: RequestFailure) -> NodeError {
     match failure {
-        Failure::NotLeader(leader) => NodeError::NotLeader(leader),
-        Failure::NoQuorum => NodeError::NoQuorum,
-        Failure::DiskFull => NodeError::DiskFull,
-        Failure::Stopped => NodeError::Failed,
-        Failure::Members(why) => NodeError::Members(why),
+        RequestFailure::NotLeader(leader) => NodeError::NotLeader(leader),
+        RequestFailure::NoQuorum => NodeError::NoQuorum,
+        RequestFailure::DiskFull => NodeError::DiskFull,
+        RequestFailure::Stopped => NodeError::Failed,
+        RequestFailure::Members(why) => NodeError::Members(why),
     }
 }
 
 /// Keeps the connection alive and at the leader while nothing is asked.
-async fn keep_warm(inner: Weak<Inner>) {
+async fn keep_warm(inner: Weak<SharedClient>) {
     loop {
         let Some(strong) = inner.upgrade() else { return };
         // What goes wrong here goes wrong again when something is asked, and is told then.
-        strong.ask(&Ask::Ping, NODE_PATIENCE, Instant::now() + 2 * NODE_PATIENCE).await.ok();
+        strong.ask(&StoreRequest::Ping, NODE_PATIENCE, Instant::now() + 2 * NODE_PATIENCE).await.ok();
         drop(strong);
         tokio::time::sleep(PING_INTERVAL).await;
     }
 }
 
-impl Inner {
+impl SharedClient {
     fn order(&self) -> std::sync::MutexGuard<'_, Vec<String>> {
         self.order.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
@@ -115,7 +115,10 @@ impl Inner {
         order.insert(0, node);
     }
 
-    async fn link(&self, patience: Duration) -> Result<(Arc<Link>, String), (String, LinkError)> {
+    async fn link(
+        &self,
+        patience: Duration,
+    ) -> Result<(Arc<NodeConnection>, String), (String, ConnectionError)> {
         let mut kept = self.link.lock().await;
         if let Some((link, node)) = kept.as_ref().filter(|(link, _)| link.is_open()) {
             return Ok((link.clone(), node.clone()));
@@ -132,7 +135,7 @@ impl Inner {
     }
 
     /// Leaves the connection, unless another has taken its place.
-    async fn leave(&self, link: &Arc<Link>) {
+    async fn forget_connection(&self, link: &Arc<NodeConnection>) {
         let mut kept = self.link.lock().await;
         if kept.as_ref().is_some_and(|(now, _)| Arc::ptr_eq(now, link)) {
             *kept = None;
@@ -142,10 +145,10 @@ impl Inner {
     /// Asks one node once; a node that does not answer well is left and goes to the end of the order.
     async fn ask_one(
         &self,
-        ask: &Ask,
+        ask: &StoreRequest,
         patience: Duration,
         deadline: Instant,
-    ) -> Result<Answer, (String, NodeError)> {
+    ) -> Result<StoreResponse, (String, NodeError)> {
         let left = || deadline.saturating_duration_since(Instant::now());
         let (link, node) = match self.link(left()).await {
             Ok(linked) => linked,
@@ -155,15 +158,15 @@ impl Inner {
             }
         };
         let error = match link.ask(ask, patience.min(left())).await {
-            Ok(Answer::Failed(failure)) => from_failure(failure),
+            Ok(StoreResponse::Failed(failure)) => from_failure(failure),
             // A follower that is pinged names the leader: go there now, not when a verdict is needed.
-            Ok(Answer::Leader(Some(leader))) if leader != node => NodeError::NotLeader(Some(leader)),
-            Ok(Answer::Leader(None)) => NodeError::NotLeader(None),
+            Ok(StoreResponse::Leader(Some(leader))) if leader != node => NodeError::NotLeader(Some(leader)),
+            Ok(StoreResponse::Leader(None)) => NodeError::NotLeader(None),
             Ok(answer) => return Ok(answer),
             Err(error) => error.into(),
         };
         if !matches!(error, NodeError::Members(_) | NodeError::DiskFull) {
-            self.leave(&link).await;
+            self.forget_connection(&link).await;
             self.demote(&node);
         }
         if let NodeError::NotLeader(Some(leader)) = &error {
@@ -172,7 +175,12 @@ impl Inner {
         Err((node, error))
     }
 
-    async fn ask(&self, ask: &Ask, patience: Duration, deadline: Instant) -> Result<Answer, StoreError> {
+    async fn ask(
+        &self,
+        ask: &StoreRequest,
+        patience: Duration,
+        deadline: Instant,
+    ) -> Result<StoreResponse, StoreError> {
         let begun = Instant::now();
         let mut said = BTreeMap::new();
         let mut pause = PAUSE_FIRST;
@@ -206,17 +214,22 @@ impl Inner {
 
 #[async_trait]
 impl TestAndSet for RaftStore {
-    async fn command(&self, vm: &VmName, command: &Command, deadline: Instant) -> Result<Reply, StoreError> {
-        let ask = Ask::Command(vm.clone(), command.clone());
+    async fn command(
+        &self,
+        vm: &VmName,
+        command: &Command,
+        deadline: Instant,
+    ) -> Result<CommandReply, StoreError> {
+        let ask = StoreRequest::Command(vm.clone(), command.clone());
         match self.inner.ask(&ask, NODE_PATIENCE, deadline).await? {
-            Answer::Reply(reply) => Ok(reply),
+            StoreResponse::Reply(reply) => Ok(reply),
             answer => Err(StoreError::Unfitting(Box::new(answer))),
         }
     }
 
-    async fn get(&self, vm: &VmName, deadline: Instant) -> Result<Option<Record>, StoreError> {
-        match self.inner.ask(&Ask::Get(vm.clone()), NODE_PATIENCE, deadline).await? {
-            Answer::Record(record) => Ok(record),
+    async fn get(&self, vm: &VmName, deadline: Instant) -> Result<Option<VmRecord>, StoreError> {
+        match self.inner.ask(&StoreRequest::Get(vm.clone()), NODE_PATIENCE, deadline).await? {
+            StoreResponse::Record(record) => Ok(record),
             answer => Err(StoreError::Unfitting(Box::new(answer))),
         }
     }
@@ -225,9 +238,9 @@ impl TestAndSet for RaftStore {
         &self,
         after: Option<&VmName>,
         deadline: Instant,
-    ) -> Result<Vec<(VmName, Record)>, StoreError> {
-        match self.inner.ask(&Ask::List(after.cloned()), NODE_PATIENCE, deadline).await? {
-            Answer::Page(page) => Ok(page),
+    ) -> Result<Vec<(VmName, VmRecord)>, StoreError> {
+        match self.inner.ask(&StoreRequest::List(after.cloned()), NODE_PATIENCE, deadline).await? {
+            StoreResponse::Page(page) => Ok(page),
             answer => Err(StoreError::Unfitting(Box::new(answer))),
         }
     }

@@ -1,4 +1,4 @@
-//! TLS 1.3 with the pinned certificates of [`crate::keys`] on both sides.
+//! TLS 1.3 in which both sides check the other's certificate against the pinned ones of [`crate::keys`].
 
 use std::sync::Arc;
 
@@ -15,22 +15,22 @@ use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use crate::keys::{Keys, KeysError};
 
-/// Whose certificates are accepted.
-type Accepts = fn(&Keys, &CertificateDer<'_>) -> bool;
+/// Decides whether a certificate is accepted.
+type AcceptRule = fn(&Keys, &CertificateDer<'_>) -> bool;
 
 #[derive(Debug)]
-struct Pinned {
+struct PinnedVerifier {
     keys: Arc<Keys>,
-    accepts: Accepts,
+    accepts: AcceptRule,
     provider: Arc<CryptoProvider>,
 }
 
-impl Pinned {
-    fn new(keys: &Arc<Keys>, accepts: Accepts) -> Arc<Pinned> {
+impl PinnedVerifier {
+    fn new(keys: &Arc<Keys>, accepts: AcceptRule) -> Arc<PinnedVerifier> {
         let mut provider = rustls::crypto::ring::default_provider();
-        // A log is bulk, and this is the fastest.
+        // The log is bulk data, and AES-128-GCM is the fastest cipher.
         provider.cipher_suites.sort_by_key(|suite| suite.suite() != CipherSuite::TLS13_AES_128_GCM_SHA256);
-        Arc::new(Pinned { keys: keys.clone(), accepts, provider: provider.into() })
+        Arc::new(PinnedVerifier { keys: keys.clone(), accepts, provider: provider.into() })
     }
 
     fn check(&self, certificate: &CertificateDer<'_>) -> Result<(), Error> {
@@ -54,12 +54,12 @@ impl Pinned {
     }
 }
 
-/// TLS 1.2 is not offered, so this is never called; refusing is right in any case.
+/// The error for TLS 1.2, which is never negotiated.
 fn no_tls12() -> Error {
     Error::General("TLS 1.2 is not used".into())
 }
 
-impl ServerCertVerifier for Pinned {
+impl ServerCertVerifier for PinnedVerifier {
     fn verify_server_cert(
         &self,
         certificate: &CertificateDer<'_>,
@@ -94,7 +94,7 @@ impl ServerCertVerifier for Pinned {
     }
 }
 
-impl ClientCertVerifier for Pinned {
+impl ClientCertVerifier for PinnedVerifier {
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
         &[]
     }
@@ -131,29 +131,29 @@ impl ClientCertVerifier for Pinned {
     }
 }
 
-/// For the side that connects: accepts members only.
+/// For the side that connects to a member of the store: accepts members only.
 pub fn connector(keys: &Arc<Keys>) -> Result<TlsConnector, KeysError> {
     Ok(client(keys, Keys::is_member)?.into())
 }
 
-/// For the side that listens: accepts members and clients.
+/// For a member of the store, which listens: accepts members and clients.
 pub fn acceptor(keys: &Arc<Keys>) -> Result<TlsAcceptor, KeysError> {
     Ok(server(keys, Keys::is_known)?.into())
 }
 
-/// For the host that connects to the other one of its pair: accepts peers only.
+/// For the host that connects to the other host of its pair: accepts peers only.
 pub fn peer_client(keys: &Arc<Keys>) -> Result<Arc<ClientConfig>, KeysError> {
     client(keys, Keys::is_peer)
 }
 
-/// For the host that listens for the other one of its pair: accepts peers only.
+/// For the host that listens for the other host of its pair: accepts peers only.
 pub fn peer_server(keys: &Arc<Keys>) -> Result<Arc<ServerConfig>, KeysError> {
     server(keys, Keys::is_peer)
 }
 
-/// Sessions are never resumed, here or by [`server`]: a resumed one would not look at the certificate again.
-fn client(keys: &Arc<Keys>, accepts: Accepts) -> Result<Arc<ClientConfig>, KeysError> {
-    let pinned = Pinned::new(keys, accepts);
+/// Neither this side nor [`server`] resumes sessions: a resumed session would not check the certificate again.
+fn client(keys: &Arc<Keys>, accepts: AcceptRule) -> Result<Arc<ClientConfig>, KeysError> {
+    let pinned = PinnedVerifier::new(keys, accepts);
     let mut config = ClientConfig::builder_with_provider(pinned.provider.clone())
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .dangerous()
@@ -163,8 +163,8 @@ fn client(keys: &Arc<Keys>, accepts: Accepts) -> Result<Arc<ClientConfig>, KeysE
     Ok(Arc::new(config))
 }
 
-fn server(keys: &Arc<Keys>, accepts: Accepts) -> Result<Arc<ServerConfig>, KeysError> {
-    let pinned = Pinned::new(keys, accepts);
+fn server(keys: &Arc<Keys>, accepts: AcceptRule) -> Result<Arc<ServerConfig>, KeysError> {
+    let pinned = PinnedVerifier::new(keys, accepts);
     let mut config = ServerConfig::builder_with_provider(pinned.provider.clone())
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .with_client_cert_verifier(pinned)

@@ -1,27 +1,27 @@
-//! Where a store is: `raft://`, `etcd://` or `zookeeper://`.
+//! URLs of stores: `raft://`, `etcd://` or `zookeeper://`.
 
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use crate::names::{ClusterName, NameError};
 
-/// A store's address, parsed.
+/// A parsed store URL.
 ///
 /// ```text
-/// raft://HOST:PORT,HOST:PORT,…?keys=DIR[&cluster=NAME]     our own store; the cluster is "vmft" unless named
+/// raft://HOST:PORT,HOST:PORT,…?keys=DIR[&cluster=NAME]     our own store; the cluster is "vmft" by default
 /// etcd://HOST:PORT,…[/PREFIX][?keys=DIR]                   etcd, version 3 protocol
 /// zookeeper://HOST:PORT,…[/PREFIX]                         ZooKeeper
 /// ```
 ///
-/// The prefix is a path for the records, `/vmft` unless given. For etcd `keys` names a directory with `ca.crt`, and
-/// `own.crt` and `own.key` if etcd asks for a client's certificate; without `keys` the connection is not encrypted.
+/// The prefix is the path of the records, by default `/vmft`. For etcd `keys` is a directory with `ca.crt`, and with `own.crt`
+/// and `own.key` if etcd requires a client certificate; without `keys` the connection is not encrypted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum StoreUrl {
     /// Our own store.
     Raft {
         /// Its nodes.
         nodes: Vec<String>,
-        /// Directory of our keys.
+        /// The directory of our keys.
         keys: PathBuf,
         /// The name of the cluster.
         cluster: ClusterName,
@@ -30,16 +30,16 @@ pub enum StoreUrl {
     Etcd {
         /// Its endpoints.
         nodes: Vec<String>,
-        /// Path of the records.
+        /// The path of the records.
         prefix: String,
-        /// Directory of certificates.
+        /// The directory of certificates.
         keys: Option<PathBuf>,
     },
     /// ZooKeeper.
     ZooKeeper {
         /// Its servers.
         nodes: Vec<String>,
-        /// Path of the records.
+        /// The path of the records.
         prefix: String,
     },
 }
@@ -52,7 +52,7 @@ impl StoreUrl {
         }
     }
 
-    /// Directory of the keys that its client reads.
+    /// The directory of keys that the client reads.
     pub fn keys(&self) -> Option<&Path> {
         match self {
             Self::Raft { keys, .. } => Some(keys),
@@ -65,23 +65,23 @@ impl StoreUrl {
 /// What is wrong with a store's URL.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum UrlError {
-    /// The scheme is none of ours.
-    #[error("a store's URL starts with raft://, etcd:// or zookeeper://, this one is {0:?}")]
+    /// The scheme is unknown.
+    #[error("a store's URL must start with raft://, etcd:// or zookeeper://; this one starts with {0:?}")]
     Scheme(String),
     /// A node is not HOST:PORT.
     #[error("{0:?} is not HOST:PORT")]
     Node(String),
-    /// The path is not plain.
-    #[error("the prefix {0:?} is not made of /NAME parts")]
+    /// The path is not a sequence of names.
+    #[error("the path {0:?} is not allowed: etcd:// and zookeeper:// take /NAME/…, raft:// takes none")]
     Prefix(String),
-    /// A parameter that this scheme does not have.
-    #[error("the parameter {0:?} is unknown here, or has no value")]
+    /// The scheme does not have this parameter, or it has no value.
+    #[error("the parameter {0:?} is unknown for this kind of store, or has no value")]
     Parameter(String),
-    /// `raft://` needs keys.
-    #[error("raft:// needs ?keys=DIR, the directory with own.key, own.crt and members/")]
+    /// A `raft://` URL has no keys.
+    #[error("a raft:// URL needs ?keys=DIR, the directory with own.key, own.crt and members/")]
     NoKeys,
-    /// The cluster's name cannot be one.
-    #[error("the cluster's name: {0}")]
+    /// The cluster's name is invalid.
+    #[error("the cluster's name is invalid: {0}")]
     Cluster(#[from] NameError),
 }
 
@@ -116,7 +116,7 @@ impl FromStr for StoreUrl {
     }
 }
 
-/// Checks `HOST:PORT`.
+/// Checks that a text is `HOST:PORT`, and returns it.
 pub fn parse_node(text: &str) -> Result<String, UrlError> {
     let fault = || UrlError::Node(text.into());
     let (host, port) = text.rsplit_once(':').ok_or_else(fault)?;

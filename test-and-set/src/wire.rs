@@ -1,23 +1,23 @@
-//! The bytes between clients, members and servers of `raft://`, version 1.
+//! The protocol of `raft://`, version 1: the bytes between clients and members, and between members.
 //!
-//! Everything runs inside TLS 1.3 with both certificates pinned. All numbers are little-endian; bodies are
-//! [postcard](https://postcard.jamesmunns.com/wire-format) of the types in this module.
+//! Everything runs inside TLS 1.3, in which both sides check the other's certificate against pinned copies. All numbers are
+//! little-endian; bodies are the [postcard](https://postcard.jamesmunns.com/wire-format) encoding of the types in this module.
 //!
 //! ```text
-//! greeting, once in each direction, the side that connected first
+//! greeting, once in each direction; the side that connected sends first
 //!   offset 0   4 bytes   magic "VMTS"
 //!          4   u16       version, 1
 //!          6   u16       length of the body, at most 1024
-//!          8   body      Hello (from the side that connected) or Welcome
+//!          8   body      StoreHello (from the side that connected) or Welcome (the answer)
 //!
-//! frame, from then on
+//! frame, after the greetings
 //!   offset 0   u32       length of the rest: 8 to FRAME_BYTES_MAX (members) or CLIENT_FRAME_BYTES_MAX (clients)
-//!          4   u64       request number, chosen by the asker; the response carries the same
-//!         12   body      a client's Ask or the Answer to it; between members a PeerAsk or a PeerAnswer
+//!          4   u64       request number, chosen by the sender of the request and repeated in the response
+//!         12   body      StoreRequest (client to member), StoreResponse (back); PeerRequest, PeerResponse (between members)
 //! ```
 //!
-//! Requests of one connection are answered in any order. A side that finds a fault in what it receives closes the connection.
-//! Nothing is allocated by a number that the peer sent: a buffer grows as bytes arrive, up to the bound.
+//! The requests of a connection may be answered in any order. A side that receives invalid bytes closes the connection. No
+//! buffer is allocated by a length that the peer sent: it grows as bytes arrive, up to the bound.
 
 use std::collections::BTreeMap;
 
@@ -26,47 +26,47 @@ use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use crate::names::{ClusterName, CopyId, VmName};
-use crate::record::{Command, Record, Reply};
+use crate::record::{Command, CommandReply, VmRecord};
 
-/// First bytes of every connection.
+/// The first bytes of every connection.
 pub const MAGIC: [u8; 4] = *b"VMTS";
-/// The version of this module's bytes.
+/// The version of the protocol.
 pub const VERSION: u16 = 1;
-/// Longest body of a greeting, in bytes.
+/// The longest body of a greeting, in bytes.
 pub const GREETING_BYTES_MAX: u16 = 1024;
-/// Longest frame between members, in bytes without its length field.
+/// The longest frame between members, in bytes without its length field.
 pub const FRAME_BYTES_MAX: u32 = 4 << 20;
-/// Longest frame that a client may send, in bytes without its length field.
+/// The longest frame that a client may send, in bytes without its length field.
 pub const CLIENT_FRAME_BYTES_MAX: u32 = 64 << 10;
-/// Snapshot bytes in one [`PeerAsk::Snapshot`].
+/// The number of snapshot bytes in a full [`PeerRequest::Snapshot`].
 pub const CHUNK_BYTES: usize = 1 << 20;
 /// A page of a list ends with the record that reaches this many bytes.
 pub const PAGE_BYTES: usize = 256 << 10;
 
-/// The number of a member, given by `--id`.
+/// The number of a member, as given by `--id`.
 pub type NodeId = u64;
 
-/// What the side that connected says first.
+/// The greeting of the side that connected.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Hello {
-    /// The cluster it wants.
+pub struct StoreHello {
+    /// The cluster that it wants to reach.
     pub cluster: ClusterName,
     /// `None` for a client.
     pub member: Option<MemberHello>,
 }
 
-/// How a member introduces itself.
+/// The part of a greeting in which a member introduces itself.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct MemberHello {
     /// Its number.
     pub id: NodeId,
-    /// The id of its data directory: a member that lost it must not vote as the one it was.
+    /// The id of its data directory. A member that has lost its data has another one, and must not vote as before.
     pub data: CopyId,
     /// The member that it wants to reach.
     pub to: NodeId,
 }
 
-/// The answer to [`Hello`].
+/// The greeting of the side that was connected to.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Welcome {
     /// The cluster that answers.
@@ -75,37 +75,37 @@ pub struct Welcome {
     pub id: NodeId,
     /// The data directory of the member that answers.
     pub data: CopyId,
-    /// Why it will not serve; the connection closes then.
-    pub refused: Option<Unwelcome>,
+    /// Why it refuses the connection, which it then closes; `None` if it serves.
+    pub refused: Option<ConnectionRefusal>,
 }
 
 /// Why a connection is refused after its greeting.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Unwelcome {
-    /// Another cluster answers here.
+pub enum ConnectionRefusal {
+    /// This is a member of another cluster.
     WrongCluster,
-    /// Another member answers here than the one that was wanted.
+    /// This is another member than the requested one.
     WrongMember,
-    /// The certificate is not that of the member it claims to be.
+    /// The certificate does not belong to the member that the other side claims to be.
     NotThatMember,
-    /// This member number has had another data directory: remove the member and add it anew.
+    /// The member with this number had another data directory before: remove the member and add it again.
     DataReplaced,
     /// Too many clients are connected.
     Busy,
 }
 
-/// A client's question.
+/// A client's request.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub enum Ask {
+pub enum StoreRequest {
     /// Apply a command to a VM's record.
     Command(VmName, Command),
-    /// The record of a VM.
+    /// Read the record of a VM.
     Get(VmName),
-    /// A page of the VMs behind this one.
+    /// List a page of the VMs whose names follow this one; `None` for the first page.
     List(Option<VmName>),
-    /// Who leads? Keeps the connection warm.
+    /// Ask for the leader. Also keeps the connection open.
     Ping,
-    /// The state of the node asked.
+    /// Read the status of this node.
     Status,
     /// Add a member at this address.
     AddMember(NodeId, String),
@@ -113,48 +113,48 @@ pub enum Ask {
     RemoveMember(NodeId),
 }
 
-/// A server's answer to a client.
+/// A member's response to a client.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub enum Answer {
-    /// To [`Ask::Command`].
-    Reply(Reply),
-    /// To [`Ask::Get`].
-    Record(Option<Record>),
-    /// To [`Ask::List`].
-    Page(Vec<(VmName, Record)>),
-    /// To [`Ask::Ping`]: the leader's address, if there is one.
+pub enum StoreResponse {
+    /// To [`StoreRequest::Command`].
+    Reply(CommandReply),
+    /// To [`StoreRequest::Get`].
+    Record(Option<VmRecord>),
+    /// To [`StoreRequest::List`].
+    Page(Vec<(VmName, VmRecord)>),
+    /// To [`StoreRequest::Ping`]: the leader's address, if there is one.
     Leader(Option<String>),
-    /// To [`Ask::Status`].
-    Status(Box<Status>),
-    /// To [`Ask::AddMember`] and [`Ask::RemoveMember`].
+    /// To [`StoreRequest::Status`].
+    Status(Box<NodeStatus>),
+    /// To [`StoreRequest::AddMember`] and [`StoreRequest::RemoveMember`].
     MembersChanged,
-    /// Nothing can be said about what was asked.
-    Failed(Failure),
+    /// The request could not be answered.
+    Failed(RequestFailure),
 }
 
-/// Why a server has no answer.
+/// Why a member could not answer a request.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
-pub enum Failure {
-    /// Ask the leader at this address.
+pub enum RequestFailure {
+    /// It is not the leader. The address is the leader's, if it knows one.
     #[error("not the leader")]
     NotLeader(Option<String>),
-    /// No majority can be reached.
-    #[error("no majority of the members can be reached")]
+    /// It cannot reach a majority of the members.
+    #[error("cannot reach a majority of the members")]
     NoQuorum,
     /// Its disk is full.
-    #[error("the disk is full")]
+    #[error("its disk is full")]
     DiskFull,
     /// Its storage has failed.
-    #[error("the storage has failed; see the node's log")]
+    #[error("its storage has failed; see its log")]
     Stopped,
-    /// The members cannot be changed so, and why.
-    #[error("the members cannot be changed: {0}")]
+    /// The members cannot be changed as requested, and why.
+    #[error("cannot change the members: {0}")]
     Members(String),
 }
 
 /// One node's view of the cluster.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Status {
+pub struct NodeStatus {
     /// Its number.
     pub id: NodeId,
     /// Its cluster.
@@ -165,105 +165,105 @@ pub struct Status {
     pub term: u64,
     /// The leader it knows.
     pub leader: Option<NodeId>,
-    /// All members by number, with their addresses, and whether they vote.
+    /// All members by number.
     pub members: BTreeMap<NodeId, MemberStatus>,
-    /// Last index in its log.
+    /// The last index in its log.
     pub last_log_index: Option<u64>,
-    /// Last index applied to its state.
+    /// The last index applied to its state.
     pub applied_index: Option<u64>,
-    /// Last index in its snapshot.
+    /// The last index in its snapshot.
     pub snapshot_index: Option<u64>,
-    /// Last index purged from its log.
+    /// The last index purged from its log.
     pub purged_index: Option<u64>,
-    /// VMs known, the forgotten ones included.
+    /// The number of known VMs, including forgotten ones.
     pub vms: u64,
-    /// Commands it answered as the leader.
+    /// The number of commands that it has answered as the leader.
     pub commands: u64,
-    /// Of these, half took at most this many microseconds, and 99 in 100 at most the second number.
+    /// The median and the 99th percentile of the time they took, in microseconds.
     pub command_us: (u64, u64),
     /// Free bytes on its disk.
     pub disk_free_bytes: u64,
-    /// Bytes of its data files.
+    /// The size of its data files in bytes.
     pub data_bytes: u64,
-    /// Whether the disk is too full to take commands.
+    /// Whether the disk is too full to accept commands.
     pub disk_full: bool,
 }
 
-/// A member as a [`Status`] shows it.
+/// A member in a [`NodeStatus`].
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct MemberStatus {
     /// Where it listens.
     pub address: String,
     /// Whether it votes.
     pub votes: bool,
-    /// On the leader: the last index that this member is known to hold.
+    /// On the leader: the last index that this member is known to have.
     pub matched_index: Option<u64>,
 }
 
-/// What members ask each other; the bytes are those of the Raft library.
+/// A request from one member to another; the byte strings are messages of the Raft library.
 #[derive(Debug, Serialize, Deserialize)]
-pub enum PeerAsk {
-    /// Append entries, or a heartbeat.
+pub enum PeerRequest {
+    /// Append entries, or take note of a heartbeat.
     Append(Vec<u8>),
-    /// Request a vote.
+    /// Vote for the sender.
     Vote(Vec<u8>),
-    /// The next part of a snapshot; the first has offset 0.
+    /// Receive the next part of a snapshot. The first part has offset 0.
     Snapshot {
-        /// Where these bytes belong; must be where the last part ended.
+        /// The offset of these bytes in the snapshot, which must be the end of the previous part.
         offset: u64,
         /// At most [`CHUNK_BYTES`].
         bytes: Vec<u8>,
-        /// In the last part: the vote and the description of the snapshot.
+        /// In the last part only: the vote and the snapshot's metadata.
         finish: Option<Vec<u8>>,
     },
 }
 
-/// The answer to [`PeerAsk`].
+/// The response to a [`PeerRequest`].
 #[derive(Debug, Serialize, Deserialize)]
-pub enum PeerAnswer {
-    /// The Raft library's bytes; empty while a snapshot is not complete.
+pub enum PeerResponse {
+    /// The Raft library's answer; for an incomplete snapshot only that the part has arrived.
     Done(Vec<u8>),
-    /// It could not be done here.
-    Failed(Failure),
+    /// The request could not be answered.
+    Failed(RequestFailure),
 }
 
-/// What is wrong with bytes that were received.
+/// Why a message could not be sent or received.
 #[derive(Debug, thiserror::Error)]
 pub enum WireError {
     /// The connection ended or failed.
     #[error("the connection ended: {0}")]
     Io(#[from] std::io::Error),
-    /// Something else listens there: the first bytes are not ours.
-    #[error("offset 0: magic is {0:02x?}, not \"VMTS\": something else is at the other end")]
+    /// The first bytes do not belong to this protocol: another program is at the other end.
+    #[error("offset 0: magic is {0:02x?}, not \"VMTS\": another program is at the other end")]
     Magic([u8; 4]),
     /// The other side speaks another version: use the same release on both.
     #[error("offset 4: the other side speaks version {0}, this one {VERSION}: use the same release on both")]
     Version(u16),
     /// A greeting is longer than 1024 bytes.
-    #[error("offset 6: a greeting of {0} bytes, at most {GREETING_BYTES_MAX} are allowed")]
+    #[error("offset 6: a greeting of {0} bytes; at most {GREETING_BYTES_MAX} are allowed")]
     Greeting(u16),
     /// A frame is shorter or longer than allowed.
     #[error("offset 0: a frame of {length} bytes, 8 to {most} are allowed")]
     Length {
-        /// What the frame says.
+        /// The length that the frame declares.
         length: u32,
-        /// What is allowed.
+        /// The largest length allowed.
         most: u32,
     },
-    /// A body is not what it should be.
-    #[error("the body is not valid: {0}")]
+    /// A body is not a valid encoding.
+    #[error("the body of a message is not valid: {0}")]
     Body(#[from] postcard::Error),
-    /// A body has bytes behind its end.
-    #[error("{0} bytes follow the end of the body")]
+    /// Bytes follow the end of a body.
+    #[error("{0} bytes follow the end of a message's body")]
     Tail(usize),
 }
 
-/// Encodes a body.
+/// Encodes the body of a frame or greeting.
 pub fn encode(body: &impl Serialize) -> Result<Vec<u8>, WireError> {
     Ok(postcard::to_stdvec(body)?)
 }
 
-/// Decodes a body; every byte must belong to it.
+/// Decodes a body, which must fill `bytes` exactly.
 pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, WireError> {
     let (body, rest) = postcard::take_from_bytes(bytes)?;
     if rest.is_empty() { Ok(body) } else { Err(WireError::Tail(rest.len())) }
@@ -308,7 +308,7 @@ pub async fn read_greeting<T: DeserializeOwned>(from: &mut (impl AsyncRead + Unp
     decode(&body)
 }
 
-/// Encodes a frame.
+/// Encodes a frame with this request number.
 pub fn frame(number: u64, body: &impl Serialize) -> Result<Vec<u8>, WireError> {
     let mut bytes = postcard::to_extend(body, vec![0; 12])?;
     let length = u32::try_from(bytes.len() - 4).unwrap_or(u32::MAX);
@@ -320,7 +320,7 @@ pub fn frame(number: u64, body: &impl Serialize) -> Result<Vec<u8>, WireError> {
     Ok(bytes)
 }
 
-/// Reads the length field of a frame; `None` if the connection ended before it.
+/// Reads the length field of a frame; returns `None` if the connection ended before it.
 pub async fn read_length(from: &mut (impl AsyncRead + Unpin), most: u32) -> Result<Option<u32>, WireError> {
     let mut head = [0; 4];
     if from.read(&mut head[..1]).await? == 0 {
@@ -331,7 +331,7 @@ pub async fn read_length(from: &mut (impl AsyncRead + Unpin), most: u32) -> Resu
     if (8..=most).contains(&length) { Ok(Some(length)) } else { Err(WireError::Length { length, most }) }
 }
 
-/// Reads the rest of a frame whose length field was read: its number and body.
+/// Reads the rest of a frame after its length field: the request number and the body.
 pub async fn read_rest(
     from: &mut (impl AsyncRead + Unpin),
     length: u32,
@@ -358,21 +358,21 @@ mod tests {
 
     #[test]
     fn a_frame_reads_back() {
-        let bytes = frame(7, &Ask::Get("vm".parse().unwrap())).unwrap();
+        let bytes = frame(7, &StoreRequest::Get("vm".parse().unwrap())).unwrap();
         let mut from = &bytes[..];
         let (number, body) = block_on(async {
             let length = read_length(&mut from, CLIENT_FRAME_BYTES_MAX).await.unwrap().unwrap();
             read_rest(&mut from, length).await.unwrap()
         });
         assert_eq!(number, 7);
-        assert!(matches!(decode(&body), Ok(Ask::Get(vm)) if vm.as_str() == "vm"));
+        assert!(matches!(decode(&body), Ok(StoreRequest::Get(vm)) if vm.as_str() == "vm"));
     }
 
-    /// The bytes of version 1, as the module's page describes them.
+    /// The bytes of version 1, as the module's documentation describes them.
     #[test]
     fn the_bytes_are_those_of_the_page() {
-        assert_eq!(frame(0x0102, &Ask::Ping).unwrap(), [9, 0, 0, 0, 2, 1, 0, 0, 0, 0, 0, 0, 3]);
-        let hello = Hello { cluster: "c".parse().unwrap(), member: None };
+        assert_eq!(frame(0x0102, &StoreRequest::Ping).unwrap(), [9, 0, 0, 0, 2, 1, 0, 0, 0, 0, 0, 0, 3]);
+        let hello = StoreHello { cluster: "c".parse().unwrap(), member: None };
         let mut bytes = vec![];
         block_on(write_greeting(&mut bytes, &hello)).unwrap();
         assert_eq!(bytes, [b'V', b'M', b'T', b'S', 1, 0, 3, 0, 1, b'c', 0]);
@@ -385,26 +385,26 @@ mod tests {
         assert_eq!(read(&[65, 0, 0, 0]).unwrap_err(), "offset 0: a frame of 65 bytes, 8 to 64 are allowed");
         assert_eq!(read(&[7, 0, 0, 0]).unwrap_err(), "offset 0: a frame of 7 bytes, 8 to 64 are allowed");
         assert!(matches!(
-            block_on(read_greeting::<Hello>(&mut &b"GET / HTTP/1.1"[..])),
+            block_on(read_greeting::<StoreHello>(&mut &b"GET / HTTP/1.1"[..])),
             Err(WireError::Magic(_))
         ));
         assert!(matches!(
-            block_on(read_greeting::<Hello>(&mut &b"VMTS\x02\0\0\0"[..])),
+            block_on(read_greeting::<StoreHello>(&mut &b"VMTS\x02\0\0\0"[..])),
             Err(WireError::Version(2))
         ));
-        assert!(matches!(decode::<Ask>(&[3, 0]), Err(WireError::Tail(1))));
+        assert!(matches!(decode::<StoreRequest>(&[3, 0]), Err(WireError::Tail(1))));
     }
 
     proptest! {
         #[test]
         fn decoding_is_total(bytes: Vec<u8>) {
-            // Whatever comes, there is an answer and no panic; what decodes encodes to something that decodes again.
-            if let Ok(ask) = decode::<Ask>(&bytes) {
-                prop_assert!(decode::<Ask>(&encode(&ask).unwrap()).is_ok());
+            // No bytes cause a panic, and what can be decoded can be encoded and decoded again.
+            if let Ok(ask) = decode::<StoreRequest>(&bytes) {
+                prop_assert!(decode::<StoreRequest>(&encode(&ask).unwrap()).is_ok());
             }
-            drop(decode::<Answer>(&bytes));
-            drop(decode::<PeerAsk>(&bytes));
-            drop(block_on(read_greeting::<Hello>(&mut &bytes[..])));
+            drop(decode::<StoreResponse>(&bytes));
+            drop(decode::<PeerRequest>(&bytes));
+            drop(block_on(read_greeting::<StoreHello>(&mut &bytes[..])));
         }
     }
 }

@@ -9,9 +9,9 @@ use async_trait::async_trait;
 use tokio::sync::Mutex;
 use zookeeper_client::{Acls, Client, CreateMode, CreateOptions, Error};
 
-use crate::cas::{self, CasError, Registers};
+use crate::cas::{self, CasError, CasStore};
 use crate::names::VmName;
-use crate::record::{Command, Phase, Record, Reply};
+use crate::record::{Command, CommandReply, VmPhase, VmRecord};
 use crate::store::{NodeError, PAGE_RECORDS_MAX, StoreError, TestAndSet};
 
 const SESSION: Duration = Duration::from_secs(6);
@@ -40,7 +40,7 @@ impl ZooKeeperStore {
     }
 
     fn again(&self, error: Error) -> CasError {
-        CasError::Again(self.servers.clone(), NodeError::ZooKeeper(error))
+        CasError::Retry(self.servers.clone(), NodeError::ZooKeeper(error))
     }
 
     /// The session, made if there is none. Nothing is under way while it is made, so a failure here loses nothing.
@@ -63,11 +63,11 @@ impl ZooKeeperStore {
         match error {
             Error::SessionExpired | Error::SessionMoved | Error::ClientClosed | Error::NoHosts => {
                 *self.client.lock().await = None;
-                CasError::Tell(StoreError::SessionLost)
+                CasError::Report(StoreError::SessionLost)
             }
             Error::NoAuth | Error::AuthFailed | Error::QuotaExceeded | Error::InvalidAcl => {
                 let said = (self.servers.clone(), NodeError::ZooKeeper(error));
-                CasError::Tell(StoreError::Unusable(vec![said]))
+                CasError::Report(StoreError::Unusable(vec![said]))
             }
             other => self.again(other),
         }
@@ -90,7 +90,7 @@ impl ZooKeeperStore {
     }
 }
 
-impl Registers for ZooKeeperStore {
+impl CasStore for ZooKeeperStore {
     /// The znode's version; `None` if it is absent.
     type Revision = Option<i32>;
 
@@ -123,11 +123,16 @@ impl Registers for ZooKeeperStore {
 
 #[async_trait]
 impl TestAndSet for ZooKeeperStore {
-    async fn command(&self, vm: &VmName, command: &Command, deadline: Instant) -> Result<Reply, StoreError> {
+    async fn command(
+        &self,
+        vm: &VmName,
+        command: &Command,
+        deadline: Instant,
+    ) -> Result<CommandReply, StoreError> {
         cas::command(self, vm, command, deadline).await
     }
 
-    async fn get(&self, vm: &VmName, deadline: Instant) -> Result<Option<Record>, StoreError> {
+    async fn get(&self, vm: &VmName, deadline: Instant) -> Result<Option<VmRecord>, StoreError> {
         cas::get(self, vm, deadline).await
     }
 
@@ -135,16 +140,16 @@ impl TestAndSet for ZooKeeperStore {
         &self,
         after: Option<&VmName>,
         deadline: Instant,
-    ) -> Result<Vec<(VmName, Record)>, StoreError> {
-        let mut names = cas::until(deadline, || self.names()).await?;
+    ) -> Result<Vec<(VmName, VmRecord)>, StoreError> {
+        let mut names = cas::retry_until(deadline, || self.names()).await?;
         names.retain(|vm| after.is_none_or(|after| vm > after));
         names.sort();
         let mut page = vec![];
         for vm in names {
             // Names are of one moment, records of a later one each.
-            let record = cas::until(deadline, || self.read(&vm, false)).await?.0;
+            let record = cas::retry_until(deadline, || self.read(&vm, false)).await?.0;
             let record = record.map(|bytes| cas::decode(&vm, &bytes)).transpose()?;
-            if let Some(record) = record.filter(|r| r.phase != Phase::Forgotten) {
+            if let Some(record) = record.filter(|r| r.phase != VmPhase::Forgotten) {
                 page.push((vm, record));
             }
             if page.len() == PAGE_RECORDS_MAX {

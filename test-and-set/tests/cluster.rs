@@ -9,11 +9,11 @@ use std::time::{Duration, Instant};
 
 use libtest_mimic::{Arguments, Failed, Trial};
 use support::{Cluster, latency, wait_for, with_need};
-use test_and_set::blocking::Blocking;
+use test_and_set::blocking::BlockingStore;
 use test_and_set::keys::{self, Keys};
 use test_and_set::names::{Generation, Incarnation, VmName};
-use test_and_set::record::{Member, Members};
-use test_and_set::store::{Outcome, StoreError, Verdict};
+use test_and_set::record::{Applied, Member, Members, Verdict};
+use test_and_set::store::StoreError;
 
 const PATIENCE: Duration = Duration::from_secs(15);
 
@@ -22,28 +22,28 @@ fn vm(name: &str) -> VmName {
 }
 
 /// Opens a VM for one incarnation.
-fn open(store: &Blocking, name: &str) -> Result<Incarnation, StoreError> {
+fn open(store: &BlockingStore, name: &str) -> Result<Incarnation, StoreError> {
     let who = Incarnation::random();
     let members = Members { primary: Member::new(who), backup: None };
-    assert_eq!(store.open(&vm(name), Generation::FIRST, &members, PATIENCE)?, Outcome::Done);
+    assert_eq!(store.open(&vm(name), Generation::FIRST, &members, PATIENCE)?, Applied::Done);
     Ok(who)
 }
 
 /// Opens a VM and wins it.
-fn win(store: &Blocking, name: &str) -> Incarnation {
+fn win(store: &BlockingStore, name: &str) -> Incarnation {
     let who = open(store, name).expect("open");
     let verdict = store.take(&vm(name), Generation::FIRST, who, PATIENCE);
     assert!(matches!(verdict, Verdict::Won), "{verdict:?}");
     who
 }
 
-fn holder(store: &Blocking, name: &str) -> Option<Incarnation> {
+fn holder(store: &BlockingStore, name: &str) -> Option<Incarnation> {
     store.get(&vm(name), PATIENCE).expect("get").expect("a record").holder()
 }
 
 /// What a store that cannot be used says.
 fn complaint(url: &str, patience: Duration) -> String {
-    let store = Blocking::connect(url).expect("a client");
+    let store = BlockingStore::connect(url).expect("a client");
     let asked = Instant::now();
     match store.take(&vm("any"), Generation::FIRST, Incarnation::random(), patience) {
         Verdict::Unknown(error) => {
@@ -61,7 +61,7 @@ fn expect_complaint(url: &str, words: &[&str]) {
 
 fn wrong_store_is_named() -> Result<(), Failed> {
     let cluster = Cluster::start(1);
-    win(&Blocking::connect(&cluster.url())?, "vm");
+    win(&BlockingStore::connect(&cluster.url())?, "vm");
     expect_complaint(&format!("{}&cluster=other", cluster.url()), &["cluster vmft", &cluster.address(1)]);
     // Nobody listens.
     let nowhere =
@@ -101,7 +101,7 @@ fn wrong_version_is_named() -> Result<(), Failed> {
 
 fn no_majority_is_unknown() -> Result<(), Failed> {
     let mut cluster = Cluster::start(3);
-    let store = Blocking::connect(&cluster.url())?;
+    let store = BlockingStore::connect(&cluster.url())?;
     let who = open(&store, "vm")?;
     let leader = cluster.leader();
     (1..=3).filter(|id| *id != leader).for_each(|id| cluster.kill(id));
@@ -115,7 +115,7 @@ fn no_majority_is_unknown() -> Result<(), Failed> {
 
 fn members_come_and_go() -> Result<(), Failed> {
     let mut cluster = Cluster::start(3);
-    let store = Blocking::connect(&cluster.url())?;
+    let store = BlockingStore::connect(&cluster.url())?;
     let who = win(&store, "before");
     cluster.start_node_as(4, &["--join"]);
     let run = |cluster: &Cluster, args: &[&str]| {
@@ -139,7 +139,7 @@ fn members_come_and_go() -> Result<(), Failed> {
 /// A member that has lost its data has lost its vote: it must not be taken for the one it was.
 fn replaced_data_is_refused() -> Result<(), Failed> {
     let mut cluster = Cluster::start(3);
-    let store = Blocking::connect(&cluster.url())?;
+    let store = BlockingStore::connect(&cluster.url())?;
     win(&store, "before");
     cluster.kill(3);
     std::fs::remove_dir_all(cluster.data(3))?;
@@ -164,7 +164,7 @@ fn replaced_data_is_refused() -> Result<(), Failed> {
 /// Commands do not pile up: snapshots are taken, the log is purged, and a member that comes late gets the snapshot.
 fn disk_stays_bounded() -> Result<(), Failed> {
     let mut cluster = Cluster::start_with(3, &["--snapshot-every", "50"]);
-    let store = Blocking::connect(&cluster.url())?;
+    let store = BlockingStore::connect(&cluster.url())?;
     cluster.leader();
     cluster.kill(3);
     for i in 0..200 {
@@ -213,7 +213,7 @@ fn full_disk_is_named_and_loses_nothing() -> Result<(), Failed> {
     assert!(mounted.success());
     let _small = Small(data.clone());
     cluster.start_node(1);
-    let store = Blocking::connect(&cluster.url())?;
+    let store = BlockingStore::connect(&cluster.url())?;
     let who = win(&store, "before");
     let waiting = open(&store, "waiting")?;
     // To the last byte.
@@ -236,7 +236,7 @@ fn full_disk_is_named_and_loses_nothing() -> Result<(), Failed> {
 fn status_and_metrics_show_the_cluster() -> Result<(), Failed> {
     let at = format!("127.0.0.1:{}", support::free_port());
     let cluster = Cluster::start_with(1, &["--metrics", &at]);
-    win(&Blocking::connect(&cluster.url())?, "vm");
+    win(&BlockingStore::connect(&cluster.url())?, "vm");
     let text = String::from_utf8(cluster.tool(&["status"]).stdout)?;
     for words in ["member 1 of vmft: leader", "1 VMs; 2 commands", "votes"] {
         assert!(text.contains(words), "{words:?} is not in\n{text}");
@@ -254,7 +254,7 @@ fn status_and_metrics_show_the_cluster() -> Result<(), Failed> {
 /// The data of one member is not for another, nor for two at once.
 fn data_has_one_owner() -> Result<(), Failed> {
     let mut cluster = Cluster::start(1);
-    win(&Blocking::connect(&cluster.url())?, "vm");
+    win(&BlockingStore::connect(&cluster.url())?, "vm");
     cluster.kill(1);
     let output = std::process::Command::new(env!("CARGO_BIN_EXE_vmft-store"))
         .args(["serve", "--id", "2", "--listen", &cluster.address(2), "--peers", "2=127.0.0.1:1"])
@@ -270,7 +270,7 @@ fn data_has_one_owner() -> Result<(), Failed> {
 
 fn zookeeper_that_dies_is_unknown() -> Result<(), Failed> {
     let mut zookeeper = support::ZooKeeper::start();
-    let store = Blocking::connect(&zookeeper.url)?;
+    let store = BlockingStore::connect(&zookeeper.url)?;
     let who = open(&store, "vm")?;
     zookeeper.kill();
     let verdict = store.take(&vm("vm"), Generation::FIRST, who, Duration::from_secs(2));

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use libtest_mimic::{Arguments, Failed, Trial};
 use support::with_need;
-use test_and_set::blocking::Blocking;
+use test_and_set::blocking::BlockingStore;
 use test_and_set::conformance;
 use test_and_set::fake::FakeStore;
 use test_and_set::store::TestAndSet;
@@ -25,7 +25,7 @@ fn main() {
     let trials = vec![
         Trial::test("fake", || run(|| Arc::new(FakeStore::default()))),
         Trial::test("fake_from_a_plain_thread", || {
-            let store = Blocking::over(Arc::new(FakeStore::default()))?;
+            let store = BlockingStore::over(Arc::new(FakeStore::default()))?;
             support::blocking_suite(&store);
             Ok(())
         }),
@@ -33,7 +33,7 @@ fn main() {
         Trial::test("raft_three_nodes", || run_at(&support::Cluster::start(3).url())),
         Trial::test("raft_from_a_plain_thread", || {
             let cluster = support::Cluster::start(3);
-            support::blocking_suite(&Blocking::connect(&cluster.url())?);
+            support::blocking_suite(&BlockingStore::connect(&cluster.url())?);
             Ok(())
         }),
         with_need("etcd", support::Etcd::missing(), || run_at(&support::Etcd::start(1).url())),

@@ -1,8 +1,8 @@
-//! What an exit costs on this host's KVM, and what vmft adds to it: `cargo bench -p vmft-vmm --bench kvm_exits`.
+//! Measures what an exit costs on this host's KVM, and what vmft adds to that: `cargo bench -p vmm --bench kvm_exits`.
 //!
-//! The same program is run three times in turn: by KVM_RUN in a loop that does nothing else, by the engine, which answers each
-//! access, counts and digests it, and by the engine with a whole boundary behind each access, as a replay has it. The
-//! median of some rounds is told.
+//! The same program is run in three ways: by KVM_RUN in a loop that does nothing else; by the engine, which answers, counts and
+//! digests each access; and by the engine with each access's instruction finished before the next entry, as in a replay. It
+//! prints the medians of several rounds.
 #![allow(unsafe_code, clippy::disallowed_methods, clippy::disallowed_types)]
 
 #[path = "../tests/vcpu/mod.rs"]
@@ -14,8 +14,8 @@ use std::time::Instant;
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_regs, kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
-use vmft_vmm::Engine;
-use vmft_vmm::vcpu::{Exit, Limit};
+use vmm::Engine;
+use vmm::vcpu::{Exit, Limit};
 
 use vcpu::programs::{CODE, GDT, PAGE_TABLES, Program, exits};
 use vcpu::{Guest, has_kvm};
@@ -28,30 +28,31 @@ fn main() {
     if !has_kvm("kvm_exits") {
         return;
     }
-    println!("{:8} {:>12} {:>12} {:>8} {:>12} {:>8}", "exit", "KVM_RUN", "vmft", "adds", "settled", "adds");
+    println!("{:8} {:>12} {:>12} {:>8} {:>12} {:>8}", "exit", "KVM_RUN", "vmft", "adds", "finished", "adds");
     for program in exits(EXITS) {
         let mut times: Vec<[f64; 3]> =
             (0..ROUNDS).map(|_| [bare(&program), engine(&program, false), engine(&program, true)]).collect();
-        let [bare, engine, settled] = [0, 1, 2].map(|of| {
+        let [bare, engine, finished] = [0, 1, 2].map(|of| {
             times.sort_by(|a, b| a[of].total_cmp(&b[of]));
             times[ROUNDS / 2][of]
         });
         let adds = |time: f64| (time / bare - 1.0) * 100.0;
         println!(
-            "{:8} {bare:>9.2} us {engine:>9.2} us {:>6.1} % {settled:>9.2} us {:>6.1} %",
+            "{:8} {bare:>9.2} us {engine:>9.2} us {:>6.1} % {finished:>9.2} us {:>6.1} %",
             program.name,
             adds(engine),
-            adds(settled)
+            adds(finished)
         );
     }
 }
 
+/// Microseconds for each exit, since `start`.
 fn per_exit(start: Instant) -> f64 {
     start.elapsed().as_secs_f64() * 1e6 / f64::from(EXITS)
 }
 
-/// Microseconds an exit by the engine; `settle`: with a whole boundary behind each.
-fn engine(program: &Program, settle: bool) -> f64 {
+/// Microseconds for each exit by the engine. `finish`: with an instruction boundary after each access.
+fn engine(program: &Program, finish: bool) -> f64 {
     let Guest { mut ram, mut vcpu, .. } = Guest::new(Engine::KvmSync, program);
     let mut window = false;
     let mut halts = 0;
@@ -70,19 +71,19 @@ fn engine(program: &Program, settle: bool) -> f64 {
             }
             _ => {
                 assert_eq!(vcpu.complete(&mut ram, 0).unwrap(), None);
-                if settle {
-                    assert_eq!(vcpu.settle(&mut ram).unwrap(), None);
+                if finish {
+                    assert_eq!(vcpu.finish_instruction(&mut ram).unwrap(), None);
                 }
             }
         }
         if vcpu.position().count.is_multiple_of(64) {
-            vcpu.take_exits();
+            vcpu.take_exit_checks();
         }
     }
     per_exit(start)
 }
 
-/// Microseconds an exit by KVM alone.
+/// Microseconds for each exit by KVM alone.
 fn bare(program: &Program) -> f64 {
     let guest = Guest::new(Engine::KvmSync, program);
     let (_vm, mut vcpu) = plain_vm(&guest);
@@ -104,7 +105,7 @@ fn bare(program: &Program) -> f64 {
     per_exit(start)
 }
 
-/// A virtual machine with the guest's memory and registers and no other setting.
+/// A virtual machine with the guest's memory and registers, and no other settings.
 fn plain_vm(guest: &Guest) -> (VmFd, VcpuFd) {
     let vm = Kvm::new().unwrap().create_vm().unwrap();
     for (slot, region) in (0..).zip(guest.ram.memory().iter()) {
@@ -115,7 +116,7 @@ fn plain_vm(guest: &Guest) -> (VmFd, VcpuFd) {
             memory_size: region.len(),
             userspace_addr: region.as_ptr() as u64,
         };
-        // SAFETY: the region is mapped as long as `guest` lives, which is longer than this machine runs.
+        // SAFETY: the region is mapped as long as `guest` lives, and that is longer than this virtual machine runs.
         unsafe { vm.set_user_memory_region(memory) }.unwrap();
     }
     let vcpu = vm.create_vcpu(0).unwrap();

@@ -1,7 +1,7 @@
-//! Guest time: one value, from which TSC, PIT and RTC derive.
+//! Guest time: one value, from which TSC, PIT and RTC are computed.
 //!
-//! On an engine that counts instructions each takes 1 ns; on the others time stands still while the guest runs.
-//! On all of them [`Clock::raise`] moves it on: to the next deadline at HLT, and by `Input::Clock`.
+//! On an engine that counts instructions, each takes 1 ns of guest time; on the others time stands still while the guest
+//! runs. On all engines [`Clock::raise`] moves it forward: to the next deadline at HLT, and by `Input::Clock`.
 
 use entry::{Position, PositionUnit};
 use serde::{Deserialize, Serialize};
@@ -9,9 +9,9 @@ use serde::{Deserialize, Serialize};
 /// Guest time as state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Clock {
-    /// Instructions count as nanoseconds.
+    /// Each instruction counts as one nanosecond.
     follows_instructions: bool,
-    /// Guest time minus what the position contributes, in ns.
+    /// Guest time minus the share that the position contributes, in ns.
     offset_ns: u64,
 }
 
@@ -21,24 +21,24 @@ impl Clock {
         Clock { follows_instructions: unit == PositionUnit::Instructions, offset_ns: 0 }
     }
 
-    /// What to add to the engine's own share, in ns.
+    /// What to add to the share that the engine counts itself, in ns.
     pub fn offset_ns(&self) -> u64 {
         self.offset_ns
     }
 
-    /// Guest time at a position, in ns since the start of the machine.
+    /// Guest time at a position, in ns since the machine began.
     pub fn time_ns(&self, at: Position) -> u64 {
         self.offset_ns + if self.follows_instructions { at.count } else { 0 }
     }
 
-    /// Moves time on to `time_ns`, never back.
+    /// Moves time forward to `time_ns`; never back.
     pub fn raise(&mut self, at: Position, time_ns: u64) {
         let ahead = time_ns.saturating_sub(self.time_ns(at));
         // 2^63 ns are 292 years: a limit that keeps every later sum from overflowing.
         self.offset_ns = (self.offset_ns + ahead.min(1 << 63)).min(1 << 63);
     }
 
-    /// The position at which time is `time_ns`, where executing moves time.
+    /// The position at which time is `time_ns`. `None` if executing does not move time on this engine.
     pub fn position_of(&self, time_ns: u64) -> Option<Position> {
         let count = time_ns.saturating_sub(self.offset_ns);
         self.follows_instructions.then_some(Position::exact(count))

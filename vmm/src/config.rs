@@ -1,87 +1,90 @@
-//! What a machine is made of: plain data, part of what both sides of a pair must share.
+//! The configuration of a machine: plain data, and part of what both sides of a pair must have in common.
 
 use serde::{Deserialize, Serialize};
 
 use crate::vcpu::Engine;
 
-/// At most this many virtio devices.
+/// The largest possible number of virtio devices.
 pub const SLOTS_MAX: usize = 8;
-/// Guest-physical address of the first virtio window; the others follow.
+/// Guest-physical address of the first virtio register window; the others follow.
 pub const VIRTIO_BASE: u64 = 0xd000_0000;
 /// Distance between two windows.
 pub const VIRTIO_STRIDE: u64 = 0x1000;
-/// Bytes of a window that a device answers in.
+/// Bytes of a window in which the device answers.
 pub const VIRTIO_SIZE: u64 = 0x200;
-/// Interrupt line of each slot.
+/// Interrupt line of the device in each slot.
 pub const VIRTIO_IRQS: [u8; SLOTS_MAX] = [5, 6, 9, 10, 11, 12, 14, 15];
 
-/// A machine.
+/// Configuration of a machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MachineConfig {
-    /// What executes the guest.
+    /// The engine that executes the guest.
     pub engine: Engine,
     /// RAM in bytes, a multiple of 4096.
     pub memory_bytes: u64,
-    /// What the real-time clock shows at guest time 0, in seconds since 1970.
+    /// The time that the real-time clock shows at guest time 0, in seconds since 1970.
     pub epoch_s: i64,
     /// The virtio devices, in the order of their slots.
     pub slots: Vec<Slot>,
 }
 
-/// A virtio device.
+/// Configuration of a virtio device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Slot {
-    /// Network.
+    /// A network device.
     Net {
         /// The guest's MAC address.
         mac: [u8; 6],
     },
-    /// Disk.
+    /// A disk.
     Disk {
         /// Size in bytes, a multiple of 512.
         bytes: u64,
-        /// Writes fail.
+        /// Writes by the guest fail.
         read_only: bool,
     },
-    /// Random numbers.
+    /// A source of random numbers.
     Entropy,
-    /// Console.
+    /// A console.
     Console,
 }
 
-/// The configuration is wrong; the message names the field.
+/// The configuration is wrong. The message names the field.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigError {
-    /// RAM.
+    /// The size of RAM.
     #[error("memory: {0} bytes is not a multiple of 4096 between 16 MiB and 1 TiB")]
     Memory(u64),
-    /// Devices.
-    #[error("devices: {0} virtio devices, at most {SLOTS_MAX} are possible")]
+    /// The number of virtio devices.
+    #[error("devices: {0} virtio devices are configured, at most {SLOTS_MAX} are possible")]
     Slots(usize),
-    /// A disk.
+    /// The size of a disk.
     #[error("disk in slot {slot}: {bytes} bytes is not a positive multiple of 512")]
     Disk {
-        /// Which.
+        /// Number of its slot.
         slot: usize,
-        /// Its size.
+        /// Size of the disk.
         bytes: u64,
     },
-    /// A network device.
-    #[error("mac of the network device in slot {0}: a multicast address cannot be a device's own")]
+    /// The MAC address of the network device in a slot.
+    #[error("mac of the network device in slot {0}: a multicast address cannot be the address of a device")]
     Mac(usize),
 }
 
-/// How much RAM a machine may have, bytes.
+/// How many bytes of RAM a machine may have.
 pub const MEMORY_BYTES: std::ops::RangeInclusive<u64> = 16 << 20..=1 << 40;
 
-/// A MAC address that a station may have: none of a group.
+/// Whether a MAC address may be that of one station: it is not a multicast address.
 pub fn is_station(mac: [u8; 6]) -> bool {
     mac[0] & 1 == 0
 }
 
 impl MachineConfig {
     /// Checks every field.
+    ///
+    /// # Errors
+    /// The first field that is wrong.
     pub fn validate(&self) -> Result<(), ConfigError> {
         if !self.memory_bytes.is_multiple_of(4096) || !MEMORY_BYTES.contains(&self.memory_bytes) {
             return Err(ConfigError::Memory(self.memory_bytes));
@@ -102,12 +105,12 @@ impl MachineConfig {
     }
 }
 
-/// What both sides of a pair, or a saved machine and the one that continues it, must share.
+/// What both sides of a pair, or a saved machine and the machine that continues it, must have in common.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MachineIdentity {
-    /// Changes when the same inputs may give another state.
+    /// Raised whenever the same inputs may lead to another state.
     pub machine_version: u32,
-    /// The machine.
+    /// Configuration of the machine.
     pub config: MachineConfig,
     /// Digest of kernel, initramfs, command line and seed.
     pub boot: u128,
@@ -119,7 +122,7 @@ impl MachineIdentity {
         let (a, b) = (&self.config, &other.config);
         [
             ("machine version", self.machine_version == other.machine_version),
-            // Engines of one name go on where the other was.
+            // Engines of the same name continue each other's machines.
             ("engine", a.engine.name() == b.engine.name()),
             ("memory", a.memory_bytes == b.memory_bytes),
             ("clock epoch", a.epoch_s == b.epoch_s),

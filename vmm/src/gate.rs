@@ -1,11 +1,11 @@
-//! The output gate: outputs wait here, in order, until they may leave. A value without I/O; who holds it decides
-//! when, and does the sending.
+//! The output gate: outputs wait here, in order, until they may leave. It does no I/O: its owner decides when outputs may
+//! leave, and sends them.
 
 use std::collections::VecDeque;
 
 use entry::Output;
 
-/// Outputs that have been recorded and not yet released. Cursors count outputs since the machine began.
+/// Outputs that have been recorded and not yet released. Its counters count outputs since the machine began.
 #[derive(Debug, Default)]
 pub struct Gate {
     held: VecDeque<Output>,
@@ -13,17 +13,17 @@ pub struct Gate {
 }
 
 impl Gate {
-    /// An output was recorded: it is held.
+    /// Holds an output that was recorded.
     pub fn hold(&mut self, output: Output) {
         self.held.push_back(output);
     }
 
-    /// How many outputs were recorded.
+    /// Number of outputs that were recorded.
     pub fn recorded(&self) -> u64 {
         self.released + self.held.len() as u64
     }
 
-    /// How many were released.
+    /// Number of outputs that were released.
     pub fn released(&self) -> u64 {
         self.released
     }

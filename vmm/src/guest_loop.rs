@@ -1,33 +1,33 @@
-//! The one loop that runs a guest, whatever its inputs come from.
+//! The one loop that runs a guest, wherever its inputs come from.
 
 use entry::{End, Position};
 
 use crate::machine::{Machine, MachineError, Stop};
-use crate::source::{After, Next, Source};
+use crate::source::{AfterEnd, Next, Source};
 
-/// What a turn of the loop came to.
+/// How a turn of the loop ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Turn {
     /// There is more to do.
     Again,
     /// The source asked for a pause.
     Paused,
-    /// The guest's run is over.
+    /// The guest's run is over, for this reason.
     Finished(End),
 }
 
 /// The loop cannot go on.
 #[derive(Debug, thiserror::Error)]
 pub enum LoopError<E: std::error::Error> {
-    /// The machine or its engine.
+    /// The machine or its engine failed.
     #[error(transparent)]
     Machine(#[from] MachineError),
-    /// The source.
+    /// The source failed.
     #[error(transparent)]
     Source(E),
 }
 
-/// A machine and the source of its inputs. Going live is to put another source around the same machine.
+/// A machine and the source of its inputs. To go live, the same machine gets another source.
 pub struct GuestLoop<S> {
     /// The machine.
     pub machine: Machine,
@@ -36,33 +36,39 @@ pub struct GuestLoop<S> {
 }
 
 impl<S: Source> GuestLoop<S> {
-    /// Runs until the source pauses or the guest ends.
+    /// Runs until the source asks for a pause or the guest ends.
+    ///
+    /// # Errors
+    /// Those of the machine and of the source.
     pub fn run(&mut self) -> Result<Turn, LoopError<S::Error>> {
         loop {
-            match self.turn()? {
+            match self.run_once()? {
                 Turn::Again => {}
                 turn => return Ok(turn),
             }
         }
     }
 
-    /// Does the next thing that the source says.
-    pub fn turn(&mut self) -> Result<Turn, LoopError<S::Error>> {
-        // A source that had no answer has left the machine in the middle of an instruction.
-        if let Some(stop) = self.machine.finish()? {
-            return self.stopped(stop);
+    /// Does the next thing that the source asks for.
+    ///
+    /// # Errors
+    /// Those of the machine and of the source.
+    pub fn run_once(&mut self) -> Result<Turn, LoopError<S::Error>> {
+        // If the source had no answer the last time, the machine is in the middle of an instruction.
+        if let Some(stop) = self.machine.finish_instruction()? {
+            return self.handle_stop(stop);
         }
-        // One that was paused between two positions goes on to the next before anything else.
-        if self.machine.is_between() {
+        // A machine that was paused between two positions first runs to the next one.
+        if self.machine.is_between_positions() {
             return self.run_to(Some(Position::exact(self.machine.position().count + 1)));
         }
         match self.source.next(&self.machine).map_err(LoopError::Source)? {
             Next::Apply(input) => self.machine.apply(input),
             Next::Run { until } => return self.run_to(until),
-            Next::Digest => self.digest()?,
+            Next::Digest => self.take_digest()?,
             Next::Pause => return Ok(Turn::Paused),
         }
-        self.tell()?;
+        self.report_to_source()?;
         Ok(Turn::Again)
     }
 
@@ -70,19 +76,23 @@ impl<S: Source> GuestLoop<S> {
         loop {
             match self.machine.run(until)? {
                 Stop::Between => {
-                    self.tell()?;
-                    if !self.source.between(self.machine.position()).map_err(LoopError::Source)? {
+                    self.report_to_source()?;
+                    if !self
+                        .source
+                        .kicked_between_positions(self.machine.position())
+                        .map_err(LoopError::Source)?
+                    {
                         return Ok(Turn::Paused);
                     }
                 }
-                stop => return self.stopped(stop),
+                stop => return self.handle_stop(stop),
             }
         }
     }
 
-    fn stopped(&mut self, stop: Stop) -> Result<Turn, LoopError<S::Error>> {
-        // What came before the stop is told before it.
-        self.tell()?;
+    fn handle_stop(&mut self, stop: Stop) -> Result<Turn, LoopError<S::Error>> {
+        // What left the machine before the stop is reported before it.
+        self.report_to_source()?;
         let at = self.machine.position();
         match stop {
             Stop::Reached | Stop::Kicked | Stop::Between | Stop::Halted | Stop::Outputs => {}
@@ -91,18 +101,18 @@ impl<S: Source> GuestLoop<S> {
                     return Ok(Turn::Paused);
                 };
                 self.machine.answer(answer)?;
-                // At one position may be several, and the source sees a whole boundary only.
-                match self.machine.finish()? {
+                // There may be several questions at one position, and the source is called at instruction boundaries only.
+                match self.machine.finish_instruction()? {
                     Some(Stop::Question(next)) => question = next,
-                    Some(stop) => return self.stopped(stop),
-                    None => break self.tell()?,
+                    Some(stop) => return self.handle_stop(stop),
+                    None => break self.report_to_source()?,
                 }
             },
             Stop::End(end) => match self.source.ended(at, end).map_err(LoopError::Source)? {
-                After::Reset => self.machine.reset()?,
-                After::Finish => return Ok(Turn::Finished(end)),
-                After::FinishWithDigest => {
-                    self.digest()?;
+                AfterEnd::Reset => self.machine.reset()?,
+                AfterEnd::Finish => return Ok(Turn::Finished(end)),
+                AfterEnd::FinishWithDigest => {
+                    self.take_digest()?;
                     return Ok(Turn::Finished(end));
                 }
             },
@@ -110,15 +120,15 @@ impl<S: Source> GuestLoop<S> {
         Ok(Turn::Again)
     }
 
-    fn digest(&mut self) -> Result<(), LoopError<S::Error>> {
+    fn take_digest(&mut self) -> Result<(), LoopError<S::Error>> {
         let digest = self.machine.digest()?;
         self.source.digest(self.machine.position(), digest).map_err(LoopError::Source)
     }
 
-    /// Tells the source what left the machine.
-    fn tell(&mut self) -> Result<(), LoopError<S::Error>> {
+    /// Reports to the source what left the machine.
+    fn report_to_source(&mut self) -> Result<(), LoopError<S::Error>> {
         let at = self.machine.position();
-        let exits = self.machine.take_exits();
+        let exits = self.machine.take_exit_checks();
         if !exits.is_empty() {
             self.source.exits(at, &exits).map_err(LoopError::Source)?;
         }

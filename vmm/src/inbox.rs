@@ -1,7 +1,7 @@
-//! How inputs get from other threads to the guest's: a bounded queue for each origin, a kick for a guest that
-//! runs and a wake for one that sleeps.
+//! How inputs get from other threads to the guest's thread: a bounded queue for each origin, a kick if the guest runs, and
+//! a wake-up if its thread sleeps.
 //!
-//! Each origin has a queue of its own, so that frames that the guest has no buffers for hold up no disk completion.
+//! Each origin has its own queue, so that frames for which the guest has no buffers do not hold up disk completions.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -12,7 +12,7 @@ use entry::{Console, Input};
 use crate::devices::serial;
 use crate::vcpu::Kick;
 
-/// Where an input comes from; also the order in which they are looked at.
+/// Where an input comes from. Origins are polled in this order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Origin {
     /// The disk in a slot.
@@ -28,31 +28,31 @@ struct Queues {
     /// Sorted by origin.
     queues: Vec<(Origin, VecDeque<Input>)>,
     stop: bool,
-    /// Somebody sleeps in [`Inbox::wait`].
+    /// The guest's thread sleeps in [`Inbox::wait`].
     sleeping: bool,
-    /// Senders that wait for room.
+    /// Number of senders that wait for room.
     senders: usize,
-    /// Something came since the last [`Inbox::take`], and the guest's thread was told of it.
-    news: bool,
+    /// Something arrived since the last [`Inbox::take`], and the guest's thread was kicked or woken for it.
+    has_news: bool,
 }
 
-struct Shared {
+struct InboxShared {
     state: Mutex<Queues>,
-    /// For the guest's thread.
+    /// The guest's thread waits on this one.
     arrived: Condvar,
-    /// For senders.
+    /// Senders wait on this one.
     room: Condvar,
     kick: Arc<dyn Kick>,
     capacity: usize,
 }
 
-impl Shared {
+impl InboxShared {
     fn lock(&self) -> MutexGuard<'_, Queues> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn notify(&self, mut state: MutexGuard<'_, Queues>) {
-        state.news = true;
+        state.has_news = true;
         let sleeping = state.sleeping;
         drop(state);
         if sleeping {
@@ -63,22 +63,22 @@ impl Shared {
     }
 }
 
-/// The guest thread's end.
-pub struct Inbox(Arc<Shared>);
+/// The receiving end, for the guest's thread.
+pub struct Inbox(Arc<InboxShared>);
 
-/// A sender's end.
+/// A sending end, for any other thread.
 #[derive(Clone)]
-pub struct InboxSender(Arc<Shared>);
+pub struct InboxSender(Arc<InboxShared>);
 
-/// The run is over; nobody takes inputs any more.
+/// The run is over: no more inputs are taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the guest's loop is gone")]
+#[error("the guest does not run any more and takes no inputs")]
 pub struct Closed;
 
 impl Inbox {
-    /// An inbox that holds `capacity` inputs of each origin and kicks `kick`.
+    /// An inbox that holds up to `capacity` inputs of each origin, and kicks the guest by `kick`.
     pub fn new(kick: Arc<dyn Kick>, capacity: usize) -> (Inbox, InboxSender) {
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(InboxShared {
             state: Mutex::default(),
             arrived: Condvar::new(),
             room: Condvar::new(),
@@ -88,10 +88,10 @@ impl Inbox {
         (Inbox(shared.clone()), InboxSender(shared))
     }
 
-    /// The first input, in the order of origins, that the machine `takes` now.
-    pub fn take(&self, mut takes: impl FnMut(&Input) -> bool) -> Option<Input> {
+    /// Takes the first input, in the order of origins, that the machine `takes` now.
+    pub fn take_first(&self, mut takes: impl FnMut(&Input) -> bool) -> Option<Input> {
         let mut state = self.0.lock();
-        state.news = false;
+        state.has_news = false;
         let queue = state.queues.iter_mut().map(|(_, queue)| queue);
         let input =
             queue.filter(|queue| queue.front().is_some_and(&mut takes)).find_map(VecDeque::pop_front)?;
@@ -103,19 +103,20 @@ impl Inbox {
         Some(input)
     }
 
-    /// Somebody asked the run to stop.
+    /// Whether the run was asked to stop.
     pub fn stop_requested(&self) -> bool {
         self.0.lock().stop
     }
 
-    /// Sleeps until something arrives, or for as long. What arrived since the last [`Inbox::take`] counts.
+    /// Sleeps until something arrives, at most for `timeout`. Returns at once if something arrived since the last
+    /// [`Inbox::take`].
     pub fn wait(&self, timeout: Option<Duration>) {
         let mut state = self.0.lock();
-        if state.news || state.stop {
+        if state.has_news || state.stop {
             return;
         }
         state.sleeping = true;
-        let idle = |state: &mut Queues| !state.news && !state.stop;
+        let idle = |state: &mut Queues| !state.has_news && !state.stop;
         let mut state = match timeout {
             Some(timeout) => {
                 let woken = self.0.arrived.wait_timeout_while(state, timeout, idle);
@@ -135,7 +136,10 @@ impl Drop for Inbox {
 }
 
 impl InboxSender {
-    /// Sends an input; waits while its origin's queue is full.
+    /// Sends an input; waits while the queue of its origin is full.
+    ///
+    /// # Errors
+    /// The run is over.
     pub fn send(&self, origin: Origin, input: Input) -> Result<(), Closed> {
         let mut state = self.0.lock();
         loop {
@@ -151,8 +155,8 @@ impl InboxSender {
             };
             if state.queues[at].1.len() < self.0.capacity {
                 state.queues[at].1.push_back(input);
-                // Who has not looked since the last news will find this too.
-                if !state.news {
+                // If the guest's thread has not looked since the last notification, it will find this input too.
+                if !state.has_news {
                     self.0.notify(state);
                 }
                 return Ok(());
@@ -163,7 +167,10 @@ impl InboxSender {
         }
     }
 
-    /// Sends typed bytes in pieces that a console takes.
+    /// Sends typed bytes, in pieces that a console has room for.
+    ///
+    /// # Errors
+    /// The run is over.
     pub fn type_text(&self, console: Console, text: &[u8]) -> Result<(), Closed> {
         for bytes in text.chunks(serial::FIFO) {
             self.send(Origin::Console(console), Input::Console { console, bytes: bytes.to_vec() })?;
@@ -171,7 +178,7 @@ impl InboxSender {
         Ok(())
     }
 
-    /// Asks the run to stop.
+    /// Asks the run to stop, and releases senders that wait.
     pub fn stop(&self) {
         let mut state = self.0.lock();
         state.stop = true;
@@ -179,8 +186,8 @@ impl InboxSender {
         self.0.room.notify_all();
     }
 
-    /// Makes the guest's loop look around, without an input.
-    pub fn nudge(&self) {
+    /// Makes the guest's loop ask its source again, without an input.
+    pub fn wake(&self) {
         self.0.notify(self.0.lock());
     }
 }
@@ -208,18 +215,22 @@ mod tests {
     }
 
     #[test]
-    fn an_origin_that_must_wait_holds_up_no_other() {
+    fn an_origin_that_must_wait_does_not_hold_up_another() {
         let kicks = Arc::new(Kicks::default());
         let (inbox, sender) = Inbox::new(kicks.clone(), 8);
         sender.send(Origin::Net(0), frame(1)).unwrap();
         sender.send(Origin::Net(0), frame(2)).unwrap();
         sender.send(Origin::Disk(1), done(1)).unwrap();
-        assert_eq!(kicks.0.load(Ordering::Relaxed), 1, "one kick for all that nobody has looked at");
+        assert_eq!(
+            kicks.0.load(Ordering::Relaxed),
+            1,
+            "one kick for all inputs that the guest has not looked at"
+        );
         let no_frames = |input: &Input| !matches!(input, Input::Frame { .. });
-        assert_eq!(inbox.take(no_frames), Some(done(1)));
-        assert_eq!(inbox.take(no_frames), None);
-        assert_eq!(inbox.take(|_| true), Some(frame(1)));
-        assert_eq!(inbox.take(|_| true), Some(frame(2)));
+        assert_eq!(inbox.take_first(no_frames), Some(done(1)));
+        assert_eq!(inbox.take_first(no_frames), None);
+        assert_eq!(inbox.take_first(|_| true), Some(frame(1)));
+        assert_eq!(inbox.take_first(|_| true), Some(frame(2)));
     }
 
     #[test]
@@ -231,22 +242,22 @@ mod tests {
                 sender.send(Origin::Net(0), frame(2))?;
                 sender.send(Origin::Net(0), frame(3))
             });
-            while inbox.take(|_| true) != Some(frame(2)) {}
+            while inbox.take_first(|_| true) != Some(frame(2)) {}
             drop(inbox);
             waiting.join().unwrap()
         });
-        // The third was queued before the end or refused by it.
+        // The third input was queued before the inbox was dropped, or was refused.
         assert!(matches!(result, Ok(()) | Err(Closed)));
         assert_eq!(sender.send(Origin::Net(0), frame(4)), Err(Closed));
     }
 
     #[test]
-    fn news_before_the_wait_are_not_slept_over() {
+    fn what_arrived_before_the_wait_ends_it_at_once() {
         let (inbox, sender) = Inbox::new(Arc::new(Kicks::default()), 1);
-        sender.nudge();
+        sender.wake();
         inbox.wait(None);
         sender.stop();
-        inbox.take(|_| true);
+        inbox.take_first(|_| true);
         inbox.wait(None);
         assert!(inbox.stop_requested());
     }
@@ -256,7 +267,7 @@ mod tests {
         let (inbox, sender) = Inbox::new(Arc::new(Kicks::default()), 4);
         sender.type_text(Console::Serial, &[b'x'; 100]).unwrap();
         let mut sizes = Vec::new();
-        while let Some(Input::Console { bytes, .. }) = inbox.take(|_| true) {
+        while let Some(Input::Console { bytes, .. }) = inbox.take_first(|_| true) {
             sizes.push(bytes.len());
         }
         assert_eq!(sizes, [64, 36]);

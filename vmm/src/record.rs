@@ -7,68 +7,68 @@ use twox_hash::XxHash3_128;
 
 use crate::guest_loop::LoopError;
 use crate::machine::{Machine, StateDigest};
-use crate::source::{After, Live, Next, Outside, Source};
+use crate::source::{AfterEnd, Live, Next, Outside, Source};
 
-/// How much of an instruction count each unit of positions stands for, about.
+/// About how many instructions a position counts for, in each unit of positions.
 const fn instructions_per(unit: PositionUnit) -> u64 {
     match unit {
         PositionUnit::Instructions => 1,
-        // Their count is that of exits.
+        // These positions count exits or branches.
         PositionUnit::Branches | PositionUnit::SynchronousExits | PositionUnit::Steps => 1000,
     }
 }
 
-/// How often the log says how far the machine is, and in which state.
+/// How often the recorder logs how far the machine is (a mark) and in which state (a digest).
 #[derive(Clone, Copy, Debug)]
-pub struct Pace {
-    /// Instructions between two digests of the state, at most.
+pub struct LogIntervals {
+    /// The most instructions between two digests of the state.
     pub digest_instructions: u64,
-    /// Guest time between two digests, ns, at most, when the guest runs or ticks.
+    /// The most guest time between two digests, in ns, while the guest runs or takes ticks.
     pub digest_ns: u64,
-    /// Guest time between two marks, ns, at most, when the guest runs or ticks.
+    /// The most guest time between two marks, in ns, while the guest runs or takes ticks.
     pub mark_ns: u64,
 }
 
-impl Pace {
-    /// For a log that is kept: nobody waits for its marks.
-    pub const FILE: Pace =
-        Pace { digest_instructions: 10_000_000, digest_ns: u64::MAX, mark_ns: 1_000_000_000 };
-    /// For a backup, whose lag is bounded by the marks, and which checks each digest soon after it was made.
-    pub const BACKUP: Pace =
-        Pace { digest_instructions: u64::MAX, digest_ns: 90_000_000, mark_ns: 5_000_000 };
+impl LogIntervals {
+    /// For a log that is stored in a file: nobody waits for its marks.
+    pub const FILE: LogIntervals =
+        LogIntervals { digest_instructions: 10_000_000, digest_ns: u64::MAX, mark_ns: 1_000_000_000 };
+    /// For a backup: marks bound its lag, and it checks each digest soon after it was taken.
+    pub const BACKUP: LogIntervals =
+        LogIntervals { digest_instructions: u64::MAX, digest_ns: 90_000_000, mark_ns: 5_000_000 };
 }
 
-/// Where records go.
-pub trait Log {
-    /// Why a record could not be taken.
+/// Where the recorder puts records: the log.
+pub trait RecordSink {
+    /// Why a record was not taken.
     type Error;
 
-    /// Takes a record. It need not be durable, or with the backup, when this returns: the gate waits for that.
+    /// Takes a record. It need not be on disk, or with the backup, when this returns: the gate waits for that.
     fn append(&mut self, record: &Record) -> Result<(), Self::Error>;
 
-    /// Called at every turn of the loop, with the machine's position: for what should not wait much longer, and to
-    /// slow a guest that is faster than its log.
-    fn look(&mut self, at: Position) -> Result<(), Self::Error>;
+    /// Called at every turn of the loop, with the machine's position: to send what should not wait much longer, and to slow
+    /// down a guest that is faster than its log.
+    fn on_turn(&mut self, at: Position) -> Result<(), Self::Error>;
 }
 
-/// [`Live`] with a log: append first, apply second.
+/// [`Live`] with a log: an input is appended first and applied second.
 pub struct Recorder<O, L> {
     live: Live<O>,
     log: L,
-    pace: Pace,
+    pace: LogIntervals,
     next_digest: u64,
     next_digest_ns: u64,
     next_mark_ns: u64,
-    /// The digest under way is the log's own: nobody outside asked for it.
+    /// The digest that was asked for last is for the log only, not for the outside.
     own_digest: bool,
-    /// Check words of exits that are not in the log yet, and the position of the last.
+    /// Check words of exits that are not in the log yet, and the position of the last one.
     exits: Vec<u16>,
     exits_at: Position,
 }
 
-impl<O: Outside, L: Log<Error = O::Error>> Recorder<O, L> {
-    /// Records what `live` does.
-    pub fn new(live: Live<O>, log: L, pace: Pace) -> Recorder<O, L> {
+impl<O: Outside, L: RecordSink<Error = O::Error>> Recorder<O, L> {
+    /// Records the inputs and outputs of `live`.
+    pub fn new(live: Live<O>, log: L, pace: LogIntervals) -> Recorder<O, L> {
         Recorder {
             live,
             log,
@@ -87,7 +87,7 @@ impl<O: Outside, L: Log<Error = O::Error>> Recorder<O, L> {
         &mut self.live
     }
 
-    /// Goes on without a log.
+    /// The source, to go on without a log.
     pub fn into_live(self) -> Live<O> {
         self.live
     }
@@ -97,14 +97,14 @@ impl<O: Outside, L: Log<Error = O::Error>> Recorder<O, L> {
         &mut self.log
     }
 
-    /// The user stops the run here: the log ends with the machine's time and state.
+    /// Ends the log because the user stops the run here. Its last records are the machine's time, the end, and the state.
     ///
     /// # Errors
-    /// The log's.
+    /// Those of the log and of the machine.
     pub fn stop(&mut self, machine: &mut Machine) -> Result<(), LoopError<O::Error>> {
         let at = machine.position();
         let end = Entry::End(EndReason::Stopped);
-        if machine.is_between() {
+        if machine.is_between_positions() {
             return self.append(at, end).map_err(LoopError::Source);
         }
         let state = logged_state(&machine.digest()?);
@@ -112,12 +112,12 @@ impl<O: Outside, L: Log<Error = O::Error>> Recorder<O, L> {
         last.into_iter().try_for_each(|entry| self.append(at, entry)).map_err(LoopError::Source)
     }
 
-    /// The log says here how the machine stands, which goes on elsewhere.
+    /// Appends the machine's time and state: the other side goes on from here.
     ///
     /// # Errors
-    /// The log's.
-    pub fn note_state(&mut self, machine: &mut Machine) -> Result<(), LoopError<O::Error>> {
-        if machine.is_between() {
+    /// Those of the log and of the machine.
+    pub fn append_state(&mut self, machine: &mut Machine) -> Result<(), LoopError<O::Error>> {
+        if machine.is_between_positions() {
             return Ok(());
         }
         let at = machine.position();
@@ -130,13 +130,13 @@ impl<O: Outside, L: Log<Error = O::Error>> Recorder<O, L> {
         self.append_record(&Record { position, entry })
     }
 
-    /// Appends a record, behind the exits that came before it.
+    /// Appends a record, after the exits that came before it.
     fn append_record(&mut self, record: &Record) -> Result<(), O::Error> {
         self.append_exits()?;
         self.log.append(record)
     }
 
-    /// Appends an input, and gives it back. Its bytes are not copied: the log has only a look at them.
+    /// Appends an input and returns it. Its bytes are lent to the log, not copied.
     fn append_input(&mut self, position: Position, mut input: Input) -> Result<Input, O::Error> {
         let record = Record { position, entry: Entry::Input(logged_input(&mut input)) };
         self.append_record(&record)?;
@@ -156,15 +156,15 @@ impl<O: Outside, L: Log<Error = O::Error>> Recorder<O, L> {
     }
 }
 
-impl<O: Outside, L: Log<Error = O::Error>> Source for Recorder<O, L> {
+impl<O: Outside, L: RecordSink<Error = O::Error>> Source for Recorder<O, L> {
     type Error = O::Error;
 
     fn next(&mut self, machine: &Machine) -> Result<Next, O::Error> {
         let at = machine.position();
-        self.log.look(at)?;
+        self.log.on_turn(at)?;
         let time_ns = machine.time_ns();
         let digest = at.count >= self.next_digest || time_ns >= self.next_digest_ns;
-        // A halted guest's time moves at one position: a digest there is preceded by a mark that says how far it has.
+        // The time of a halted guest moves although its position does not: a mark before a digest there says how far.
         if time_ns >= self.next_mark_ns || digest && machine.is_halted() {
             self.next_mark_ns = time_ns.saturating_add(self.pace.mark_ns);
             self.append(at, Entry::Mark { time_ns })?;
@@ -186,8 +186,8 @@ impl<O: Outside, L: Log<Error = O::Error>> Source for Recorder<O, L> {
         }
     }
 
-    fn between(&mut self, at: Position) -> Result<bool, O::Error> {
-        self.live.between(at)
+    fn kicked_between_positions(&mut self, at: Position) -> Result<bool, O::Error> {
+        self.live.kicked_between_positions(at)
     }
 
     fn exits(&mut self, at: Position, checks: &[u16]) -> Result<(), O::Error> {
@@ -224,19 +224,19 @@ impl<O: Outside, L: Log<Error = O::Error>> Source for Recorder<O, L> {
         if std::mem::take(&mut self.own_digest) { Ok(()) } else { self.live.digest(at, digest) }
     }
 
-    fn ended(&mut self, at: Position, end: End) -> Result<After, O::Error> {
+    fn ended(&mut self, at: Position, end: End) -> Result<AfterEnd, O::Error> {
         self.append(at, Entry::End(EndReason::Guest(end)))?;
         Ok(match self.live.ended(at, end)? {
-            After::Finish => {
+            AfterEnd::Finish => {
                 self.own_digest = true;
-                After::FinishWithDigest
+                AfterEnd::FinishWithDigest
             }
             after => after,
         })
     }
 }
 
-/// What the log says of an input. Bytes that it has move there, until [`give_back`].
+/// The log's form of an input. The input's bytes are moved to it, until [`give_back`].
 fn logged_input(input: &mut Input) -> LoggedInput {
     match input {
         Input::Frame { slot, bytes } => LoggedInput::Frame { slot: *slot, bytes: std::mem::take(bytes) },
@@ -250,6 +250,7 @@ fn logged_input(input: &mut Input) -> LoggedInput {
     }
 }
 
+/// Moves the bytes back from the log's form of an input.
 fn give_back(input: &mut Input, logged: LoggedInput) {
     if let (
         Input::Frame { bytes, .. } | Input::Console { bytes, .. },
@@ -260,7 +261,7 @@ fn give_back(input: &mut Input, logged: LoggedInput) {
     }
 }
 
-/// What the log says of a disk's result: of data its digest.
+/// The log's form of a disk's result. Data is logged as its digest.
 pub(crate) fn disk_status(result: &DiskResult) -> DiskStatus {
     match result {
         DiskResult::Done => DiskStatus::Done,
@@ -269,7 +270,7 @@ pub(crate) fn disk_status(result: &DiskResult) -> DiskStatus {
     }
 }
 
-/// What the log says of an output.
+/// The log's form of an output.
 pub(crate) fn logged_output(output: &Output) -> LoggedOutput {
     let (to, bytes) = match output {
         Output::Frame { slot, bytes } => (OutputTo::Net(*slot), bytes),
@@ -278,8 +279,8 @@ pub(crate) fn logged_output(output: &Output) -> LoggedOutput {
     LoggedOutput { to, len: bytes.len() as u32, digest: Digest(XxHash3_128::oneshot(bytes)) }
 }
 
-/// What the log says of a state: vCPU, RAM, and the rest as one.
-pub(crate) fn logged_state(digest: &StateDigest) -> entry::log::StateDigest {
+/// The log's form of a state: vCPU, RAM, and everything else as one.
+pub(crate) fn logged_state(digest: &StateDigest) -> entry::log::StateCheck {
     let part = |name| digest.parts.iter().find(|(n, _)| *n == name).map_or(Digest(0), |(_, d)| *d);
     let mut devices = XxHash3_128::new();
     for (name, d) in &digest.parts {
@@ -288,5 +289,5 @@ pub(crate) fn logged_state(digest: &StateDigest) -> entry::log::StateDigest {
         }
     }
     let devices = Digest(devices.finish_128());
-    entry::log::StateDigest { vcpu: part("vcpu").into(), devices: devices.into(), ram: part("ram").into() }
+    entry::log::StateCheck { vcpu: part("vcpu").into(), devices: devices.into(), ram: part("ram").into() }
 }

@@ -1,4 +1,4 @@
-//! Replaying: a source that takes the inputs from the log, and checks everything that the log says of the rest.
+//! Replaying: a source that takes the inputs from the log, and checks everything else against it.
 
 use std::collections::VecDeque;
 
@@ -7,61 +7,61 @@ use entry::{Answer, DiskRequest, DiskResult, End, Input, Output, Position, Quest
 
 use crate::machine::{Machine, StateDigest};
 use crate::record::{disk_status, logged_output, logged_state};
-use crate::source::{After, Next, Source};
+use crate::source::{AfterEnd, Next, Source};
 
-/// How many records before a divergence are kept for its report.
+/// Number of records before a divergence that its report shows.
 const CONTEXT: usize = 16;
 
 /// Where records come from.
 pub trait Records {
-    /// Why there are no more.
+    /// Why the next record cannot be read.
     type Error: std::error::Error;
 
     /// The next record, `None` at the end of the log.
     fn next(&mut self) -> Result<Option<Record>, Self::Error>;
 }
 
-/// The replaying side's own copies of the disks, and where its outputs go.
+/// The replaying side's own copies of the disks, and where the outputs of the replay go.
 pub trait Standby {
     /// A failure of the host.
     type Error: std::error::Error;
 
-    /// Starts a request.
+    /// Starts a request to a disk.
     fn start(&mut self, request: DiskRequest) -> Result<(), Self::Error>;
 
-    /// Waits for a request that was started; `None` when there was none.
+    /// Waits for a request to complete; `None` if no such request was started.
     fn finish(&mut self, slot: u8, id: u64) -> Result<Option<DiskResult>, Self::Error>;
 
-    /// Takes what left the machine: what the log has, too, and behind its end what it has not.
+    /// Takes an output of the machine. The log has it too, unless it came after the end of the log.
     fn output(&mut self, output: Output) -> Result<(), Self::Error>;
 }
 
 /// The replay cannot go on.
 #[derive(Debug, thiserror::Error)]
 pub enum ReplayError<L: std::error::Error, D: std::error::Error> {
-    /// The log cannot be read on.
+    /// The log cannot be read any further.
     #[error(transparent)]
     Log(L),
-    /// This host failed: a disk of its.
+    /// One of this host's disks failed.
     #[error(transparent)]
     Standby(D),
-    /// The machine does not do what the log says.
+    /// The machine did something else than the log says.
     #[error(transparent)]
     Divergence(Box<Divergence>),
 }
 
-/// Replay and recording differ. The worst bug there is, or a damaged log.
+/// Replay and recording differ: a serious bug, faulty hardware, or a damaged log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Divergence {
-    /// Where the machine is.
+    /// Position of the machine.
     pub position: Position,
     /// What differs.
     pub what: Difference,
-    /// The record that does not fit, if there is one.
+    /// The record that does not match, if there is one.
     pub expected: Option<Record>,
-    /// The records before it, the last one last.
+    /// The records before it, oldest first.
     pub before: Vec<Record>,
-    /// The last digest that was equal.
+    /// Position of the last digest that was equal.
     pub equal_until: Option<Position>,
 }
 
@@ -73,25 +73,25 @@ pub enum Difference {
     State(Vec<&'static str>),
     #[error("guest time is {here} ns, the log has {logged} ns")]
     Time { logged: u64, here: u64 },
-    #[error("an output leaves that the log has not here: {0}")]
+    #[error("the guest makes an output that is not in the log at this point: {0}")]
     Output(String),
-    #[error("the guest asks what the log does not answer here: {0:?}")]
+    #[error("the guest asks a question that the log does not answer at this point: {0:?}")]
     Question(Question),
     #[error("disk {slot}, request {id}: the log has {logged:?}, this disk gives {here}")]
     Disk { slot: u8, id: u64, logged: DiskStatus, here: String },
-    #[error("the guest ends by {0:?}")]
+    #[error("the guest's run ends by {0:?}, but not in the log")]
     End(End),
     #[error("the run is over, but the log goes on")]
     Over,
     #[error("the guest went past the position of the next record")]
     Past,
-    #[error("the guest waits for ever, but the log goes on")]
+    #[error("the guest waits for an interrupt that will never come, but the log goes on")]
     Stuck,
     #[error("an exit of the guest differs: its check word is {here:#06x}, the log has {logged:#06x}")]
     Exit { logged: u16, here: u16 },
-    #[error("the guest leaves where the log has no exit")]
+    #[error("the guest makes an exit that is not in the log")]
     ExtraExit,
-    #[error("the log has a record that replay cannot apply")]
+    #[error("the log has a record of a kind that a replay cannot apply")]
     Unsupported,
 }
 
@@ -113,11 +113,11 @@ impl std::fmt::Display for Divergence {
 
 impl std::error::Error for Divergence {}
 
-/// The log as a source.
+/// A source that takes its inputs from a log.
 pub struct Replayer<L, D> {
     records: L,
     standby: D,
-    /// The record that comes next, once it was needed.
+    /// The next record, once it was needed.
     front: Option<Record>,
     /// There are no more records.
     done: bool,
@@ -125,13 +125,13 @@ pub struct Replayer<L, D> {
     equal_until: Option<Position>,
     applied: u64,
     ended: Option<EndReason>,
-    /// Pause here.
+    /// The position at which to pause.
     pause: Option<Position>,
-    /// How many check words of the record in front were found equal.
+    /// Number of check words of the next record that were found equal.
     exits_equal: usize,
 }
 
-type Failure<L, D> = ReplayError<<L as Records>::Error, <D as Standby>::Error>;
+type ReplayErrorOf<L, D> = ReplayError<<L as Records>::Error, <D as Standby>::Error>;
 
 impl<L: Records, D: Standby> Replayer<L, D> {
     /// Replays `records` with the disks of `standby`.
@@ -150,27 +150,27 @@ impl<L: Records, D: Standby> Replayer<L, D> {
         }
     }
 
-    /// Pauses at this position too.
+    /// Pauses at this position, besides the end of the log.
     pub fn pause_at(&mut self, at: Option<Position>) {
         self.pause = at;
     }
 
-    /// The log's end was reached.
+    /// Whether the end of the log was reached.
     pub fn is_done(&self) -> bool {
         self.done
     }
 
-    /// How the log ended, once [`Replayer::is_done`]. `None`: it was cut off.
+    /// How the log ended, once [`Replayer::is_done`]. `None`: the log was cut off.
     pub fn ended(&self) -> Option<EndReason> {
         self.ended
     }
 
-    /// Records that were replayed.
+    /// Number of records that were replayed.
     pub fn applied(&self) -> u64 {
         self.applied
     }
 
-    /// Position of the last state that was found equal.
+    /// Position of the last state that was equal to the log's.
     pub fn equal_until(&self) -> Option<Position> {
         self.equal_until
     }
@@ -180,14 +180,14 @@ impl<L: Records, D: Standby> Replayer<L, D> {
         &self.records
     }
 
-    /// The host's side of the replay, for who goes on where the log has ended.
+    /// The disks and outputs, for the source that goes on where the log has ended.
     pub fn into_standby(self) -> D {
         self.standby
     }
 
-    /// The record that comes next: waits for it, `None` at the log's end. It is looked for when it is needed and not
-    /// before: a backup may not wait for what is behind an output while it has not yet told of the output.
-    fn front(&mut self) -> Result<Option<&Record>, Failure<L, D>> {
+    /// Waits for the next record; `None` at the end of the log. It is not fetched before it is needed: a backup must not wait
+    /// for the record after an output while it has not passed on the output.
+    fn front(&mut self) -> Result<Option<&Record>, ReplayErrorOf<L, D>> {
         if self.front.is_none() && !self.done {
             self.front = self.records.next().map_err(ReplayError::Log)?;
             self.done = self.front.is_none();
@@ -195,7 +195,7 @@ impl<L: Records, D: Standby> Replayer<L, D> {
         Ok(self.front.as_ref())
     }
 
-    /// The record in front is dealt with.
+    /// Goes on to the record after the next one.
     fn advance(&mut self) {
         if let Some(done) = self.front.take() {
             self.applied += 1;
@@ -206,7 +206,7 @@ impl<L: Records, D: Standby> Replayer<L, D> {
         }
     }
 
-    fn diverge<T>(&self, position: Position, what: Difference) -> Result<T, Failure<L, D>> {
+    fn diverge<T>(&self, position: Position, what: Difference) -> Result<T, ReplayErrorOf<L, D>> {
         Err(ReplayError::Divergence(Box::new(Divergence {
             position,
             what,
@@ -216,12 +216,12 @@ impl<L: Records, D: Standby> Replayer<L, D> {
         })))
     }
 
-    /// Behind the end of the run there is nothing.
-    fn check_over(&mut self, at: Position) -> Result<(), Failure<L, D>> {
+    /// Checks that the log has no records after the end of the run.
+    fn check_log_is_over(&mut self, at: Position) -> Result<(), ReplayErrorOf<L, D>> {
         if self.front()?.is_some() { self.diverge(at, Difference::Over) } else { Ok(()) }
     }
 
-    fn input(&mut self, at: Position, input: LoggedInput) -> Result<Input, Failure<L, D>> {
+    fn input(&mut self, at: Position, input: LoggedInput) -> Result<Input, ReplayErrorOf<L, D>> {
         let input = match input {
             LoggedInput::Frame { slot, bytes } => Input::Frame { slot, bytes },
             LoggedInput::Console { console, bytes } => Input::Console { console, bytes },
@@ -243,13 +243,13 @@ impl<L: Records, D: Standby> Replayer<L, D> {
         Ok(input)
     }
 
-    /// How far to run for the record in front to become due. Outputs and answers are made by running: those of the
-    /// present position by an instruction, or a timer, that is still to come.
+    /// How far to run for the next record, `front`, to become due. Outputs and questions come from running: those of the
+    /// present position from an instruction or a timer that is still to come.
     fn run_until(&self, at: Position, front: &Record) -> Position {
         let due = front.position;
         let until = match front.entry {
             Entry::Answer(_) => Position::exact(due.count + 1),
-            // Each is compared before the next.
+            // Each exit is compared before the next one is made.
             Entry::Exits(_) => Position::exact(at.count + 1),
             Entry::Output(_) | Entry::End(EndReason::Guest(_)) if at >= due => Position::exact(due.count + 1),
             _ => due,
@@ -259,7 +259,7 @@ impl<L: Records, D: Standby> Replayer<L, D> {
 }
 
 impl<L: Records, D: Standby> Source for Replayer<L, D> {
-    type Error = Failure<L, D>;
+    type Error = ReplayErrorOf<L, D>;
 
     fn next(&mut self, machine: &Machine) -> Result<Next, Self::Error> {
         let at = machine.position();
@@ -282,7 +282,7 @@ impl<L: Records, D: Standby> Source for Replayer<L, D> {
                 _ if self.ended.is_some() => return self.diverge(at, Difference::Over),
                 Entry::Input(input) => return self.input(at, input).map(Next::Apply),
                 Entry::Mark { time_ns } if time_ns == machine.time_ns() => self.advance(),
-                // Halted with interrupts off, a guest lets deadlines pass where it is.
+                // The time of a guest that is halted with interrupts off moves from deadline to deadline at one position.
                 Entry::Mark { time_ns } if machine.is_halted() && machine.time_ns() < time_ns => {
                     return Ok(Next::Run { until: Some(Position::exact(at.count + 1)) });
                 }
@@ -331,7 +331,7 @@ impl<L: Records, D: Standby> Source for Replayer<L, D> {
                 self.advance();
                 Ok(Some(answer))
             }
-            // Who goes on from here answers it.
+            // The log is over: the source that goes on from here answers.
             None => Ok(None),
             _ => self.diverge(at, Difference::Question(question.clone())),
         }
@@ -371,28 +371,28 @@ impl<L: Records, D: Standby> Source for Replayer<L, D> {
         }
         self.equal_until = Some(at);
         self.advance();
-        if self.ended.is_some() { self.check_over(at) } else { Ok(()) }
+        if self.ended.is_some() { self.check_log_is_over(at) } else { Ok(()) }
     }
 
-    /// An end that the log has not got to any more is the caller's: it finds the replay done.
-    fn ended(&mut self, at: Position, end: End) -> Result<After, Self::Error> {
+    /// An end of the guest after the end of the log is left to the caller, which finds the replay done.
+    fn ended(&mut self, at: Position, end: End) -> Result<AfterEnd, Self::Error> {
         match self.front()? {
             Some(Record { position, entry: Entry::End(EndReason::Guest(logged)) })
                 if *position == at && *logged == end =>
             {
                 self.advance();
                 if end == End::Reboot {
-                    return Ok(After::Reset);
+                    return Ok(AfterEnd::Reset);
                 }
                 self.ended = Some(EndReason::Guest(end));
                 match self.front()? {
                     Some(Record { position, entry: Entry::State(_) }) if *position == at => {
-                        Ok(After::FinishWithDigest)
+                        Ok(AfterEnd::FinishWithDigest)
                     }
-                    _ => self.check_over(at).map(|()| After::Finish),
+                    _ => self.check_log_is_over(at).map(|()| AfterEnd::Finish),
                 }
             }
-            None => Ok(After::Finish),
+            None => Ok(AfterEnd::Finish),
             _ => self.diverge(at, Difference::End(end)),
         }
     }

@@ -1,10 +1,11 @@
-//! A machine saved to bytes, and made again from them.
+//! Saving a machine to bytes, and restoring it from them.
 //!
-//! The file begins with [`MAGIC`] and the format's version (u32). Then come sections in the order of [`Section`]:
-//! tag (u32), length of the content (u64), content, XXH3-64 of the content. Numbers are little-endian. MachineIdentity, vCPU, clock
-//! and devices are postcard; RAM is pages that are not zero, each as page number (u32) and 4096 bytes, ascending.
+//! The file begins with [`MAGIC`] and the version of the format (u32). Then come the sections in the order of [`Section`]:
+//! tag (u32), length of the content (u64), content, XXH3-64 of the content. Numbers are little-endian. Identity, vCPU, clock
+//! and devices are in postcard's encoding; RAM is the pages that are not zero, each as page number (u32) and 4096 bytes, in
+//! ascending order.
 //!
-//! Reading never panics and never allocates by a number from the file. Every error has the offset.
+//! Reading never panics and never allocates by a number from the file. Every error says at which offset.
 
 use std::hash::Hasher;
 use std::io::{self, Read, Write};
@@ -24,13 +25,13 @@ use crate::vcpu::VcpuState;
 pub const MAGIC: [u8; 8] = *b"vmft-mac";
 /// Version of the format.
 pub const VERSION: u32 = 1;
-/// A section other than RAM is smaller.
+/// The largest content of a section other than RAM, bytes.
 const SECTION_MAX: u64 = 64 << 20;
 
-/// Sections by tag.
+/// The sections, with their tags.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
-enum Section {
+enum StateSection {
     Identity = 1,
     Vcpu = 2,
     Clock = 3,
@@ -38,55 +39,58 @@ enum Section {
     Ram = 5,
 }
 
-/// Why a machine was not saved or restored.
+/// Why a machine was not saved or not restored.
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
     /// Reading or writing failed.
-    #[error("saved machine: input or output failed at offset {offset}")]
+    #[error("the saved machine cannot be read or written at offset {offset}")]
     Io {
-        /// Bytes read or written before.
+        /// Number of bytes read or written before.
         offset: u64,
         /// The host's error.
         source: io::Error,
     },
-    /// It is no saved machine.
-    #[error("this is no saved machine: it does not begin with {MAGIC:?}")]
+    /// The file is not a saved machine.
+    #[error("the file is not a saved machine: it does not begin with {MAGIC:?}")]
     Magic,
-    /// Another version wrote it.
-    #[error("the saved machine has format version {0}, this program reads {VERSION}")]
+    /// The file has another version of the format.
+    #[error("the saved machine has format version {0}, but this program reads version {VERSION} only")]
     Version(u32),
-    /// Bytes are wrong.
+    /// The file is damaged.
     #[error("the saved machine is damaged at offset {offset}: {what}")]
     Damaged {
-        /// Start of what is damaged.
+        /// Offset at which the damaged part begins.
         offset: u64,
-        /// What it is.
+        /// What is wrong there.
         what: &'static str,
     },
-    /// It was saved from a machine with another configuration or boot files.
+    /// The machine was saved with another configuration or other boot files.
     #[error("the saved machine differs from the configured one in: {0}")]
     OtherMachine(&'static str),
-    /// The machine refused.
+    /// The machine or its engine failed.
     #[error(transparent)]
     Machine(#[from] MachineError),
 }
 
 impl Machine {
-    /// Writes the whole state. To be called at a whole boundary, not while a question waits.
+    /// Writes the whole state. To be called at an instruction boundary, not while a question is open.
+    ///
+    /// # Errors
+    /// Writing failed, or the engine did.
     pub fn save(&mut self, to: &mut impl Write) -> Result<(), StateError> {
-        let mut file = Writer { to, offset: 0 };
+        let mut file = StateWriter { to, offset: 0 };
         file.put(&MAGIC)?;
         file.put(&VERSION.to_le_bytes())?;
-        file.section(Section::Identity, &self.identity())?;
-        file.section(Section::Vcpu, &self.vcpu_state()?)?;
-        file.section(Section::Clock, &self.clock)?;
-        file.section(Section::Devices, &self.devices)?;
+        file.section(StateSection::Identity, &self.identity())?;
+        file.section(StateSection::Vcpu, &self.vcpu_state()?)?;
+        file.section(StateSection::Clock, &self.clock)?;
+        file.section(StateSection::Devices, &self.devices)?;
         self.save_ram(&mut file)
     }
 
-    fn save_ram(&mut self, file: &mut Writer<'_, impl Write>) -> Result<(), StateError> {
+    fn save_ram(&mut self, file: &mut StateWriter<'_, impl Write>) -> Result<(), StateError> {
         let pages: Vec<u32> = (0..self.ram.pages()).filter(|page| !is_zero(self.ram.page(*page))).collect();
-        file.put(&(Section::Ram as u32).to_le_bytes())?;
+        file.put(&(StateSection::Ram as u32).to_le_bytes())?;
         file.put(&(pages.len() as u64 * (4 + PAGE as u64)).to_le_bytes())?;
         let mut hash = XxHash3_64::new();
         for page in pages {
@@ -98,12 +102,14 @@ impl Machine {
         file.put(&hash.finish().to_le_bytes())
     }
 
-    /// Takes over a saved state. The machine must have been made from the same configuration and boot files. After an
-    /// error it is in no state to go on with.
+    /// Takes over a saved state. The machine must have been made from the same configuration and boot files.
     ///
-    /// Disk requests that were on their way are in [`Machine::unfinished_disk_requests`].
+    /// Disk requests that were not completed are in [`Machine::unfinished_disk_requests`].
+    ///
+    /// # Errors
+    /// The file cannot be read, is damaged, or belongs to another machine. The machine must not be used any more then.
     pub fn restore(&mut self, from: &mut impl Read) -> Result<(), StateError> {
-        let mut file = Reader { from, offset: 0 };
+        let mut file = StateReader { from, offset: 0 };
         if file.array()? != MAGIC {
             return Err(StateError::Magic);
         }
@@ -111,30 +117,30 @@ impl Machine {
         if version != VERSION {
             return Err(StateError::Version(version));
         }
-        let identity: MachineIdentity = file.section(Section::Identity)?;
+        let identity: MachineIdentity = file.section(StateSection::Identity)?;
         if let Some(field) = identity.difference(&self.identity()) {
             return Err(StateError::OtherMachine(field));
         }
-        let vcpu: VcpuState = file.section(Section::Vcpu)?;
-        let clock: Clock = file.section(Section::Clock)?;
+        let vcpu: VcpuState = file.section(StateSection::Vcpu)?;
+        let clock: Clock = file.section(StateSection::Clock)?;
         let at = file.offset;
-        let devices: Devices = file.section(Section::Devices)?;
+        let devices: Devices = file.section(StateSection::Devices)?;
         if !devices.has_shape_of(&self.devices) {
-            return Err(StateError::Damaged { offset: at, what: "devices of another machine" });
+            return Err(StateError::Damaged { offset: at, what: "its devices are those of another machine" });
         }
         self.restore_ram(&mut file)?;
         self.vcpu.restore(&vcpu).map_err(MachineError::from)?;
-        self.adopt(clock, devices);
+        self.replace_devices(clock, devices);
         Ok(())
     }
 
-    fn restore_ram(&mut self, file: &mut Reader<'_, impl Read>) -> Result<(), StateError> {
+    fn restore_ram(&mut self, file: &mut StateReader<'_, impl Read>) -> Result<(), StateError> {
         self.ram.clear().map_err(MachineError::from)?;
-        let length = file.header(Section::Ram)?;
+        let length = file.header(StateSection::Ram)?;
         let start = file.offset;
         let damaged = |offset, what| StateError::Damaged { offset, what };
         if !length.is_multiple_of(4 + PAGE as u64) || length / (4 + PAGE as u64) > self.ram.pages().into() {
-            return Err(damaged(start - 8, "length of RAM"));
+            return Err(damaged(start - 8, "the length of RAM is wrong"));
         }
         let mut hash = XxHash3_64::new();
         let mut next = 0;
@@ -143,7 +149,7 @@ impl Machine {
             let number: [u8; 4] = file.array()?;
             let page = u32::from_le_bytes(number);
             if page < next || page >= self.ram.pages() {
-                return Err(damaged(at, "page number"));
+                return Err(damaged(at, "a page number is wrong"));
             }
             next = page + 1;
             file.fill(self.ram.page(page))?;
@@ -152,25 +158,25 @@ impl Machine {
             hash.write(self.ram.page(page));
         }
         if u64::from_le_bytes(file.array()?) != hash.finish() {
-            return Err(damaged(start, "checksum of RAM"));
+            return Err(damaged(start, "the checksum of RAM does not match"));
         }
         Ok(())
     }
 }
 
-struct Writer<'a, W> {
+struct StateWriter<'a, W> {
     to: &'a mut W,
     offset: u64,
 }
 
-impl<W: Write> Writer<'_, W> {
+impl<W: Write> StateWriter<'_, W> {
     fn put(&mut self, bytes: &[u8]) -> Result<(), StateError> {
         self.to.write_all(bytes).map_err(|source| StateError::Io { offset: self.offset, source })?;
         self.offset += bytes.len() as u64;
         Ok(())
     }
 
-    fn section(&mut self, section: Section, value: &impl Serialize) -> Result<(), StateError> {
+    fn section(&mut self, section: StateSection, value: &impl Serialize) -> Result<(), StateError> {
         let content = postcard::to_stdvec(value).unwrap_or_else(|error| unreachable!("plain data: {error}"));
         self.put(&(section as u32).to_le_bytes())?;
         self.put(&(content.len() as u64).to_le_bytes())?;
@@ -179,12 +185,12 @@ impl<W: Write> Writer<'_, W> {
     }
 }
 
-struct Reader<'a, R> {
+struct StateReader<'a, R> {
     from: &'a mut R,
     offset: u64,
 }
 
-impl<R: Read> Reader<'_, R> {
+impl<R: Read> StateReader<'_, R> {
     fn fill(&mut self, bytes: &mut [u8]) -> Result<(), StateError> {
         self.from.read_exact(bytes).map_err(|source| match source.kind() {
             io::ErrorKind::UnexpectedEof => {
@@ -202,8 +208,8 @@ impl<R: Read> Reader<'_, R> {
         Ok(bytes)
     }
 
-    /// Tag and length of the section that must follow.
-    fn header(&mut self, section: Section) -> Result<u64, StateError> {
+    /// Reads the tag of `section`, which must follow, and returns the length of its content.
+    fn header(&mut self, section: StateSection) -> Result<u64, StateError> {
         let offset = self.offset;
         if u32::from_le_bytes(self.array()?) != section as u32 {
             return Err(StateError::Damaged { offset, what: "another section was expected" });
@@ -211,14 +217,14 @@ impl<R: Read> Reader<'_, R> {
         Ok(u64::from_le_bytes(self.array()?))
     }
 
-    fn section<T: DeserializeOwned>(&mut self, section: Section) -> Result<T, StateError> {
+    fn section<T: DeserializeOwned>(&mut self, section: StateSection) -> Result<T, StateError> {
         let length = self.header(section)?;
         let offset = self.offset;
         if length > SECTION_MAX {
-            return Err(StateError::Damaged { offset: offset - 8, what: "length of a section" });
+            return Err(StateError::Damaged { offset: offset - 8, what: "the length of a section is wrong" });
         }
         let mut content = Vec::new();
-        // Grows with what is there, not with what the length promises.
+        // Allocates for the bytes that are there, not for the length that the file claims.
         self.from
             .by_ref()
             .take(length)
@@ -230,9 +236,9 @@ impl<R: Read> Reader<'_, R> {
         }
         self.offset += length;
         if u64::from_le_bytes(self.array()?) != XxHash3_64::oneshot(&content) {
-            return Err(StateError::Damaged { offset, what: "checksum of a section" });
+            return Err(StateError::Damaged { offset, what: "the checksum of a section does not match" });
         }
         postcard::from_bytes(&content)
-            .map_err(|_| StateError::Damaged { offset, what: "content of a section" })
+            .map_err(|_| StateError::Damaged { offset, what: "the content of a section cannot be decoded" })
     }
 }

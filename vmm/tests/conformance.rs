@@ -4,9 +4,9 @@ mod vcpu;
 
 use entry::{Position, PositionUnit};
 use soft_cpu::CpuState;
-use vmft_vmm::Engine;
-use vmft_vmm::vcpu::Exit;
-use vmft_vmm::vcpu::perf::events::CpuModel;
+use vmm::Engine;
+use vmm::vcpu::Exit;
+use vmm::vcpu::perf::events::CpuModel;
 
 use vcpu::programs::{Program, all};
 use vcpu::{Guest, emulates_ring_0, has_counter, has_kvm, normal, skip};
@@ -64,7 +64,7 @@ fn survives_saving(engine: Engine) {
             if guest.run(Some(Position::exact(count))) {
                 break;
             }
-            // Between the accesses of one instruction is no whole boundary.
+            // There is no instruction boundary between the accesses of one instruction.
             assert!(guest.vcpu.position() >= Position::exact(count), "{}", program.name);
             let state = guest.vcpu.save().unwrap();
             guest.ram_digest();
@@ -244,7 +244,7 @@ fn when_an_access_is_finished_changes_nothing() {
             while !guest.run(every.map(|n| Position::exact(guest.vcpu.position().count + n))) {}
             let asked: Vec<_> = guest.seen.iter().map(|s| (s.exit, s.answer)).collect();
             let state = guest.vcpu.save().ok().map(|state| normal(&state));
-            (asked, guest.vcpu.position(), guest.vcpu.take_exits(), state, guest.ram_digest())
+            (asked, guest.vcpu.position(), guest.vcpu.take_exit_checks(), state, guest.ram_digest())
         };
         let at_once = run(false, None);
         for every in [None, Some(1), Some(2), Some(3), Some(5)] {

@@ -9,27 +9,28 @@ use std::time::Duration;
 
 use entry::End;
 use entry::log::{Entry, LoggedInput, Record};
-use vmft_vmm::guest_loop::Turn;
-use vmft_vmm::record::{Pace, Recorder};
-use vmft_vmm::source::{Live, Stops};
-use vmft_vmm::vcpu::landing::Landings;
-use vmft_vmm::{Engine, GuestLoop};
+use vmm::guest_loop::Turn;
+use vmm::record::{LogIntervals, Recorder};
+use vmm::source::{Live, PlannedStops};
+use vmm::vcpu::landing::Landings;
+use vmm::{Engine, GuestLoop};
 
-use guest::log::{Kept, replay};
+use guest::log::{MemoryLog, replay};
 use guest::world::World;
 use guest::{image_of, machine_on, total};
 use vcpu::{emulates_ring_0, has_counter, has_kvm, skip};
 
 /// Records the small guest, which computes for `work` rounds between two halts and is kicked, typed at, and its clock moved all
 /// the while.
-fn record(engine: Engine, work: u32, seed: u32, every: Duration) -> GuestLoop<Recorder<World, Kept>> {
+fn record(engine: Engine, work: u32, seed: u32, every: Duration) -> GuestLoop<Recorder<World, MemoryLog>> {
     let machine = machine_on(engine, &image_of(work, 12), Vec::new());
     let typing =
         (1..40).map(|n| (n * 3 + seed % 5, vec![(seed * 7 + n) as u8; 1 + n as usize % 4])).collect();
     let kicker = machine.kicker();
     let world = World { typing, clock_step_ns: 300_000 + u64::from(seed) * 1000, ..World::default() };
-    let live = Live::new(world, engine.unit(), Stops::default());
-    let mut recording = GuestLoop { machine, source: Recorder::new(live, Kept::default(), Pace::BACKUP) };
+    let live = Live::new(world, engine.unit(), PlannedStops::default());
+    let mut recording =
+        GuestLoop { machine, source: Recorder::new(live, MemoryLog::default(), LogIntervals::BACKUP) };
     let done = AtomicBool::new(false);
     std::thread::scope(|threads| {
         threads.spawn(|| {

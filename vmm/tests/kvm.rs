@@ -5,14 +5,14 @@ mod vcpu;
 
 use entry::log::{Entry, LoggedInput, Record};
 use entry::{End, Position};
-use vmft_vmm::guest_loop::{LoopError, Turn};
-use vmft_vmm::machine::Machine;
-use vmft_vmm::record::{Pace, Recorder};
-use vmft_vmm::replay::{Difference, Divergence, ReplayError};
-use vmft_vmm::source::{Live, Stops};
-use vmft_vmm::{Engine, GuestLoop};
+use vmm::guest_loop::{LoopError, Turn};
+use vmm::machine::Machine;
+use vmm::record::{LogIntervals, Recorder};
+use vmm::replay::{Difference, Divergence, ReplayError};
+use vmm::source::{Live, PlannedStops};
+use vmm::{Engine, GuestLoop};
 
-use guest::log::{Kept, replay};
+use guest::log::{MemoryLog, replay};
 use guest::world::World;
 use guest::{image_of, machine_on, total};
 use vcpu::has_kvm;
@@ -24,7 +24,7 @@ fn machine(engine: Engine) -> Machine {
 
 /// Records it while it is kicked and, where each step is a position, typed at and its clock moved, at moments that `seed`
 /// decides. (Interrupts that meet its main loop need exact windows in ring 0, which a KVM that emulates it does not give.)
-fn record(engine: Engine, seed: u32) -> GuestLoop<Recorder<World, Kept>> {
+fn record(engine: Engine, seed: u32) -> GuestLoop<Recorder<World, MemoryLog>> {
     let machine = machine(engine);
     let typed = if engine == Engine::KvmStep { 12 } else { 1 };
     let typing =
@@ -32,8 +32,9 @@ fn record(engine: Engine, seed: u32) -> GuestLoop<Recorder<World, Kept>> {
     let clock_step_ns = if typed > 1 { 400_000 + u64::from(seed) * 1000 } else { 0 };
     let kicks = Some((10_000, machine.kicker()));
     let world = World { typing, clock_step_ns, kicks, ..World::default() };
-    let live = Live::new(world, engine.unit(), Stops::default());
-    let mut recording = GuestLoop { machine, source: Recorder::new(live, Kept::default(), Pace::BACKUP) };
+    let live = Live::new(world, engine.unit(), PlannedStops::default());
+    let mut recording =
+        GuestLoop { machine, source: Recorder::new(live, MemoryLog::default(), LogIntervals::BACKUP) };
     assert_eq!(recording.run().unwrap(), Turn::Finished(End::PowerOff));
     recording
 }

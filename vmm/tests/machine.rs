@@ -3,9 +3,9 @@
 mod guest;
 
 use entry::{Console, Digest, End, Input, Output, Position, PositionUnit};
-use vmft_vmm::guest_loop::{GuestLoop, Turn};
-use vmft_vmm::machine::{Machine, Stop};
-use vmft_vmm::source::{Live, Stops};
+use vmm::guest_loop::{GuestLoop, Turn};
+use vmm::machine::{Machine, Stop};
+use vmm::source::{Live, PlannedStops};
 
 use guest::world::World;
 use guest::{assemble, machine, machine_of, out, total};
@@ -139,7 +139,7 @@ fn a_damaged_or_foreign_file_is_refused() {
     let mut version = saved.clone();
     version[8] = 9;
     assert!(message(&version).contains("version 9"));
-    let mut other = machine_of(&guest::image(), vec![vmft_vmm::Slot::Entropy]);
+    let mut other = machine_of(&guest::image(), vec![vmm::Slot::Entropy]);
     let error = other.restore(&mut &saved[..]).unwrap_err().to_string();
     assert_eq!(error, "the saved machine differs from the configured one in: devices");
 }
@@ -199,7 +199,7 @@ fn the_host_clock_pulls_a_slow_guest_along() {
     let live = Live::new(
         World { clock_step_ns: 2_000_000, ..World::default() },
         PositionUnit::Instructions,
-        Stops::default(),
+        PlannedStops::default(),
     );
     let mut guest = GuestLoop { machine: machine(), source: live };
     assert_eq!(guest.run().unwrap(), Turn::Finished(End::PowerOff));
@@ -212,7 +212,7 @@ fn the_host_clock_pulls_a_slow_guest_along() {
 #[test]
 fn stops_asked_for_are_taken() {
     let stops =
-        Stops { digests: [7, 1_000].map(Position::exact).into(), pause: Some(Position::exact(2_000)) };
+        PlannedStops { digests: [7, 1_000].map(Position::exact).into(), pause: Some(Position::exact(2_000)) };
     let live = Live::new(World::default(), PositionUnit::Instructions, stops);
     let mut guest = GuestLoop { machine: machine(), source: live };
     assert_eq!(guest.run().unwrap(), Turn::Paused);

@@ -8,27 +8,27 @@ use std::convert::Infallible;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use entry::block::{Decoder, Encoder};
-use entry::codec::{DecodeError, Reader, encode};
+use entry::codec::{ByteReader, DecodeError, encode};
 use entry::identity::Identity;
 use entry::log::{Entry, Record};
 use entry::{End, Position, PositionUnit};
 use proptest::prelude::*;
-use vmft_vmm::GuestLoop;
-use vmft_vmm::guest_loop::{LoopError, Turn};
-use vmft_vmm::machine::Machine;
-use vmft_vmm::record::{Pace, Recorder};
-use vmft_vmm::replay::{Records, ReplayError, Replayer};
-use vmft_vmm::source::{Live, Stops};
+use vmm::GuestLoop;
+use vmm::guest_loop::{LoopError, Turn};
+use vmm::machine::Machine;
+use vmm::record::{LogIntervals, Recorder};
+use vmm::replay::{Records, ReplayError, Replayer};
+use vmm::source::{Live, PlannedStops};
 
-use guest::log::{Kept, NoDisk, replay};
+use guest::log::{MemoryLog, NoDisk, replay};
 use guest::world::World;
 use guest::{machine, total};
 
-type Recording = GuestLoop<Recorder<World, Kept>>;
+type Recording = GuestLoop<Recorder<World, MemoryLog>>;
 
-fn recording(world: World, stops: Stops, pace: Pace) -> Recording {
+fn recording(world: World, stops: PlannedStops, pace: LogIntervals) -> Recording {
     let live = Live::new(world, PositionUnit::Instructions, stops);
-    GuestLoop { machine: machine(), source: Recorder::new(live, Kept::default(), pace) }
+    GuestLoop { machine: machine(), source: Recorder::new(live, MemoryLog::default(), pace) }
 }
 
 /// Replays the recording, that must end as it did, and compares the machines.
@@ -58,12 +58,12 @@ proptest! {
         raw in prop::collection::vec((1u32..60, prop::collection::vec(any::<u8>(), 1..20)), 0..8),
         pauses in prop::collection::vec(1u64..400_000, 0..30),
         clock_step_ns in prop_oneof![Just(0u64), 1u64..100_000, 1_000_000u64..30_000_000],
-        pace in prop_oneof![Just(Pace::FILE), Just(Pace::BACKUP)],
+        pace in prop_oneof![Just(LogIntervals::FILE), Just(LogIntervals::BACKUP)],
         // After a kick the guest stops at the first place where it may.
         kicks in prop_oneof![Just(0u32), 1u32..20_000],
     ) {
         let world = World { typing: typing(raw), clock_step_ns, ..World::default() };
-        let mut recording = recording(world, Stops::default(), pace);
+        let mut recording = recording(world, PlannedStops::default(), pace);
         let kicker = recording.machine.kicker();
         recording.source.live().outside().kicks = Some((kicks, kicker));
         let mut pauses = pauses.into_iter();
@@ -90,8 +90,8 @@ fn a_storm_of_kicks_leaves_no_trace() {
         let clock_step_ns = [0, 30_000, 400_000][round as usize % 3];
         let mut recording = recording(
             World { typing: typing(raw), clock_step_ns, ..World::default() },
-            Stops::default(),
-            Pace::FILE,
+            PlannedStops::default(),
+            LogIntervals::FILE,
         );
         let kicker = recording.machine.kicker();
         let over = AtomicBool::new(false);
@@ -116,11 +116,11 @@ fn a_storm_of_kicks_leaves_no_trace() {
 /// A short recording with each kind of record that this guest makes.
 fn short() -> (Vec<Record>, Machine) {
     let typing = [(3, b"some".to_vec()), (5, b" bytes".to_vec())].into();
-    let stops = Stops { digests: [300_000, 700_000].map(Position::exact).into(), pause: None };
+    let stops = PlannedStops { digests: [300_000, 700_000].map(Position::exact).into(), pause: None };
     let mut recording =
-        recording(World { typing, clock_step_ns: 7_000_000, ..World::default() }, stops, Pace::FILE);
+        recording(World { typing, clock_step_ns: 7_000_000, ..World::default() }, stops, LogIntervals::FILE);
     while recording.machine.counts().interrupts < 12 {
-        assert_eq!(recording.turn().unwrap(), Turn::Again);
+        assert_eq!(recording.run_once().unwrap(), Turn::Again);
     }
     recording.source.stop(&mut recording.machine).unwrap();
     let log = std::mem::take(&mut recording.source.log().0);
@@ -144,7 +144,7 @@ impl Records for Bytes {
             if let Some(record) = self.block.next() {
                 return Ok(Some(record));
             }
-            match self.decoder.block()? {
+            match self.decoder.next_block()? {
                 Some(records) => self.block = records.into_iter(),
                 None => return Ok(None),
             }
@@ -171,13 +171,13 @@ fn replay_bytes(bytes: &[u8]) -> Result<usize, LoopError<Failure>> {
 fn a_changed_byte_anywhere_in_a_log_is_refused_where_it_is() {
     let (log, _) = short();
     let mut encoder = Encoder::new(&Identity::new(PositionUnit::Instructions));
-    let mut bytes = encoder.take();
+    let mut bytes = encoder.take_bytes();
     // Where headers and blocks begin.
     let mut starts = vec![0, bytes.len()];
     for records in log.chunks(6) {
         records.iter().for_each(|record| encoder.append(record));
         encoder.close_block();
-        bytes.extend(encoder.take());
+        bytes.extend(encoder.take_bytes());
         starts.push(bytes.len());
     }
     assert_eq!(replay_bytes(&bytes).unwrap(), 0);
@@ -211,7 +211,7 @@ fn a_changed_record_is_a_divergence_where_it_takes_effect() {
     for at in 0..bytes.len() {
         let mut bad = bytes.clone();
         bad[at] ^= 1 << (at % 8);
-        let mut reader = Reader::new(&bad, 0);
+        let mut reader = ByteReader::new(&bad, 0);
         let mut last = Position::default();
         let mut changed = Vec::new();
         while !reader.is_done() {
@@ -250,7 +250,7 @@ fn a_cut_log_replays_up_to_its_last_whole_block() {
     let mut encoder = Encoder::new(&Identity::new(PositionUnit::Instructions));
     log.iter().for_each(|record| encoder.append(record));
     encoder.close_block();
-    let bytes = encoder.take();
+    let bytes = encoder.take_bytes();
     let cut = &bytes[..bytes.len() - 1];
     assert!(replay_bytes(cut).unwrap() > 100);
 }

@@ -7,12 +7,12 @@ mod vcpu;
 use entry::log::Entry;
 use entry::{Answer, End};
 use iced_x86::code_asm::*;
-use vmft_vmm::guest_loop::Turn;
-use vmft_vmm::record::{Pace, Recorder};
-use vmft_vmm::source::{Live, Stops};
-use vmft_vmm::{Engine, GuestLoop, Machine};
+use vmm::guest_loop::Turn;
+use vmm::record::{LogIntervals, Recorder};
+use vmm::source::{Live, PlannedStops};
+use vmm::{Engine, GuestLoop, Machine};
 
-use guest::log::{Kept, replay};
+use guest::log::{MemoryLog, replay};
 use guest::world::World;
 use guest::{BASE, assemble, machine_on, out, total};
 use vcpu::has_kvm;
@@ -68,8 +68,9 @@ fn told(engine: Engine) -> Vec<u64> {
     let counts = machine.rewritten().unwrap().instructions.clone();
     assert_eq!(counts, [("rdtsc", 1), ("rdtscp", 1), ("rdrand", 1), ("rdseed", 1), ("rdpmc", 1)].into());
     let world = World { told: Some(0x1_0000_0001), ..World::default() };
-    let live = Live::new(world, engine.unit(), Stops::default());
-    let mut recorded = GuestLoop { machine, source: Recorder::new(live, Kept::default(), Pace::FILE) };
+    let live = Live::new(world, engine.unit(), PlannedStops::default());
+    let mut recorded =
+        GuestLoop { machine, source: Recorder::new(live, MemoryLog::default(), LogIntervals::FILE) };
     assert_eq!(recorded.run().unwrap(), Turn::Finished(End::PowerOff), "{engine:?}");
     let log = recorded.source.log().0.clone();
     let values = log.iter().filter(|r| matches!(r.entry, Entry::Answer(Answer::Value(_))));

@@ -1,8 +1,8 @@
 //! Many seeds of the simulator, or one with a trace:
 //!
 //! ```text
-//! cargo run --release -p vmft-agent --example simulate -- --seeds 200000 [--from N] [--without RULE]
-//! cargo run --release -p vmft-agent --example simulate -- --seed N [--without RULE] [--trace]
+//! cargo run --release -p agent --example simulate -- --seeds 200000 [--from N] [--without RULE]
+//! cargo run --release -p agent --example simulate -- --seed N [--without RULE] [--trace]
 //! ```
 #![allow(clippy::disallowed_methods)]
 
@@ -12,8 +12,8 @@ mod simulator;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use agent::Rule;
 use simulator::{Counts, run};
-use vmft_agent::Rule;
 
 /// What the command line says.
 #[derive(Default)]

@@ -1,137 +1,107 @@
-//! The agent's state, and where each event goes.
+//! The agent, and where each event goes.
 
 use std::collections::VecDeque;
 
 use entry::Position;
-use entry::log::Record;
+use entry::log::{EndReason, Record};
 use logging_channel::ChannelError;
 use logging_channel::message::{Beat, Message, Role};
-use logging_channel::receiver::{NextRecord, Receiver};
-use logging_channel::sender::{Pace, Sender};
-use logging_channel::stream::{Inbox, Outbox};
+use logging_channel::receiver::NextRecord;
+use logging_channel::sender::GuestPace;
+use logging_channel::stream::{MessageReader, Outbox};
 use store_rule::names::{Generation, Incarnation};
 
-use crate::config::{Config, Rule};
-use crate::event::{Action, Event, Exit, Suspicion};
-use crate::start::Peer;
-use crate::watch::Watch;
-
-/// Where a replica is in its life. The module's documentation draws it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum State {
-    /// No peer yet.
-    Waiting,
-    /// Primary: the store is asked to open, or (`taking`) an unprotected one to take.
-    Opening { taking: bool, lost: Option<Suspicion> },
-    /// Backup: knows its primary, the guest does not run yet.
-    Met,
-    /// Log and acknowledgements flow.
-    Protected,
-    /// Primary: the guest is paused; when everything is settled the backup is told to take.
-    HandingOver { told: bool },
-    /// Backup: told to take; the channel stays open.
-    Succeeding,
-    /// The VM has ended.
-    Ending { reason: entry::log::EndReason, told: bool },
-    /// The peer is lost, the channel closed; not yet able to take.
-    Suspecting,
-    /// The store is asked.
-    Taking,
-    /// The generation is this side's.
-    Alone,
-    /// The VM has ended and the store is asked to forget it.
-    Forgetting(Exit),
-    /// Nothing will happen any more.
-    Out(Exit),
-}
-
-/// The side of the log.
-#[derive(Debug)]
-pub(crate) enum Side {
-    Primary(Box<Sender>),
-    Backup(Box<Receiver>),
-}
+use crate::config::Config;
+use crate::event::{Action, Event, Outcome, Suspicion};
+use crate::failure_detector::FailureDetector;
+use crate::rules::Rule;
+use crate::state::{AgentState, LogSide, PeerReplica};
 
 /// A replica's agent: see the crate's documentation.
 #[derive(Debug)]
 pub struct Agent {
     pub(crate) config: Config,
-    pub(crate) state: State,
+    pub(crate) state: AgentState,
     pub(crate) generation: Option<Generation>,
-    pub(crate) peer: Option<Peer>,
-    /// There is once the peers have met.
-    pub(crate) side: Option<Side>,
-    pub(crate) watch: Watch,
-    pub(crate) inbox: Inbox,
+    pub(crate) peer: Option<PeerReplica>,
+    /// Set once the peers have met.
+    pub(crate) log_side: Option<LogSide>,
+    pub(crate) failure_detector: FailureDetector,
+    pub(crate) inbox: MessageReader,
     pub(crate) outbox: Outbox,
     pub(crate) connected: bool,
-    pub(crate) next_beat: u64,
-    /// The store did not answer, and is asked again at this time.
-    pub(crate) ask_at: Option<u64>,
-    /// Backup: tap and disks are ready.
+    pub(crate) next_beat_at: u64,
+    /// When the store is asked again, if it did not answer.
+    pub(crate) retry_at: Option<u64>,
+    /// Backup: its tap and disks are ready.
     pub(crate) ready: bool,
-    /// Where this side's guest is, as the beats tell.
+    /// Where this side's guest is; beats carry it to the peer.
     pub(crate) position: Position,
     pub(crate) peer_beat: Beat,
-    /// The handover was asked for, so losing the verdict is what was wanted.
-    pub(crate) handing_over: bool,
-    /// The VM's end, which a winner still has to finish.
-    pub(crate) ended: Option<entry::log::EndReason>,
+    /// A handover was requested, so that losing the verdict is what the user wanted.
+    pub(crate) handover_requested: bool,
+    /// How the VM ended, if the winner of the verdict still has to have the store forget it.
+    pub(crate) pending_end: Option<EndReason>,
+    /// Outputs that have left.
     pub(crate) released: u64,
-    /// The generation is this side's: what its guest says may leave.
+    /// The generation belongs to this side: what its guest emits may leave.
     pub(crate) has_won: bool,
     pub(crate) actions: VecDeque<Action>,
+    #[cfg(feature = "ablation")]
+    pub(crate) without: Option<Rule>,
 }
 
 impl Agent {
-    /// An agent that waits for its peer; an unprotected primary asks the store at once.
+    /// An agent that waits for its peer. An unprotected primary asks the store at once.
     pub fn new(config: Config, now: u64) -> Agent {
         let mut agent = Agent {
-            state: State::Waiting,
+            state: AgentState::Waiting,
             generation: None,
             peer: None,
-            side: None,
-            watch: Watch::new(config.timing, now),
-            inbox: Inbox::new(),
+            log_side: None,
+            failure_detector: FailureDetector::new(config.timing, now),
+            inbox: MessageReader::new(),
             outbox: Outbox::new(),
             connected: false,
-            next_beat: now,
-            ask_at: None,
+            next_beat_at: now,
+            retry_at: None,
             ready: false,
             position: Position::default(),
             peer_beat: Beat::default(),
-            handing_over: false,
-            ended: None,
+            handover_requested: false,
+            pending_end: None,
             released: 0,
             has_won: false,
             actions: VecDeque::new(),
+            #[cfg(feature = "ablation")]
+            without: None,
             config,
         };
         if agent.config.role == Role::Primary && agent.config.unprotected {
-            agent.open();
+            agent.ask_to_open();
         }
         agent
     }
 
-    /// What has happened. Actions and bytes to write may be there afterwards.
+    /// Handles an event. Afterwards there may be actions to do and bytes to write.
     pub fn handle(&mut self, now: u64, event: Event<'_>) {
         match event {
-            Event::Connected => self.connect(now),
-            Event::Received(bytes) => self.received(now, bytes),
-            Event::Disconnected => self.lost(now, Suspicion::Disconnected),
-            Event::Stranger(hello) => self.stranger(now, hello),
+            Event::Connected => self.say_hello(now),
+            Event::Received(bytes) => self.bytes_received(now, bytes),
+            Event::Disconnected => self.peer_lost(now, Suspicion::Disconnected),
+            Event::Stranger(hello) => self.hello_from_stranger(now, hello),
             Event::Tick => self.tick(now),
-            Event::Verdict(verdict) => self.verdict(now, verdict),
-            Event::Opened(opened) => self.opened(now, opened),
-            Event::Forgotten(done) => self.forgotten(now, done),
+            Event::Verdict(verdict) => self.verdict_received(now, verdict),
+            Event::Opened(opened) => self.open_answered(now, opened),
+            Event::Forgotten(done) => self.forget_answered(now, done),
             Event::Ready => {
                 self.ready = true;
                 self.take_when_able(now);
             }
             Event::Replayed { records, position } => self.replayed(now, records, position),
             Event::HostFailed(reason) => self.host_failed(reason),
-            Event::GuestEnded(reason) => self.guest_ended(now, reason),
-            Event::HandOver => self.hand_over(now),
+            Event::GuestEnded(reason) => self.guest_ended(reason),
+            Event::HandOver => self.hand_over(),
         }
         self.offer_release(now);
     }
@@ -152,124 +122,131 @@ impl Agent {
     }
 
     fn is_deciding(&self) -> bool {
-        matches!(self.state, State::Suspecting | State::Taking)
+        matches!(self.state, AgentState::Suspecting | AgentState::Taking)
     }
 
-    /// When [`Event::Tick`] is due at the latest.
+    /// The latest time at which [`Event::Tick`] is due.
     pub fn deadline(&self) -> Option<u64> {
-        // Without a peer it is this side's own loop that is looked at as often.
-        let beat = (self.connected || self.is_deciding()).then_some(self.next_beat);
-        let batch = match &self.side {
-            Some(Side::Primary(sender)) => sender.deadline(),
-            Some(Side::Backup(receiver)) => receiver.deadline().filter(|_| self.connected),
+        // Without a peer, this side checks its own guest loop as often as it would send beats.
+        let beat = (self.connected || self.is_deciding()).then_some(self.next_beat_at);
+        let batch = match &self.log_side {
+            Some(LogSide::Primary(sender)) => sender.deadline(),
+            Some(LogSide::Backup(receiver)) => receiver.deadline().filter(|_| self.connected),
             None => None,
         };
-        [self.ask_at, beat, batch].into_iter().flatten().min()
+        [self.retry_at, beat, batch].into_iter().flatten().min()
     }
 
-    /// The guest's loop has made a turn, also when it only waits. Outputs may leave after it: see [`Action::Release`].
-    pub fn turn(&mut self, now: u64, position: Position) {
-        self.watch.turn(now);
+    /// The guest loop has made a turn, even if it only waits. Outputs may leave afterwards: see
+    /// [`Action::Release`].
+    pub fn guest_loop_turned(&mut self, now: u64, position: Position) {
+        self.failure_detector.guest_loop_turned(now);
         self.position = position;
-        if let Some(Side::Primary(sender)) = &mut self.side {
-            sender.turn(now, &mut self.outbox);
+        if let Some(LogSide::Primary(sender)) = &mut self.log_side {
+            sender.guest_loop_turned(now, &mut self.outbox);
         }
         self.take_when_able(now);
         self.offer_release(now);
     }
 
-    /// Primary: the guest's loop is about to wait, so that nothing is to follow for a while.
-    pub fn rest(&mut self, now: u64) {
-        if let Some(Side::Primary(sender)) = &mut self.side {
-            sender.rest(now, &mut self.outbox);
+    /// Primary: the guest loop is about to wait, so that no output is expected for a while.
+    pub fn guest_loop_waits(&mut self, now: u64) {
+        if let Some(LogSide::Primary(sender)) = &mut self.log_side {
+            sender.guest_loop_waits(now, &mut self.outbox);
         }
     }
 
     /// How fast the guest may run.
-    pub fn pace(&self, now: u64) -> Pace {
-        match (&self.state, &self.side) {
-            (State::Alone, _) => Pace::Free,
-            (State::Protected, Some(Side::Primary(sender))) => sender.pace(now),
+    pub fn pace(&self, now: u64) -> GuestPace {
+        match (&self.state, &self.log_side) {
+            (AgentState::Alone, _) => GuestPace::Free,
+            (AgentState::Protected, Some(LogSide::Primary(sender))) => sender.pace(now),
             // A backup runs as far as its records go.
-            (State::Protected | State::Succeeding | State::Suspecting, Some(Side::Backup(_))) => Pace::Free,
-            _ => Pace::Stop,
+            (
+                AgentState::Protected | AgentState::ReceivingHandover | AgentState::Suspecting,
+                Some(LogSide::Backup(_)),
+            ) => GuestPace::Free,
+            _ => GuestPace::Stop,
         }
     }
 
-    /// Primary: appends a record, before what it says takes effect. An output's leaves at [`Agent::turn`] or [`Agent::rest`].
-    /// True: there is something to write or to do, or [`Agent::deadline`] has changed.
+    /// Primary: appends a record before what it records takes effect. An output's record is sent at
+    /// [`Agent::turn`] or [`Agent::rest`]. Returns true if there is something to write or to do, or if
+    /// [`Agent::deadline`] has changed.
     pub fn append(&mut self, now: u64, record: &Record) -> bool {
         self.position = record.position;
-        let Some(Side::Primary(sender)) = &mut self.side else { return false };
-        let deadline = sender.deadline();
-        if self.config.without == Some(Rule::LogOutputs)
-            && matches!(record.entry, entry::log::Entry::Output(_))
-        {
-            sender.hold_unlogged();
-        } else {
-            sender.append(now, record, &mut self.outbox);
+        #[cfg(feature = "ablation")]
+        if self.holds_unlogged(now, record) {
+            return true;
         }
+        let Some(LogSide::Primary(sender)) = &mut self.log_side else { return false };
+        let deadline = sender.deadline();
+        sender.append(now, record, &mut self.outbox);
         let moved = sender.deadline() != deadline;
         self.offer_release(now);
         moved || !self.outbox.front().is_empty() || !self.actions.is_empty()
     }
 
-    /// Backup: the next record to replay. At [`NextRecord::End`] everything is replayed that may be; the guest's loop
-    /// stops there, says [`Event::Replayed`], and waits for [`Action::GoLive`] or [`Action::Halt`].
+    /// Backup: the next record to replay. At [`NextRecord::End`] everything that may be replayed has been:
+    /// the guest loop stops there, sends [`Event::Replayed`], and waits for [`Action::GoLive`] or
+    /// [`Action::Halt`].
     pub fn next_record(&mut self) -> NextRecord {
-        match &mut self.side {
-            Some(Side::Backup(receiver)) => receiver.next_record(),
+        match &mut self.log_side {
+            Some(LogSide::Backup(receiver)) => receiver.next_record(),
             _ => NextRecord::Wait,
         }
     }
 
-    /// How many outputs, since the log's start, may have left by now. Asked anew just before each is written (rule 5).
+    /// How many outputs, counted from the log's start, may have left by now. To be asked again just before
+    /// each output is written (rule 5).
     pub fn release_limit(&self, now: u64) -> u64 {
         if self.has_won {
             return u64::MAX;
         }
-        match (&self.state, &self.side) {
+        match (&self.state, &self.log_side) {
             (
-                State::Protected | State::HandingOver { .. } | State::Ending { .. },
-                Some(Side::Primary(sender)),
+                AgentState::Protected | AgentState::HandingOver { .. } | AgentState::Ending { .. },
+                Some(LogSide::Primary(sender)),
             ) => {
-                if !self.config.has(Rule::HoldOutputs) {
+                if !self.in_force(Rule::HoldOutputs) {
                     return sender.cursors().outputs_recorded;
                 }
-                let fresh = self.watch.is_fresh(now) || !self.config.has(Rule::ReleaseOnlyWhenFresh);
-                if fresh { sender.cursors().outputs_acked } else { self.released }
+                let may_release =
+                    self.failure_detector.holds_lease(now) || !self.in_force(Rule::ReleaseOnlyWhenFresh);
+                if may_release { sender.cursors().outputs_acked } else { self.released }
             }
             _ => self.released,
         }
     }
 
-    /// Whether this side may tell the network that the guest is behind it. A loser's word would lead frames astray, so it
-    /// comes under the same lease as an output.
+    /// Whether this side may announce to the network that the guest is reached through it. The announcement
+    /// of a loser would lead frames astray, so it needs the same lease as an output.
     pub fn may_announce(&self, now: u64) -> bool {
-        let leads = matches!((&self.state, &self.side), (State::Protected, Some(Side::Primary(_))));
-        self.has_won || leads && self.watch.is_fresh(now)
+        let leads =
+            matches!((&self.state, &self.log_side), (AgentState::Protected, Some(LogSide::Primary(_))));
+        self.has_won || leads && self.failure_detector.holds_lease(now)
     }
 
-    /// So many outputs have left.
-    pub fn released(&mut self, now: u64, outputs: u64) {
+    /// This many outputs have left, counted from the log's start.
+    pub fn released(&mut self, outputs: u64) {
         self.released = outputs;
-        if let Some(Side::Primary(sender)) = &mut self.side {
+        if let Some(LogSide::Primary(sender)) = &mut self.log_side {
             sender.released(outputs);
         }
-        self.settle(now);
+        self.tell_backup_when_flushed();
     }
 
-    /// Backup: how many outputs its gate may drop, since they have left at the primary.
+    /// Backup: how many outputs its gate may drop because they have left at the primary.
     pub fn drop_limit(&self) -> u64 {
-        match &self.side {
-            Some(Side::Backup(receiver)) => receiver.outputs_released(),
+        match &self.log_side {
+            Some(LogSide::Backup(receiver)) => receiver.outputs_released(),
             _ => 0,
         }
     }
 
-    fn offer_release(&mut self, now: u64) {
-        let held = match &self.side {
-            Some(Side::Primary(sender)) => sender.cursors().outputs_recorded,
+    pub(crate) fn offer_release(&mut self, now: u64) {
+        let held = match &self.log_side {
+            Some(LogSide::Primary(sender)) => sender.cursors().outputs_recorded,
             _ => return,
         };
         let offered = matches!(self.actions.back(), Some(Action::Release));
@@ -278,72 +255,77 @@ impl Agent {
         }
     }
 
-    fn received(&mut self, now: u64, bytes: &[u8]) {
+    fn bytes_received(&mut self, now: u64, bytes: &[u8]) {
         if !self.connected {
             return;
         }
         self.inbox.push(bytes);
-        self.watch.heard(now);
-        self.resume_if_rule_is_off();
+        self.failure_detector.peer_heard(now);
+        #[cfg(feature = "ablation")]
+        self.resume_suspected_peer();
         while self.connected {
-            let message = match self.inbox.message() {
+            let message = match self.inbox.next_message() {
                 Ok(Some(message)) => message,
                 Ok(None) => break,
-                Err(e) => return self.lost(now, Suspicion::Protocol(e.into())),
+                Err(e) => return self.peer_lost(now, Suspicion::Protocol(e.into())),
             };
-            if let Err(e) = self.message(now, message) {
-                return self.lost(now, Suspicion::Protocol(e));
+            if let Err(e) = self.message_received(now, message) {
+                return self.peer_lost(now, Suspicion::Protocol(e));
             }
         }
         self.acknowledge(now);
-        self.settle(now);
+        self.tell_backup_when_flushed();
     }
 
-    fn message(&mut self, now: u64, message: Message) -> Result<(), ChannelError> {
+    fn message_received(&mut self, now: u64, message: Message) -> Result<(), ChannelError> {
         let name = message.name();
-        match (message, &mut self.side) {
-            (Message::Hello(hello), _) => self.meet(now, *hello),
-            (Message::Failed { reason }, _) => self.lost(now, Suspicion::Failed(reason)),
-            (Message::Beat(beat), Some(_)) => self.beat(now, beat),
-            (Message::Ack(ack), Some(Side::Primary(sender))) => {
+        match (message, &mut self.log_side) {
+            (Message::Hello(hello), _) => self.hello_received(now, *hello),
+            (Message::Failed { reason }, _) => self.peer_lost(now, Suspicion::Failed(reason)),
+            (Message::Beat(beat), Some(_)) => self.beat_received(now, beat),
+            (Message::Ack(ack), Some(LogSide::Primary(sender))) => {
                 sender.acked(&ack, &mut self.outbox)?;
-                self.watch.echoed(ack.echo_ns);
+                self.failure_detector.stamp_echoed(ack.echo_ns);
             }
-            (Message::Live, Some(Side::Primary(_))) if self.handing_over => self.halt(Exit::HandedOver),
-            (Message::Ended, Some(Side::Primary(_))) => self.end_acknowledged(),
-            (Message::Start { generation }, Some(Side::Backup(_))) if self.state == State::Met => {
-                self.started(now, Generation(generation));
+            (Message::Live, Some(LogSide::Primary(_))) if self.handover_requested => {
+                self.halt(Outcome::HandedOver)
             }
-            (Message::Log(block), Some(Side::Backup(receiver))) if self.generation.is_some() => {
-                receiver.log(&block)?;
+            (Message::Ended, Some(LogSide::Primary(_))) => self.end_acknowledged(),
+            (Message::Start { generation }, Some(LogSide::Backup(_))) if self.state == AgentState::Met => {
+                self.pair_started(now, Generation(generation));
             }
-            (Message::Released { outputs }, Some(Side::Backup(receiver))) => {
+            (Message::Log(block), Some(LogSide::Backup(receiver))) if self.generation.is_some() => {
+                receiver.receive_block(&block)?;
+            }
+            (Message::Released { outputs }, Some(LogSide::Backup(receiver))) => {
                 receiver.released(outputs)?;
                 self.actions.push_back(Action::Drop);
             }
-            (Message::HandOver, Some(Side::Backup(_))) if self.state == State::Protected => self.succeed(now),
-            (Message::End(reason), Some(Side::Backup(_))) if self.state == State::Protected => {
-                self.peer_ended(reason);
+            (Message::HandOver, Some(LogSide::Backup(_))) if self.state == AgentState::Protected => {
+                self.handover_received(now)
+            }
+            (Message::End(reason), Some(LogSide::Backup(_))) if self.state == AgentState::Protected => {
+                self.end_received(reason);
             }
             _ => return Err(ChannelError::Unexpected(name)),
         }
         Ok(())
     }
 
-    fn beat(&mut self, now: u64, beat: Beat) {
-        self.watch.beat(now, &beat);
+    fn beat_received(&mut self, now: u64, beat: Beat) {
+        self.failure_detector.beat_received(now, &beat);
         self.peer_beat = beat;
-        if let Some(Side::Primary(sender)) = &mut self.side {
+        if let Some(LogSide::Primary(sender)) = &mut self.log_side {
             sender.replayed(beat.records, &mut self.outbox);
         }
     }
 
-    /// Acknowledges what is due to be: what outputs wait for on receipt.
-    pub(crate) fn acknowledge(&mut self, now: u64) {
-        let echo = self.watch.echo();
-        if let Some(Side::Backup(receiver)) = &mut self.side
+    /// Backup: acknowledges what was received, if an acknowledgement is due.
+    fn acknowledge(&mut self, now: u64) {
+        let echo = self.failure_detector.peer_stamp();
+        if let Some(LogSide::Backup(receiver)) = &mut self.log_side
             && self.connected
-            && let Some(ack) = receiver.ack(now, echo)
+            && let Some(ack) = receiver.ack_if_due(now, echo)
         {
             self.outbox.push(&Message::Ack(ack));
         }
@@ -351,7 +333,7 @@ impl Agent {
 
     fn replayed(&mut self, now: u64, records: u64, position: Position) {
         self.position = position;
-        if let Some(Side::Backup(receiver)) = &mut self.side {
+        if let Some(LogSide::Backup(receiver)) = &mut self.log_side {
             receiver.move_replayed(records);
         }
         self.acknowledge(now);
@@ -360,44 +342,56 @@ impl Agent {
     }
 
     fn tick(&mut self, now: u64) {
-        if let Some(Side::Primary(sender)) = &mut self.side {
+        if let Some(LogSide::Primary(sender)) = &mut self.log_side {
             sender.tick(now, &mut self.outbox);
             if sender.cursors().replayed == sender.cursors().acked {
-                self.watch.idle(now);
+                self.failure_detector.peer_idle(now);
             }
         }
-        let suspicion = self.watch.tick(now).filter(|_| !self.is_deciding());
+        let suspicion = self.failure_detector.check_peer(now).filter(|_| !self.is_deciding());
         if self.connected {
             if let Some(suspicion) = suspicion {
-                self.lost(now, suspicion);
-            } else if now >= self.next_beat && self.side.is_some() {
+                self.peer_lost(now, suspicion);
+            } else if now >= self.next_beat_at && self.log_side.is_some() {
                 self.send_beat(now);
             }
         } else if self.is_deciding() {
-            self.next_beat = now + self.config.timing.beat_interval_ns;
-            if self.watch.is_stuck(now) {
-                self.host_failed("its guest's loop is stuck");
+            self.next_beat_at = now + self.config.timing.beat_interval_ns;
+            if self.failure_detector.is_guest_loop_stuck(now) {
+                self.host_failed("the guest loop is stuck");
             }
         }
         self.acknowledge(now);
-        self.ask_again(now);
-        self.settle(now);
+        self.retry_when_due(now);
+        self.tell_backup_when_flushed();
     }
 
     pub(crate) fn send_beat(&mut self, now: u64) {
-        self.next_beat = now + self.config.timing.beat_interval_ns;
-        if !matches!(self.state, State::Protected) {
-            // The guest's loop rests, and is not stuck.
-            self.watch.turn(now);
+        self.next_beat_at = now + self.config.timing.beat_interval_ns;
+        if !matches!(self.state, AgentState::Protected) {
+            // The guest loop waits; it is not stuck.
+            self.failure_detector.guest_loop_turned(now);
         }
-        let records = match &self.side {
-            Some(Side::Primary(sender)) => sender.cursors().recorded,
-            Some(Side::Backup(receiver)) => receiver.replayed(),
+        let records = match &self.log_side {
+            Some(LogSide::Primary(sender)) => sender.cursors().recorded,
+            Some(LogSide::Backup(receiver)) => receiver.replayed(),
             None => 0,
         };
-        let (turns, echo_ns) = (self.watch.turns(), self.watch.echo());
+        let (turns, echo_ns) = (self.failure_detector.turns(), self.failure_detector.peer_stamp());
         let beat = Beat { stamp_ns: now, echo_ns, turns, records, position: self.position.count };
         self.outbox.push(&Message::Beat(beat));
+    }
+
+    /// Whether a rule is in force.
+    #[cfg(not(feature = "ablation"))]
+    pub(crate) const fn in_force(&self, _: Rule) -> bool {
+        true
+    }
+
+    /// Whether a rule is in force.
+    #[cfg(feature = "ablation")]
+    pub(crate) fn in_force(&self, rule: Rule) -> bool {
+        self.without != Some(rule)
     }
 
     /// This side's incarnation.
@@ -405,8 +399,8 @@ impl Agent {
         self.config.me.incarnation
     }
 
-    pub(crate) fn halt(&mut self, exit: Exit) {
-        self.state = State::Out(exit.clone());
+    pub(crate) fn halt(&mut self, exit: Outcome) {
+        self.state = AgentState::Out(exit.clone());
         self.actions.push_back(Action::Halt(exit));
     }
 }

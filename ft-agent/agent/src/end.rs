@@ -1,70 +1,73 @@
 //! The end of a VM, and of one replica (rule 8).
 
 use entry::log::EndReason;
-use logging_channel::message::Message;
+use logging_channel::message::{Message, Role};
 
-use crate::Role;
-use crate::agent::{Agent, Side, State};
-use crate::event::{Action, Exit};
+use crate::agent::Agent;
+use crate::event::{Action, Outcome};
+use crate::state::{AgentState, LogSide};
 
 impl Agent {
-    /// The guest's run is over and the log has its end. Its last outputs leave first, then the backup is told.
-    pub(crate) fn guest_ended(&mut self, now: u64, reason: EndReason) {
+    /// The guest's run is over and the log has its end. The last outputs leave first, then the backup is
+    /// told.
+    pub(crate) fn guest_ended(&mut self, reason: EndReason) {
         match self.state {
-            State::Protected if self.config.role == Role::Primary => {
-                self.state = State::Ending { reason, told: false };
+            AgentState::Protected if self.config.role == Role::Primary => {
+                self.state = AgentState::Ending { reason, told: false };
                 self.flush();
-                self.settle(now);
+                self.tell_backup_when_flushed();
             }
-            State::Alone => {
+            AgentState::Alone => {
                 self.actions.push_back(Action::Release);
-                self.forget(Exit::Ended(reason));
+                self.ask_to_forget(Outcome::Ended(reason));
             }
-            State::Suspecting | State::Taking => self.ended = Some(reason),
+            AgentState::Suspecting | AgentState::Taking => self.pending_end = Some(reason),
             _ => {}
         }
     }
 
-    /// A primary lets the backup go on in its place: the guest pauses, everything is settled, the backup is told. A backup
-    /// leaves: it says so, and never takes.
-    pub(crate) fn hand_over(&mut self, now: u64) {
+    /// The user asks for a handover. A primary lets the backup go on in its place: the guest pauses,
+    /// everything is acknowledged and leaves, then the backup is told. A backup leaves the pair: it says so,
+    /// and never takes.
+    pub(crate) fn hand_over(&mut self) {
         match (self.config.role, &self.state) {
-            (Role::Primary, State::Protected) => {
-                self.state = State::HandingOver { told: false };
-                self.handing_over = true;
+            (Role::Primary, AgentState::Protected) => {
+                self.state = AgentState::HandingOver { told: false };
+                self.handover_requested = true;
                 self.actions.push_back(Action::Pause);
                 self.flush();
-                self.settle(now);
+                self.tell_backup_when_flushed();
             }
-            (Role::Backup, State::Protected | State::Waiting | State::Met) => {
+            (Role::Backup, AgentState::Protected | AgentState::Waiting | AgentState::Met) => {
                 if self.connected {
-                    self.outbox.push(&Message::Failed { reason: Exit::Stopped.to_string() });
+                    self.outbox.push(&Message::Failed { reason: Outcome::Stopped.to_string() });
                 }
-                self.halt(Exit::Stopped);
+                self.halt(Outcome::Stopped);
             }
             _ => {}
         }
     }
 
     fn flush(&mut self) {
-        if let Some(Side::Primary(sender)) = &mut self.side {
+        if let Some(LogSide::Primary(sender)) = &mut self.log_side {
             sender.flush(&mut self.outbox);
         }
     }
 
-    /// Primary: once everything is acknowledged and has left, the backup is told what comes now.
-    pub(crate) fn settle(&mut self, _now: u64) {
-        let Some(Side::Primary(sender)) = &self.side else { return };
+    /// Primary: tells the backup of the handover or of the VM's end, once all records are acknowledged and
+    /// all outputs have left.
+    pub(crate) fn tell_backup_when_flushed(&mut self) {
+        let Some(LogSide::Primary(sender)) = &self.log_side else { return };
         let cursors = sender.cursors();
-        if !sender.is_settled() || cursors.outputs_released < cursors.outputs_recorded {
+        if !sender.is_fully_acked() || cursors.outputs_released < cursors.outputs_recorded {
             return;
         }
         let message = match &mut self.state {
-            State::HandingOver { told } if !*told => {
+            AgentState::HandingOver { told } if !*told => {
                 *told = true;
                 Message::HandOver
             }
-            State::Ending { reason, told } if !*told => {
+            AgentState::Ending { reason, told } if !*told => {
                 *told = true;
                 Message::End(*reason)
             }
@@ -74,54 +77,58 @@ impl Agent {
     }
 
     /// Backup: the primary has stopped its guest and wants it to go on here.
-    pub(crate) fn succeed(&mut self, now: u64) {
-        self.state = State::Succeeding;
-        self.handing_over = true;
-        if let Some(Side::Backup(receiver)) = &mut self.side {
+    pub(crate) fn handover_received(&mut self, now: u64) {
+        self.state = AgentState::ReceivingHandover;
+        self.handover_requested = true;
+        if let Some(LogSide::Backup(receiver)) = &mut self.log_side {
             receiver.close();
         }
         self.take_when_able(now);
     }
 
-    /// Backup: the VM has ended. It never takes; its disks are complete when the rest is replayed.
-    pub(crate) fn peer_ended(&mut self, reason: EndReason) {
-        self.state = State::Ending { reason, told: true };
+    /// Backup: the VM has ended. This side never takes; its disks are complete when the rest of the log is
+    /// replayed.
+    pub(crate) fn end_received(&mut self, reason: EndReason) {
+        self.state = AgentState::Ending { reason, told: true };
         self.outbox.push(&Message::Ended);
-        if let Some(Side::Backup(receiver)) = &mut self.side {
+        if let Some(LogSide::Backup(receiver)) = &mut self.log_side {
             receiver.close();
         }
         self.finish_when_replayed();
     }
 
+    /// Backup: has the store forget a VM that has ended, once all of the log is replayed.
     pub(crate) fn finish_when_replayed(&mut self) {
-        if let (State::Ending { reason, .. }, Some(Side::Backup(receiver))) = (&self.state, &self.side)
+        if let (AgentState::Ending { reason, .. }, Some(LogSide::Backup(receiver))) =
+            (&self.state, &self.log_side)
             && receiver.is_drained()
         {
-            self.forget(Exit::Ended(*reason));
+            self.ask_to_forget(Outcome::Ended(*reason));
         }
     }
 
-    /// Primary: the backup knows of the end.
+    /// Primary: the backup knows that the VM has ended.
     pub(crate) fn end_acknowledged(&mut self) {
-        if let State::Ending { reason, told: true } = self.state {
-            self.forget(Exit::Ended(reason));
+        if let AgentState::Ending { reason, told: true } = self.state {
+            self.ask_to_forget(Outcome::Ended(reason));
         }
     }
 
-    /// The store forgets the VM, so that it can be started again.
-    pub(crate) fn forget(&mut self, exit: Exit) {
+    /// Asks the store to forget the VM, so that it can be started again. Then this replica ends as `exit`
+    /// says.
+    pub(crate) fn ask_to_forget(&mut self, exit: Outcome) {
         let Some(generation) = self.generation else { return self.halt(exit) };
-        self.state = State::Forgetting(exit);
+        self.state = AgentState::Forgetting(exit);
         self.actions.push_back(Action::Forget { generation });
     }
 
-    pub(crate) fn forgotten(&mut self, now: u64, done: bool) {
-        let State::Forgetting(exit) = &self.state else { return };
+    pub(crate) fn forget_answered(&mut self, now: u64, done: bool) {
+        let AgentState::Forgetting(exit) = &self.state else { return };
         if done {
             let exit = exit.clone();
             self.halt(exit);
         } else {
-            self.ask_later(now);
+            self.retry_later(now);
         }
     }
 }

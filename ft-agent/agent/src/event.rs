@@ -6,30 +6,32 @@ use entry::log::EndReason;
 use logging_channel::ChannelError;
 use logging_channel::message::{Hello, Role};
 use store_rule::names::{Generation, Incarnation};
-use store_rule::record::Members;
+use store_rule::record::{Applied, Members, Verdict};
 
-/// What has happened.
+/// Something that has happened.
 #[derive(Debug)]
 pub enum Event<'a> {
-    /// A connection to the peer is there, certificates checked. Only while there is no other.
+    /// A connection to the peer has come up and its certificate is checked. Only while there is no other
+    /// connection.
     Connected,
-    /// Bytes came on it.
+    /// Bytes arrived on the connection.
     Received(&'a [u8]),
-    /// It has ended, or failed.
+    /// The connection has ended, or failed.
     Disconnected,
-    /// Somebody else said hello on another connection, which is closed whatever comes of this.
+    /// Another process said hello on a second connection. That connection is closed in any case.
     Stranger(&'a Hello),
     /// Time has passed, and there was nothing to read.
     Tick,
     /// The store's answer to [`Action::Take`].
     Verdict(Verdict),
-    /// The store's answer to [`Action::Open`].
-    Opened(Opened),
-    /// The store's answer to [`Action::Forget`]: whether it is done (or was another's to do).
+    /// The store's answer to [`Action::Open`]; `None` if there was no answer.
+    Opened(Option<Applied>),
+    /// The store's answer to [`Action::Forget`]: true if the VM is forgotten, or if another replica has to
+    /// see to it.
     Forgotten(bool),
     /// Backup: its tap and disks are ready to go live.
     Ready,
-    /// Backup: so many records are replayed, all digests equal.
+    /// Backup: records have been replayed, and all their digests were equal.
     Replayed {
         /// Records since the log's start.
         records: u64,
@@ -38,132 +40,111 @@ pub enum Event<'a> {
     },
     /// This host cannot run the guest: its disk failed, or the replay diverged.
     HostFailed(&'a str),
-    /// The guest's run is over for good, or the user stops the VM; the log has the end.
+    /// The guest's run is over for good, or the user stops the VM. The end is in the log.
     GuestEnded(EndReason),
-    /// A primary is asked to let the backup go on in its place; a backup is asked to leave.
+    /// The user asks a primary to let the backup go on in its place, or a backup to leave the pair.
     HandOver,
 }
 
-/// The store's answer to a take.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Verdict {
-    /// This incarnation holds the generation.
-    Won,
-    /// Another one does.
-    Lost(Incarnation),
-    /// Not a member, or not the current generation.
-    Stale,
-    /// No answer.
-    Unknown,
-}
-
-/// The store's answer to an open.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Opened {
-    /// The generation is open with these members.
-    Done,
-    /// It is not to be had: the VM has another generation, or other members.
-    Stale,
-    /// No answer.
-    Unknown,
-}
-
-/// What is to be done, in this order.
+/// Something to do. Actions are to be done in their order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// Close the connection. What is in [`crate::Agent::outgoing`] may still be written first, but nothing is read.
+    /// Close the connection. The bytes of [`crate::Agent::outgoing`] may still be written first, but nothing
+    /// is read.
     Close,
-    /// The peer on this connection is refused; log it. [`Action::Close`] follows.
-    Refused(Refusal),
+    /// Log that the peer on this connection is refused. [`Action::Close`] follows.
+    Refused(PeerRefusal),
     /// Ask the store to open a generation; answer with [`Event::Opened`].
     Open {
-        /// Which.
+        /// Which generation.
         generation: Generation,
-        /// For whom.
+        /// For which replicas.
         members: Members,
     },
-    /// The pair is protected. Primary: the guest may run, and records. Backup: replay.
+    /// The pair is protected. Primary: run the guest and record. Backup: replay.
     Start {
         /// The pair's generation.
         generation: Generation,
     },
-    /// Outputs may leave now: look at [`crate::Agent::release_limit`].
+    /// Let outputs leave, up to [`crate::Agent::release_limit`].
     Release,
-    /// Backup: outputs up to [`crate::Agent::drop_limit`] have left over there, drop them.
+    /// Backup: drop the outputs up to [`crate::Agent::drop_limit`]; they have left at the primary.
     Drop,
-    /// The peer is lost; log it. Nothing is to be done yet: the guest's loop sees [`crate::Pace::Stop`], or the end of
-    /// the records.
+    /// Log that the peer is lost. There is nothing to do yet: the guest loop sees [`crate::Pace::Stop`], or
+    /// the end of the records.
     Suspected(Suspicion),
-    /// Ask the store; answer with [`Event::Verdict`].
+    /// Ask the store for a verdict; answer with [`Event::Verdict`].
     Take {
         /// Which generation.
         generation: Generation,
-        /// For whom.
+        /// For which replica.
         who: Incarnation,
     },
-    /// This replica is alone from now on. Primary: the guest goes on, without a log. Backup: put the live source around
-    /// the machine and issue unfinished disk requests again. Both: release the gate's tail, then announce the guest's MAC,
-    /// repeatedly.
+    /// This replica is alone from now on. Primary: let the guest go on, without a log. Backup: put the live
+    /// source around the machine and issue unfinished disk requests again. Both: release the outputs left in
+    /// the gate, then announce the guest's MAC address, repeatedly.
     GoLive,
-    /// Primary: stop the guest at a whole boundary, flush; its end is handed over. [`Action::GoLive`] may still follow.
+    /// Primary: stop the guest at an instruction boundary and append its final records, for a handover.
+    /// [`Action::GoLive`] may still follow.
     Pause,
-    /// Ask the store to forget the VM: its run is over. Answer with [`Event::Forgotten`].
+    /// Ask the store to forget the VM, whose run is over; answer with [`Event::Forgotten`].
     Forget {
         /// The last generation.
         generation: Generation,
     },
-    /// Never output again. Write what is in [`crate::Agent::outgoing`] if the connection takes it, then exit.
-    Halt(Exit),
+    /// Never emit an output again. Write the bytes of [`crate::Agent::outgoing`] if the connection takes
+    /// them, then exit.
+    Halt(Outcome),
 }
 
 /// Why the peer is lost (rule 2).
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Suspicion {
-    /// Nothing was heard for the timeout.
-    #[error("nothing was heard for {0} ms")]
+    /// Nothing was heard from it for the timeout.
+    #[error("nothing was heard from it for {0} ms")]
     Silent(u64),
     /// It is heard, but its guest makes no progress.
-    #[error("no progress for {0} ms")]
+    #[error("its guest made no progress for {0} ms")]
     NoProgress(u64),
     /// The connection has ended.
     #[error("the connection has ended")]
     Disconnected,
-    /// It says that it cannot go on.
+    /// It reports that it cannot go on.
     #[error("it has failed: {0}")]
     Failed(String),
-    /// It was started anew: what it knew is gone.
-    #[error("it was started anew")]
+    /// Its process was restarted, so that its machine's state is gone.
+    #[error("it was restarted and has lost the guest's state")]
     Restarted,
-    /// It does not keep to the protocol.
+    /// It violates the protocol.
     #[error(transparent)]
     Protocol(ChannelError),
 }
 
-/// Why a peer is refused before anything runs.
+/// Why a peer is refused before the guest runs.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Refusal {
-    /// It is not a peer of this version: look at the offset.
+pub enum PeerRefusal {
+    /// It does not speak this version of the protocol: look at the offset.
     #[error(transparent)]
     Protocol(#[from] ChannelError),
-    /// It was lost before anything ran.
-    #[error("it was lost: {0}")]
+    /// It was lost before the guest ran.
+    #[error("it was lost before the guest ran: {0}")]
     Lost(Suspicion),
-    /// Another VM: correct the name or the address.
-    #[error("vm: {theirs:?} there, {ours:?} here")]
+    /// It runs another VM: correct the name or the address.
+    #[error("VM: {theirs:?} there, {ours:?} here; correct --name or the peer's address")]
     Vm {
         /// Its name.
         theirs: String,
         /// Ours.
         ours: String,
     },
-    /// Both sides have the same role: start one as the other.
-    #[error("role: both are {0:?}")]
+    /// Both sides have the same role.
+    #[error("both sides are started as {0:?}: start one of them in the other role")]
     Role(Role),
-    /// Its incarnation or the name of a disk is none.
-    #[error("its {0} is invalid")]
+    /// Its incarnation or the name of one of its disks is invalid.
+    #[error("its hello has an invalid {0}")]
     Invalid(&'static str),
-    /// The timeouts differ: set the same on both.
-    #[error("timeout: {theirs} ns there, {ours} ns here")]
+    /// The timeouts differ.
+    #[error("timeout: {theirs} ns there, {ours} ns here; set the same on both sides")]
     Timeout {
         /// Its timeout.
         theirs: u64,
@@ -174,17 +155,17 @@ pub enum Refusal {
     #[error("identity: {0}")]
     Identity(#[from] Mismatch),
     /// It refused us, or gave up.
-    #[error("the other side says: {0}")]
+    #[error("the other side reports: {0}")]
     Told(String),
 }
 
 /// How a replica ends.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Exit {
+pub enum Outcome {
     /// The VM's run is over.
     #[error("the VM has ended: {0:?}")]
     Ended(EndReason),
-    /// The other side lives, as was asked for.
+    /// The other side lives, as requested.
     #[error("handed over")]
     HandedOver,
     /// The other side lives.
@@ -196,9 +177,10 @@ pub enum Exit {
     /// A backup was asked to leave.
     #[error("stopped")]
     Stopped,
-    /// The generation is not to be had: somebody runs this VM, or its record has to be forgotten first.
+    /// The generation cannot be opened: the VM runs elsewhere, or its record has to be forgotten first.
     #[error(
-        "the store has another generation, or other members: the VM runs elsewhere, or has to be forgotten first"
+        "the store has another generation of this VM, or other members: the VM runs elsewhere, or has to be forgotten first \
+         (`vmft forget`)"
     )]
     NotOpened,
     /// The peer was lost before the guest ran.

@@ -1,35 +1,26 @@
 //! The start of a pair (rules 1, 6 and 7): hello, open, start.
 
-use entry::identity::Identity;
 use logging_channel::message::{Hello, Message, Role};
 use logging_channel::receiver::Receiver;
 use logging_channel::sender::{Limits, Sender};
-use logging_channel::stream::{Inbox, Outbox};
+use logging_channel::stream::{MessageReader, Outbox};
 use store_rule::names::{CopyId, DiskName, Generation, Incarnation};
-use store_rule::record::{Member, Members};
+use store_rule::record::{Applied, Member, Members};
 
-use crate::agent::{Agent, Side, State};
-use crate::config::Rule;
-use crate::event::{Action, Exit, Opened, Refusal, Suspicion};
-use crate::watch::Watch;
-
-/// The other side, from its hello.
-#[derive(Debug)]
-pub(crate) struct Peer {
-    pub(crate) member: Member,
-    identity: Identity,
-    buffer_bytes: u64,
-}
+use crate::agent::Agent;
+use crate::event::{Action, Outcome, PeerRefusal, Suspicion};
+use crate::failure_detector::FailureDetector;
+use crate::state::{AgentState, LogSide, PeerReplica};
 
 impl Agent {
-    /// A connection is there: both sides say hello.
-    pub(crate) fn connect(&mut self, now: u64) {
-        if self.connected || self.state != State::Waiting {
+    /// A connection to the peer has come up: this side says hello.
+    pub(crate) fn say_hello(&mut self, now: u64) {
+        if self.connected || self.state != AgentState::Waiting {
             return self.actions.push_back(Action::Close);
         }
         self.connected = true;
-        (self.inbox, self.outbox) = (Inbox::new(), Outbox::new());
-        self.watch = Watch::new(self.config.timing, now);
+        (self.inbox, self.outbox) = (MessageReader::new(), Outbox::new());
+        self.failure_detector = FailureDetector::new(self.config.timing, now);
         let me = &self.config.me;
         self.outbox.push(&Message::Hello(Box::new(Hello {
             vm: self.config.vm.as_str().into(),
@@ -42,17 +33,17 @@ impl Agent {
         })));
     }
 
-    /// The peer said hello: it is the other half of this pair, or refused (rule 7).
-    pub(crate) fn meet(&mut self, now: u64, hello: Hello) {
-        match self.examine(hello) {
+    /// The peer said hello: it is the other half of this pair, or it is refused (rule 7).
+    pub(crate) fn hello_received(&mut self, now: u64, hello: Hello) {
+        match self.check_hello(hello) {
             Ok(peer) => {
+                self.log_side = Some(self.new_log_side(&peer));
                 self.peer = Some(peer);
-                self.next_beat = now;
+                self.next_beat_at = now;
                 match self.config.role {
-                    Role::Primary => self.open(),
-                    Role::Backup => self.state = State::Met,
+                    Role::Primary => self.ask_to_open(),
+                    Role::Backup => self.state = AgentState::Met,
                 }
-                self.take_sides();
             }
             Err(refusal) => {
                 self.outbox.push(&Message::Failed { reason: refusal.to_string() });
@@ -61,114 +52,113 @@ impl Agent {
         }
     }
 
-    fn examine(&self, hello: Hello) -> Result<Peer, Refusal> {
+    fn check_hello(&self, hello: Hello) -> Result<PeerReplica, PeerRefusal> {
         let ours = &self.config;
         if hello.vm != ours.vm.as_str() {
-            return Err(Refusal::Vm { theirs: hello.vm, ours: ours.vm.as_str().into() });
+            return Err(PeerRefusal::Vm { theirs: hello.vm, ours: ours.vm.as_str().into() });
         }
         if hello.role == ours.role {
-            return Err(Refusal::Role(hello.role));
+            return Err(PeerRefusal::Role(hello.role));
         }
         if hello.timeout_ns != ours.timing.timeout_ns {
             let (theirs, ours) = (hello.timeout_ns, ours.timing.timeout_ns);
-            return Err(Refusal::Timeout { theirs, ours });
+            return Err(PeerRefusal::Timeout { theirs, ours });
         }
         ours.identity.check(&hello.identity)?;
         let incarnation = Incarnation::try_from(hello.incarnation).ok();
         let incarnation = incarnation.filter(|i| *i != ours.me.incarnation);
-        let mut member = Member::new(incarnation.ok_or(Refusal::Invalid("incarnation"))?);
+        let mut member = Member::new(incarnation.ok_or(PeerRefusal::Invalid("incarnation"))?);
         for (name, copy) in hello.disks {
-            let name = DiskName::try_from(name).map_err(|_| Refusal::Invalid("disk's name"))?;
-            let copy = CopyId::try_from(copy).map_err(|_| Refusal::Invalid("disk's copy"))?;
+            let name = DiskName::try_from(name).map_err(|_| PeerRefusal::Invalid("disk name"))?;
+            let copy = CopyId::try_from(copy).map_err(|_| PeerRefusal::Invalid("disk copy id"))?;
             member.disks.insert(name, copy);
         }
-        Ok(Peer { member, identity: hello.identity, buffer_bytes: hello.buffer_bytes })
+        Ok(PeerReplica { member, identity: hello.identity, buffer_bytes: hello.buffer_bytes })
     }
 
-    /// Sender or receiver of the log, which begins with the primary's identity.
-    fn take_sides(&mut self) {
-        let Some(peer) = &self.peer else { return };
+    /// The sender or the receiver of the log, which begins with the primary's identity.
+    fn new_log_side(&self, peer: &PeerReplica) -> LogSide {
         let buffers = self.config.buffers;
-        self.side = Some(match self.config.role {
+        match self.config.role {
             Role::Primary => {
                 let limits = Limits {
                     unacked_bytes_max: buffers.buffer_bytes,
                     peer_buffer_bytes: peer.buffer_bytes,
                     lag_ns_max: buffers.lag_ns_max,
                     batch_ns: buffers.batch_ns,
-                    spacing_ns: buffers.spacing_ns,
+                    coalescing_ns: buffers.coalescing_ns,
                 };
-                Side::Primary(Box::new(Sender::new(&self.config.identity, limits)))
+                LogSide::Primary(Box::new(Sender::new(&self.config.identity, limits)))
             }
-            Role::Backup => Side::Backup(Box::new(Receiver::new(&peer.identity, buffers.buffer_bytes))),
-        });
+            Role::Backup => LogSide::Backup(Box::new(Receiver::new(&peer.identity, buffers.buffer_bytes))),
+        }
     }
 
-    /// Before anything runs a peer may come and go: this one goes.
-    pub(crate) fn refuse(&mut self, refusal: Refusal) {
+    /// Lets go of this peer. Before the guest runs, peers may come and go.
+    pub(crate) fn refuse(&mut self, refusal: PeerRefusal) {
         self.actions.push_back(Action::Refused(refusal));
         self.disconnect();
         self.peer = None;
-        self.side = None;
-        self.state = State::Waiting;
+        self.log_side = None;
+        self.state = AgentState::Waiting;
     }
 
     /// Asks the store to open the generation for this pair, or for this side alone (rule 6).
-    pub(crate) fn open(&mut self) {
+    pub(crate) fn ask_to_open(&mut self) {
         let members = Members {
             primary: self.config.me.clone(),
             backup: self.peer.as_ref().map(|peer| peer.member.clone()),
         };
         let lost = match &mut self.state {
-            State::Opening { lost, .. } => lost.take(),
+            AgentState::Opening { lost, .. } => lost.take(),
             _ => None,
         };
-        self.state = State::Opening { taking: false, lost };
+        self.state = AgentState::Opening { taking: false, lost };
         self.actions.push_back(Action::Open { generation: self.config.generation, members });
     }
 
-    pub(crate) fn opened(&mut self, now: u64, opened: Opened) {
-        let State::Opening { taking: false, lost } = &mut self.state else { return };
+    pub(crate) fn open_answered(&mut self, now: u64, opened: Option<Applied>) {
+        let AgentState::Opening { taking: false, lost } = &mut self.state else { return };
         match opened {
-            Opened::Unknown => self.ask_later(now),
-            Opened::Stale => {
-                let reason = Exit::NotOpened.to_string();
+            None => self.retry_later(now),
+            Some(Applied::Stale) => {
+                let reason = Outcome::NotOpened.to_string();
                 self.outbox.push(&Message::Failed { reason });
-                self.halt(Exit::NotOpened);
+                self.halt(Outcome::NotOpened);
             }
-            Opened::Done => {
+            Some(Applied::Done) => {
                 self.generation = Some(self.config.generation);
                 if let Some(suspicion) = lost.take() {
-                    // Nothing has run: the VM can be started again.
-                    self.forget(Exit::NotStarted(suspicion));
+                    // The guest has not run: the VM can be started again.
+                    self.ask_to_forget(Outcome::NotStarted(suspicion));
                 } else if self.peer.is_none() {
-                    self.state = State::Opening { taking: true, lost: None };
-                    self.ask();
+                    self.state = AgentState::Opening { taking: true, lost: None };
+                    self.ask_to_take();
                 } else {
                     let generation = self.config.generation;
                     self.outbox.push(&Message::Start { generation: generation.0 });
-                    self.started(now, generation);
+                    self.pair_started(now, generation);
                 }
             }
         }
     }
 
-    /// The pair is protected: from here on a lost peer is a matter for the store.
-    pub(crate) fn started(&mut self, now: u64, generation: Generation) {
+    /// The pair is protected: if the peer is lost from here on, the store decides.
+    pub(crate) fn pair_started(&mut self, now: u64, generation: Generation) {
         self.generation = Some(generation);
-        self.state = State::Protected;
-        self.watch.start(now);
+        self.state = AgentState::Protected;
+        self.failure_detector.start(now);
         self.actions.push_back(Action::Start { generation });
         self.send_beat(now);
     }
 
-    /// Somebody says hello beside the connection that there is. If that is this VM's other side with another incarnation,
-    /// then it was started anew, and the peer that was known is no more (rule 1).
-    pub(crate) fn stranger(&mut self, now: u64, hello: &Hello) {
+    /// A process has said hello on a second connection. If it is this VM's other side with a new incarnation,
+    /// then the peer was restarted, and what it knew is gone (rule 1).
+    pub(crate) fn hello_from_stranger(&mut self, now: u64, hello: &Hello) {
         let Some(peer) = &self.peer else { return };
         let is_other_side = hello.vm == self.config.vm.as_str() && hello.role != self.config.role;
         if is_other_side && hello.incarnation != u128::from(peer.member.incarnation) {
-            self.lost(now, Suspicion::Restarted);
+            self.peer_lost(now, Suspicion::Restarted);
         }
     }
 
@@ -176,10 +166,5 @@ impl Agent {
         if std::mem::take(&mut self.connected) {
             self.actions.push_back(Action::Close);
         }
-    }
-
-    /// Whether a rule is in force.
-    pub(crate) fn has(&self, rule: Rule) -> bool {
-        self.config.has(rule)
     }
 }

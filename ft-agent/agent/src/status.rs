@@ -1,20 +1,21 @@
-//! What an agent tells of itself.
+//! An agent's status.
 
 use entry::Position;
 use logging_channel::message::Role;
 use logging_channel::sender::Cursors;
 use store_rule::names::{Generation, Incarnation};
 
-use crate::agent::{Agent, Side, State};
+use crate::agent::Agent;
+use crate::state::{AgentState, LogSide};
 
 /// Where a replica is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
     /// No peer yet, or the pair is being opened.
     Starting,
-    /// Both sides run the guest: the loss of either is survived.
+    /// Both sides run the guest: it survives the loss of either.
     Protected,
-    /// The peer is lost and the store's verdict is awaited.
+    /// The peer is lost; this side waits for the store's verdict.
     Deciding,
     /// This side runs the guest, and nobody else does.
     Alone,
@@ -24,10 +25,10 @@ pub enum Phase {
     Out,
 }
 
-/// What an agent tells of itself. Cursors count since the log's start.
+/// An agent's status. Cursors count from the log's start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Status {
-    /// Which side it started as.
+    /// The role in which this side was started.
     pub role: Role,
     /// Where it is in its life.
     pub phase: Phase,
@@ -35,11 +36,11 @@ pub struct Status {
     pub generation: Option<Generation>,
     /// The other side.
     pub peer: Option<Incarnation>,
-    /// The log's cursors; a backup's `acked` is what it received.
+    /// The log's cursors. A backup's `acked` counts the records that it has received.
     pub cursors: Cursors,
-    /// How far the backup is behind: age of the oldest record not replayed. Primary only.
+    /// Primary only: how far the backup lags, as the age of the oldest record that it has not replayed.
     pub lag_ns: u64,
-    /// Weight of the records that it has not replayed. Primary only.
+    /// Primary only: weight of the records that the backup has not replayed.
     pub lag_bytes: u64,
     /// Where this side's guest is.
     pub position: Position,
@@ -48,17 +49,18 @@ pub struct Status {
 }
 
 impl Agent {
-    /// What an agent tells of itself.
+    /// This agent's status.
     pub fn status(&self, now: u64) -> Status {
         let phase = match &self.state {
-            State::Waiting | State::Opening { .. } | State::Met => Phase::Starting,
-            State::Protected => Phase::Protected,
-            State::Suspecting | State::Taking => Phase::Deciding,
-            State::Alone => Phase::Alone,
-            State::HandingOver { .. } | State::Succeeding | State::Ending { .. } | State::Forgetting(_) => {
-                Phase::Ending
-            }
-            State::Out(_) => Phase::Out,
+            AgentState::Waiting | AgentState::Opening { .. } | AgentState::Met => Phase::Starting,
+            AgentState::Protected => Phase::Protected,
+            AgentState::Suspecting | AgentState::Taking => Phase::Deciding,
+            AgentState::Alone => Phase::Alone,
+            AgentState::HandingOver { .. }
+            | AgentState::ReceivingHandover
+            | AgentState::Ending { .. }
+            | AgentState::Forgetting(_) => Phase::Ending,
+            AgentState::Out(_) => Phase::Out,
         };
         let mut status = Status {
             role: self.config.role,
@@ -71,14 +73,14 @@ impl Agent {
             position: self.position,
             peer_position: Position::exact(self.peer_beat.position),
         };
-        match &self.side {
-            Some(Side::Primary(sender)) if phase == Phase::Protected => {
+        match &self.log_side {
+            Some(LogSide::Primary(sender)) if phase == Phase::Protected => {
                 status.cursors = sender.cursors();
                 status.lag_ns = sender.lag_ns(now);
                 status.lag_bytes = sender.lag_bytes();
             }
-            Some(Side::Primary(sender)) => status.cursors = sender.cursors(),
-            Some(Side::Backup(receiver)) => {
+            Some(LogSide::Primary(sender)) => status.cursors = sender.cursors(),
+            Some(LogSide::Backup(receiver)) => {
                 status.cursors.recorded = receiver.received();
                 status.cursors.acked = receiver.received();
                 status.cursors.replayed = receiver.replayed();

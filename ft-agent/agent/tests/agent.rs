@@ -1,18 +1,18 @@
 //! The agent's rules, each as a story of two agents and a store.
 #![allow(clippy::disallowed_methods)]
 
+use agent::{
+    Action, Agent, Buffers, Config, Event, GuestPace, Hello, NextRecord, Outcome, PairTiming, PeerRefusal,
+    Phase, Role, Suspicion,
+};
 use entry::identity::Identity;
 use entry::log::{EndReason, Entry, LoggedOutput, OutputTo, Record};
 use entry::{Digest, End, Position, PositionUnit};
 use store_rule::names::{Generation, Incarnation};
-use store_rule::record::{Command, Member, Reply, State};
-use vmft_agent::{
-    Action, Agent, Buffers, Config, Event, Exit, Hello, NextRecord, Opened, Pace, Phase, Refusal, Role,
-    Suspicion, Timing, Verdict,
-};
+use store_rule::record::{Applied, Command, CommandReply, Member, StoreState, Verdict};
 
 const MS: u64 = 1_000_000;
-const TIMING: Timing = Timing {
+const TIMING: PairTiming = PairTiming {
     timeout_ns: 1000 * MS,
     beat_interval_ns: 50 * MS,
     progress_timeout_ns: 5000 * MS,
@@ -29,7 +29,6 @@ fn config(role: Role, incarnation: u128) -> Config {
         unprotected: false,
         timing: TIMING,
         buffers: Buffers::default(),
-        without: None,
     }
 }
 
@@ -38,7 +37,7 @@ struct Pair {
     now: u64,
     primary: Agent,
     backup: Agent,
-    store: State,
+    store: StoreState,
     position: u64,
     /// Whether bytes get to the primary and to the backup.
     heard: [bool; 2],
@@ -47,7 +46,7 @@ struct Pair {
 impl Pair {
     fn new(primary: Config, backup: Config) -> Pair {
         let (primary, backup) = (Agent::new(primary, 0), Agent::new(backup, 0));
-        Pair { now: 0, primary, backup, store: State::default(), position: 0, heard: [true; 2] }
+        Pair { now: 0, primary, backup, store: StoreState::default(), position: 0, heard: [true; 2] }
     }
 
     /// A protected pair.
@@ -58,8 +57,8 @@ impl Pair {
         let actions = pair.primary_actions();
         let [Action::Open { generation, members }] = &actions[..] else { panic!("{actions:?}") };
         let open = Command::Open { generation: *generation, members: members.clone() };
-        assert_eq!(pair.ask(&open), Reply::Done);
-        pair.primary.handle(0, Event::Opened(Opened::Done));
+        assert_eq!(pair.ask(&open), CommandReply::Done);
+        pair.primary.handle(0, Event::Opened(Some(Applied::Done)));
         pair.talk();
         assert_eq!(pair.primary_actions(), [Action::Start { generation: Generation::FIRST }]);
         assert_eq!(pair.backup_actions(), [Action::Start { generation: Generation::FIRST }]);
@@ -72,7 +71,7 @@ impl Pair {
         self.talk();
     }
 
-    fn ask(&mut self, command: &Command) -> Reply {
+    fn ask(&mut self, command: &Command) -> CommandReply {
         self.store.apply(&"trial".parse().unwrap(), command)
     }
 
@@ -98,8 +97,8 @@ impl Pair {
         let end = self.now + ns;
         while self.now < end {
             self.now = (self.now + 10 * MS).min(end);
-            self.primary.turn(self.now, Position::exact(self.position));
-            self.backup.turn(self.now, Position::exact(self.position));
+            self.primary.guest_loop_turned(self.now, Position::exact(self.position));
+            self.backup.guest_loop_turned(self.now, Position::exact(self.position));
             self.primary.handle(self.now, Event::Tick);
             self.backup.handle(self.now, Event::Tick);
             self.talk();
@@ -112,13 +111,13 @@ impl Pair {
         let output = LoggedOutput { to: OutputTo::Net(0), len: 60, digest: Digest(1) };
         let record = Record { position: Position::exact(self.position), entry: Entry::Output(output) };
         self.primary.append(self.now, &record);
-        self.primary.rest(self.now);
+        self.primary.guest_loop_waits(self.now);
     }
 
     /// The primary's gate lets out what it may.
     fn release(&mut self, outputs: u64) {
         assert_eq!(self.primary.release_limit(self.now).min(outputs), outputs);
-        self.primary.released(self.now, outputs);
+        self.primary.released(outputs);
     }
 
     /// The backup replays everything that it has.
@@ -230,7 +229,7 @@ fn rule_2_a_wedged_guest_with_a_living_heartbeat_is_lost() {
     let end = 6000 * MS;
     while pair.now < end {
         pair.now += 10 * MS;
-        pair.backup.turn(pair.now, Position::default());
+        pair.backup.guest_loop_turned(pair.now, Position::default());
         pair.primary.handle(pair.now, Event::Tick);
         pair.backup.handle(pair.now, Event::Tick);
         pair.talk();
@@ -244,7 +243,7 @@ fn rule_2_an_idle_backup_is_not_lost_for_having_nothing_to_replay() {
     let mut pair = Pair::protected();
     for _ in 0..1000 {
         pair.now += 10 * MS;
-        pair.primary.turn(pair.now, Position::default());
+        pair.primary.guest_loop_turned(pair.now, Position::default());
         pair.primary.handle(pair.now, Event::Tick);
         pair.backup.handle(pair.now, Event::Tick);
         pair.talk();
@@ -262,7 +261,7 @@ fn rule_3_only_a_verdict_ends_a_suspicion() {
     pair.backup.handle(pair.now, Event::Received(&late));
     assert_eq!(pair.backup.outgoing(), b"", "nothing is acknowledged any more");
     assert_eq!(pair.backup_actions().last(), Some(&take(2)));
-    pair.backup.handle(pair.now, Event::Verdict(Verdict::Unknown));
+    pair.backup.handle(pair.now, Event::Verdict(Verdict::Unknown(())));
     assert_eq!(pair.backup.deadline(), Some(pair.now + TIMING.retry_ns));
     pair.backup.handle(pair.now + TIMING.retry_ns, Event::Tick);
     assert_eq!(pair.backup_actions(), [take(2)]);
@@ -277,7 +276,7 @@ fn rule_3_only_a_verdict_ends_a_suspicion() {
 fn rule_4_a_backup_replays_everything_and_is_ready_before_it_takes() {
     let mut pair = Pair::new(config(Role::Primary, 1), config(Role::Backup, 2));
     pair.connect();
-    pair.primary.handle(0, Event::Opened(Opened::Done));
+    pair.primary.handle(0, Event::Opened(Some(Applied::Done)));
     pair.talk();
     pair.output();
     pair.output();
@@ -297,7 +296,7 @@ fn rule_4_a_backup_that_failed_says_so_and_never_takes() {
     let mut pair = Pair::protected();
     pair.backup.handle(0, Event::HostFailed("disk root: input/output error"));
     let failed = "disk root: input/output error".to_string();
-    assert_eq!(pair.backup_actions(), [Action::Halt(Exit::Failed(failed.clone()))]);
+    assert_eq!(pair.backup_actions(), [Action::Halt(Outcome::Failed(failed.clone()))]);
     pair.talk();
     let suspected = Action::Suspected(Suspicion::Failed(failed));
     assert_eq!(pair.primary_actions(), [suspected, Action::Close, take(1)]);
@@ -322,7 +321,7 @@ fn rule_4_a_primary_whose_guest_is_stuck_does_not_take() {
     let suspected = Action::Suspected(Suspicion::Disconnected);
     assert_eq!(pair.primary_actions(), [suspected, Action::Close]);
     tick(&mut pair, stuck + TIMING.progress_timeout_ns - 10 * MS);
-    pair.primary.turn(pair.now, Position::default());
+    pair.primary.guest_loop_turned(pair.now, Position::default());
     assert_eq!(pair.primary_actions(), [take(1)], "it turns again, late, and could live");
 }
 
@@ -338,7 +337,7 @@ fn a_side_whose_guest_stays_stuck_while_it_is_alone_gives_up() {
         pair.now += 10 * MS;
         pair.backup.handle(pair.now, Event::Tick);
     }
-    let failed = Exit::Failed("its guest's loop is stuck".into());
+    let failed = Outcome::Failed("the guest loop is stuck".into());
     assert_eq!(pair.backup_actions().last(), Some(&Action::Halt(failed)));
 }
 
@@ -350,7 +349,7 @@ fn rule_5_nothing_leaves_when_the_peer_was_not_heard_for_half_the_timeout() {
     pair.talk();
     assert_eq!(pair.primary.release_limit(pair.now + 501 * MS), 0, "neither turn nor word is fresh");
     let late = pair.now + 400 * MS;
-    pair.primary.turn(late, Position::default());
+    pair.primary.guest_loop_turned(late, Position::default());
     assert_eq!(pair.primary.release_limit(late), 1);
 }
 
@@ -364,7 +363,7 @@ fn rule_5_an_old_word_that_is_read_now_is_old() {
     let ack = take_bytes(&mut pair.backup);
     // The primary was stopped, and finds the acknowledgement in its socket.
     pair.now += 2000 * MS;
-    pair.primary.turn(pair.now, Position::default());
+    pair.primary.guest_loop_turned(pair.now, Position::default());
     pair.primary.handle(pair.now, Event::Received(&ack));
     assert_eq!(pair.primary.status(pair.now).cursors.outputs_acked, 1);
     assert_eq!(pair.primary.release_limit(pair.now), 0);
@@ -381,7 +380,7 @@ fn rule_5_the_winners_tail_leaves_and_the_losers_does_not() {
         pair.output();
         pair.primary.handle(pair.now, Event::Disconnected);
         assert_eq!(pair.primary.release_limit(pair.now), 0);
-        assert_eq!(pair.primary.pace(pair.now), Pace::Stop);
+        assert_eq!(pair.primary.pace(pair.now), GuestPace::Stop);
         pair.primary.handle(pair.now, Event::Verdict(verdict));
         assert_eq!(pair.primary.release_limit(pair.now), limit);
     }
@@ -392,14 +391,16 @@ fn rule_6_one_of_two_that_lost_each_other_lives() {
     let mut pair = Pair::protected();
     pair.primary.handle(0, Event::Disconnected);
     pair.backup.handle(0, Event::Disconnected);
-    for (who, expected) in [(2, Reply::Won), (1, Reply::Lost(Incarnation::try_from(2).unwrap()))] {
+    for (who, expected) in
+        [(2, CommandReply::Won), (1, CommandReply::Lost(Incarnation::try_from(2).unwrap()))]
+    {
         let who = Incarnation::try_from(who).unwrap();
         assert_eq!(pair.ask(&Command::Take { generation: Generation::FIRST, who }), expected);
     }
     pair.primary_actions();
     let holder = Incarnation::try_from(2).unwrap();
     pair.primary.handle(0, Event::Verdict(Verdict::Lost(holder)));
-    assert_eq!(pair.primary_actions(), [Action::Halt(Exit::Fenced(Some(holder)))]);
+    assert_eq!(pair.primary_actions(), [Action::Halt(Outcome::Fenced(Some(holder)))]);
 }
 
 #[test]
@@ -426,11 +427,11 @@ fn rule_7_name_role_and_timeout_have_to_fit() {
             action => panic!("{action:?}"),
         }
     };
-    assert!(matches!(refused(|c| c.vm = "other".parse().unwrap()), Refusal::Vm { .. }));
-    assert_eq!(refused(|c| c.role = Role::Primary), Refusal::Role(Role::Primary));
-    assert!(matches!(refused(|c| c.timing.timeout_ns += 1), Refusal::Timeout { .. }));
+    assert!(matches!(refused(|c| c.vm = "other".parse().unwrap()), PeerRefusal::Vm { .. }));
+    assert_eq!(refused(|c| c.role = Role::Primary), PeerRefusal::Role(Role::Primary));
+    assert!(matches!(refused(|c| c.timing.timeout_ns += 1), PeerRefusal::Timeout { .. }));
     let same = refused(|c| c.me = Member::new(Incarnation::try_from(1).unwrap()));
-    assert_eq!(same, Refusal::Invalid("incarnation"));
+    assert_eq!(same, PeerRefusal::Invalid("incarnation"));
 }
 
 #[test]
@@ -439,20 +440,20 @@ fn rule_7_garbage_is_refused() {
     agent.handle(0, Event::Connected);
     agent.handle(0, Event::Received(b"GET / HTTP/1.1\r\n"));
     let actions = actions(&mut agent);
-    assert!(matches!(actions[..], [Action::Refused(Refusal::Protocol(_)), Action::Close]), "{actions:?}");
+    assert!(matches!(actions[..], [Action::Refused(PeerRefusal::Protocol(_)), Action::Close]), "{actions:?}");
 }
 
 #[test]
 fn rule_7_a_generation_that_is_not_to_be_had_is_not_run() {
     let mut pair = Pair::new(config(Role::Primary, 1), config(Role::Backup, 2));
     pair.connect();
-    assert_eq!(pair.primary.pace(0), Pace::Stop);
+    assert_eq!(pair.primary.pace(0), GuestPace::Stop);
     pair.primary_actions();
-    pair.primary.handle(0, Event::Opened(Opened::Unknown));
+    pair.primary.handle(0, Event::Opened(None));
     pair.primary.handle(TIMING.retry_ns, Event::Tick);
     assert!(matches!(pair.primary_actions()[..], [Action::Open { .. }]));
-    pair.primary.handle(TIMING.retry_ns, Event::Opened(Opened::Stale));
-    assert_eq!(pair.primary_actions(), [Action::Halt(Exit::NotOpened)]);
+    pair.primary.handle(TIMING.retry_ns, Event::Opened(Some(Applied::Stale)));
+    assert_eq!(pair.primary_actions(), [Action::Halt(Outcome::NotOpened)]);
 }
 
 #[test]
@@ -460,11 +461,11 @@ fn rule_7_an_unprotected_primary_takes_and_is_alone() {
     let mut agent = Agent::new(Config { unprotected: true, ..config(Role::Primary, 1) }, 0);
     let opened = actions(&mut agent);
     assert!(matches!(&opened[..], [Action::Open { members, .. }] if members.backup.is_none()));
-    agent.handle(0, Event::Opened(Opened::Done));
+    agent.handle(0, Event::Opened(Some(Applied::Done)));
     assert_eq!(actions(&mut agent), [take(1)]);
     agent.handle(0, Event::Verdict(Verdict::Won));
     assert_eq!(actions(&mut agent), [Action::Start { generation: Generation::FIRST }, Action::GoLive]);
-    assert_eq!((agent.pace(0), agent.release_limit(0)), (Pace::Free, u64::MAX));
+    assert_eq!((agent.pace(0), agent.release_limit(0)), (GuestPace::Free, u64::MAX));
 }
 
 #[test]
@@ -483,14 +484,14 @@ fn rule_8_a_power_off_is_acknowledged_and_nobody_takes() {
     let forget = Action::Forget { generation: Generation::FIRST };
     assert_eq!(pair.primary_actions().last(), Some(&forget));
     pair.primary.handle(pair.now, Event::Forgotten(true));
-    assert_eq!(pair.primary_actions(), [Action::Halt(Exit::Ended(reason))]);
+    assert_eq!(pair.primary_actions(), [Action::Halt(Outcome::Ended(reason))]);
     pair.backup.handle(pair.now, Event::Disconnected);
     pair.backup_actions();
     assert_eq!(pair.backup.release_limit(pair.now), 0);
     pair.replay();
     assert_eq!(pair.backup_actions(), [forget], "its disks are complete");
     pair.backup.handle(pair.now, Event::Forgotten(true));
-    assert_eq!(pair.backup_actions(), [Action::Halt(Exit::Ended(reason))]);
+    assert_eq!(pair.backup_actions(), [Action::Halt(Outcome::Ended(reason))]);
 }
 
 #[test]
@@ -510,14 +511,14 @@ fn rule_8_a_handover_loses_nothing() {
     pair.backup.handle(pair.now, Event::Verdict(Verdict::Won));
     pair.talk();
     assert_eq!(pair.backup_actions(), [Action::GoLive]);
-    assert_eq!(pair.primary_actions(), [Action::Halt(Exit::HandedOver)]);
+    assert_eq!(pair.primary_actions(), [Action::Halt(Outcome::HandedOver)]);
 }
 
 #[test]
 fn rule_8_a_backup_that_leaves_says_so() {
     let mut pair = Pair::protected();
     pair.backup.handle(0, Event::HandOver);
-    assert_eq!(pair.backup_actions(), [Action::Halt(Exit::Stopped)]);
+    assert_eq!(pair.backup_actions(), [Action::Halt(Outcome::Stopped)]);
     pair.talk();
     assert_eq!(pair.primary_actions().last(), Some(&take(1)));
 }

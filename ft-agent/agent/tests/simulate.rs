@@ -3,8 +3,8 @@
 
 mod simulator;
 
+use agent::Rule;
 use simulator::{Counts, run};
-use vmft_agent::Rule;
 
 /// Seeds of every test run. `examples/simulate` runs more.
 const SEEDS: u64 = 5_000;

@@ -1,12 +1,12 @@
-//! How cost grows: what was measured at several places of an axis, as curves with their slopes.
+//! How the cost grows: what was measured at several values on an axis, as curves with their slopes.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use serde::Serialize;
 
-use crate::report::{Report, Row};
-use crate::rounds::Side;
+use crate::report::{BenchReport, Row};
+use crate::rounds::BenchSide;
 use crate::stats::{Median, slope};
 use crate::tables::{interval, number};
 
@@ -15,38 +15,38 @@ use crate::tables::{interval, number};
 pub struct Curve {
     /// What is varied.
     pub axis: String,
-    /// What is done.
+    /// Name of the workload.
     pub workload: String,
-    /// From the least to the most.
-    pub points: Vec<Point>,
+    /// The points, in ascending order.
+    pub points: Vec<CurvePoint>,
 }
 
-/// What was measured at one place of an axis.
+/// What was measured at one value on an axis.
 #[derive(Clone, Debug, Serialize)]
-pub struct Point {
-    /// Where.
+pub struct CurvePoint {
+    /// The value on the axis.
     pub at: f64,
     /// Operations a second without protection, of all guests that are measured.
     pub unprotected: f64,
-    /// And with it.
+    /// Operations a second with protection, of all guests that are measured.
     pub protected: f64,
     /// Their ratio.
     pub ratio: Median,
-    /// Ratio of the CPU time for an operation, where it is known.
+    /// Ratio of the CPU time for an operation, if it was measured.
     pub cpu_ratio: Option<Median>,
     /// What protection adds to the median latency, µs; NaN without latencies.
     pub added_us: f64,
-    /// The channel's traffic.
+    /// Traffic of the channel, Mbit/s.
     pub log_mbit_per_s: f64,
 }
 
-impl Point {
-    fn new(at: f64, row: &Row) -> Option<Point> {
-        let rate = |side| row.of(side, |run| Some(run.rate()));
-        Some(Point {
+impl CurvePoint {
+    fn new(at: f64, row: &Row) -> Option<CurvePoint> {
+        let rate = |side| row.median_of(side, |run| Some(run.rate()));
+        Some(CurvePoint {
             at,
-            unprotected: rate(Side::Unprotected),
-            protected: rate(Side::Protected),
+            unprotected: rate(BenchSide::Unprotected),
+            protected: rate(BenchSide::Protected),
             ratio: row.ratio?,
             cpu_ratio: row.cpu_ratio(),
             added_us: row.added_us(),
@@ -56,22 +56,22 @@ impl Point {
 }
 
 impl Curve {
-    /// Change for each doubling of what is varied. `None` where it is not known.
-    pub fn for_a_doubling(&self, value: impl Fn(&Point) -> f64) -> Option<f64> {
+    /// Change of `value` for each doubling of what is varied; `None` for fewer than two points with a value.
+    pub fn for_a_doubling(&self, value: impl Fn(&CurvePoint) -> f64) -> Option<f64> {
         let points = self.points.iter().map(|p| (p.at.log2(), value(p)));
         slope(&points.filter(|(_, y)| y.is_finite()).collect::<Vec<_>>())
     }
 
-    /// Change for each one more of what is varied.
-    fn for_one_more(&self, value: impl Fn(&Point) -> f64) -> Option<f64> {
+    /// Change of `value` for each increase by 1 of what is varied; `None` for fewer than two points with a value.
+    fn for_one_more(&self, value: impl Fn(&CurvePoint) -> f64) -> Option<f64> {
         let points = self.points.iter().map(|p| (p.at, value(p)));
         slope(&points.filter(|(_, y)| y.is_finite()).collect::<Vec<_>>())
     }
 }
 
-/// The curves of all axes that have several points.
-pub fn curves(report: &Report) -> Vec<Curve> {
-    let mut all: BTreeMap<(String, String), Vec<Point>> = BTreeMap::new();
+/// All curves that have more than one point.
+pub fn curves(report: &BenchReport) -> Vec<Curve> {
+    let mut all: BTreeMap<(String, String), Vec<CurvePoint>> = BTreeMap::new();
     for setting in report.settings() {
         let varied = setting.split_once('=').and_then(|(axis, at)| Some((axis, at.parse::<f64>().ok()?)));
         for row in report.rows(setting) {
@@ -83,27 +83,27 @@ pub fn curves(report: &Report) -> Vec<Curve> {
                 }
                 (None, _) => continue,
             };
-            all.entry((axis.into(), workload.into())).or_default().extend(Point::new(at, &row));
+            all.entry((axis.into(), workload.into())).or_default().extend(CurvePoint::new(at, &row));
         }
     }
-    let curve = |((axis, workload), mut points): ((String, String), Vec<Point>)| {
+    let curve = |((axis, workload), mut points): ((String, String), Vec<CurvePoint>)| {
         points.sort_by(|a, b| a.at.total_cmp(&b.at));
         Curve { axis, workload, points }
     };
     all.into_iter().map(curve).filter(|curve| curve.points.len() > 1).collect()
 }
 
-/// The axes of some curves, each once.
+/// The axes of the curves, without duplicates.
 pub fn axes(curves: &[Curve]) -> Vec<&str> {
     let mut axes: Vec<&str> = curves.iter().map(|curve| curve.axis.as_str()).collect();
     axes.dedup();
     axes
 }
 
-/// The tables of all axes.
+/// Writes a table for each axis.
 ///
 /// # Errors
-/// `out` takes no more.
+/// `out` cannot be written to.
 pub fn tables(out: &mut String, curves: &[Curve]) -> std::fmt::Result {
     for axis in axes(curves) {
         writeln!(out, "\n## By {axis}\n")?;
@@ -137,15 +137,15 @@ pub fn tables(out: &mut String, curves: &[Curve]) -> std::fmt::Result {
 }
 
 fn slopes(out: &mut String, curve: &Curve) -> std::fmt::Result {
-    let told = |slope: Option<f64>| slope.map_or("–".into(), |slope| format!("{slope:+.4}"));
+    let text = |slope: Option<f64>| slope.map_or("–".into(), |slope| format!("{slope:+.4}"));
     writeln!(
         out,
         "- {}: for each doubling of {} the ratio changes by {}, the CPU ratio by {}; each one more adds {} Mbit/s to a pair's log.",
         curve.workload,
         curve.axis,
-        told(curve.for_a_doubling(|p| p.ratio.median)),
-        told(curve.for_a_doubling(|p| p.cpu_ratio.map_or(f64::NAN, |m| m.median))),
-        told(curve.for_one_more(|p| p.log_mbit_per_s))
+        text(curve.for_a_doubling(|p| p.ratio.median)),
+        text(curve.for_a_doubling(|p| p.cpu_ratio.map_or(f64::NAN, |m| m.median))),
+        text(curve.for_one_more(|p| p.log_mbit_per_s))
     )
 }
 
@@ -155,7 +155,7 @@ mod tests {
 
     #[test]
     fn slopes_are_those_of_the_points() {
-        let point = |at, ratio: f64, log_mbit_per_s| Point {
+        let point = |at, ratio: f64, log_mbit_per_s| CurvePoint {
             at,
             unprotected: 1.0,
             protected: ratio,

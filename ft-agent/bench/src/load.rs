@@ -1,4 +1,4 @@
-//! Clients of a guest: each loads it for a while and tells how it went.
+//! Clients of a guest: each loads it for a while and returns what was done and how long it took.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{IpAddr, TcpStream};
@@ -9,11 +9,11 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 
-use crate::workloads::{Guest, Load};
+use crate::workloads::{BenchGuest, Load};
 
 /// How long a guest may take to answer.
 pub const PATIENCE: Duration = Duration::from_secs(60);
-/// What the source of the bare guest is asked for: more than it sends in a run.
+/// How many bytes the bare guest's source is asked for: more than it can send in a run.
 const SOURCE_BYTES: u64 = 1 << 40;
 
 /// Ports of a guest's servers.
@@ -21,33 +21,33 @@ struct Ports {
     sink: u16,
     source: u16,
     echo: u16,
-    /// Of the bare guest only.
+    /// Only the bare guest has one.
     counter: u16,
     work: u16,
 }
 
-/// Those of [`start_servers`] for Linux, and those that the bare guest has.
-const fn ports(guest: Guest) -> Ports {
+/// For Linux, the ports on which [`start_servers`] starts servers; for the bare guest, the ports of its own services.
+const fn ports(guest: BenchGuest) -> Ports {
     match guest {
-        Guest::Linux => Ports { sink: 5001, source: 5002, echo: 5003, counter: 0, work: 0 },
-        Guest::Bare => Ports { sink: 7779, source: 7780, echo: 7778, counter: 7777, work: 7781 },
+        BenchGuest::Linux => Ports { sink: 5001, source: 5002, echo: 5003, counter: 0, work: 0 },
+        BenchGuest::Bare => Ports { sink: 7779, source: 7780, echo: 7778, counter: 7777, work: 7781 },
     }
 }
 
-/// How a run went.
+/// The result of a run.
 #[derive(Clone, Debug, Default)]
-pub struct Outcome {
-    /// What was done: commands, round trips, requests, bits; seconds when idle.
+pub struct LoadResult {
+    /// What was done, in commands, round trips, requests or bits; seconds for an idle guest.
     pub operations: f64,
-    /// In this time.
+    /// The time that it took, s.
     pub seconds: f64,
-    /// Latency of each operation, µs, where there is one.
+    /// Latency of each operation, µs; empty for loads without single operations.
     pub latencies_us: Vec<u32>,
 }
 
-impl Outcome {
-    /// Both, of two guests at the same time.
-    pub fn beside(mut self, other: Outcome) -> Outcome {
+impl LoadResult {
+    /// The sum of the results of two guests that were loaded at the same time.
+    pub fn combine(mut self, other: LoadResult) -> LoadResult {
         self.operations += other.operations;
         self.seconds = self.seconds.max(other.seconds);
         self.latencies_us.extend(other.latencies_us);
@@ -55,7 +55,7 @@ impl Outcome {
     }
 }
 
-/// Keeps this thread, and those that it starts, on one core.
+/// Pins this thread, and the threads that it starts, to one core.
 ///
 /// # Errors
 /// There is no such core.
@@ -64,23 +64,23 @@ pub fn pin(core: usize) -> io::Result<()> {
     set.set(core).and_then(|()| sched_setaffinity(Pid::from_raw(0), &set)).map_err(io::Error::from)
 }
 
-/// Starts the servers in a Linux guest that are not there from the start.
+/// Starts those servers of a Linux guest that do not run from its boot on.
 ///
 /// # Errors
 /// The guest does not answer.
 pub fn start_servers(guest: IpAddr) -> io::Result<()> {
-    let Ports { sink, source, echo, .. } = ports(Guest::Linux);
+    let Ports { sink, source, echo, .. } = ports(BenchGuest::Linux);
     for (name, port) in [("tcp-sink", sink), ("tcp-source", source), ("tcp-echo", echo)] {
         if connect(guest, port).is_err() {
-            work(Guest::Linux, guest, name, u32::from(port))?;
-            listens(guest, port)?;
+            run_workload(BenchGuest::Linux, guest, name, u32::from(port))?;
+            wait_until_listening(guest, port)?;
         }
     }
     Ok(())
 }
 
-/// Waits until a server that was started in the background listens.
-fn listens(guest: IpAddr, port: u16) -> io::Result<()> {
+/// Waits until a server that was started in the background accepts connections.
+fn wait_until_listening(guest: IpAddr, port: u16) -> io::Result<()> {
     let start = Instant::now();
     loop {
         match connect(guest, port) {
@@ -92,11 +92,11 @@ fn listens(guest: IpAddr, port: u16) -> io::Result<()> {
     }
 }
 
-/// Loads a guest for about so long.
+/// Loads a guest for about `time`.
 ///
 /// # Errors
 /// The guest does not answer as it should.
-pub fn run(kind: Guest, load: Load, guest: IpAddr, time: Duration) -> io::Result<Outcome> {
+pub fn run(kind: BenchGuest, load: Load, guest: IpAddr, time: Duration) -> io::Result<LoadResult> {
     let ports = ports(kind);
     match load {
         Load::Redis(command, connections) => {
@@ -106,12 +106,12 @@ pub fn run(kind: Guest, load: Load, guest: IpAddr, time: Duration) -> io::Result
             connections,
             time,
             || connect(guest, ports.counter),
-            Request { bytes: b"add 1\n", lines: 1 },
+            ClientRequest { bytes: b"add 1\n", lines: 1 },
         ),
         Load::Paced(rate) => paced(connect(guest, ports.echo)?, rate, time),
         Load::PingPong => {
             let mut socket = connect(guest, ports.echo)?;
-            until(time, || {
+            repeat_for(time, || {
                 socket.write_all(b"x")?;
                 socket.read_exact(&mut [0])
             })
@@ -119,20 +119,20 @@ pub fn run(kind: Guest, load: Load, guest: IpAddr, time: Duration) -> io::Result
         Load::Receive => receive(connect(guest, ports.sink)?, time),
         Load::Transmit => {
             let mut socket = connect(guest, ports.source)?;
-            if kind == Guest::Bare {
+            if kind == BenchGuest::Bare {
                 writeln!(socket, "{SOURCE_BYTES}")?;
             }
             transmit(socket, time)
         }
-        Load::Http(path) => until(time, || http(guest, path).map(drop)),
-        // Its time is its value; one run has no distribution.
+        Load::Http(path) => repeat_for(time, || http(guest, path).map(drop)),
+        // One run of a workload is one value; there is no distribution of latencies.
         Load::Work(name, size) => {
-            let outcome = until(Duration::ZERO, || work(kind, guest, name, size))?;
-            Ok(Outcome { latencies_us: Vec::new(), ..outcome })
+            let outcome = repeat_for(Duration::ZERO, || run_workload(kind, guest, name, size))?;
+            Ok(LoadResult { latencies_us: Vec::new(), ..outcome })
         }
         Load::Idle => {
             std::thread::sleep(time);
-            Ok(Outcome {
+            Ok(LoadResult {
                 operations: time.as_secs_f64(),
                 seconds: time.as_secs_f64(),
                 latencies_us: Vec::new(),
@@ -141,19 +141,19 @@ pub fn run(kind: Guest, load: Load, guest: IpAddr, time: Duration) -> io::Result
     }
 }
 
-/// Bytes to the guest and back, one after the other: when each left, s from `start`, and how long it took, ms.
+/// Sends bytes to the guest and back, one after the other; for each, when it left (s from `start`) and its round trip (ms).
 ///
 /// # Errors
 /// The connection has ended.
 pub fn round_trips(
-    kind: Guest,
+    kind: BenchGuest,
     guest: IpAddr,
     start: Instant,
     time: Duration,
 ) -> io::Result<Vec<(f64, f64)>> {
     let mut socket = connect(guest, ports(kind).echo)?;
     let mut trips = Vec::new();
-    until(time, || {
+    repeat_for(time, || {
         let begin = Instant::now();
         socket.write_all(b"x")?;
         socket.read_exact(&mut [0])?;
@@ -171,8 +171,8 @@ fn connect(guest: IpAddr, port: u16) -> io::Result<TcpStream> {
     Ok(socket)
 }
 
-/// Does something again and again, at least once.
-fn until(time: Duration, mut operation: impl FnMut() -> io::Result<()>) -> io::Result<Outcome> {
+/// Repeats an operation for `time`, at least once.
+fn repeat_for(time: Duration, mut operation: impl FnMut() -> io::Result<()>) -> io::Result<LoadResult> {
     let start = Instant::now();
     let mut latencies_us = Vec::new();
     loop {
@@ -183,7 +183,7 @@ fn until(time: Duration, mut operation: impl FnMut() -> io::Result<()>) -> io::R
             break;
         }
     }
-    Ok(Outcome {
+    Ok(LoadResult {
         operations: latencies_us.len() as f64,
         seconds: start.elapsed().as_secs_f64(),
         latencies_us,
@@ -192,23 +192,23 @@ fn until(time: Duration, mut operation: impl FnMut() -> io::Result<()>) -> io::R
 
 const REDIS: u16 = 6379;
 
-/// What a client asks again and again, and how many lines the answer has.
+/// The request that a client repeats, and how many lines its answer has.
 #[derive(Clone, Copy)]
-struct Request {
+struct ClientRequest {
     bytes: &'static [u8],
     lines: usize,
 }
 
-fn redis_request(command: &str) -> Request {
+fn redis_request(command: &str) -> ClientRequest {
     match command {
-        "set" => Request { bytes: b"*3\r\n$3\r\nSET\r\n$3\r\nkey\r\n$3\r\nxxx\r\n", lines: 1 },
-        // The answer has a second line, unless there is nothing.
-        "get" => Request { bytes: b"*2\r\n$3\r\nGET\r\n$3\r\nkey\r\n", lines: 2 },
-        _ => Request { bytes: b"*2\r\n$4\r\nINCR\r\n$7\r\ncounter\r\n", lines: 1 },
+        "set" => ClientRequest { bytes: b"*3\r\n$3\r\nSET\r\n$3\r\nkey\r\n$3\r\nxxx\r\n", lines: 1 },
+        // The answer has a second line, unless the key does not exist.
+        "get" => ClientRequest { bytes: b"*2\r\n$3\r\nGET\r\n$3\r\nkey\r\n", lines: 2 },
+        _ => ClientRequest { bytes: b"*2\r\n$4\r\nINCR\r\n$7\r\ncounter\r\n", lines: 1 },
     }
 }
 
-/// A connection on which one request follows the other.
+/// A connection on which a request is sent as soon as the one before is answered.
 struct Client {
     socket: TcpStream,
     sent: Instant,
@@ -217,13 +217,13 @@ struct Client {
 }
 
 impl Client {
-    fn ask(&mut self, request: Request) -> io::Result<()> {
+    fn send(&mut self, request: ClientRequest) -> io::Result<()> {
         (self.sent, self.len) = (Instant::now(), 0);
         self.socket.write_all(request.bytes)
     }
 
-    /// Takes what has come; true when that was all of the answer.
-    fn take(&mut self, request: Request) -> io::Result<bool> {
+    /// Reads what has arrived; true when the answer is complete.
+    fn read_answer(&mut self, request: ClientRequest) -> io::Result<bool> {
         self.len += read_some(&mut self.socket, &mut self.answer[self.len..])?;
         let answer = &self.answer[..self.len];
         if matches!(answer[0], b'-' | b'e') {
@@ -233,37 +233,37 @@ impl Client {
     }
 }
 
-/// So many clients at the same time, each asking on a connection of its own; one thread has them all, as redis-benchmark's.
-/// What is answered in time counts, and the others' answers are awaited.
+/// Runs `connections` clients at the same time, each on a connection of its own and all on one thread, as redis-benchmark
+/// does. Requests answered within `time` count; the answers to the remaining ones are waited for and not counted.
 fn clients(
     connections: usize,
     time: Duration,
     connect: impl Fn() -> io::Result<TcpStream>,
-    request: Request,
-) -> io::Result<Outcome> {
+    request: ClientRequest,
+) -> io::Result<LoadResult> {
     let client = |socket| Client { socket, sent: Instant::now(), answer: [0; 256], len: 0 };
     let mut asking = (0..connections).map(|_| connect().map(client)).collect::<io::Result<Vec<_>>>()?;
     let end = Instant::now() + time;
-    asking.iter_mut().try_for_each(|client| client.ask(request))?;
+    asking.iter_mut().try_for_each(|client| client.send(request))?;
     let mut latencies_us = Vec::new();
     while !asking.is_empty() {
         for at in readable(&asking)?.into_iter().rev() {
-            if !asking[at].take(request)? {
+            if !asking[at].read_answer(request)? {
                 continue;
             }
             let now = Instant::now();
             if now < end {
                 latencies_us.push((now - asking[at].sent).as_micros() as u32);
-                asking[at].ask(request)?;
+                asking[at].send(request)?;
             } else {
                 asking.swap_remove(at);
             }
         }
     }
-    Ok(Outcome { operations: latencies_us.len() as f64, seconds: time.as_secs_f64(), latencies_us })
+    Ok(LoadResult { operations: latencies_us.len() as f64, seconds: time.as_secs_f64(), latencies_us })
 }
 
-/// Waits until there is an answer to some; which ones, in order.
+/// Waits until some clients have data to read; their indices in ascending order.
 fn readable(clients: &[Client]) -> io::Result<Vec<usize>> {
     let mut watched: Vec<_> =
         clients.iter().map(|client| PollFd::new(client.socket.as_fd(), PollFlags::POLLIN)).collect();
@@ -274,8 +274,8 @@ fn readable(clients: &[Client]) -> io::Result<Vec<usize>> {
     Ok((0..watched.len()).filter(|at| watched[*at].any() == Some(true)).collect())
 }
 
-/// Sends so many bytes a second and waits until all have come back. A byte's time runs from when it was due.
-fn paced(mut socket: TcpStream, rate: u32, time: Duration) -> io::Result<Outcome> {
+/// Sends `rate` bytes a second and waits until all have come back. A byte's latency counts from when it was due.
+fn paced(mut socket: TcpStream, rate: u32, time: Duration) -> io::Result<LoadResult> {
     let count = (time.as_secs_f64() * f64::from(rate)).ceil() as u32;
     let start = Instant::now();
     let due = move |n: u32| start + Duration::from_secs(1) / rate * n;
@@ -296,7 +296,7 @@ fn paced(mut socket: TcpStream, rate: u32, time: Duration) -> io::Result<Outcome
         latencies_us.extend((back..back + len as u32).map(late));
     }
     sender.join().unwrap_or_else(|_| Err(io::Error::other("a client panicked")))?;
-    Ok(Outcome { operations: f64::from(count), seconds: start.elapsed().as_secs_f64(), latencies_us })
+    Ok(LoadResult { operations: f64::from(count), seconds: start.elapsed().as_secs_f64(), latencies_us })
 }
 
 fn read_some(socket: &mut TcpStream, into: &mut [u8]) -> io::Result<usize> {
@@ -306,8 +306,8 @@ fn read_some(socket: &mut TcpStream, into: &mut [u8]) -> io::Result<usize> {
     }
 }
 
-/// The guest has all of it when it closes its end.
-fn receive(mut socket: TcpStream, time: Duration) -> io::Result<Outcome> {
+/// Bulk transfer into the guest: it has received everything when it closes its end.
+fn receive(mut socket: TcpStream, time: Duration) -> io::Result<LoadResult> {
     let block = vec![0x5a; 64 << 10];
     let (start, mut bytes) = (Instant::now(), 0);
     while start.elapsed() < time {
@@ -315,36 +315,37 @@ fn receive(mut socket: TcpStream, time: Duration) -> io::Result<Outcome> {
     }
     socket.shutdown(std::net::Shutdown::Write)?;
     io::copy(&mut socket, &mut io::sink())?;
-    Ok(Outcome {
+    Ok(LoadResult {
         operations: bytes as f64 * 8.0,
         seconds: start.elapsed().as_secs_f64(),
-        ..Outcome::default()
+        ..LoadResult::default()
     })
 }
 
-fn transmit(mut socket: TcpStream, time: Duration) -> io::Result<Outcome> {
+/// Bulk transfer out of the guest.
+fn transmit(mut socket: TcpStream, time: Duration) -> io::Result<LoadResult> {
     let mut block = vec![0; 256 << 10];
-    // A process begins in the guest; its start is not bulk.
+    // A process starts in the guest first; its start is not part of the bulk transfer.
     read_some(&mut socket, &mut block)?;
     let (start, mut bytes) = (Instant::now(), 0);
     while start.elapsed() < time {
         bytes += read_some(&mut socket, &mut block)?;
     }
-    Ok(Outcome {
+    Ok(LoadResult {
         operations: bytes as f64 * 8.0,
         seconds: start.elapsed().as_secs_f64(),
-        ..Outcome::default()
+        ..LoadResult::default()
     })
 }
 
-/// Runs a workload of the guest's own to its end.
+/// Runs one of the guest's own workloads to its end.
 ///
 /// # Errors
 /// It fails.
-pub fn work(kind: Guest, guest: IpAddr, name: &str, size: u32) -> io::Result<()> {
-    let told = match kind {
-        Guest::Linux => http(guest, &format!("/cgi-bin/workload?{name}+{size}"))?,
-        Guest::Bare => {
+pub fn run_workload(kind: BenchGuest, guest: IpAddr, name: &str, size: u32) -> io::Result<()> {
+    let answer = match kind {
+        BenchGuest::Linux => http(guest, &format!("/cgi-bin/workload?{name}+{size}"))?,
+        BenchGuest::Bare => {
             let mut socket = connect(guest, ports(kind).work)?;
             writeln!(socket, "{name} {size}")?;
             socket.shutdown(std::net::Shutdown::Write)?;
@@ -353,11 +354,11 @@ pub fn work(kind: Guest, guest: IpAddr, name: &str, size: u32) -> io::Result<()>
             answer
         }
     };
-    let told = String::from_utf8_lossy(&told);
-    if told.lines().any(|line| line.starts_with(&format!("{name} {size} "))) {
+    let answer = String::from_utf8_lossy(&answer);
+    if answer.lines().any(|line| line.starts_with(&format!("{name} {size} "))) {
         return Ok(());
     }
-    Err(io::Error::other(format!("workload {name}: {told}")))
+    Err(io::Error::other(format!("workload {name} {size} answered unexpectedly: {answer}")))
 }
 
 fn http(guest: IpAddr, path: &str) -> io::Result<Vec<u8>> {
@@ -367,7 +368,7 @@ fn http(guest: IpAddr, path: &str) -> io::Result<Vec<u8>> {
     socket.read_to_end(&mut answer)?;
     let status = answer.split(|b| *b == b' ').nth(1);
     if status != Some(b"200") {
-        return Err(io::Error::other(format!("GET {path}: {}", String::from_utf8_lossy(&answer))));
+        return Err(io::Error::other(format!("GET {path} failed: {}", String::from_utf8_lossy(&answer))));
     }
     Ok(answer)
 }

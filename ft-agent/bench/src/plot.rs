@@ -1,4 +1,4 @@
-//! The pictures.
+//! The report's pictures.
 
 use std::path::Path;
 
@@ -6,34 +6,38 @@ use plotters::coord::Shift;
 use plotters::coord::ranged1d::ValueFormatter;
 use plotters::prelude::*;
 
-use crate::Error;
-use crate::growth::{Curve, Point};
+use crate::BenchError;
+use crate::growth::{Curve, CurvePoint};
 use crate::report::Row;
-use crate::rounds::Side;
+use crate::rounds::BenchSide;
 use crate::stats::Histogram;
 use crate::timeline::Timeline;
 
 type Canvas<'a> = DrawingArea<SVGBackend<'a>, Shift>;
-type Drawn = Result<(), Box<dyn std::error::Error>>;
+type DrawResult = Result<(), Box<dyn std::error::Error>>;
 
 const UNPROTECTED: RGBColor = RGBColor(110, 110, 110);
 const PROTECTED: RGBColor = RGBColor(0, 90, 170);
-/// Rows of space for the legend under the ratios.
+/// Space for the legend under the ratios, in rows.
 const LEGEND: f64 = 2.0;
 const PAPER: RGBColor = RGBColor(200, 80, 0);
 /// Workloads whose latencies are drawn.
 const LATENCIES: &[&str] = &["ping-pong", "redis set c1", "redis set c50", "http small"];
 
-fn draw(path: &Path, size: (u32, u32), picture: impl FnOnce(&Canvas) -> Drawn) -> Result<(), Error> {
+fn draw(
+    path: &Path,
+    size: (u32, u32),
+    picture: impl FnOnce(&Canvas) -> DrawResult,
+) -> Result<(), BenchError> {
     let canvas = SVGBackend::new(path, size).into_drawing_area();
     let drawn = canvas.fill(&WHITE).map_err(Into::into).and_then(|()| picture(&canvas));
     drawn
         .and_then(|()| canvas.present().map_err(Into::into))
-        .map_err(|e| Error::Picture(path.into(), e.to_string()))
+        .map_err(|e| BenchError::Picture(path.into(), e.to_string()))
 }
 
-/// Ratios with their intervals, and the paper's beside them.
-pub fn ratios(path: &Path, rows: &[Row]) -> Result<(), Error> {
+/// Draws the ratios with their intervals, with the paper's ratios beside them.
+pub fn ratios(path: &Path, rows: &[Row]) -> Result<(), BenchError> {
     let rows: Vec<_> = rows.iter().filter_map(|row| Some((row, row.ratio?))).collect();
     if rows.is_empty() {
         return Ok(());
@@ -74,14 +78,14 @@ pub fn ratios(path: &Path, rows: &[Row]) -> Result<(), Error> {
                 chart.draw_series([TriangleMarker::new((paper, y), 6, PAPER.filled())])?;
             }
         }
-        let legend = |chart: &mut ChartContext<_, _>, text: &str, color: RGBColor| -> Drawn {
+        let legend = |chart: &mut ChartContext<_, _>, text: &str, color: RGBColor| -> DrawResult {
             let none = std::iter::empty::<Circle<(f64, f64), i32>>();
             let mark = move |(x, y)| Circle::new((x + 8, y), 5, color.filled());
             chart.draw_series(none)?.label(text).legend(mark);
             Ok(())
         };
         legend(&mut chart, "vmft", PROTECTED)?;
-        legend(&mut chart, "the paper of 2010, on something like it", PAPER)?;
+        legend(&mut chart, "the paper of 2010, for a similar workload", PAPER)?;
         legend(&mut chart, "line: the bar", BLACK)?;
         chart
             .configure_series_labels()
@@ -92,8 +96,8 @@ pub fn ratios(path: &Path, rows: &[Row]) -> Result<(), Error> {
     })
 }
 
-/// How many operations took longer than so long, with and without protection.
-pub fn latencies(path: &Path, rows: &[Row]) -> Result<(), Error> {
+/// Draws the distributions of latencies: which share of operations took longer, with and without protection.
+pub fn latencies(path: &Path, rows: &[Row]) -> Result<(), BenchError> {
     let rows: Vec<_> = rows.iter().filter(|row| LATENCIES.contains(&row.workload.name)).collect();
     if rows.is_empty() {
         return Ok(());
@@ -106,8 +110,8 @@ pub fn latencies(path: &Path, rows: &[Row]) -> Result<(), Error> {
     })
 }
 
-fn latency(area: &Canvas, row: &Row) -> Drawn {
-    let shares = [Side::Unprotected, Side::Protected].map(|side| {
+fn latency(area: &Canvas, row: &Row) -> DrawResult {
+    let shares = [BenchSide::Unprotected, BenchSide::Protected].map(|side| {
         let mut all = Histogram::default();
         row.sides[side as usize].iter().for_each(|run| all.add(&run.latencies));
         all.shares_above()
@@ -138,9 +142,9 @@ fn latency(area: &Canvas, row: &Row) -> Drawn {
     Ok(())
 }
 
-/// Curves along an axis: ratios with their intervals, operations a second, and the log.
-pub fn growth(path: &Path, axis: &str, curves: &[&Curve]) -> Result<(), Error> {
-    type Value = fn(&Point) -> f64;
+/// Draws the curves along an axis: ratios with their intervals, operations a second, and log traffic.
+pub fn growth(path: &Path, axis: &str, curves: &[&Curve]) -> Result<(), BenchError> {
+    type Value = fn(&CurvePoint) -> f64;
     let panels: [(&str, Value, Option<Value>); 3] = [
         ("protected over unprotected", |p| p.ratio.median, None),
         ("operations a second; grey: unprotected", |p| p.protected, Some(|p| p.unprotected)),
@@ -179,10 +183,10 @@ fn curves_on<'a, X, Y>(
     mut chart: ChartContext<'a, SVGBackend<'a>, Cartesian2d<X, Y>>,
     axis: &str,
     curves: &[&Curve],
-    value: fn(&Point) -> f64,
-    beside: Option<fn(&Point) -> f64>,
+    value: fn(&CurvePoint) -> f64,
+    beside: Option<fn(&CurvePoint) -> f64>,
     with_slope: bool,
-) -> Drawn
+) -> DrawResult
 where
     X: Ranged<ValueType = f64> + ValueFormatter<f64>,
     Y: Ranged<ValueType = f64> + ValueFormatter<f64>,
@@ -190,7 +194,7 @@ where
     chart.configure_mesh().x_desc(axis).draw()?;
     for (n, curve) in curves.iter().enumerate() {
         let color = Palette99::pick(n).to_rgba();
-        let line = |value: fn(&Point) -> f64| {
+        let line = |value: fn(&CurvePoint) -> f64| {
             curve.points.iter().map(move |p| (p.at, value(p))).filter(|(_, y)| *y > 0.0).collect::<Vec<_>>()
         };
         if let Some(beside) = beside {
@@ -213,8 +217,8 @@ where
     Ok(())
 }
 
-/// Round trips, log and lag over time.
-pub fn timeline(path: &Path, timeline: &Timeline) -> Result<(), Error> {
+/// Draws round trips, log traffic and lag over time.
+pub fn timeline(path: &Path, timeline: &Timeline) -> Result<(), BenchError> {
     let end = timeline.round_trips.last().map_or(1.0, |(t, ms)| t + ms / 1e3);
     let trips: Vec<_> = timeline.round_trips.clone();
     let of_primary = || timeline.looks.iter().filter(|(_, role, ..)| role == "primary");
@@ -232,7 +236,7 @@ pub fn timeline(path: &Path, timeline: &Timeline) -> Result<(), Error> {
     })
 }
 
-fn over_time(area: &Canvas, name: &str, points: &[(f64, f64)], end: f64, killed: Option<f64>) -> Drawn {
+fn over_time(area: &Canvas, name: &str, points: &[(f64, f64)], end: f64, killed: Option<f64>) -> DrawResult {
     let top = points.iter().map(|(_, value)| *value).fold(0.0, f64::max).max(0.001) * 1.1;
     let mut chart = ChartBuilder::on(area)
         .caption(name, ("sans-serif", 16))

@@ -1,4 +1,4 @@
-//! The report: a folder with the raw data, the table and the pictures, all made from `raw.json`.
+//! The report: a directory with the raw data, the tables and the pictures, all made from `raw.json`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -6,29 +6,29 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use crate::growth::{axes, curves};
-use crate::rounds::{PairRun, Run, Side};
+use crate::rounds::{BenchRun, BenchSide, PairRun};
 use crate::stats::{Median, center_of_ratios, median};
 use crate::timeline::Timeline;
-use crate::workloads::{Guest, Load, Workload};
-use crate::{BenchArgs, Error, plot, tables};
+use crate::workloads::{BenchGuest, Load, Workload};
+use crate::{BenchArgs, BenchError, plot, tables};
 
-/// All that was measured: `raw.json`.
+/// Everything that was measured: the content of `raw.json`.
 #[derive(Debug, Serialize, Deserialize)]
-pub struct Report {
-    /// When rounds were added: the machine and the versions.
+pub struct BenchReport {
+    /// The calls of `vmft bench` that added rounds.
     pub slices: Vec<Slice>,
     /// All runs.
-    pub runs: Vec<Run>,
+    pub runs: Vec<BenchRun>,
     /// The pair over time.
     pub timeline: Option<Timeline>,
 }
 
-/// One time at which something was measured.
+/// One call of `vmft bench`.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Slice {
     /// Its options.
     pub args: BenchArgs,
-    /// The machine and the versions: what, text.
+    /// Facts about the host and the versions: name and text.
     pub about: Vec<(String, String)>,
 }
 
@@ -36,38 +36,39 @@ pub struct Slice {
 pub struct Row<'a> {
     /// The workload.
     pub workload: &'static Workload,
-    /// Protected/unprotected of the rounds.
+    /// Center of the rounds' ratios protected/unprotected.
     pub ratio: Option<Median>,
-    /// Runs of each side that count.
-    pub sides: [Vec<&'a Run>; 2],
-    /// Runs of the peers.
-    pub peers: Vec<&'a Run>,
+    /// The runs of each side that count.
+    pub sides: [Vec<&'a BenchRun>; 2],
+    /// The runs on the other virtual machines.
+    pub peers: Vec<&'a BenchRun>,
 }
 
 impl Row<'_> {
-    /// Median over the runs of a side; NaN when there are none.
-    pub fn of(&self, side: Side, value: impl Fn(&Run) -> Option<f64>) -> f64 {
+    /// Median of a value over the runs of a side; NaN when no run has it.
+    pub fn median_of(&self, side: BenchSide, value: impl Fn(&BenchRun) -> Option<f64>) -> f64 {
         median(self.sides[side as usize].iter().filter_map(|run| value(run))).map_or(f64::NAN, |m| m.median)
     }
 
     fn json(&self) -> serde_json::Value {
         let rate = |side| median(self.sides[side as usize].iter().map(|run| run.rate()));
-        let latency =
-            |side, value: fn(&Run) -> f64| self.of(side, |run| Some(value(run)).filter(|us| *us > 0.0));
+        let latency = |side, value: fn(&BenchRun) -> f64| {
+            self.median_of(side, |run| Some(value(run)).filter(|us| *us > 0.0))
+        };
         let side = |side| {
             serde_json::json!({
                 "per_s": rate(side),
                 "p50_us": latency(side, |run| run.p50_us),
                 "p99_us": latency(side, |run| run.p99_us),
-                "cpu_s_per_operation": self.of(side, Run::cpu_s_per_operation),
+                "cpu_s_per_operation": self.median_of(side, BenchRun::cpu_s_per_operation),
             })
         };
         let peers: BTreeMap<_, _> =
-            self.peer_names().into_iter().map(|name| (name, self.peer(name))).collect();
+            self.peer_names().into_iter().map(|name| (name, self.peer_rate(name))).collect();
         serde_json::json!({
             "workload": self.workload.name,
-            "unprotected": side(Side::Unprotected),
-            "protected": side(Side::Protected),
+            "unprotected": side(BenchSide::Unprotected),
+            "protected": side(BenchSide::Protected),
             "ratio": self.ratio,
             "cpu_ratio": self.cpu_ratio(),
             "bar": self.workload.bar,
@@ -77,20 +78,20 @@ impl Row<'_> {
         })
     }
 
-    /// Protected/unprotected of the rounds, each from the runs of that round.
-    fn paired(&self, value: impl Fn(&[&Run]) -> Option<f64>) -> Option<Median> {
-        let by_round = |side: Side| {
-            let mut rounds: BTreeMap<usize, Vec<&Run>> = BTreeMap::new();
+    /// Center of the ratios protected/unprotected of `value`, one ratio for each round.
+    fn paired(&self, value: impl Fn(&[&BenchRun]) -> Option<f64>) -> Option<Median> {
+        let by_round = |side: BenchSide| {
+            let mut rounds: BTreeMap<usize, Vec<&BenchRun>> = BTreeMap::new();
             self.sides[side as usize].iter().for_each(|run| rounds.entry(run.round).or_default().push(run));
             rounds
         };
-        let unprotected = by_round(Side::Unprotected);
+        let unprotected = by_round(BenchSide::Unprotected);
         let ratio =
-            |(round, runs): (usize, Vec<&Run>)| Some(value(&runs)? / value(unprotected.get(&round)?)?);
-        center_of_ratios(by_round(Side::Protected).into_iter().filter_map(ratio))
+            |(round, runs): (usize, Vec<&BenchRun>)| Some(value(&runs)? / value(unprotected.get(&round)?)?);
+        center_of_ratios(by_round(BenchSide::Protected).into_iter().filter_map(ratio))
     }
 
-    /// Of the CPU time of the guests' processes for an operation.
+    /// Ratio protected/unprotected of the CPU time of the guests' processes for an operation.
     pub fn cpu_ratio(&self) -> Option<Median> {
         self.paired(|runs| {
             let cpu: f64 = runs.iter().map(|run| run.cpu_s.first().copied()).sum::<Option<f64>>()?;
@@ -98,52 +99,54 @@ impl Row<'_> {
         })
     }
 
-    /// Median over the runs of the pair.
-    pub fn of_pair(&self, value: impl Fn(&PairRun) -> f64) -> f64 {
-        self.of(Side::Protected, |run| run.pair.as_ref().map(&value))
+    /// Median of a value over the runs of the pair; NaN when no run has it.
+    pub fn median_of_pair(&self, value: impl Fn(&PairRun) -> f64) -> f64 {
+        self.median_of(BenchSide::Protected, |run| run.pair.as_ref().map(&value))
     }
 
-    /// Traffic of the channel.
+    /// Traffic of the channel, Mbit/s.
     pub fn log_mbit_per_s(&self) -> f64 {
-        self.of_pair(|pair| pair.log_bytes as f64 * 8e-6 / pair.seconds)
+        self.median_of_pair(|pair| pair.log_bytes as f64 * 8e-6 / pair.seconds)
     }
 
-    /// What protection adds to the median latency; NaN without latencies.
+    /// What protection adds to the median latency, µs; NaN without latencies.
     pub fn added_us(&self) -> f64 {
-        let p50 = |side| self.of(side, |run| Some(run.p50_us).filter(|us| *us > 0.0));
-        p50(Side::Protected) - p50(Side::Unprotected)
+        let p50 = |side| self.median_of(side, |run| Some(run.p50_us).filter(|us| *us > 0.0));
+        p50(BenchSide::Protected) - p50(BenchSide::Unprotected)
     }
 
-    /// Names of the peers that were measured.
+    /// Names of the other virtual machines that were measured.
     pub fn peer_names(&self) -> Vec<&str> {
         let names: BTreeSet<_> = self.peers.iter().filter_map(|run| run.peer.as_deref()).collect();
         names.into_iter().collect()
     }
 
-    /// Operations a second on a peer.
-    pub fn peer(&self, name: &str) -> Option<Median> {
+    /// Operations a second on another virtual machine.
+    pub fn peer_rate(&self, name: &str) -> Option<Median> {
         median(self.peers.iter().filter(|run| run.peer.as_deref() == Some(name)).map(|run| run.rate()))
     }
 }
 
-impl Report {
-    /// What the folder has so far, or an empty report.
+impl BenchReport {
+    /// Opens the report in the directory, or starts an empty one.
     ///
     /// # Errors
-    /// The folder cannot be made, or holds something else.
-    pub fn open(args: &BenchArgs) -> Result<Report, Error> {
+    /// The directory cannot be made, or its `raw.json` is not that of this guest's report.
+    pub fn open(args: &BenchArgs) -> Result<BenchReport, BenchError> {
         let failed = |path: &Path| {
             let path = path.to_owned();
-            move |source| Error::File { path, source }
+            move |source| BenchError::File { path, source }
         };
         std::fs::create_dir_all(&args.out).map_err(failed(&args.out))?;
         let raw = args.out.join("raw.json");
-        let mut report = Report { slices: Vec::new(), runs: Vec::new(), timeline: None };
+        let mut report = BenchReport { slices: Vec::new(), runs: Vec::new(), timeline: None };
         if raw.exists() {
             let text = std::fs::read(&raw).map_err(failed(&raw))?;
             report = serde_json::from_slice(&text).map_err(|e| failed(&raw)(e.into()))?;
             if report.guest() != args.guest {
-                return Err(failed(&raw)(std::io::Error::other("it is of another guest")));
+                return Err(failed(&raw)(std::io::Error::other(
+                    "it has measurements of another guest; give another --out",
+                )));
             }
         }
         let notes = args.notes.iter().map(|note| note.split_once('=').unwrap_or((note, "")));
@@ -153,8 +156,8 @@ impl Report {
         Ok(report)
     }
 
-    fn guest(&self) -> Guest {
-        self.slices.first().map_or(Guest::default(), |slice| slice.args.guest)
+    fn guest(&self) -> BenchGuest {
+        self.slices.first().map_or(BenchGuest::default(), |slice| slice.args.guest)
     }
 
     /// The last slice with a setting.
@@ -162,13 +165,13 @@ impl Report {
         self.slices.iter().rfind(|slice| slice.args.setting == setting)
     }
 
-    /// Rounds made with a setting.
+    /// Number of rounds with a setting so far.
     pub fn rounds(&self, setting: &str) -> usize {
         let runs = self.runs.iter().filter(|run| run.setting == setting);
         runs.map(|run| run.round + 1).max().unwrap_or(0)
     }
 
-    /// What was varied, in the order of its first slice.
+    /// All settings, in the order in which they first appeared.
     pub fn settings(&self) -> Vec<&str> {
         let mut settings: Vec<&str> = Vec::new();
         for slice in &self.slices {
@@ -183,16 +186,16 @@ impl Report {
     ///
     /// # Errors
     /// It cannot be written.
-    pub fn save(&self, folder: &Path) -> Result<(), Error> {
+    pub fn save(&self, folder: &Path) -> Result<(), BenchError> {
         let json = serde_json::to_vec(self).unwrap_or_else(|e| unreachable!("plain data: {e}"));
         write(folder, "raw.json", &json)
     }
 
-    /// Writes everything else.
+    /// Writes tables and pictures.
     ///
     /// # Errors
     /// It cannot be written or drawn.
-    pub fn write(&self, folder: &Path) -> Result<(), Error> {
+    pub fn write(&self, folder: &Path) -> Result<(), BenchError> {
         let curves = curves(self);
         write(folder, "report.md", tables::text(self, &curves).as_bytes())?;
         let settings = self.settings().into_iter();
@@ -214,22 +217,23 @@ impl Report {
         }
     }
 
-    /// The rows of what was measured with a setting.
+    /// The rows for everything that was measured with a setting.
     pub fn rows(&self, setting: &str) -> Vec<Row<'_>> {
         let row = |workload: &'static Workload| {
             let runs = || {
-                let of = move |run: &&Run| {
+                let of = move |run: &&BenchRun| {
                     run.setting == setting && run.workload == workload.name && !run.repeated
                 };
                 self.runs.iter().filter(of)
             };
             let side = |side| runs().filter(move |run| run.peer.is_none() && run.side == side).collect();
-            let sides = [side(Side::Unprotected), side(Side::Protected)];
+            let sides = [side(BenchSide::Unprotected), side(BenchSide::Protected)];
             let peers = runs().filter(|run| run.peer.is_some()).collect();
             let mut row = Row { workload, ratio: None, sides, peers };
             if workload.load != Load::Idle {
-                let sum =
-                    |runs: &[&Run], value: fn(&Run) -> f64| runs.iter().map(|run| value(run)).sum::<f64>();
+                let sum = |runs: &[&BenchRun], value: fn(&BenchRun) -> f64| {
+                    runs.iter().map(|run| value(run)).sum::<f64>()
+                };
                 row.ratio = row.paired(|runs| Some(sum(runs, |r| r.operations) / sum(runs, |r| r.seconds)));
             }
             row
@@ -238,18 +242,18 @@ impl Report {
         all.map(row).filter(|row| !row.sides[1].is_empty()).collect()
     }
 
-    /// Without the points of curves.
+    /// The same rows without the points of curves.
     pub fn main_rows(&self, setting: &str) -> Vec<Row<'_>> {
         self.rows(setting).into_iter().filter(|row| row.workload.point.is_none()).collect()
     }
 }
 
-fn write(folder: &Path, name: &str, bytes: &[u8]) -> Result<(), Error> {
+fn write(folder: &Path, name: &str, bytes: &[u8]) -> Result<(), BenchError> {
     let path = folder.join(name);
-    std::fs::write(&path, bytes).map_err(|source| Error::File { path, source })
+    std::fs::write(&path, bytes).map_err(|source| BenchError::File { path, source })
 }
 
-/// What this host tells of itself.
+/// Facts about this host: name and text.
 fn about() -> Vec<(String, String)> {
     let read = |path| std::fs::read_to_string(path).unwrap_or_default();
     let cpu = read("/proc/cpuinfo");

@@ -1,4 +1,4 @@
-//! Medians and their intervals, and distributions that can be added up.
+//! Medians with their intervals, and histograms that can be added up.
 
 use std::collections::BTreeMap;
 
@@ -15,8 +15,8 @@ pub struct Median {
     pub high: f64,
 }
 
-/// Of these values; `None` when there are none. Under six values no order statistics make a 95 % interval: their range
-/// stands for it.
+/// The median of these values; `None` without values. With fewer than six values no order statistics give a 95 % interval,
+/// and the range is taken instead.
 pub fn median(values: impl IntoIterator<Item = f64>) -> Option<Median> {
     let mut values: Vec<f64> = values.into_iter().filter(|v| v.is_finite()).collect();
     values.sort_by(f64::total_cmp);
@@ -24,8 +24,8 @@ pub fn median(values: impl IntoIterator<Item = f64>) -> Option<Median> {
     if n == 0 {
         return None;
     }
-    // The k-th smallest and the k-th largest value hold the median between them unless fewer than k of n tosses of a coin
-    // are heads, or fewer than k are tails.
+    // The median lies between the k-th smallest and the k-th largest value unless n tosses of a coin give fewer than k heads
+    // or fewer than k tails.
     let (mut k, mut below, mut probability) = (0, 0.0, 0.5f64.powi(n as i32));
     while k < n / 2 && below + probability <= 0.025 {
         below += probability;
@@ -37,9 +37,10 @@ pub fn median(values: impl IntoIterator<Item = f64>) -> Option<Median> {
     Some(Median { median: middle, low: values[k - 1], high: values[n - k] })
 }
 
-/// Center of these values and its 95 % interval by Hodges and Lehmann, for values that lie alike on both sides of it: the
-/// median of the means of all pairs. Ratios of which neither side is preferred do so as logarithms. The interval is that
-/// of Wilcoxon's signed ranks, a fifth narrower than the median's. `None` without values; under six, the range.
+/// The Hodges-Lehmann center of these ratios and its 95 % interval: the median of the means of all pairs. It assumes a
+/// distribution symmetric about its center; logarithms of ratios are symmetric if neither side is favoured. The interval is
+/// that of Wilcoxon's signed-rank test, a fifth narrower than the median's. `None` without values; with fewer than six, the
+/// range.
 pub fn center_of_ratios(ratios: impl IntoIterator<Item = f64>) -> Option<Median> {
     let logs: Vec<f64> = ratios.into_iter().map(f64::ln).filter(|v| v.is_finite()).collect();
     let n = logs.len();
@@ -55,9 +56,9 @@ pub fn center_of_ratios(ratios: impl IntoIterator<Item = f64>) -> Option<Median>
     Some(Median { median: median.exp(), low: means[k - 1].exp(), high: means[all - k].exp() })
 }
 
-/// The largest k for which a sum of signed ranks of n values is below k with a probability of at most 2.5 %.
+/// The largest k such that the sum of signed ranks of n values is below k with a probability of at most 2.5 %.
 fn ranks_beyond(n: usize) -> usize {
-    // Each rank counts or not, as a coin says.
+    // Each rank is in the sum with probability 1/2.
     let mut probability = vec![1.0];
     for rank in 1..=n {
         let mut next = vec![0.0; probability.len() + rank];
@@ -74,7 +75,7 @@ fn ranks_beyond(n: usize) -> usize {
     below.take_while(|below| *below <= 0.025).count()
 }
 
-/// The straight line through points by least squares: change of y for 1 of x. `None` for fewer than two places.
+/// Slope of the least-squares line through the points; `None` for fewer than two different values of x.
 pub fn slope(points: &[(f64, f64)]) -> Option<f64> {
     let n = points.len() as f64;
     let (sx, sy) = points.iter().fold((0.0, 0.0), |(sx, sy), (x, y)| (sx + x, sy + y));
@@ -83,21 +84,21 @@ pub fn slope(points: &[(f64, f64)]) -> Option<f64> {
     (spread > 0.0).then(|| (n * sxy - sx * sy) / spread)
 }
 
-/// The value below which this share of the sorted values is; 0 when there are none.
+/// The value that this share of the sorted values is below; 0 without values.
 pub fn quantile(sorted: &[u32], share: f64) -> f64 {
     let at = (sorted.len() as f64 * share) as usize;
     sorted.get(at.min(sorted.len().saturating_sub(1))).map_or(0.0, |v| f64::from(*v))
 }
 
-/// Width of a bucket of [`Histogram`].
+/// Ratio of the bounds of a bucket of [`Histogram`].
 const BUCKET: f64 = 1.05;
 
-/// Counts of latencies by their logarithm: 5 % a bucket.
+/// Counts of latencies in logarithmic buckets, each 5 % wide.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Histogram(pub BTreeMap<u16, u64>);
 
 impl Histogram {
-    /// Of latencies in µs.
+    /// The histogram of latencies in µs.
     pub fn new(us: &[u32]) -> Histogram {
         let mut histogram = Histogram::default();
         for us in us {
@@ -107,14 +108,14 @@ impl Histogram {
         histogram
     }
 
-    /// Adds another one.
+    /// Adds the counts of another histogram.
     pub fn add(&mut self, other: &Histogram) {
         for (bucket, count) in &other.0 {
             *self.0.entry(*bucket).or_default() += count;
         }
     }
 
-    /// Points of the distribution: µs, share of latencies above.
+    /// Points of the distribution: a latency in µs, and the share of latencies above it.
     pub fn shares_above(&self) -> Vec<(f64, f64)> {
         let all = self.0.values().sum::<u64>() as f64;
         let mut above = all;

@@ -1,25 +1,27 @@
-//! `report.md`: the tables.
+//! The text of `report.md`: its tables.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
 use crate::growth::{self, Curve};
-use crate::report::{Report, Row, Slice};
-use crate::rounds::{PairRun, Run, Side};
+use crate::report::{BenchReport, Row, Slice};
+use crate::rounds::{BenchRun, BenchSide, PairRun};
 use crate::stats::{Median, median};
 use crate::workloads::Load;
 
-/// What the ping-pong may cost beside a round trip of the channel, µs.
+/// How much more than a round trip of the channel protection may add to the ping-pong's latency, µs.
 const PING_PONG_BAR_US: f64 = 100.0;
 
-/// The whole text.
-pub fn text(report: &Report, curves: &[Curve]) -> String {
+/// The whole text of the report.
+pub fn text(report: &BenchReport, curves: &[Curve]) -> String {
     let mut out = String::new();
-    report.sections(&mut out, curves).unwrap_or_else(|e| unreachable!("a String takes everything: {e}"));
+    report
+        .sections(&mut out, curves)
+        .unwrap_or_else(|e| unreachable!("writing to a String does not fail: {e}"));
     out
 }
 
-impl Report {
+impl BenchReport {
     fn sections(&self, out: &mut String, curves: &[Curve]) -> std::fmt::Result {
         let is_point =
             |setting: &str| setting.split_once('=').is_some_and(|(_, at)| at.parse::<f64>().is_ok());
@@ -41,7 +43,7 @@ impl Report {
         self.origin(out)
     }
 
-    /// The first table.
+    /// The first table: speeds and ratios.
     fn ratios(&self, out: &mut String, rows: &[Row], setting: &str) -> std::fmt::Result {
         let mut runs: Vec<usize> = rows.iter().map(|row| row.sides[1].len()).collect();
         runs.sort_unstable();
@@ -50,7 +52,7 @@ impl Report {
         let Some(Slice { args, .. }) = self.slice(setting) else { return Ok(()) };
         let guests = args.unprotected.len();
         write!(out, "{runs} runs of each workload on each side, in turns; ")?;
-        writeln!(out, "{guests} unprotected guest(s) in the pair's place. {}\n", self.disturbed(rows))?;
+        writeln!(out, "{guests} unprotected guest(s) on the other side. {}\n", self.disturbed(rows))?;
         writeln!(out, "| workload | unprotected | protected | ratio (95 % interval) | bar | paper 2010 |")?;
         writeln!(out, "|---|---|---|---|---|---|")?;
         for row in rows {
@@ -64,49 +66,53 @@ impl Report {
 
     fn disturbed(&self, rows: &[Row]) -> String {
         let names: BTreeSet<_> = rows.iter().map(|row| row.workload.name).collect();
-        let of = |run: &&Run| names.contains(run.workload.as_str());
+        let of = |run: &&BenchRun| names.contains(run.workload.as_str());
         let repeated = self.runs.iter().filter(of).filter(|run| run.repeated).count();
         let sides = || rows.iter().flat_map(|row| row.sides.iter().flatten());
         let disturbed = sides().filter(|run| run.disturbance.matters()).count();
         format!(
-            "Others used the machine during {repeated} more runs, which were made again, and during {disturbed} of the \
-             {} that count.",
+            "Other programs used the host during {repeated} more runs, which were repeated, and during {disturbed} of the \
+             {} runs that count.",
             sides().count()
         )
     }
 
-    /// Peers beside the unprotected and the protected guest.
+    /// The other virtual machines, beside the unprotected and the protected guest.
     fn peers(&self, out: &mut String, rows: &[Row]) -> std::fmt::Result {
         let names: BTreeSet<_> = rows.iter().flat_map(Row::peer_names).collect();
         if names.is_empty() {
             return Ok(());
         }
         let columns: Vec<_> = names.iter().copied().collect();
-        writeln!(out, "\nPeers with the same kernel and initramfs, on the primary's core.\n")?;
+        writeln!(
+            out,
+            "\nPeers: other virtual machines with the same kernel and initramfs, on the primary's core.\n"
+        )?;
         writeln!(out, "| workload | vmft | vmft protected | {} |", columns.join(" | "))?;
         writeln!(out, "|---|---|---|{}", "---|".repeat(columns.len()))?;
         for row in rows.iter().filter(|row| !row.peers.is_empty()) {
             let (unit, scale) = unit(row);
             let cell = |per_s: f64| format!("{} {unit}", number(per_s * scale));
-            let own =
-                [Side::Unprotected, Side::Protected].map(|side| cell(row.of(side, |run| Some(run.rate()))));
-            let peers = columns.iter().map(|name| row.peer(name).map_or("–".into(), |m| cell(m.median)));
+            let own = [BenchSide::Unprotected, BenchSide::Protected]
+                .map(|side| cell(row.median_of(side, |run| Some(run.rate()))));
+            let peers =
+                columns.iter().map(|name| row.peer_rate(name).map_or("–".into(), |m| cell(m.median)));
             let cells: Vec<_> = own.into_iter().chain(peers).collect();
             writeln!(out, "| {} | {} |", row.workload.name, cells.join(" | "))?;
         }
         Ok(())
     }
 
-    /// What it was measured on: the last slice, and the commands of all.
+    /// The host and the versions of the last call of `vmft bench`, and the commands of all calls.
     fn origin(&self, out: &mut String) -> std::fmt::Result {
         writeln!(out, "\n| | |\n|---|---|")?;
         let last = self.slice("").or(self.slices.last());
         for (what, text) in last.iter().flat_map(|slice| &slice.about) {
             writeln!(out, "| {what} | {} |", text.replace('|', "\\|"))?;
         }
-        let mut told: BTreeSet<_> = self.slices.iter().map(Slice::told).collect();
+        let mut told: BTreeSet<_> = self.slices.iter().map(Slice::command_and_commit).collect();
         if let Some(last) = last {
-            told.remove(&last.told());
+            told.remove(&last.command_and_commit());
         }
         for (command, commit) in told {
             writeln!(out, "| also | {command} ({commit}) |")?;
@@ -121,7 +127,7 @@ impl Report {
         let longest = timeline.round_trips.iter().map(|(_, ms)| *ms).fold(0.0, f64::max);
         writeln!(
             out,
-            "\nThe primary was killed {killed:.2} s into the timeline; on a connection that lived through it the longest \
+            "\nThe primary was killed {killed:.2} s into the timeline; on a connection that survived this the longest \
              round trip was {longest:.0} ms."
         )
     }
@@ -130,14 +136,14 @@ impl Report {
 fn speed(out: &mut String, row: &Row, channel_rtt_us: Option<f64>) -> std::fmt::Result {
     let Some(ratio) = row.ratio else { return Ok(()) };
     let (unit, scale) = unit(row);
-    let rate = |side| number(row.of(side, |run| Some(run.rate() * scale)));
+    let rate = |side| number(row.median_of(side, |run| Some(run.rate() * scale)));
     let bar = match (row.workload.load, row.workload.bar, channel_rtt_us) {
         (Load::PingPong, _, Some(rtt)) => {
             let (added, bar) = (row.added_us(), rtt + PING_PONG_BAR_US);
             let verdict = if added <= bar { "met" } else { "**missed**" };
             format!("added {added:.0} µs at most {bar:.0} µs: {verdict}")
         }
-        (_, Some(bar), _) => format!("{bar:.2} {}", judged(ratio, bar)),
+        (_, Some(bar), _) => format!("{bar:.2} {}", judgement(ratio, bar)),
         _ => String::new(),
     };
     let paper = row.workload.paper.map_or(String::new(), |(ratio, what)| format!("{ratio:.2} {what}"));
@@ -145,13 +151,13 @@ fn speed(out: &mut String, row: &Row, channel_rtt_us: Option<f64>) -> std::fmt::
         out,
         "| {} | {} {unit} | {} {unit} | {} | {bar} | {paper} |",
         row.workload.name,
-        rate(Side::Unprotected),
-        rate(Side::Protected),
+        rate(BenchSide::Unprotected),
+        rate(BenchSide::Protected),
         interval(ratio)
     )
 }
 
-fn judged(ratio: Median, bar: f64) -> &'static str {
+fn judgement(ratio: Median, bar: f64) -> &'static str {
     match ratio {
         r if r.low >= bar => "met",
         r if r.high >= bar => "not excluded by the interval",
@@ -172,15 +178,15 @@ fn unit(row: &Row) -> (&'static str, f64) {
 }
 
 impl Slice {
-    /// Its command and commit.
-    fn told(&self) -> (&str, &str) {
+    /// The command and the commit that were measured, from the notes.
+    fn command_and_commit(&self) -> (&str, &str) {
         let note =
             |what| self.about.iter().find(|(name, _)| name == what).map_or("", |(_, text)| text.as_str());
         (note("command"), note("commit"))
     }
 }
 
-/// Whether a benchmark of two equal sides finds them equal.
+/// For a benchmark of two equal sides, says whether it found them equal.
 fn own_check(out: &mut String, rows: &[Row]) -> std::fmt::Result {
     let ratios: Vec<_> = rows.iter().filter_map(|row| Some((row.workload.name, row.ratio?))).collect();
     let half = |ratio: &Median| (ratio.high - ratio.low) / 2.0;
@@ -192,7 +198,7 @@ fn own_check(out: &mut String, rows: &[Row]) -> std::fmt::Result {
     let widest = ratios.iter().map(|(_, ratio)| half(ratio)).fold(0.0, f64::max) * 100.0;
     writeln!(
         out,
-        "\nBoth sides are the same. Of {} intervals those that do not hold 1.00 (one in twenty by chance): {}; those wider \
+        "\nBoth sides are set up alike. Of {} intervals, those without 1.00 (one in twenty by chance): {}; those wider \
          than ±3 %: {}; the widest is ±{widest:.1} %.",
         ratios.len(),
         listed(&off),
@@ -201,7 +207,10 @@ fn own_check(out: &mut String, rows: &[Row]) -> std::fmt::Result {
 }
 
 fn costs(out: &mut String, rows: &[Row]) -> std::fmt::Result {
-    writeln!(out, "\nCPU time is of the guest's process and, for the pair, of the backup's.\n")?;
+    writeln!(
+        out,
+        "\nCPU time is that of the guest's process and, for the pair, also that of the backup's process.\n"
+    )?;
     writeln!(
         out,
         "| workload | p50 µs | p99 µs | added p50 µs | CPU ms/op unprotected | primary | ratio | backup | \
@@ -230,20 +239,20 @@ fn times(out: &mut String, rows: &[Row]) -> std::fmt::Result {
 }
 
 fn cost(out: &mut String, row: &Row) -> std::fmt::Result {
-    // A megabit is the operation of bulk transfers, a second that of an idle guest.
+    // The operation is a megabit for bulk transfers and a second for an idle guest.
     let scale = match row.workload.load {
         Load::Receive | Load::Transmit => 1e6,
         _ => 1.0,
     };
     let cpu = |side, process: usize| {
-        let each = |run: &Run| Some(run.cpu_s.get(process)? * 1e3 * scale / run.operations);
-        number(row.of(side, each))
+        let each = |run: &BenchRun| Some(run.cpu_s.get(process)? * 1e3 * scale / run.operations);
+        number(row.median_of(side, each))
     };
     let has_latency = row.sides[1].iter().any(|run| run.p50_us > 0.0);
-    let latency = |value: fn(&Run) -> f64| {
-        let of = |side| number(row.of(side, |run| Some(value(run))));
+    let latency = |value: fn(&BenchRun) -> f64| {
+        let of = |side| number(row.median_of(side, |run| Some(value(run))));
         if has_latency {
-            format!("{} → {}", of(Side::Unprotected), of(Side::Protected))
+            format!("{} → {}", of(BenchSide::Unprotected), of(BenchSide::Protected))
         } else {
             String::new()
         }
@@ -258,10 +267,10 @@ fn cost(out: &mut String, row: &Row) -> std::fmt::Result {
         row.workload.name,
         latency(|run| run.p50_us),
         latency(|run| run.p99_us),
-        cpu(Side::Unprotected, 0),
-        cpu(Side::Protected, 0),
+        cpu(BenchSide::Unprotected, 0),
+        cpu(BenchSide::Protected, 0),
         row.cpu_ratio().map_or(String::new(), interval),
-        cpu(Side::Protected, 1),
+        cpu(BenchSide::Protected, 1),
         number(row.log_mbit_per_s()),
         number(median(lags.iter().copied()).map_or(f64::NAN, |m| m.median)),
         number(lags.iter().copied().fold(f64::NAN, f64::max))
@@ -269,23 +278,24 @@ fn cost(out: &mut String, row: &Row) -> std::fmt::Result {
 }
 
 fn spent(out: &mut String, row: &Row) -> std::fmt::Result {
-    let share = |value: fn(&PairRun) -> f64| row.of_pair(|pair| value(pair) / pair.seconds / 10.0);
+    let share = |value: fn(&PairRun) -> f64| row.median_of_pair(|pair| value(pair) / pair.seconds / 10.0);
     let (recording, slowed, idle) = (share(|p| p.recording_ms), share(|p| p.slowed_ms), share(|p| p.idle_ms));
-    let an_output =
-        |value: fn(&PairRun) -> f64| number(row.of_pair(|pair| value(pair) / pair.outputs.max(1) as f64));
+    let an_output = |value: fn(&PairRun) -> f64| {
+        number(row.median_of_pair(|pair| value(pair) / pair.outputs.max(1) as f64))
+    };
     writeln!(
         out,
         "| {} | {:.1} % | {recording:.1} % | {slowed:.1} % | {idle:.1} % | {} | {} | {} | {} |",
         row.workload.name,
         100.0 - recording - slowed - idle,
-        number(row.of_pair(|pair| pair.outputs as f64 / pair.seconds)),
+        number(row.median_of_pair(|pair| pair.outputs as f64 / pair.seconds)),
         an_output(|p| p.held_ms * 1e3),
         an_output(|p| p.writes),
         an_output(|p| p.reads)
     )
 }
 
-/// Three digits that count.
+/// Formats a number with three significant digits.
 pub fn number(value: f64) -> String {
     match value.abs() {
         _ if value.is_nan() => "–".into(),
@@ -303,13 +313,13 @@ mod tests {
     #[test]
     fn a_bar_is_judged_by_the_interval() {
         let ratio = |low, high| Median { median: (low + high) / 2.0, low, high };
-        assert_eq!(judged(ratio(0.96, 1.0), 0.95), "met");
-        assert_eq!(judged(ratio(0.94, 0.96), 0.95), "not excluded by the interval");
-        assert_eq!(judged(ratio(0.8, 0.9), 0.95), "**missed**");
+        assert_eq!(judgement(ratio(0.96, 1.0), 0.95), "met");
+        assert_eq!(judgement(ratio(0.94, 0.96), 0.95), "not excluded by the interval");
+        assert_eq!(judgement(ratio(0.8, 0.9), 0.95), "**missed**");
     }
 
     #[test]
-    fn numbers_have_three_digits_that_count() {
+    fn numbers_have_three_significant_digits() {
         let numbers = [1234.5, 12.34, 1.234, 0.0123, f64::NAN].map(number);
         assert_eq!(numbers, ["1234", "12.3", "1.23", "0.012", "–"]);
     }

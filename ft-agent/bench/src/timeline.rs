@@ -1,4 +1,4 @@
-//! The pair over time, through the loss of its primary: log, lag, and the latency that a client sees.
+//! A timeline of the pair through the loss of its primary: log traffic, lag, and the latency that a client sees.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -7,42 +7,42 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
-use crate::watch::status;
-use crate::workloads::{Guest, Load};
-use crate::{BenchArgs, Error, load};
+use crate::monitor::status;
+use crate::workloads::{BenchGuest, Load};
+use crate::{BenchArgs, BenchError, load};
 
-/// Between two looks at the pair.
+/// Time between two readings of the pair's status.
 const STEP: Duration = Duration::from_millis(20);
-/// Connections that load it.
+/// Number of connections that load the guest.
 const CONNECTIONS: usize = 10;
 
-/// See the module. Times are in s from the start.
+/// The pair over time. Times are in s from the start.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Timeline {
     /// When the primary was killed.
     pub killed_s: Option<f64>,
-    /// Looks at the pair: time, role of who answered, lag in ms, bytes of its channel so far.
+    /// Readings of the replicas' status: time, role of the replica, lag in ms, bytes sent over the channel so far.
     pub looks: Vec<(f64, String, f64, u64)>,
-    /// Byte after byte to the guest and back: when it left, and how long it took, ms.
+    /// Round trips of single bytes to the guest and back: when the byte left, and how long it took, ms.
     pub round_trips: Vec<(f64, f64)>,
 }
 
-/// Loads the protected guest and looks at it for so long.
+/// Loads the protected guest for this many seconds and records the timeline.
 ///
 /// # Errors
-/// The guest was lost with its primary.
-pub fn record(args: &BenchArgs, seconds: f64) -> Result<Timeline, Error> {
+/// The guest does not answer; if the primary was killed, the backup did not go live.
+pub fn record_timeline(args: &BenchArgs, seconds: f64) -> Result<Timeline, BenchError> {
     let (start, time) = (Instant::now(), Duration::from_secs_f64(seconds));
     let guest = args.protected[0];
-    let named = |source| Error::Guest { what: format!("{guest} through the timeline"), source };
+    let named = |source| BenchError::Guest { what: format!("{guest} during the timeline"), source };
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
-        let looks = scope.spawn(|| look(args, start, &done));
+        let looks = scope.spawn(|| sample_pair(args, start, &done));
         let load = scope.spawn(|| load::run(args.guest, load_of(args.guest), guest, time));
         let killed_s = args.kill.map(|pid| {
             scope.spawn(move || {
                 std::thread::sleep(time / 2);
-                // A primary that is gone already needs no killing; the round trips show it.
+                // If the primary no longer exists there is nothing to kill; the round trips show the gap.
                 kill(Pid::from_raw(pid), Signal::SIGKILL).ok();
                 start.elapsed().as_secs_f64()
             })
@@ -59,18 +59,18 @@ pub fn record(args: &BenchArgs, seconds: f64) -> Result<Timeline, Error> {
     })
 }
 
-fn load_of(guest: Guest) -> Load {
+fn load_of(guest: BenchGuest) -> Load {
     match guest {
-        Guest::Linux => Load::Redis("set", CONNECTIONS),
-        Guest::Bare => Load::Counter(CONNECTIONS),
+        BenchGuest::Linux => Load::Redis("set", CONNECTIONS),
+        BenchGuest::Bare => Load::Counter(CONNECTIONS),
     }
 }
 
-fn look(args: &BenchArgs, start: Instant, done: &AtomicBool) -> Vec<(f64, String, f64, u64)> {
+fn sample_pair(args: &BenchArgs, start: Instant, done: &AtomicBool) -> Vec<(f64, String, f64, u64)> {
     let mut looks = Vec::new();
     while !done.load(Ordering::Relaxed) {
         for control in &args.controls {
-            // A side that is gone tells nothing.
+            // A replica that no longer runs is left out.
             if let Ok(status) = status(control) {
                 looks.push((start.elapsed().as_secs_f64(), status.role, status.lag_ms, status.log_bytes));
             }

@@ -1,14 +1,14 @@
-//! What the guests are given to do.
+//! The workloads: what the guests are given to do.
 
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
-use crate::Error;
+use crate::BenchError;
 
-/// Which of vmft's guests runs: they have different services.
+/// Which of vmft's guests runs; they have different services.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Guest {
+pub enum BenchGuest {
     /// Linux with redis and a web server.
     #[default]
     Linux,
@@ -16,41 +16,41 @@ pub enum Guest {
     Bare,
 }
 
-/// How a guest is loaded.
+/// The kind of load that a client puts on a guest.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Load {
-    /// Commands of redis, one after the other on each of so many connections.
+    /// A redis command, repeated on each of this many connections.
     Redis(&'static str, usize),
-    /// Requests to the bare guest's counter, likewise.
+    /// Requests to the bare guest's counter, repeated on each of this many connections.
     Counter(usize),
-    /// One byte there and back.
+    /// One byte to the guest and back.
     PingPong,
-    /// One byte there and back so many times a second, whether or not the one before has come back.
+    /// One byte to the guest and back this many times a second, whether or not the byte before has come back.
     Paced(u32),
     /// Bulk TCP into the guest.
     Receive,
-    /// Bulk TCP out of it.
+    /// Bulk TCP out of the guest.
     Transmit,
-    /// A file of the web server, a connection each.
+    /// A file of the web server, each time on a new connection.
     Http(&'static str),
-    /// A workload of the guest's own, of this size; an operation is one run of it.
+    /// One of the guest's own workloads, of this size; an operation is one run of it.
     Work(&'static str, u32),
-    /// Nothing.
+    /// No load.
     Idle,
 }
 
-/// A row of the report. The value of a run is operations a second, or Mbit/s.
+/// A workload, which is a row of the report. Its value is in operations a second, or in Mbit/s.
 #[derive(Clone, Copy, Debug)]
 pub struct Workload {
     /// Its name in the report.
     pub name: &'static str,
-    /// What is done.
+    /// The load.
     pub load: Load,
-    /// What protected/unprotected shall be at least.
+    /// The ratio protected/unprotected has to be at least this.
     pub bar: Option<f64>,
-    /// What the paper of 2010 has for something like it, at its best.
+    /// The best ratio that the paper of 2010 gives for a similar workload, and that workload.
     pub paper: Option<(f64, &'static str)>,
-    /// A point of a curve: what grows, and where. Measured when it is named only.
+    /// For a point of a curve, the axis and the value on it. Such workloads are measured only when `--only` names them.
     pub point: Option<(&'static str, f64)>,
 }
 
@@ -58,7 +58,7 @@ const fn row(name: &'static str, load: Load, bar: Option<f64>) -> Workload {
     Workload { name, load, bar, paper: None, point: None }
 }
 
-const fn beside(mut workload: Workload, ratio: f64, what: &'static str) -> Workload {
+const fn with_paper(mut workload: Workload, ratio: f64, what: &'static str) -> Workload {
     workload.paper = Some((ratio, what));
     workload
 }
@@ -75,20 +75,20 @@ const PACKETS: &str = "packets a second each way";
 const LINUX: &[Workload] = &[
     row("redis set c1", Redis("set", 1), None),
     row("redis set c10", Redis("set", 10), None),
-    beside(row("redis set c50", Redis("set", 50), Some(0.92)), 0.94, "MS-SQL DVD Store"),
+    with_paper(row("redis set c50", Redis("set", 50), Some(0.92)), 0.94, "MS-SQL DVD Store"),
     row("redis get c1", Redis("get", 1), None),
     row("redis get c10", Redis("get", 10), None),
-    beside(row("redis get c50", Redis("get", 50), Some(0.92)), 0.99, "Oracle Swingbench"),
+    with_paper(row("redis get c50", Redis("get", 50), Some(0.92)), 0.99, "Oracle Swingbench"),
     row("redis incr c1", Redis("incr", 1), None),
     row("redis incr c10", Redis("incr", 10), None),
     row("redis incr c50", Redis("incr", 50), Some(0.92)),
     row("ping-pong", PingPong, None),
-    beside(row("tcp receive", Receive, Some(0.90)), 0.91, "netperf receive, 10 Gb/s"),
-    beside(row("tcp transmit", Transmit, Some(0.95)), 0.99, "netperf transmit, 10 Gb/s"),
-    beside(row("cpu loop", Work("loop", 2_000), Some(0.98)), 0.98, "SPECjbb2005"),
+    with_paper(row("tcp receive", Receive, Some(0.90)), 0.91, "netperf receive, 10 Gb/s"),
+    with_paper(row("tcp transmit", Transmit, Some(0.95)), 0.99, "netperf transmit, 10 Gb/s"),
+    with_paper(row("cpu loop", Work("loop", 2_000), Some(0.98)), 0.98, "SPECjbb2005"),
     row("cpu sha256", Work("sha256", 1), Some(0.98)),
     row("memory", Work("memory", 512), Some(0.98)),
-    beside(row("kernel fork", Work("fork", 60), Some(0.98)), 0.95, "kernel compile"),
+    with_paper(row("kernel fork", Work("fork", 60), Some(0.98)), 0.95, "kernel compile"),
     row("kernel pipe", Work("pipe", 48), Some(0.98)),
     row("kernel files", Work("files", 300), Some(0.98)),
     row("disk write", Work("disk-write", 16), Some(0.95)),
@@ -116,9 +116,9 @@ const BARE: &[Workload] = &[
     row("counter c30", Counter(30), Some(0.92)),
     row("counter c50", Counter(50), Some(0.92)),
     row("ping-pong", PingPong, None),
-    beside(row("tcp receive", Receive, Some(0.90)), 0.91, "netperf receive, 10 Gb/s"),
-    beside(row("tcp transmit", Transmit, Some(0.95)), 0.99, "netperf transmit, 10 Gb/s"),
-    beside(row("cpu spin", Work("spin", 20_000_000), Some(0.98)), 0.98, "SPECjbb2005"),
+    with_paper(row("tcp receive", Receive, Some(0.90)), 0.91, "netperf receive, 10 Gb/s"),
+    with_paper(row("tcp transmit", Transmit, Some(0.95)), 0.99, "netperf transmit, 10 Gb/s"),
+    with_paper(row("cpu spin", Work("spin", 20_000_000), Some(0.98)), 0.98, "SPECjbb2005"),
     row("memory", Work("mem", 256), Some(0.98)),
     row("idle", Idle, None),
     point("packets 1000", PACKETS, 1000, Paced(1000)),
@@ -127,25 +127,25 @@ const BARE: &[Workload] = &[
     point("packets 8000", PACKETS, 8000, Paced(8000)),
 ];
 
-impl Guest {
-    /// All that there is to do for it.
+impl BenchGuest {
+    /// All workloads for this guest.
     pub fn workloads(self) -> &'static [Workload] {
         match self {
-            Guest::Linux => LINUX,
-            Guest::Bare => BARE,
+            BenchGuest::Linux => LINUX,
+            BenchGuest::Bare => BARE,
         }
     }
 
-    /// Those whose name begins with one of these; for none, all but the points of curves.
+    /// The workloads whose names begin with one of `only`; if that is empty, all but the points of curves.
     ///
     /// # Errors
-    /// No name begins so.
-    pub fn select(self, only: &[String]) -> Result<Vec<&'static Workload>, Error> {
+    /// An element of `only` matches no name.
+    pub fn select(self, only: &[String]) -> Result<Vec<&'static Workload>, BenchError> {
         let all = self.workloads();
         let named = |prefix: &str| all.iter().any(|w| w.name.starts_with(prefix));
         if let Some(wrong) = only.iter().find(|prefix| !named(prefix)) {
             let names: Vec<_> = all.iter().map(|w| w.name).collect();
-            return Err(Error::Only(wrong.clone(), names.join(", ")));
+            return Err(BenchError::Only(wrong.clone(), names.join(", ")));
         }
         let wanted = |w: &&Workload| match only {
             [] => w.point.is_none(),
@@ -162,7 +162,7 @@ mod tests {
     #[test]
     fn names_are_selected_by_their_beginning() {
         let linux =
-            |only: &[&str]| Guest::Linux.select(&only.iter().map(|s| s.to_string()).collect::<Vec<_>>());
+            |only: &[&str]| BenchGuest::Linux.select(&only.iter().map(|s| s.to_string()).collect::<Vec<_>>());
         assert_eq!(linux(&["redis set", "idle"]).unwrap().len(), 4);
         assert_eq!(linux(&["packets"]).unwrap().len(), 5);
         assert!(linux(&[]).unwrap().iter().all(|w| w.point.is_none()));

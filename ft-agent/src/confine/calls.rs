@@ -1,4 +1,4 @@
-//! The system calls of each layer.
+//! The system calls that each layer allows.
 
 use std::collections::BTreeMap;
 
@@ -10,7 +10,7 @@ use seccompiler::{
 
 use super::ConfineError;
 
-/// What every thread does: memory, waiting, time, signals of its own process, and what is open already.
+/// Calls that every thread makes: memory, waiting, time, signals within the process, and I/O on open files.
 #[rustfmt::skip]
 const EVERY: &[c_long] = &[
     SYS_brk, SYS_mmap, SYS_munmap, SYS_mremap, SYS_mprotect, SYS_madvise,
@@ -19,7 +19,7 @@ const EVERY: &[c_long] = &[
     SYS_read, SYS_write, SYS_writev, SYS_sendto, SYS_recvfrom, SYS_close, SYS_getrandom, SYS_exit, SYS_exit_group,
 ];
 
-/// What the others do in addition: files, sockets, threads, and the guest's own layer.
+/// Additional calls of all threads but the guest's: files, sockets, threads, and confining the guest's thread.
 #[rustfmt::skip]
 const PROCESS: &[c_long] = &[
     SYS_openat, SYS_newfstatat, SYS_fstat, SYS_stat, SYS_lstat, SYS_statx, SYS_lseek, SYS_getdents64, SYS_access, SYS_readlink,
@@ -31,25 +31,25 @@ const PROCESS: &[c_long] = &[
     SYS_rt_sigaction, SYS_seccomp, SYS_landlock_create_ruleset, SYS_landlock_restrict_self, SYS_getuid, SYS_geteuid,
 ];
 
-/// Beside [`IOCTLS`] what it takes to count a guest on KVM and to stop it.
+/// Additional calls (besides [`KVM_IOCTLS`]) to count a guest's instructions on KVM and to stop it.
 const KVM: &[c_long] =
     &[SYS_perf_event_open, SYS_fcntl, SYS_timer_create, SYS_timer_settime, SYS_timer_delete];
 
-/// Which ioctls: bits of the number, and what they have to be.
+/// A set of ioctls: a mask of bits of the request number, and the value that these bits have.
 type Ioctl = (u64, u64);
 
-/// By the bits that say whose it is, those of KVM and of a performance counter.
+/// The ioctls of KVM and of performance counters, by the type field of the request number.
 const KVM_IOCTLS: [Ioctl; 2] = [(0xff00, 0xae00), (0xff00, 0x2400)];
-/// Not to block, and what a library asks a terminal.
+/// Setting a file non-blocking, and the standard library's check whether a file is a terminal.
 const IOCTLS: [Ioctl; 2] = [(0xffff_ffff, FIONBIO), (0xffff_ffff, TCGETS)];
 
-/// Confines the calling thread and those that it will start to what a process does; how many calls that is.
+/// Confines the calling thread, and all threads that it starts later, to the calls of the process. Returns their number.
 pub fn process(kvm: bool) -> Result<usize, ConfineError> {
     let (calls, ioctls) = for_engine(kvm);
     apply(&[EVERY, PROCESS, calls].concat(), &[&IOCTLS, ioctls].concat())
 }
 
-/// The same for the guest's thread.
+/// Confines the calling thread to the calls of the guest's thread. Returns their number.
 pub fn guest(kvm: bool) -> Result<usize, ConfineError> {
     let (calls, ioctls) = for_engine(kvm);
     apply(&[EVERY, calls].concat(), ioctls)

@@ -1,12 +1,13 @@
-//! What the process may not do: after its start it needs a few files and system calls, and the guest's thread next to none.
+//! Confines the process: after its start it needs only a few files and system calls, and the guest's thread almost none.
 //!
-//! Two layers, each of a Landlock domain (files, ports to listen on) and a seccomp filter (system calls). The first is put on
-//! the main thread before there is another, so that all inherit it; the second is added on the guest's thread before the
-//! guest runs: whatever gets hold of that can open no file, connect to nobody and start no thread. Neither can be
-//! taken off again, nor be passed by executing a program: there is no `execve`.
+//! There are two layers, each made of a Landlock domain (files, ports to listen on) and a seccomp filter (system calls). The
+//! first layer is applied to the main thread before it starts another thread, so that all threads inherit it. The second is
+//! added on the guest's thread before the guest runs: an attacker in control of that thread can neither open a file, nor
+//! connect to a host, nor start a thread. A layer cannot be removed, nor be escaped by executing a program: `execve` is
+//! not allowed.
 //!
-//! A call that is refused fails with EPERM, and the program goes on: both sides of a pair make the same calls, and one that a
-//! new libc makes and this list has not must not end both.
+//! A refused call fails with EPERM, and the program goes on. Both sides of a pair make the same calls, so that a call which
+//! a new libc makes and which is missing in the list must not end both sides.
 
 mod calls;
 
@@ -18,19 +19,19 @@ use landlock::{
 };
 use tracing::{info, warn};
 
-/// The Landlock rights that are asked for; a kernel that knows fewer enforces what it knows.
+/// The Landlock rights that are restricted; a kernel that knows fewer rights restricts those.
 const RIGHTS: ABI = ABI::V6;
-/// Where names of hosts are looked up, and the libraries for that.
+/// Files for looking up host names, and the libraries that do it.
 const RESOLVER: [&str; 5] = ["/etc", "/lib", "/lib64", "/usr/lib", "/run/systemd/resolve"];
 
-/// What the process still needs when it has opened what it can.
+/// What the process still has to open after it is confined.
 #[derive(Debug, Default)]
 pub struct Needs {
     /// Files and directories that are read.
     pub read: Vec<PathBuf>,
-    /// Devices that are opened, read, written and asked for things.
+    /// Devices that are opened, read, written and used with ioctls.
     pub devices: Vec<PathBuf>,
-    /// Directories in which files are made, replaced and removed.
+    /// Directories in which files are created, replaced and removed.
     pub make_in: Vec<PathBuf>,
     /// TCP ports that are listened on.
     pub listen: Vec<u16>,
@@ -38,13 +39,13 @@ pub struct Needs {
     pub kvm: bool,
 }
 
-/// What the guest's thread will be confined to.
+/// The second layer, for the guest's thread.
 #[derive(Clone, Copy, Debug)]
-pub struct GuestThread {
+pub struct GuestConfinement {
     kvm: bool,
 }
 
-/// A layer that a kernel does not put on.
+/// Why a layer could not be applied.
 #[derive(Debug, thiserror::Error)]
 enum ConfineError {
     #[error(transparent)]
@@ -53,28 +54,30 @@ enum ConfineError {
     Seccomp(#[from] seccompiler::Error),
 }
 
-/// Confines the calling thread and all that it will start. Says what was applied, and what this kernel lacks.
-pub fn process(needs: &Needs) -> GuestThread {
-    tell("process", restrict_process(needs).map_err(Into::into), calls::process(needs.kvm));
-    GuestThread { kvm: needs.kvm }
+/// Confines the calling thread and all threads that it starts later. Logs what was applied, and what this kernel lacks.
+pub fn process(needs: &Needs) -> GuestConfinement {
+    log_result("process", restrict_process(needs).map_err(Into::into), calls::process(needs.kvm));
+    GuestConfinement { kvm: needs.kvm }
 }
 
-impl GuestThread {
-    /// Confines the calling thread, which has nothing to do but to run the guest.
+impl GuestConfinement {
+    /// Confines the calling thread, which from now on only runs the guest.
     pub fn confine(self) {
-        tell("guest's thread", restrict_guest().map_err(Into::into), calls::guest(self.kvm));
+        log_result("guest's thread", restrict_guest().map_err(Into::into), calls::guest(self.kvm));
     }
 }
 
-fn tell(who: &str, files: Result<RestrictionStatus, ConfineError>, calls: Result<usize, ConfineError>) {
+fn log_result(who: &str, files: Result<RestrictionStatus, ConfineError>, calls: Result<usize, ConfineError>) {
     match files {
         Ok(RestrictionStatus { ruleset: RulesetStatus::FullyEnforced, .. }) => {
             info!("{who} confined by landlock")
         }
         Ok(RestrictionStatus { ruleset: RulesetStatus::PartiallyEnforced, landlock, .. }) => {
-            warn!("{who} confined in part by landlock: this kernel has {landlock:?}, wanted was {RIGHTS:?}");
+            warn!(
+                "{who} only partly confined by landlock: this kernel supports {landlock:?}, not all of {RIGHTS:?}"
+            );
         }
-        Ok(status) => warn!("{who} not confined by landlock: this kernel has {:?}", status.landlock),
+        Ok(status) => warn!("{who} not confined by landlock: this kernel's support is {:?}", status.landlock),
         Err(e) => warn!("{who} not confined by landlock: {e}"),
     }
     match calls {
@@ -96,7 +99,7 @@ fn restrict_process(needs: &Needs) -> Result<RestrictionStatus, RulesetError> {
         needs.listen.iter().map(|port| Ok::<_, RulesetError>(NetPort::new(*port, AccessNet::BindTcp)));
     Ruleset::default()
         .handle_access(AccessFs::from_all(RIGHTS))?
-        // To connect is free: the store names members that its URL does not.
+        // Connecting is not restricted, because the store names members that are not in its URL.
         .handle_access(AccessNet::BindTcp)?
         .scope(Scope::from_all(RIGHTS))?
         .create()?

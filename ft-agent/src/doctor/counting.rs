@@ -1,4 +1,4 @@
-//! Whether the branch counter is exact in the guest whatever happens, and how late its overflows come.
+//! Whether the branch counter is exact while a guest runs, whatever interrupts the guest, and how late its overflows come.
 
 use std::fmt;
 use std::sync::Arc;
@@ -10,50 +10,50 @@ use nix::errno::Errno;
 use nix::libc::SIGRTMIN;
 use serde::Serialize;
 use vmm::vcpu::landing::TickCounter;
-use vmm::vcpu::perf::events::Event;
-use vmm::vcpu::perf::{Counting, GracePeriod, PerfCounter};
+use vmm::vcpu::perf::events::BranchEvent;
+use vmm::vcpu::perf::{CounterConfig, GracePeriod, PerfCounter};
 
-use super::micro::{Left, Micro};
-use super::{Care, Check};
+use super::micro::{MicroExit, MicroGuest};
+use super::{Check, EXITS_ONLY, Thoroughness};
 
-/// Rounds of a counted loop.
+/// Rounds of the loop whose branches are counted.
 const ROUNDS: u32 = 1_000_000;
-/// Rounds of one that leaves each time.
-const ROUNDS_LEAVING: u32 = 20_000;
-/// Overflows measured.
+/// Rounds of the loop when it makes exits in each round.
+const ROUNDS_WITH_EXITS: u32 = 20_000;
+/// How many overflows are measured.
 const OVERFLOWS: u32 = 2_000;
 
-/// How late overflows come, in branches.
+/// How late the counter's overflows come, in branches.
 #[derive(Clone, Debug, Default, Serialize)]
-pub struct Skid {
+pub struct MeasuredSkid {
     overflows: u32,
     early: u32,
     lost: u32,
     median: u64,
     p999: u64,
     max: u64,
-    /// What a lander should be given: twice the worst.
+    /// The margin that a lander should be given: twice the worst.
     margin: u64,
 }
 
-impl fmt::Display for Skid {
+impl fmt::Display for MeasuredSkid {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Skid { overflows, early, lost, median, p999, max, margin } = self;
+        let MeasuredSkid { overflows, early, lost, median, p999, max, margin } = self;
         write!(
             f,
-            "{overflows} overflows, {early} early, {lost} lost; late by {median} (median), {p999} (p99.9), "
+            "{overflows} overflows, {early} early, {lost} lost; late by {median} (median), {p999} (99.9th percentile), "
         )?;
-        write!(f, "{max} (max) branches: margin {margin}")
+        write!(f, "{max} (maximum) branches; the margin should be {margin}")
     }
 }
 
-/// What each count needs.
-struct Bench<'a> {
+/// What each of the tests needs.
+struct CounterTest<'a> {
     kvm: &'a Kvm,
     counter: PerfCounter,
-    event: Event,
+    event: BranchEvent,
     grace: GracePeriod,
-    /// How often each storm is run.
+    /// How often the loop is run under each kind of interference.
     repeats: u32,
 }
 
@@ -66,53 +66,66 @@ const COUNTING: [&str; 5] = [
     "skid",
 ];
 
-/// All of them.
-pub fn check(checks: &mut Vec<Check>, kvm: &Kvm, event: Option<Event>, care: Care) -> Option<Skid> {
-    let opened = open(checks, event);
+/// Runs all of these checks. With [`Thoroughness::Thorough`] also measures the skid.
+pub fn check(
+    checks: &mut Vec<Check>,
+    kvm: &Kvm,
+    event: Option<BranchEvent>,
+    thoroughness: Thoroughness,
+) -> Option<MeasuredSkid> {
+    let opened = open_counter(checks, event);
     let Some((counter, grace, event)) = opened else {
-        let none = |name: &&'static str| Check::not_applicable(name, "there is no counter");
+        let none =
+            |name: &&'static str| Check::not_applicable(name, "not tested: there is no branch counter");
         checks.extend(COUNTING.iter().map(none));
         return None;
     };
-    if care.is_satisfied(checks) {
+    if thoroughness.can_stop(checks) {
         return None;
     }
-    let repeats = if care == Care::Brief { 3 } else { 20 };
-    let mut bench = Bench { kvm, counter, event, grace, repeats };
-    let storms: [(&str, Storm); 4] = [
-        (COUNTING[0], Storm::Quiet),
-        (COUNTING[1], Storm::Exits),
-        (COUNTING[2], Storm::Interrupts),
-        (COUNTING[3], Storm::Signals),
+    let repeats = if thoroughness == Thoroughness::Brief { 3 } else { 20 };
+    let mut test = CounterTest { kvm, counter, event, grace, repeats };
+    let kinds: [(&str, Interference); 4] = [
+        (COUNTING[0], Interference::Quiet),
+        (COUNTING[1], Interference::Exits),
+        (COUNTING[2], Interference::Interrupts),
+        (COUNTING[3], Interference::Signals),
     ];
-    for (name, storm) in storms {
-        checks.push(bench.counts(name, storm));
+    for (name, interference) in kinds {
+        checks.push(test.check_counting(name, interference));
     }
-    if care == Care::Brief {
+    if thoroughness == Thoroughness::Brief {
         return None;
     }
-    let skid = bench.skid();
+    let skid = test.skid();
     checks.push(match &skid {
         Ok(skid) => Check::passes(
             COUNTING[4],
             skid.lost == 0,
             skid.to_string(),
-            "overflows get lost: replays will go back and try again often",
+            "replays stay exact, but will often have to go back and try again",
         ),
-        Err(e) => Check::fail(COUNTING[4], e.clone(), "positions are at exits here"),
+        Err(e) => Check::fail(
+            COUNTING[4],
+            e.clone(),
+            "replays will start with a guessed margin, and may often have to go back and try again",
+        ),
     });
     skid.ok()
 }
 
-/// Opens the counter, and says why not.
-fn open(checks: &mut Vec<Check>, event: Option<Event>) -> Option<(PerfCounter, GracePeriod, Event)> {
+/// Opens the counter, and the timer that interrupts the guest; adds the checks that say why it could not be opened.
+fn open_counter(
+    checks: &mut Vec<Check>,
+    event: Option<BranchEvent>,
+) -> Option<(PerfCounter, GracePeriod, BranchEvent)> {
     let paranoid = std::fs::read_to_string("/proc/sys/kernel/perf_event_paranoid").unwrap_or_default();
-    let permission = format!("perf_event_paranoid is {}", paranoid.trim());
-    // Without a known event any serves to see what the kernel says.
+    let paranoid = paranoid.trim();
+    // If the event is not known, any other shows as well whether this user may count.
     let config = event.map_or(0xc4, |e| e.config);
     let signal = SIGRTMIN() + 4;
     let installed = signal_hook::flag::register(signal, Arc::<AtomicBool>::default());
-    let opened = PerfCounter::open(Counting::guest(config), signal);
+    let opened = PerfCounter::open(CounterConfig::guest(config), signal);
     let denied = opened
         .as_ref()
         .is_err_and(|e| matches!(e.raw_os_error().map(Errno::from_raw), Some(Errno::EACCES | Errno::EPERM)));
@@ -120,51 +133,67 @@ fn open(checks: &mut Vec<Check>, event: Option<Event>) -> Option<(PerfCounter, G
         "counter permission",
         !denied,
         match denied {
-            true => permission,
-            false => format!("{permission}, and this user may count in guests"),
+            true => format!("this user may not count branches in guests: perf_event_paranoid is {paranoid}"),
+            false => format!("this user may count branches in guests (perf_event_paranoid is {paranoid})"),
         },
-        "sysctl kernel.perf_event_paranoid=1, or give vmft CAP_PERFMON",
+        "run as root: sysctl kernel.perf_event_paranoid=1; or give vmft CAP_PERFMON",
     ));
     match (opened, event) {
         (Ok(counter), Some(event)) => {
-            checks.push(Check::pass("counter", format!("{} opens, pinned and guest-only", event.name)));
+            checks.push(Check::pass(
+                "counter",
+                format!("{} can be opened, pinned and counting in guests only", event.name),
+            ));
             let grace = installed.and_then(|_| GracePeriod::new(Duration::from_micros(100), signal));
             return grace.ok().map(|grace| (counter, grace, event));
         }
-        (Ok(_), None) => {
-            checks.push(Check::not_applicable("counter", "which event counts here is not known"))
-        }
+        (Ok(_), None) => checks.push(Check::not_applicable(
+            "counter",
+            "not tested: it is not known which event counts conditional branches on this CPU",
+        )),
         (Err(e), _) => {
             let pmu = std::path::Path::new("/sys/bus/event_source/devices/cpu").exists()
                 || std::path::Path::new("/sys/bus/event_source/devices/cpu_core").exists();
-            let why = if pmu { "" } else { "; the kernel drives no performance counters (no PMU)" };
+            let why = if pmu {
+                ""
+            } else {
+                "; the kernel has no driver for this CPU's performance counters (no PMU)"
+            };
             let remedy = match e.raw_os_error().map(Errno::from_raw) {
                 Some(Errno::EOPNOTSUPP) if pmu => {
-                    "stop virtual machines that have a mediated PMU, and try again"
+                    "stop the virtual machines that use a mediated PMU, and try again"
                 }
                 _ => "use a host with a PMU: bare metal, or a virtual machine that is given one",
             };
-            checks.push(Check::fail("counter", format!("perf_event_open: {e}{why}"), remedy));
+            checks.push(Check::fail(
+                "counter",
+                format!("the branch counter cannot be opened: perf_event_open: {e}{why}"),
+                remedy,
+            ));
         }
     }
     None
 }
 
-/// What goes on while the counter counts.
+/// What interrupts the guest while the counter counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Storm {
+enum Interference {
+    /// Nothing.
     Quiet,
+    /// Exits of its own.
     Exits,
+    /// Interrupts that are injected.
     Interrupts,
+    /// Signals to the thread that runs it.
     Signals,
 }
 
-impl Storm {
-    /// A loop of so many rounds, one conditional branch each.
+impl Interference {
+    /// A loop with one conditional branch in each round, and how many rounds it has.
     fn program(self) -> (Vec<u8>, u32) {
         let (body, rounds): (&[u8], u32) = match self {
             // out 0x10, al; mov [0x200000], eax; cpuid would clobber ecx
-            Storm::Exits => (&[0xe6, 0x10, 0x89, 0x04, 0x25, 0, 0, 0x20, 0], ROUNDS_LEAVING),
+            Interference::Exits => (&[0xe6, 0x10, 0x89, 0x04, 0x25, 0, 0, 0x20, 0], ROUNDS_WITH_EXITS),
             _ => (&[0x48, 0xff, 0xc3], ROUNDS),
         };
         // mov ecx, rounds; sti; body; dec ecx; jnz; cli; hlt
@@ -178,72 +207,78 @@ impl Storm {
     }
 }
 
-impl Bench<'_> {
-    /// Counts a loop of known length again and again.
-    fn counts(&mut self, name: &'static str, storm: Storm) -> Check {
-        let (repeats, mut disturbed) = (self.repeats, 0);
+impl CounterTest<'_> {
+    /// Checks that a loop of known length is counted exactly, again and again.
+    fn check_counting(&mut self, name: &'static str, interference: Interference) -> Check {
+        let (repeats, mut stopped) = (self.repeats, 0);
         for _ in 0..repeats {
-            match self.count(storm) {
-                Ok((counted, expected, times)) if counted == expected => disturbed += times,
+            match self.count_loop(interference) {
+                Ok((counted, expected, times)) if counted == expected => stopped += times,
                 Ok((counted, expected, _)) => {
-                    let reason = format!("{counted} branches where {expected} retired");
-                    let remedy = "positions are at exits here; see SpecLockMap, freeze_on_smi, bare metal";
+                    let reason =
+                        format!("the counter counted {counted} branches where the guest retired {expected}");
+                    let remedy = format!(
+                        "{EXITS_ONLY}; see SpecLockMap, freeze_on_smi and bare metal for possible causes"
+                    );
                     return Check::fail(name, reason, remedy);
                 }
-                Err(e) => return Check::fail(name, e, "positions are at exits here"),
+                Err(e) => return Check::fail(name, e, EXITS_ONLY),
             }
         }
-        Check::pass(name, format!("exact in {repeats} runs, {disturbed} times disturbed"))
+        Check::pass(
+            name,
+            format!("exact in {repeats} runs of a loop of known length, stopped {stopped} times on the way"),
+        )
     }
 
-    /// Branches counted, branches retired, and how often the guest was disturbed.
-    fn count(&mut self, storm: Storm) -> Result<(u64, u64, u32), String> {
-        let said = |e: kvm_ioctls::Error| format!("KVM: {e}");
-        let (program, rounds) = storm.program();
-        let mut guest = Micro::new(self.kvm, &program).map_err(said)?;
+    /// Runs the loop once: branches counted, branches retired, and how often the guest was stopped.
+    fn count_loop(&mut self, interference: Interference) -> Result<(u64, u64, u32), String> {
+        let kvm_failed = |e: kvm_ioctls::Error| format!("a call of KVM failed: {e}");
+        let (program, rounds) = interference.program();
+        let mut guest = MicroGuest::new(self.kvm, &program).map_err(kvm_failed)?;
         let before = self.counter.count().map_err(|e| e.to_string())?;
         let mut times = 0;
         loop {
-            if matches!(storm, Storm::Signals | Storm::Interrupts) {
+            if matches!(interference, Interference::Signals | Interference::Interrupts) {
                 self.grace.kick().map_err(|e| e.to_string())?;
             }
-            match guest.run().map_err(said)? {
-                Left::Halted => break,
-                Left::Out(_) | Left::Memory => times += 1,
-                Left::Interrupted => {
+            match guest.run().map_err(kvm_failed)? {
+                MicroExit::Halted => break,
+                MicroExit::Out(_) | MicroExit::Memory => times += 1,
+                MicroExit::Interrupted => {
                     times += 1;
-                    if storm == Storm::Interrupts {
-                        guest.interrupt().map_err(said)?;
+                    if interference == Interference::Interrupts {
+                        guest.inject_if_ready().map_err(kvm_failed)?;
                     }
                 }
-                left => return Err(format!("the guest left by {left:?}")),
+                exit => return Err(format!("the test guest made an unexpected exit: {exit:?}")),
             }
-            self.grace.take().map_err(|e| e.to_string())?;
+            self.grace.take_kick().map_err(|e| e.to_string())?;
         }
-        self.grace.take().map_err(|e| e.to_string())?;
+        self.grace.take_kick().map_err(|e| e.to_string())?;
         let after = self.counter.count().map_err(|e| e.to_string())?;
         Ok((after - before, rounds.into(), times))
     }
 
-    /// Arms the counter for many periods, and sees where the guest is when the signal has stopped it.
-    fn skid(&mut self) -> Result<Skid, String> {
-        let said = |e: kvm_ioctls::Error| format!("KVM: {e}");
-        let counter = |e: vmm::vcpu::landing::LandingError| e.to_string();
-        let (program, rounds) = Storm::Quiet.program();
+    /// Arms the counter for many different periods, and measures where the guest is when the signal has stopped it.
+    fn skid(&mut self) -> Result<MeasuredSkid, String> {
+        let kvm_failed = |e: kvm_ioctls::Error| format!("a call of KVM failed: {e}");
+        let counter_failed = |e: vmm::vcpu::landing::LandingError| e.to_string();
+        let (program, rounds) = Interference::Quiet.program();
         let mut late = Vec::new();
-        let mut skid = Skid { overflows: OVERFLOWS, ..Skid::default() };
+        let mut skid = MeasuredSkid { overflows: OVERFLOWS, ..MeasuredSkid::default() };
         for n in 0..OVERFLOWS {
-            let mut guest = Micro::new(self.kvm, &program).map_err(said)?;
+            let mut guest = MicroGuest::new(self.kvm, &program).map_err(kvm_failed)?;
             // Periods from 1,000 to nearly the whole loop, none a multiple of another.
             let period = 1000 + u64::from(n) * 7919 % u64::from(rounds * 9 / 10);
-            let target = self.counter.count().map_err(counter)? + period;
-            self.counter.arm(period).map_err(counter)?;
-            let left = guest.run().map_err(said)?;
-            self.counter.disarm().map_err(counter)?;
-            let now = self.counter.count().map_err(counter)?;
-            match left {
-                Left::Interrupted if now < target => skid.early += 1,
-                Left::Interrupted => late.push(now - target),
+            let target = self.counter.count().map_err(counter_failed)? + period;
+            self.counter.arm(period).map_err(counter_failed)?;
+            let exit = guest.run().map_err(kvm_failed)?;
+            self.counter.disarm().map_err(counter_failed)?;
+            let now = self.counter.count().map_err(counter_failed)?;
+            match exit {
+                MicroExit::Interrupted if now < target => skid.early += 1,
+                MicroExit::Interrupted => late.push(now - target),
                 _ => skid.lost += 1,
             }
         }

@@ -1,24 +1,29 @@
-//! What the host says of itself: CPU, settings, KVM's capabilities.
+//! What the host reports about itself: its CPU, its settings, and the capabilities of its KVM.
 
 use std::fs;
 use std::os::unix::fs::FileExt;
 
 use kvm_bindings::{KVM_CAP_PMU_CAPABILITY, KVM_CAP_SYNC_REGS, KVM_CAP_X86_USER_SPACE_MSR};
 use kvm_ioctls::{Cap, Kvm};
-use vmm::vcpu::perf::events::{Core, CpuModel, Event, event};
+use vmm::vcpu::perf::events::{BranchEvent, Core, CpuModel, branch_event};
 
-use super::Check;
+use super::{Check, EXITS_ONLY};
 
-/// The CPU model and its branch event.
-pub fn cpu(checks: &mut Vec<Check>) -> (CpuModel, Option<Event>) {
+/// Checks the CPU model, and returns it with the event that counts its conditional branches, if that is known.
+pub fn cpu(checks: &mut Vec<Check>) -> (CpuModel, Option<BranchEvent>) {
     let model = CpuModel::host();
-    let event = event(&model, Core::Big);
+    let event = branch_event(&model, Core::Big);
     checks.push(match event {
-        Some(e) => Check::pass("cpu model", format!("{model}: {} ({:#x})", e.name, e.config)),
+        Some(e) => Check::pass(
+            "cpu model",
+            format!("{model}: conditional branches are counted by {} ({:#x})", e.name, e.config),
+        ),
         None => Check::fail(
             "cpu model",
-            format!("{model} is not in the table of exact branch counters"),
-            "positions are at exits here; add the model once its counter was shown to be exact",
+            format!("{model} is not in the table of CPUs whose branch counter is known to be exact"),
+            format!(
+                "{EXITS_ONLY}; to support this CPU, show that its counter is exact and add it to the table"
+            ),
         ),
     });
     let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
@@ -27,69 +32,89 @@ pub fn cpu(checks: &mut Vec<Check>) -> (CpuModel, Option<Event>) {
     checks.push(Check::passes(
         "bare metal",
         !virtual_machine,
-        if virtual_machine { "the host is itself a virtual machine" } else { "no hypervisor below" },
-        "use a bare-metal host: few hypervisors hand an exact guest-mode counter on",
+        match virtual_machine {
+            true => "this host is itself a virtual machine: its branch counter may be missing or inexact",
+            false => "this host is not a virtual machine: its branch counter is the hardware's own",
+        },
+        "use a bare-metal host: few hypervisors pass on a counter that is exact in guest mode",
     ));
     (model, event)
 }
 
+/// The trimmed content of a file of sysfs or procfs, if it can be read.
 fn setting(path: &str) -> Option<String> {
     fs::read_to_string(path).ok().map(|s| s.trim().to_owned())
 }
 
-/// Settings of the host that make counters inexact.
+/// Checks the settings of the host that can make its counters inexact.
 pub fn settings(checks: &mut Vec<Check>, model: &CpuModel) {
     let amd = model.vendor == "AuthenticAMD";
     checks.push(match setting("/sys/devices/cpu/freeze_on_smi") {
-        _ if amd => Check::not_applicable("freeze_on_smi", "AMD: KVM takes SMIs out of guest mode"),
-        Some(v) if v == "1" => Check::pass("freeze_on_smi", "1"),
+        _ if amd => Check::not_applicable("freeze_on_smi", "not needed on AMD: KVM handles system management interrupts outside the guest"),
+        Some(v) if v == "1" => Check::pass("freeze_on_smi", "set to 1: the counter stops in system management mode"),
         Some(v) => Check::fail(
             "freeze_on_smi",
-            format!("{v}: the counter runs on in system management mode"),
-            "echo 1 > /sys/devices/cpu/freeze_on_smi",
+            format!("set to {v}: the counter goes on in system management mode, so that counts differ between runs"),
+            "run as root: echo 1 > /sys/devices/cpu/freeze_on_smi",
         ),
-        None => Check::not_applicable("freeze_on_smi", "the kernel drives no counter of this CPU"),
+        None => Check::not_applicable("freeze_on_smi", "there is no such setting: the kernel has no driver for this CPU's performance counters"),
     });
     checks.push(spec_lock_map(amd));
     checks.push(match setting("/proc/sys/kernel/nmi_watchdog").as_deref() {
         Some("1") => Check::fail(
             "nmi_watchdog",
-            "it takes one of the counters",
-            "sysctl kernel.nmi_watchdog=0 if there are too few",
+            "on: the kernel's NMI watchdog occupies one of the CPU's counters",
+            "if the branch counter cannot be opened, run as root: sysctl kernel.nmi_watchdog=0",
         ),
-        _ => Check::pass("nmi_watchdog", "off"),
+        _ => {
+            Check::pass("nmi_watchdog", "off: the kernel's NMI watchdog occupies none of the CPU's counters")
+        }
     });
 }
 
-/// MSR and bit that keep AMD's Zen from counting branches that a lock's speculation undoes.
+/// The MSR and the bit in it that keep AMD's Zen CPUs from counting branches after a locked instruction that were executed
+/// speculatively and rolled back.
 const SPEC_LOCK_MSR: u64 = 0xc001_1020;
 const SPEC_LOCK_OFF: u64 = 1 << 54;
 
+/// Checks that SpecLockMap, which makes AMD's Zen CPUs count too many branches, is off on every CPU.
 fn spec_lock_map(amd: bool) -> Check {
     const NAME: &str = "SpecLockMap";
-    const REMEDY: &str = "set bit 54 of MSR 0xc0011020 on every CPU (as root; modprobe msr), Secure Boot off";
+    const REMEDY: &str =
+        "as root, with Secure Boot off: modprobe msr, then set bit 54 of MSR 0xc0011020 on every CPU";
     if !amd {
-        return Check::not_applicable(NAME, "only AMD's Zen counts what a lock's speculation undid");
+        return Check::not_applicable(
+            NAME,
+            "not needed: only AMD's Zen CPUs count branches that were executed speculatively and rolled back",
+        );
     }
     let cpus = fs::read_dir("/dev/cpu").into_iter().flatten().flatten();
     let files: Vec<_> = cpus.map(|cpu| cpu.path().join("msr")).filter(|p| p.exists()).collect();
     if files.is_empty() {
-        return Check::fail(NAME, "there is no /dev/cpu/*/msr to look at", REMEDY);
+        return Check::fail(NAME, "cannot be checked: there is no /dev/cpu/*/msr", REMEDY);
     }
     for path in files {
         let mut value = [0; 8];
         let read = fs::File::open(&path).and_then(|f| f.read_exact_at(&mut value, SPEC_LOCK_MSR));
         if let Err(e) = read {
-            return Check::fail(NAME, format!("{}: {e}", path.display()), REMEDY);
+            return Check::fail(
+                NAME,
+                format!("cannot be checked: cannot read {}: {e}", path.display()),
+                REMEDY,
+            );
         }
         if u64::from_le_bytes(value) & SPEC_LOCK_OFF == 0 {
-            return Check::fail(NAME, format!("{}: it is on", path.display()), REMEDY);
+            return Check::fail(
+                NAME,
+                format!("on ({}): branches that were rolled back are counted too", path.display()),
+                REMEDY,
+            );
         }
     }
-    Check::pass(NAME, "off on every CPU")
+    Check::pass(NAME, "off on every CPU: branches that were rolled back are not counted")
 }
 
-/// What the engine cannot do without.
+/// The capabilities without which the engine cannot run.
 const NEEDED: [(Cap, &str); 6] = [
     (Cap::UserMemory, "USER_MEMORY"),
     (Cap::ImmediateExit, "IMMEDIATE_EXIT"),
@@ -99,20 +124,21 @@ const NEEDED: [(Cap, &str); 6] = [
     (Cap::X86MsrFilter, "X86_MSR_FILTER"),
 ];
 
-/// Opens KVM and looks at its capabilities.
+/// Opens `/dev/kvm` and checks its capabilities. `None`: it cannot be opened.
 pub fn kvm(checks: &mut Vec<Check>) -> Option<Kvm> {
     let kvm = match Kvm::new() {
         Ok(kvm) => kvm,
         Err(e) => {
             checks.push(Check::fail(
                 "kvm",
-                format!("/dev/kvm: {e}"),
-                "load kvm_intel or kvm_amd, enable virtualization in the firmware, and let this user open /dev/kvm",
+                format!("cannot open /dev/kvm: {e}"),
+                "load kvm_intel or kvm_amd, enable virtualization in the firmware, and give this user access to /dev/kvm",
             ));
             return None;
         }
     };
-    checks.push(Check::pass("kvm", format!("/dev/kvm opens, version {}", kvm.get_api_version())));
+    checks
+        .push(Check::pass("kvm", format!("/dev/kvm can be opened (API version {})", kvm.get_api_version())));
     let has = |cap: u32| kvm.check_extension_raw(cap.into());
     let mut missing: Vec<_> =
         NEEDED.iter().filter(|(cap, _)| !kvm.check_extension(*cap)).map(|(_, name)| *name).collect();
@@ -125,13 +151,13 @@ pub fn kvm(checks: &mut Vec<Check>) -> Option<Kvm> {
         missing.is_empty(),
         match missing.is_empty() {
             true => format!(
-                "SYNC_REGS {:#x}, USER_SPACE_MSR {:#x}, PMU_CAPABILITY {pmu}",
+                "KVM has all that vmft needs (SYNC_REGS {:#x}, USER_SPACE_MSR {:#x}, PMU_CAPABILITY {pmu})",
                 has(KVM_CAP_SYNC_REGS),
                 has(KVM_CAP_X86_USER_SPACE_MSR)
             ),
-            false => format!("missing: {}", missing.join(", ")),
+            false => format!("KVM lacks capabilities that vmft needs: {}", missing.join(", ")),
         },
-        "a newer kernel (5.10 or later)",
+        "use a newer kernel (5.10 or later)",
     ));
     Some(kvm)
 }

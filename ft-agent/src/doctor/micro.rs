@@ -1,4 +1,4 @@
-//! A guest of a few instructions on raw KVM, to see what KVM and the CPU do.
+//! A guest of a few instructions on bare KVM, to test how KVM and the CPU behave.
 #![allow(unsafe_code)]
 
 use std::os::fd::AsRawFd;
@@ -20,9 +20,9 @@ const HANDLERS: usize = 0x5000;
 /// Where programs begin.
 pub const CODE: u64 = 0x1_0000;
 const STACK: u64 = 0x3_0000;
-/// Vector whose handler only returns.
+/// The vector of the interrupt, whose handler only returns.
 pub const INTERRUPT: u32 = 0x20;
-/// In R15 when a handler of an exception was entered, beside the vector.
+/// The bit that an exception's handler sets in R15, beside the vector.
 const RAISED: u64 = 0x100;
 
 // KVM_INTERRUPT, which kvm-ioctls leaves out.
@@ -32,45 +32,45 @@ type Result<T> = std::result::Result<T, kvm_ioctls::Error>;
 
 /// Why the guest stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Left {
+pub enum MicroExit {
     /// HLT.
     Halted,
     /// HLT in the handler of this exception.
     Raised(u8),
-    /// A port was written.
+    /// A write to a port.
     Out(u16),
-    /// A port is read.
+    /// A read of a port.
     In(u16),
-    /// Device memory was touched.
+    /// An access to device memory.
     Memory,
-    /// A model-specific register was touched.
+    /// An access to a model-specific register.
     Msr,
-    /// A debug event.
+    /// A debug exception: a breakpoint or a single step.
     Debug,
-    /// A signal.
+    /// A signal, or `immediate_exit`.
     Interrupted,
-    /// The window is open.
+    /// The guest can take an interrupt.
     Window,
-    /// Something else, or KVM cannot go on.
+    /// Another exit, or KVM cannot run the guest any further.
     Other,
 }
 
 #[repr(C, align(4096))]
 struct Memory([u8; BYTES]);
 
-/// See the module.
-pub struct Micro {
+/// A virtual machine with one vCPU, its memory and its program.
+pub struct MicroGuest {
     vcpu: VcpuFd,
-    // Memory goes last: the virtual machine uses it.
+    // The memory is dropped last: the virtual machine uses it.
     _vm: VmFd,
     memory: Box<Memory>,
 }
 
-impl Micro {
-    /// A guest with this program at [`CODE`], in ring 0 of 64-bit mode.
-    pub fn new(kvm: &Kvm, program: &[u8]) -> Result<Micro> {
+impl MicroGuest {
+    /// A guest that starts with this program at [`CODE`], in ring 0 of 64-bit mode.
+    pub fn new(kvm: &Kvm, program: &[u8]) -> Result<MicroGuest> {
         let mut memory = Box::new(Memory([0; BYTES]));
-        lay_out(&mut memory.0, program);
+        write_tables(&mut memory.0, program);
         let vm = kvm.create_vm()?;
         let region = kvm_userspace_memory_region {
             slot: 0,
@@ -82,7 +82,7 @@ impl Micro {
         // SAFETY: the memory is boxed and dropped after the virtual machine that uses it.
         unsafe { vm.set_user_memory_region(region)? };
         let vcpu = vm.create_vcpu(0)?;
-        vcpu.set_cpuid2(&hidden(kvm)?)?;
+        vcpu.set_cpuid2(&cpuid_table(kvm)?)?;
         let mut sregs = vcpu.get_sregs()?;
         let segment = |selector, type_, l| kvm_segment {
             base: 0,
@@ -105,38 +105,37 @@ impl Micro {
         sregs.efer &= !0x800;
         vcpu.set_sregs(&sregs)?;
         vcpu.set_regs(&kvm_regs { rip: CODE, rsp: STACK, rflags: 2, ..Default::default() })?;
-        Ok(Micro { vcpu, _vm: vm, memory })
+        Ok(MicroGuest { vcpu, _vm: vm, memory })
     }
 
-    /// Runs until the guest leaves.
-    pub fn run(&mut self) -> Result<Left> {
+    /// Runs the guest to its next exit.
+    pub fn run(&mut self) -> Result<MicroExit> {
         let left = match self.vcpu.run() {
-            Ok(VcpuExit::Hlt) => Left::Halted,
-            Ok(VcpuExit::IoOut(port, _)) => Left::Out(port),
-            Ok(VcpuExit::IoIn(port, _)) => Left::In(port),
-            Ok(VcpuExit::MmioRead(..) | VcpuExit::MmioWrite(..)) => Left::Memory,
-            Ok(VcpuExit::X86Rdmsr(_) | VcpuExit::X86Wrmsr(_)) => Left::Msr,
-            Ok(VcpuExit::Debug(_)) => Left::Debug,
-            Ok(VcpuExit::Intr) => Left::Interrupted,
-            Ok(VcpuExit::IrqWindowOpen) => Left::Window,
-            Ok(_) => Left::Other,
-            Err(e) if e.errno() == EINTR => Left::Interrupted,
+            Ok(VcpuExit::Hlt) => MicroExit::Halted,
+            Ok(VcpuExit::IoOut(port, _)) => MicroExit::Out(port),
+            Ok(VcpuExit::IoIn(port, _)) => MicroExit::In(port),
+            Ok(VcpuExit::MmioRead(..) | VcpuExit::MmioWrite(..)) => MicroExit::Memory,
+            Ok(VcpuExit::X86Rdmsr(_) | VcpuExit::X86Wrmsr(_)) => MicroExit::Msr,
+            Ok(VcpuExit::Debug(_)) => MicroExit::Debug,
+            Ok(VcpuExit::Intr) => MicroExit::Interrupted,
+            Ok(VcpuExit::IrqWindowOpen) => MicroExit::Window,
+            Ok(_) => MicroExit::Other,
+            Err(e) if e.errno() == EINTR => MicroExit::Interrupted,
             Err(e) => return Err(e),
         };
-        if left != Left::Halted {
+        if left != MicroExit::Halted {
             return Ok(left);
         }
         let raised = self.regs()?.r15;
-        Ok(if raised & RAISED != 0 { Left::Raised(raised as u8) } else { left })
+        Ok(if raised & RAISED != 0 { MicroExit::Raised(raised as u8) } else { left })
     }
 
-    /// Runs over one IN, whose answer is `value`.
+    /// Sets the value that the IN at which the guest stands will read.
     pub fn answer(&mut self, value: u8) {
-        // SAFETY: after an exit for IN the data lies where KVM says, inside the shared area, until the next run.
         let run = self.vcpu.get_kvm_run();
         // SAFETY: the exit was for port I/O, so that this member is the valid one.
         let offset = unsafe { run.__bindgen_anon_1.io.data_offset } as usize;
-        // SAFETY: KVM places the data inside the area that is mapped behind `run`.
+        // SAFETY: KVM places the data inside the mapped area that begins with `run`, and it stays there until the next run.
         unsafe { *std::ptr::from_mut(run).cast::<u8>().add(offset) = value };
     }
 
@@ -145,20 +144,20 @@ impl Micro {
         self.vcpu.get_regs()
     }
 
-    /// Sets them.
+    /// Sets the general registers.
     pub fn set_regs(&self, regs: &kvm_regs) -> Result<()> {
         self.vcpu.set_regs(regs)
     }
 
-    /// The next run finishes what the last exit was for and executes nothing.
-    pub fn finish(&mut self) -> Result<Left> {
+    /// Completes the access of the last exit without executing another instruction.
+    pub fn finish(&mut self) -> Result<MicroExit> {
         self.vcpu.set_kvm_immediate_exit(1);
         let left = self.run();
         self.vcpu.set_kvm_immediate_exit(0);
         left
     }
 
-    /// Stops before the instruction at an address.
+    /// Sets a breakpoint on the instruction at an address; `None` removes it.
     pub fn break_at(&self, at: Option<u64>) -> Result<()> {
         let mut debug = kvm_guest_debug::default();
         if let Some(at) = at {
@@ -170,14 +169,14 @@ impl Micro {
         self.vcpu.set_guest_debug(&debug)
     }
 
-    /// Stops behind each instruction.
-    pub fn step(&self) -> Result<()> {
+    /// Makes each run stop after one instruction.
+    pub fn single_step(&self) -> Result<()> {
         let control = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP;
         self.vcpu.set_guest_debug(&kvm_guest_debug { control, ..Default::default() })
     }
 
-    /// Injects [`INTERRUPT`] if the guest takes it now.
-    pub fn interrupt(&mut self) -> Result<bool> {
+    /// Injects [`INTERRUPT`] if the guest can take it now. `true`: it could.
+    pub fn inject_if_ready(&mut self) -> Result<bool> {
         let ready = self.vcpu.get_kvm_run().ready_for_interrupt_injection != 0;
         if ready {
             // SAFETY: an open vCPU, and a structure that outlives the call.
@@ -187,14 +186,14 @@ impl Micro {
         Ok(ready)
     }
 
-    /// Its memory.
+    /// The guest's memory.
     pub fn memory(&self) -> &[u8] {
         &self.memory.0
     }
 }
 
-/// What KVM supports, without the instructions that tell the time or chance.
-fn hidden(kvm: &Kvm) -> Result<CpuId> {
+/// The CPUID table: what KVM supports, without the instructions that read the time or random numbers.
+fn cpuid_table(kvm: &Kvm) -> Result<CpuId> {
     let mut table = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
     for entry in table.as_mut_slice() {
         match entry.function {
@@ -216,10 +215,10 @@ fn hidden(kvm: &Kvm) -> Result<CpuId> {
     Ok(table)
 }
 
-/// Page tables, descriptors, handlers, and the program.
-fn lay_out(memory: &mut [u8], program: &[u8]) {
+/// Writes page tables, descriptors, handlers and the program into the guest's memory.
+fn write_tables(memory: &mut [u8], program: &[u8]) {
     let mut put = |at: usize, bytes: &[u8]| memory[at..at + bytes.len()].copy_from_slice(bytes);
-    // Accessed and dirty from the start. The second 2 MiB are no memory: device accesses.
+    // All entries are accessed and dirty from the start. The second 2 MiB map no memory: accesses to them are exits.
     put(PML4, &(PDPT as u64 | 0x23).to_le_bytes());
     put(PDPT, &(PD as u64 | 0x23).to_le_bytes());
     put(PD, &0xe3u64.to_le_bytes());

@@ -1,4 +1,4 @@
-//! What this host can do for a guest on KVM, found out by trying.
+//! `vmft doctor`: tests what this host can do for a guest on KVM, and reports a verdict with its reasons.
 
 use std::fmt;
 
@@ -15,20 +15,20 @@ mod semantics;
 /// Options of `vmft doctor`.
 #[derive(Args)]
 pub struct DoctorArgs {
-    /// Print JSON
+    /// Print the report as JSON
     #[arg(long)]
     json: bool,
 }
 
-/// What came of a check.
+/// The result of a check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Outcome {
+pub enum CheckOutcome {
     /// As it should be.
     Pass,
     /// Not as it should be.
     Fail,
-    /// There is nothing to check, or no way to.
+    /// There was nothing to check, or no way to check it.
     NotApplicable,
 }
 
@@ -36,8 +36,8 @@ pub enum Outcome {
 #[derive(Clone, Debug, Serialize)]
 pub struct Check {
     name: &'static str,
-    outcome: Outcome,
-    /// What was found, or why nothing was looked for.
+    outcome: CheckOutcome,
+    /// What was found, or why nothing was tested.
     reason: String,
     /// What to do about it.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -45,72 +45,91 @@ pub struct Check {
 }
 
 impl Check {
-    fn new(name: &'static str, outcome: Outcome, reason: impl Into<String>) -> Check {
+    fn new(name: &'static str, outcome: CheckOutcome, reason: impl Into<String>) -> Check {
         Check { name, outcome, reason: reason.into(), remedy: None }
     }
 
     fn pass(name: &'static str, reason: impl Into<String>) -> Check {
-        Check::new(name, Outcome::Pass, reason)
+        Check::new(name, CheckOutcome::Pass, reason)
     }
 
     fn fail(name: &'static str, reason: impl Into<String>, remedy: impl Into<String>) -> Check {
-        Check { remedy: Some(remedy.into()), ..Check::new(name, Outcome::Fail, reason) }
+        Check { remedy: Some(remedy.into()), ..Check::new(name, CheckOutcome::Fail, reason) }
     }
 
     fn not_applicable(name: &'static str, reason: impl Into<String>) -> Check {
-        Check::new(name, Outcome::NotApplicable, reason)
+        Check::new(name, CheckOutcome::NotApplicable, reason)
     }
 
-    /// As it is, or with what to do when it failed.
+    /// Passes if `good`, and otherwise fails with `remedy`.
     fn passes(name: &'static str, good: bool, reason: impl Into<String>, remedy: &str) -> Check {
         if good { Check::pass(name, reason) } else { Check::fail(name, reason, remedy) }
     }
 }
 
-/// What positions a guest on this host's KVM can have.
+/// The positions at which a guest on this host's KVM can take inputs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Verdict {
-    /// Any, by the branch counter.
+pub enum PositionSupport {
+    /// At any conditional branch, by the branch counter.
     Exact,
-    /// Any; a replay may overshoot now and then and go back.
+    /// The same; a replay may miss a position now and then, go back and try again.
     ExactWithRetry,
-    /// The guest's own exits only.
+    /// Only at the guest's own exits.
     SyncOnly,
-    /// None: the soft engine is for this host.
+    /// At none: this host can run guests on the software CPU only.
     Unsupported,
 }
 
-impl fmt::Display for Verdict {
+impl PositionSupport {
+    /// What the verdict means for guests on this host.
+    fn meaning(self) -> &'static str {
+        match self {
+            PositionSupport::Exact => {
+                "guests on KVM can take inputs at any conditional branch (--positions counter)"
+            }
+            PositionSupport::ExactWithRetry => {
+                "guests on KVM can take inputs at any conditional branch (--positions counter); a replay may miss one now \
+                 and then, and goes back and tries again"
+            }
+            PositionSupport::SyncOnly => EXITS_ONLY,
+            PositionSupport::Unsupported => {
+                "guests cannot run on KVM here; use the software CPU (--cpu soft)"
+            }
+        }
+    }
+}
+
+impl fmt::Display for PositionSupport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Verdict::Exact => "exact",
-            Verdict::ExactWithRetry => "exact-with-retry",
-            Verdict::SyncOnly => "sync-only",
-            Verdict::Unsupported => "unsupported",
+            PositionSupport::Exact => "exact",
+            PositionSupport::ExactWithRetry => "exact-with-retry",
+            PositionSupport::SyncOnly => "sync-only",
+            PositionSupport::Unsupported => "unsupported",
         })
     }
 }
 
-/// All checks and what follows from them.
+/// All checks and the verdict that follows from them.
 #[derive(Clone, Debug, Serialize)]
-pub struct Report {
+pub struct DoctorReport {
     checks: Vec<Check>,
     /// The counter's skid as measured.
     #[serde(skip_serializing_if = "Option::is_none")]
-    skid: Option<counting::Skid>,
-    verdict: Verdict,
-    /// Names of the checks that decided it.
+    skid: Option<counting::MeasuredSkid>,
+    verdict: PositionSupport,
+    /// Names of the checks because of which the verdict is not better.
     because: Vec<&'static str>,
 }
 
-impl fmt::Display for Report {
+impl fmt::Display for DoctorReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for check in &self.checks {
             let outcome = match check.outcome {
-                Outcome::Pass => "pass",
-                Outcome::Fail => "FAIL",
-                Outcome::NotApplicable => "n/a",
+                CheckOutcome::Pass => "pass",
+                CheckOutcome::Fail => "FAIL",
+                CheckOutcome::NotApplicable => "n/a",
             };
             writeln!(f, "{outcome:4}  {:27}{}", check.name, check.reason)?;
             if let Some(remedy) = &check.remedy {
@@ -121,16 +140,20 @@ impl fmt::Display for Report {
             writeln!(f, "skid: {skid}")?;
         }
         write!(f, "verdict: {}", self.verdict)?;
-        match self.because.as_slice() {
-            [] => Ok(()),
-            because => write!(f, " (because of {})", because.join(", ")),
+        if !self.because.is_empty() {
+            write!(f, " (because of {})", self.because.join(", "))?;
         }
+        write!(f, "\n{:9}{}", "", self.verdict.meaning())
     }
 }
 
-/// Which checks a verdict needs. What is in neither list is told and decides nothing.
-const FOR_ANY: [&str; 4] = ["kvm", "capabilities", "exits", "replay by exits"];
-const FOR_EXACT: [&str; 9] = [
+/// What remains of KVM where a check of the branch counter fails.
+const EXITS_ONLY: &str = "guests on KVM can take inputs only at their own exits here (--positions sync)";
+
+/// The checks that must pass for any guest on KVM. A check that is in neither list is reported and decides nothing.
+const NEEDED_FOR_KVM: [&str; 4] = ["kvm", "capabilities", "exits", "replay by exits"];
+/// The checks that must pass for a verdict better than [`PositionSupport::SyncOnly`].
+const NEEDED_FOR_EXACT: [&str; 9] = [
     "cpu model",
     "counter permission",
     "counter",
@@ -142,55 +165,56 @@ const FOR_EXACT: [&str; 9] = [
     "SpecLockMap",
 ];
 
-/// What the checks amount to, and which of them stand against more.
-fn decide(checks: &[Check], retries: bool) -> (Verdict, Vec<&'static str>) {
-    let against = |needed: &[&'static str], good: fn(Outcome) -> bool| -> Vec<_> {
+/// The verdict, and the checks because of which it is not better. `retries`: overflows may be later than any margin.
+fn judge(checks: &[Check], retries: bool) -> (PositionSupport, Vec<&'static str>) {
+    let lacking = |needed: &[&'static str], good: fn(CheckOutcome) -> bool| -> Vec<_> {
         let bad = |name: &&str| !checks.iter().any(|c| c.name == *name && good(c.outcome));
         needed.iter().copied().filter(bad).collect()
     };
-    let any = against(&FOR_ANY, |o| o == Outcome::Pass);
+    let any = lacking(&NEEDED_FOR_KVM, |o| o == CheckOutcome::Pass);
     if !any.is_empty() {
-        return (Verdict::Unsupported, any);
+        return (PositionSupport::Unsupported, any);
     }
-    let exact: Vec<_> = against(&FOR_EXACT, |o| o == Outcome::Pass)
+    let exact: Vec<_> = lacking(&NEEDED_FOR_EXACT, |o| o == CheckOutcome::Pass)
         .into_iter()
-        // What the CPU cannot have is no obstacle.
+        // A defect that this CPU cannot have is not an obstacle.
         .filter(|name| {
-            *name != "SpecLockMap" || !against(&["SpecLockMap"], |o| o != Outcome::Fail).is_empty()
+            *name != "SpecLockMap" || !lacking(&["SpecLockMap"], |o| o != CheckOutcome::Fail).is_empty()
         })
         .collect();
     match exact.is_empty() {
-        false => (Verdict::SyncOnly, exact),
-        true if retries => (Verdict::ExactWithRetry, vec!["skid"]),
-        true => (Verdict::Exact, Vec::new()),
+        false => (PositionSupport::SyncOnly, exact),
+        true if retries => (PositionSupport::ExactWithRetry, vec!["skid"]),
+        true => (PositionSupport::Exact, Vec::new()),
     }
 }
 
-/// How closely to look.
+/// How much is tested.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Care {
-    /// To choose an engine: no further than to what stands against an exact counter.
+enum Thoroughness {
+    /// Enough to choose an engine: testing ends at the first check that rules out an exact counter.
     Brief,
-    /// All there is to tell.
+    /// Everything, for the report.
     Thorough,
 }
 
-impl Care {
-    /// Nothing more need be tried: guests on KVM cost a fraction of a second.
-    fn is_satisfied(self, checks: &[Check]) -> bool {
-        self == Care::Brief && obstacles(checks).next().is_some()
+impl Thoroughness {
+    /// Nothing more has to be tested, which saves a fraction of a second.
+    fn can_stop(self, checks: &[Check]) -> bool {
+        self == Thoroughness::Brief && obstacles(checks).next().is_some()
     }
 }
 
-/// The checks that stand against an exact counter.
+/// The failed checks that rule out an exact counter.
 fn obstacles(checks: &[Check]) -> impl Iterator<Item = &Check> {
-    checks
-        .iter()
-        .filter(|c| c.outcome == Outcome::Fail && (FOR_ANY.contains(&c.name) || FOR_EXACT.contains(&c.name)))
+    checks.iter().filter(|c| {
+        c.outcome == CheckOutcome::Fail
+            && (NEEDED_FOR_KVM.contains(&c.name) || NEEDED_FOR_EXACT.contains(&c.name))
+    })
 }
 
-/// Looks at the host.
-fn examine(care: Care) -> Report {
+/// Tests this host.
+fn examine(thoroughness: Thoroughness) -> DoctorReport {
     let mut checks = Vec::new();
     let (model, event) = host::cpu(&mut checks);
     host::settings(&mut checks, &model);
@@ -198,40 +222,42 @@ fn examine(care: Care) -> Report {
     let mut skid = None;
     match &kvm {
         Some(kvm) => {
-            skid = counting::check(&mut checks, kvm, event, care);
-            if !care.is_satisfied(&checks) {
+            skid = counting::check(&mut checks, kvm, event, thoroughness);
+            if !thoroughness.can_stop(&checks) {
                 semantics::check(&mut checks, kvm);
             }
         }
-        None => checks.push(Check::not_applicable("counter", "there is no KVM to count a guest of")),
+        None => {
+            checks.push(Check::not_applicable("counter", "not tested: there is no KVM to run a guest on"))
+        }
     }
     let retries = event.is_some_and(|e| e.unbounded);
-    let (verdict, because) = decide(&checks, retries);
-    Report { checks, skid, verdict, because }
+    let (verdict, because) = judge(&checks, retries);
+    DoctorReport { checks, skid, verdict, because }
 }
 
-/// Whether guests on this host's KVM can have any position, by an exact counter.
+/// Whether guests on this host's KVM can take inputs at any conditional branch, by an exact counter. `Ok`: the verdict.
 ///
 /// # Errors
-/// Why not.
-pub fn exact() -> Result<String, String> {
-    let report = examine(Care::Brief);
-    if matches!(report.verdict, Verdict::Exact | Verdict::ExactWithRetry) {
+/// They cannot: which checks failed, and why.
+pub fn check_exact_positions() -> Result<String, String> {
+    let report = examine(Thoroughness::Brief);
+    if matches!(report.verdict, PositionSupport::Exact | PositionSupport::ExactWithRetry) {
         return Ok(format!("vmft doctor: {}", report.verdict));
     }
     let against: Vec<_> = obstacles(&report.checks).map(|c| format!("{}: {}", c.name, c.reason)).collect();
     Err(against.join("; "))
 }
 
-/// Prints what this host can do.
+/// Prints the report on this host.
 ///
 /// # Errors
 /// The report cannot be written.
 pub fn run(args: &DoctorArgs) -> Result<(), Error> {
-    let report = examine(Care::Thorough);
+    let report = examine(Thoroughness::Thorough);
     if args.json {
         let text = serde_json::to_string_pretty(&report).map_err(std::io::Error::other);
-        println!("{}", text.map_err(Error::host("report"))?);
+        println!("{}", text.map_err(Error::host("cannot write the report"))?);
     } else {
         println!("{report}");
     }
@@ -242,28 +268,33 @@ pub fn run(args: &DoctorArgs) -> Result<(), Error> {
 mod tests {
     use super::*;
 
-    fn all(outcome: impl Fn(&str) -> Outcome) -> Vec<Check> {
-        FOR_ANY.iter().chain(&FOR_EXACT).map(|name| Check::new(name, outcome(name), "")).collect()
+    fn all(outcome: impl Fn(&str) -> CheckOutcome) -> Vec<Check> {
+        NEEDED_FOR_KVM
+            .iter()
+            .chain(&NEEDED_FOR_EXACT)
+            .map(|name| Check::new(name, outcome(name), ""))
+            .collect()
     }
 
     #[test]
     fn a_verdict_is_no_better_than_what_it_needs() {
-        let good = all(|_| Outcome::Pass);
-        assert_eq!(decide(&good, false), (Verdict::Exact, vec![]));
-        assert_eq!(decide(&good, true).0, Verdict::ExactWithRetry);
-        for name in FOR_ANY {
-            let bad = all(|n| if n == name { Outcome::Fail } else { Outcome::Pass });
-            assert_eq!(decide(&bad, false), (Verdict::Unsupported, vec![name]));
+        let good = all(|_| CheckOutcome::Pass);
+        assert_eq!(judge(&good, false), (PositionSupport::Exact, vec![]));
+        assert_eq!(judge(&good, true).0, PositionSupport::ExactWithRetry);
+        for name in NEEDED_FOR_KVM {
+            let bad = all(|n| if n == name { CheckOutcome::Fail } else { CheckOutcome::Pass });
+            assert_eq!(judge(&bad, false), (PositionSupport::Unsupported, vec![name]));
         }
-        for name in FOR_EXACT {
-            let bad = all(|n| if n == name { Outcome::Fail } else { Outcome::Pass });
-            assert_eq!(decide(&bad, false), (Verdict::SyncOnly, vec![name]));
+        for name in NEEDED_FOR_EXACT {
+            let bad = all(|n| if n == name { CheckOutcome::Fail } else { CheckOutcome::Pass });
+            assert_eq!(judge(&bad, false), (PositionSupport::SyncOnly, vec![name]));
         }
-        // Not looked at is not passed, but for what this CPU cannot have.
-        let unknown = all(|n| if n == "counter" { Outcome::NotApplicable } else { Outcome::Pass });
-        assert_eq!(decide(&unknown, false), (Verdict::SyncOnly, vec!["counter"]));
-        let intel = all(|n| if n == "SpecLockMap" { Outcome::NotApplicable } else { Outcome::Pass });
-        assert_eq!(decide(&intel, false).0, Verdict::Exact);
-        assert_eq!(decide(&[], false).0, Verdict::Unsupported);
+        // A check that was not made has not passed, except for a defect that this CPU cannot have.
+        let unknown = all(|n| if n == "counter" { CheckOutcome::NotApplicable } else { CheckOutcome::Pass });
+        assert_eq!(judge(&unknown, false), (PositionSupport::SyncOnly, vec!["counter"]));
+        let intel =
+            all(|n| if n == "SpecLockMap" { CheckOutcome::NotApplicable } else { CheckOutcome::Pass });
+        assert_eq!(judge(&intel, false).0, PositionSupport::Exact);
+        assert_eq!(judge(&[], false).0, PositionSupport::Unsupported);
     }
 }

@@ -1,6 +1,8 @@
-//! The serial console on standard input and output.
+//! The guest's serial console: on standard input and output, and for readers that are never waited for.
 
 use std::io::{self, IsTerminal, Read, Write};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::time::{Duration, Instant};
 
 use entry::Console;
@@ -8,23 +10,23 @@ use vmm::inbox::{Closed, InboxSender};
 
 use crate::error::Error;
 
-/// Ctrl-A, as in QEMU: the next key is for vmft.
+/// Ctrl-A, as in QEMU: the next key is a command to vmft.
 const ESCAPE: u8 = 1;
 
-/// Prints what the guest prints, watches for a text, and tells of progress while there is nothing else to see.
+/// Prints what the guest prints, watches for a text in it, and shows progress until the guest prints something.
 pub struct Printer {
     until: Option<Vec<u8>>,
-    /// The end of what was printed: as long as the text watched for, less one.
+    /// The last bytes that were printed, one byte fewer than the text has.
     tail: Vec<u8>,
     satisfied: bool,
     progress: Option<Instant>,
 }
 
-/// Time between two lines of progress.
+/// Time between two updates of the progress line.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(500);
 
 impl Printer {
-    /// A printer that is satisfied once `until` was printed.
+    /// A printer that is satisfied once the guest has printed `until`.
     pub fn new(until: Option<String>) -> Printer {
         Printer {
             until: until.map(String::into_bytes),
@@ -34,7 +36,7 @@ impl Printer {
         }
     }
 
-    /// The text watched for was printed.
+    /// Whether the guest has printed the text.
     pub fn is_satisfied(&self) -> bool {
         self.satisfied
     }
@@ -42,11 +44,13 @@ impl Printer {
     /// Prints console output.
     ///
     /// # Errors
-    /// Standard output is gone.
+    /// Standard output cannot be written to.
     pub fn print(&mut self, bytes: &[u8]) -> Result<(), Error> {
         self.clear_progress();
         let mut out = io::stdout().lock();
-        out.write_all(bytes).and_then(|()| out.flush()).map_err(Error::host("standard output"))?;
+        out.write_all(bytes)
+            .and_then(|()| out.flush())
+            .map_err(Error::host("cannot write to standard output"))?;
         if let Some(until) = &self.until {
             self.tail.extend_from_slice(bytes);
             self.satisfied |= self.tail.windows(until.len().max(1)).any(|w| w == until);
@@ -56,7 +60,7 @@ impl Printer {
         Ok(())
     }
 
-    /// Says how far the boot is, now and then, until the guest prints something.
+    /// Shows the boot's progress from time to time, until the guest prints something.
     pub fn show_progress(&mut self, instructions: u64) {
         if let Some(last) = &mut self.progress
             && last.elapsed() >= PROGRESS_INTERVAL
@@ -73,13 +77,38 @@ impl Printer {
     }
 }
 
-/// Types what comes from standard input on the guest's console, until its end or `Ctrl-A x`.
+/// How many pieces of console output may wait for a reader; a slower reader misses pieces.
+const BACKLOG: usize = 1024;
+
+/// All readers of the guest's console.
+#[derive(Default)]
+pub struct Readers {
+    readers: Vec<SyncSender<Arc<[u8]>>>,
+}
+
+impl Readers {
+    /// Adds a reader.
+    pub fn add(&mut self) -> Receiver<Arc<[u8]>> {
+        let (sender, reader) = sync_channel(BACKLOG);
+        self.readers.push(sender);
+        reader
+    }
+
+    /// Sends console output to all readers. Never waits.
+    pub fn print(&mut self, bytes: &[u8]) {
+        let bytes: Arc<[u8]> = bytes.into();
+        self.readers
+            .retain(|reader| !matches!(reader.try_send(bytes.clone()), Err(TrySendError::Disconnected(_))));
+    }
+}
+
+/// Passes standard input to the guest's console until its end, or until `Ctrl-A x`.
 pub fn read_keys(sender: InboxSender) {
-    let mut keys = Keys::default();
+    let mut keys = KeyFilter::default();
     let mut buffer = [0; 256];
     let mut input = io::stdin();
     while let Ok(n @ 1..) = input.read(&mut buffer) {
-        let (typed, quit) = keys.take(&buffer[..n]);
+        let (typed, quit) = keys.filter(&buffer[..n]);
         if sender.type_text(Console::Serial, &typed) == Err(Closed) {
             return;
         }
@@ -89,21 +118,21 @@ pub fn read_keys(sender: InboxSender) {
     }
 }
 
-/// Keys on their way to the guest, with an escape for vmft itself.
+/// Filters keys on their way to the guest: takes out the escape key and the commands to vmft.
 #[derive(Default)]
-pub struct Keys {
+pub struct KeyFilter {
     escaped: bool,
 }
 
-impl Keys {
-    /// What of these keys goes to the guest, and whether the user wants out.
-    pub fn take(&mut self, keys: &[u8]) -> (Vec<u8>, bool) {
+impl KeyFilter {
+    /// The keys that go to the guest, and whether the user wants to quit.
+    pub fn filter(&mut self, keys: &[u8]) -> (Vec<u8>, bool) {
         let mut typed = Vec::new();
         for &key in keys {
             match (std::mem::replace(&mut self.escaped, false), key) {
                 (true, b'x' | b'X') => return (typed, true),
                 (false, ESCAPE) => self.escaped = true,
-                // Ctrl-A twice types one.
+                // Ctrl-A twice passes one Ctrl-A to the guest.
                 (_, key) => typed.push(key),
             }
         }
@@ -117,10 +146,10 @@ mod tests {
 
     #[test]
     fn the_escape_key_ends_vmft_and_is_typed_by_pressing_it_twice() {
-        let mut keys = Keys::default();
-        assert_eq!(keys.take(b"ab\x01"), (b"ab".to_vec(), false));
-        assert_eq!(keys.take(b"\x01c"), (b"\x01c".to_vec(), false));
-        assert_eq!(keys.take(b"d\x01xe"), (b"d".to_vec(), true));
+        let mut keys = KeyFilter::default();
+        assert_eq!(keys.filter(b"ab\x01"), (b"ab".to_vec(), false));
+        assert_eq!(keys.filter(b"\x01c"), (b"\x01c".to_vec(), false));
+        assert_eq!(keys.filter(b"d\x01xe"), (b"d".to_vec(), true));
     }
 
     #[test]

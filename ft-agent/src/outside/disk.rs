@@ -1,4 +1,4 @@
-//! A raw disk image file.
+//! Raw disk images, and the threads that serve them.
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
@@ -12,10 +12,10 @@ use crate::error::Error;
 use crate::failpoint;
 use crate::options;
 
-/// Bytes in a sector.
+/// Size of a sector, bytes.
 const SECTOR: u64 = 512;
 
-/// An open image.
+/// An open disk image.
 pub struct Image {
     file: File,
     path: PathBuf,
@@ -23,32 +23,32 @@ pub struct Image {
 }
 
 impl Image {
-    /// Opens the image, which must be whole sectors.
+    /// Opens and locks the image. Its size must be a multiple of a sector.
     ///
     /// # Errors
-    /// It cannot be opened as asked, or its size is wrong.
-    pub fn open(disk: &options::Disk) -> Result<Image, Error> {
+    /// The image cannot be opened, has a wrong size, or is locked by another process.
+    pub fn open(disk: &options::DiskConfig) -> Result<Image, Error> {
         let name = disk.path.display();
-        let config = |why: String| Error::config("disk", format!("{name}: {why}"));
+        let unusable = |why: String| Error::config("disk", format!("cannot open disk image {name}: {why}"));
         let file = OpenOptions::new().read(true).write(!disk.read_only).open(&disk.path);
-        let file = file.map_err(|e| config(e.to_string()))?;
-        let bytes = file.metadata().map_err(|e| config(e.to_string()))?.len();
+        let file = file.map_err(|e| unusable(e.to_string()))?;
+        let bytes = file.metadata().map_err(|e| unusable(e.to_string()))?.len();
         if bytes == 0 || bytes % SECTOR != 0 {
-            return Err(config(format!("its size, {bytes} bytes, is not a positive multiple of {SECTOR}")));
+            return Err(unusable(format!("its size, {bytes} bytes, is not a positive multiple of {SECTOR}")));
         }
-        lock(&file).map_err(|e| config(format!("{e}: another vmft may be using it")))?;
+        lock(&file).map_err(|e| unusable(format!("{e}: another vmft may be using it")))?;
         Ok(Image { file, path: disk.path.clone(), bytes })
     }
 
-    /// A copy of the image that may be written whatever becomes of it, and is gone with this value.
+    /// Makes a copy of the image that may be written to, and that is removed when this value is dropped.
     ///
     /// # Errors
-    /// There is no room beside the image, or it cannot be read.
-    pub fn private_copy(disk: &options::Disk) -> Result<Image, Error> {
+    /// The image cannot be read, or there is no space for the copy in its directory.
+    pub fn private_copy(disk: &options::DiskConfig) -> Result<Image, Error> {
         let mut name = disk.path.file_name().unwrap_or_default().to_owned();
         name.push(format!(".replay-{}", std::process::id()));
         let path = disk.path.with_file_name(name);
-        let failed = || Error::host(format!("private copy {}", path.display()));
+        let failed = || Error::host(format!("cannot make private copy {}", path.display()));
         std::fs::copy(&disk.path, &path).map_err(failed())?;
         let file = OpenOptions::new().read(true).write(true).open(&path);
         std::fs::remove_file(&path).map_err(failed())?;
@@ -62,28 +62,28 @@ impl Image {
         self.bytes
     }
 
-    /// Does what a request asks for.
+    /// Carries out a request.
     ///
     /// # Errors
-    /// The host's: it is no answer for the guest.
+    /// The host failed; the guest does not get to see this error.
     pub fn perform(&self, request: &DiskRequest) -> Result<DiskResult, Error> {
-        let failed = |what: String| Error::host(format!("{}: {what}", self.path.display()));
-        // A write would make a file that was cut off long again, with zeros for what is lost.
-        let bytes = self.file.metadata().map_err(failed("size".into()))?.len();
+        let failed = |what: String| Error::host(format!("cannot {what} disk image {}", self.path.display()));
+        // If the file was truncated a write would extend it again, with zeros in place of the lost data.
+        let bytes = self.file.metadata().map_err(failed("use".into()))?.len();
         if bytes != self.bytes {
             let why = format!("it has {bytes} bytes, and had {} at the start", self.bytes);
-            return Err(failed("size".into())(std::io::Error::other(why)));
+            return Err(failed("use".into())(std::io::Error::other(why)));
         }
         match &request.work {
             DiskWork::Read { offset, len } => {
                 let mut data = vec![0; *len as usize];
                 let read = self.file.read_exact_at(&mut data, *offset);
-                read.map_err(failed(format!("read of {len} bytes at {offset}")))?;
+                read.map_err(failed(format!("read {len} bytes at {offset} of")))?;
                 Ok(DiskResult::Read(data))
             }
             DiskWork::Write { offset, data } => {
                 let written = self.file.write_all_at(data, *offset);
-                written.map_err(failed(format!("write of {} bytes at {offset}", data.len())))?;
+                written.map_err(failed(format!("write {} bytes at {offset} of", data.len())))?;
                 Ok(DiskResult::Done)
             }
             DiskWork::Flush => {
@@ -94,18 +94,18 @@ impl Image {
     }
 }
 
-/// A thread that does an image's requests one after the other, so that those that overlap run in their order.
-pub struct Disk {
+/// A thread that carries out a disk's requests one after the other, so that overlapping requests keep their order.
+pub struct DiskThread {
     requests: Sender<DiskRequest>,
     thread: JoinHandle<Image>,
 }
 
-impl Disk {
-    /// Starts the thread; `done` takes the result of each request by its id, and says whether to go on.
+impl DiskThread {
+    /// Starts the thread. It calls `done` with the id and the result of each request, and goes on while `done` returns true.
     pub fn start(
         image: Image,
         mut done: impl FnMut(u64, Result<DiskResult, Error>) -> bool + Send + 'static,
-    ) -> Disk {
+    ) -> DiskThread {
         let (requests, work) = channel::<DiskRequest>();
         let thread = std::thread::spawn(move || {
             for request in work {
@@ -118,25 +118,25 @@ impl Disk {
             }
             image
         });
-        Disk { requests, thread }
+        DiskThread { requests, thread }
     }
 
-    /// Begins a request. `false`: the disk has failed, as its `done` was told.
+    /// Queues a request. `false`: the disk has failed, which `done` was told.
     pub fn request(&self, request: DiskRequest) -> bool {
         self.requests.send(request).is_ok()
     }
 
-    /// Lets the requests that have begun end, and gives the image back.
+    /// Waits until the queued requests have ended, and returns the image.
     ///
     /// # Panics
-    /// When the thread did.
+    /// The thread has panicked.
     pub fn stop(self) -> Image {
         drop(self.requests);
         self.thread.join().expect("the disk's thread does not panic")
     }
 }
 
-/// Two machines on one image would destroy it.
+/// Locks the image, because two machines that write to it would destroy it.
 fn lock(file: &File) -> std::io::Result<()> {
     file.try_lock().map_err(std::io::Error::from)
 }

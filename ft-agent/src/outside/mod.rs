@@ -1,4 +1,4 @@
-//! The world around a live machine: its tap, disks, console, clock and entropy. All of vmft's I/O for a guest.
+//! The outside of a live machine: tap, disks, console, clock and entropy. All of vmft's I/O for a guest is here.
 
 pub mod console;
 pub mod disk;
@@ -17,30 +17,32 @@ use entry::{Answer, Console, DiskRequest, Input, Output, Position, PositionUnit,
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmm::inbox::{Inbox, InboxSender, Origin};
 use vmm::machine::StateDigest;
-use vmm::source::{LAG_MAX_NS, Outside};
+use vmm::source::{CLOCK_LAG_MAX_NS, Outside};
 
 use crate::error::Error;
 use crate::options::ClockMode;
-use crate::pair::Readers;
-use console::Printer;
-use disk::{Disk, Image};
+use console::{Printer, Readers};
+use disk::{DiskThread, Image};
 use starvation::{Starvation, Starved};
 use tap::Tap;
 
-/// The longest frame that a tap gives: 64 KiB.
+/// How many inputs of one device (frames, keys or disk completions) may wait for the guest.
+pub const INBOX_CAPACITY: usize = 1024;
+/// The longest frame that a tap delivers, bytes.
 const FRAME_MAX: usize = 65_536;
-/// A thread that waits for its device looks this often whether the run is over.
-const LOOK_MS: u8 = 100;
+/// How often a thread that waits for its device checks whether the run is over, ms.
+const POLL_MS: u8 = 100;
 
-/// Guest time that an instruction takes which asks for the time, ns, where nothing else moves it: one that waits gets on.
-const ASKING_NS: u64 = 1000;
+/// With the virtual clock, guest time that passes when an instruction reads the time, ns: so a guest that waits for a time
+/// reaches it.
+const TIME_READ_NS: u64 = 1000;
 
-/// What was done, for the summary.
+/// Counts for the summary.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Traffic {
-    /// Frames to the network.
+    /// Frames sent to the network.
     pub frames_sent: u64,
-    /// Frames that the host's network did not take.
+    /// Frames that the tap did not accept.
     pub frames_dropped: u64,
     /// Time slept while the guest was idle.
     pub slept: Duration,
@@ -48,31 +50,31 @@ pub struct Traffic {
     pub starved: Starved,
 }
 
-/// The first failure of a device thread: the run ends with it.
-type Failure = Arc<Mutex<Option<Error>>>;
+/// The first failure of a device's thread, which ends the run.
+type DeviceFailure = Arc<Mutex<Option<Error>>>;
 
-/// Where a guest's inputs come from: the way in from taps, disks and keys, the clock and the entropy.
+/// The way in: where a guest's inputs come from. These are taps, disks, keys, the clock and the entropy.
 pub struct Inlet {
     inbox: Inbox,
     sender: InboxSender,
-    disks: BTreeMap<u8, Disk>,
+    disks: BTreeMap<u8, DiskThread>,
     clock: Option<HostClock>,
     entropy: Entropy,
-    failure: Failure,
+    failure: DeviceFailure,
     slept: Duration,
     starvation: Option<Starvation>,
 }
 
-/// Guest time as the host's clock has it.
+/// Guest time, derived from the host's clock.
 struct HostClock {
     start: Instant,
     /// Guest time at `start`, ns.
     base_ns: u64,
-    /// How far guest time was behind then, ns.
+    /// How far guest time lagged behind the host's clock at `start`, ns.
     behind_ns: u64,
 }
 
-/// A guest whose time is behind is slewed by this part: it never jumps.
+/// Guest time that lags is slewed by one part in this many, and never jumps.
 const SLEW: u64 = 20;
 
 impl HostClock {
@@ -85,14 +87,14 @@ impl HostClock {
 /// Where random numbers come from.
 enum Entropy {
     Host(File),
-    /// A fixed stream for each position (splitmix64), for runs that let nothing of the host in: what a restored
-    /// machine is told does not depend on what was asked before.
+    /// A fixed stream for each position (splitmix64), for runs in which nothing from the host enters the guest. It does not
+    /// depend on earlier requests, so that a restored machine gets the same numbers.
     Fixed,
 }
 
 impl Inlet {
-    /// A way in without devices. `time_ns` is the guest time from which the clock goes on, `behind_ns` how much later
-    /// it should be.
+    /// A way in without devices. `time_ns` is the guest time at which the clock continues, and `behind_ns` how far that lags
+    /// behind the time that it should be.
     ///
     /// # Errors
     /// /dev/urandom cannot be opened.
@@ -104,7 +106,7 @@ impl Inlet {
     ) -> Result<Inlet, Error> {
         let (clock, entropy) = match clock {
             ClockMode::Host => {
-                let random = File::open("/dev/urandom").map_err(Error::host("/dev/urandom"))?;
+                let random = File::open("/dev/urandom").map_err(Error::host("cannot open /dev/urandom"))?;
                 let clock = HostClock { start: Instant::now(), base_ns: time_ns, behind_ns };
                 (Some(clock), Entropy::Host(random))
             }
@@ -115,12 +117,12 @@ impl Inlet {
         Ok(Inlet { inbox, sender, disks, clock, entropy, failure, slept, starvation })
     }
 
-    /// Lets the frames of a tap in, for the network device in `slot`.
+    /// Connects the network device in `slot` to the frames that come from a tap.
     pub fn attach_tap(&mut self, slot: u8, tap: Arc<Tap>) {
         let (failure, sender) = (self.failure.clone(), self.sender.clone());
         std::thread::spawn(move || {
             if let Err(e) = receive_frames(slot, &tap, &sender) {
-                fail(&failure, Error::Host { what: "tap".into(), source: e }, &sender);
+                fail(&failure, Error::Host { what: "cannot read from the tap".into(), source: e }, &sender);
             }
         });
     }
@@ -128,7 +130,7 @@ impl Inlet {
     /// Connects the disk in `slot` to its image.
     pub fn attach_disk(&mut self, slot: u8, image: Image) {
         let (failure, sender) = (self.failure.clone(), self.sender.clone());
-        let disk = Disk::start(image, move |id, result| match result {
+        let disk = DiskThread::start(image, move |id, result| match result {
             Ok(result) => sender.send(Origin::Disk(slot), Input::DiskDone { slot, id, result }).is_ok(),
             Err(e) => {
                 fail(&failure, e, &sender);
@@ -138,17 +140,18 @@ impl Inlet {
         self.disks.insert(slot, disk);
     }
 
-    /// The way in for other threads.
+    /// The sender by which other threads put inputs in.
     pub fn sender(&self) -> &InboxSender {
         &self.sender
     }
 
-    /// Sees to a guest that does not come to a stop by itself, and notices when inputs wait longer than `limit` for an exit.
+    /// Nudges the guest regularly if its engine cannot stop it at any position, and counts inputs that wait longer than
+    /// `limit` for an exit.
     pub fn watch_for_starvation(&mut self, unit: PositionUnit, limit: Duration) {
-        // Looks even when nothing else comes: guest time waits as well.
+        // Nudges even when no input arrives, because the clock has to be read as well.
         let every = match unit {
-            PositionUnit::SynchronousExits => Duration::from_millis(LOOK_MS.into()),
-            PositionUnit::Branches => Duration::from_nanos(LAG_MAX_NS),
+            PositionUnit::SynchronousExits => Duration::from_millis(POLL_MS.into()),
+            PositionUnit::Branches => Duration::from_nanos(CLOCK_LAG_MAX_NS),
             PositionUnit::Instructions | PositionUnit::Steps => return,
         };
         self.starvation = Some(Starvation::new(limit));
@@ -156,42 +159,42 @@ impl Inlet {
         std::thread::spawn(move || {
             loop {
                 std::thread::sleep(every);
-                sender.nudge();
+                sender.wake();
             }
         });
     }
 
-    /// Something waits for the guest's exit behind `at`.
+    /// Notes that an input waits for the guest's first exit after `at`.
     ///
     /// # Errors
     /// A device has failed.
     pub fn starving(&mut self, at: Position) -> Result<(), Error> {
         if let Some(starvation) = &mut self.starvation {
-            starvation.look(at);
+            starvation.observe(at);
         }
         self.check_failure()
     }
 
-    /// The next input that waits and that the machine `takes`.
+    /// The next waiting input that the machine accepts, according to `takes`.
     ///
     /// # Errors
     /// A device has failed.
     pub fn poll(&mut self, takes: &mut dyn FnMut(&Input) -> bool) -> Result<Option<Input>, Error> {
         self.check_failure()?;
-        Ok(self.inbox.take(takes))
+        Ok(self.inbox.take_first(takes))
     }
 
-    /// Somebody asked the run to stop, or a device failed.
+    /// Whether the user asked to stop the run, or a device has failed.
     pub fn stop_requested(&self) -> bool {
         self.inbox.stop_requested()
     }
 
-    /// Guest time by the host's clock, `None` if it is virtual.
+    /// Guest time by the host's clock; `None` with the virtual clock.
     pub fn time_ns(&self) -> Option<u64> {
         self.clock.as_ref().map(|c| c.time_ns(c.start.elapsed()))
     }
 
-    /// Sleeps until something arrives or guest time is `until_ns`, at most for `longest`.
+    /// Sleeps until an input arrives or guest time is `until_ns`, and at most for `longest`.
     pub fn wait(&mut self, until_ns: Option<u64>, longest: Option<Duration>) {
         let now = self.time_ns();
         let due = until_ns.zip(now).map(|(until, now)| Duration::from_nanos(until.saturating_sub(now)));
@@ -203,7 +206,7 @@ impl Inlet {
     /// The answer to a question that the guest asks at a position.
     ///
     /// # Errors
-    /// The host has no entropy.
+    /// /dev/urandom cannot be read.
     pub fn answer(&mut self, at: Position, question: &Question) -> Result<Answer, Error> {
         match question {
             Question::Entropy { len, .. } => {
@@ -212,7 +215,7 @@ impl Inlet {
                 Ok(Answer::Entropy(bytes))
             }
             Question::Time { time_ns } => {
-                let now_ns = self.time_ns().unwrap_or(time_ns + ASKING_NS);
+                let now_ns = self.time_ns().unwrap_or(time_ns + TIME_READ_NS);
                 Ok(Answer::Value(now_ns.max(*time_ns)))
             }
             Question::Random => {
@@ -229,7 +232,7 @@ impl Inlet {
     /// The disk has failed.
     pub fn disk(&mut self, request: DiskRequest) -> Result<(), Error> {
         let sent = self.disks.get(&request.slot).map(|disk| disk.request(request));
-        // Without its thread there is a failure to tell.
+        // If the thread has ended, its failure is returned.
         if sent == Some(true) { Ok(()) } else { self.check_failure() }
     }
 
@@ -239,11 +242,11 @@ impl Inlet {
     }
 }
 
-/// Where what the guest prints goes.
+/// Where the guest's console output goes.
 pub enum ConsoleOut {
-    /// To standard output, which is waited for.
+    /// To standard output; the guest waits until it is written.
     Printer(Printer),
-    /// To those who read it, who are not waited for.
+    /// To readers that the guest does not wait for.
     Readers(Readers),
 }
 
@@ -259,7 +262,7 @@ impl ConsoleOut {
     }
 }
 
-/// Where a guest's outputs go.
+/// The way out: where a guest's outputs go.
 pub struct Outlet {
     taps: BTreeMap<u8, Arc<Tap>>,
     console: ConsoleOut,
@@ -273,12 +276,12 @@ impl Outlet {
         Outlet { taps: BTreeMap::new(), console, frames_sent: 0, frames_dropped: 0 }
     }
 
-    /// Where the console's output goes.
+    /// Where the console's output goes, to change or to query it.
     pub fn console(&mut self) -> &mut ConsoleOut {
         &mut self.console
     }
 
-    /// Lets the frames of the network device in `slot` out through a tap.
+    /// Connects the frames that the network device in `slot` sends to a tap.
     pub fn attach_tap(&mut self, slot: u8, tap: Arc<Tap>) {
         self.taps.insert(slot, tap);
     }
@@ -286,14 +289,14 @@ impl Outlet {
     /// Sends an output.
     ///
     /// # Errors
-    /// Standard output is gone.
+    /// Standard output cannot be written to.
     pub fn send(&mut self, output: Output) -> Result<(), Error> {
         match output {
             Output::Frame { slot, bytes } => {
                 if let Some(tap) = self.taps.get(&slot) {
                     match tap.send(&bytes) {
                         Ok(()) => self.frames_sent += 1,
-                        // As on a wire, a frame that does not get through is lost; the summary counts it.
+                        // As on a wire, a frame that is not delivered is lost; the summary counts it.
                         Err(_) => self.frames_dropped += 1,
                     }
                 }
@@ -305,7 +308,7 @@ impl Outlet {
     }
 }
 
-/// The host as the outside of a guest that is not protected: outputs leave at once.
+/// The host as the outside of an unprotected guest, whose outputs leave at once.
 pub struct Host {
     /// The way in.
     pub inlet: Inlet,
@@ -314,7 +317,7 @@ pub struct Host {
 }
 
 impl Host {
-    /// What was done so far.
+    /// The counts so far.
     pub fn traffic(&self) -> Traffic {
         let Outlet { frames_sent, frames_dropped, .. } = self.outlet;
         let starved = self.inlet.starvation.as_ref().map(Starvation::counts).unwrap_or_default();
@@ -360,7 +363,7 @@ impl Outside for Host {
     }
 
     fn digest(&mut self, at: Position, digest: StateDigest) -> Result<(), Error> {
-        // Standard output is the guest's.
+        // Standard output belongs to the guest's console.
         eprintln!("digest {} {}", at.count, digest.total());
         Ok(())
     }
@@ -369,7 +372,7 @@ impl Outside for Host {
 impl Entropy {
     fn fill(&mut self, at: Position, bytes: &mut [u8]) -> Result<(), Error> {
         match self {
-            Entropy::Host(file) => file.read_exact(bytes).map_err(Error::host("/dev/urandom")),
+            Entropy::Host(file) => file.read_exact(bytes).map_err(Error::host("cannot read /dev/urandom")),
             Entropy::Fixed => {
                 let mut state = at.count;
                 for chunk in bytes.chunks_mut(8) {
@@ -385,7 +388,7 @@ impl Entropy {
     }
 }
 
-/// Hands frames from the tap to the guest until the run is over.
+/// Passes frames from the tap to the guest until the run is over.
 fn receive_frames(slot: u8, tap: &Tap, sender: &InboxSender) -> std::io::Result<()> {
     let mut buffer = vec![0; FRAME_MAX];
     loop {
@@ -397,15 +400,15 @@ fn receive_frames(slot: u8, tap: &Tap, sender: &InboxSender) -> std::io::Result<
                 }
             }
             Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {
-                poll(&mut [PollFd::new(tap.as_fd(), PollFlags::POLLIN)], PollTimeout::from(LOOK_MS))?;
+                poll(&mut [PollFd::new(tap.as_fd(), PollFlags::POLLIN)], PollTimeout::from(POLL_MS))?;
             }
             Err(e) => return Err(e),
         }
     }
 }
 
-/// Ends the run with a device's failure.
-fn fail(failure: &Failure, error: Error, sender: &InboxSender) {
+/// Records a device's failure and ends the run.
+fn fail(failure: &DeviceFailure, error: Error, sender: &InboxSender) {
     failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
     sender.stop();
 }

@@ -1,36 +1,36 @@
-//! Guests that let inputs wait: where positions are the guest's exits, one that makes none takes nothing in.
+//! Detects starved inputs: if positions are the guest's exits, a guest that makes no exit receives no input.
 
 use std::time::{Duration, Instant};
 
 use entry::Position;
 
-/// What was noticed.
+/// Counts of starved inputs.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Starved {
-    /// Waits that were longer than the limit.
+    /// Number of waits that were longer than the limit.
     pub times: u64,
     /// The longest of them.
     pub longest: Duration,
 }
 
-/// Watches the position while something waits.
+/// Watches the guest's position while an input waits.
 pub struct Starvation {
     limit: Duration,
-    /// The guest's last exit while something waited, and when that was seen first.
+    /// Position of the guest's last exit when an input waited, and when that was first seen.
     waiting: Option<(Position, Instant)>,
-    /// The wait under way is counted.
+    /// Whether the current wait is counted already.
     counted: bool,
     counts: Starved,
 }
 
 impl Starvation {
-    /// Notices waits longer than `limit`.
+    /// Counts waits that are longer than `limit`.
     pub fn new(limit: Duration) -> Starvation {
         Starvation { limit, waiting: None, counted: false, counts: Starved::default() }
     }
 
-    /// Something waits for the exit behind `at`.
-    pub fn look(&mut self, at: Position) {
+    /// Notes that an input waits for the first exit after `at`.
+    pub fn observe(&mut self, at: Position) {
         let since = match self.waiting {
             Some((last, since)) if last == at => since,
             _ => {
@@ -46,7 +46,7 @@ impl Starvation {
         }
         if self.counts.times == 0 {
             eprintln!(
-                "the guest has made no exit for {:.1} s while an input waits; it waits on (told once)",
+                "the guest has made no exit for {:.1} s while an input waits (reported once; later cases are only counted)",
                 waited.as_secs_f64()
             );
         }
@@ -54,7 +54,7 @@ impl Starvation {
         self.counts.longest = self.counts.longest.max(waited);
     }
 
-    /// What was noticed so far.
+    /// The counts so far.
     pub fn counts(&self) -> Starved {
         self.counts
     }
@@ -68,12 +68,12 @@ mod tests {
     fn each_long_wait_is_counted_once() {
         let mut starvation = Starvation::new(Duration::ZERO);
         for position in [1, 1, 1, 2, 2] {
-            starvation.look(Position::exact(position));
+            starvation.observe(Position::exact(position));
         }
         assert_eq!(starvation.counts().times, 2);
         let mut patient = Starvation::new(Duration::from_secs(3600));
-        patient.look(Position::exact(1));
-        patient.look(Position::exact(1));
+        patient.observe(Position::exact(1));
+        patient.observe(Position::exact(1));
         assert_eq!(patient.counts().times, 0);
     }
 }

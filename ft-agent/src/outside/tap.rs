@@ -1,4 +1,4 @@
-//! A tap: Ethernet frames to and from the host's network.
+//! Tap devices: Ethernet frames to and from the host's network.
 #![allow(unsafe_code)]
 
 use std::fs::{File, OpenOptions};
@@ -11,19 +11,20 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
 use crate::error::Error;
 
-/// An open tap. Frames have no header; reads and writes do not block.
+/// An open tap. Frames come without a packet-information header; reads and writes do not block.
 #[derive(Debug)]
 pub struct Tap {
     file: File,
 }
 
 impl Tap {
-    /// Attaches to tap `name`, made if it does not exist (then it ends with the process), and sets it up.
+    /// Attaches to the tap `name` and brings it up. If it does not exist it is created, and removed when the process ends.
     ///
     /// # Errors
-    /// No right to (needs CAP_NET_ADMIN unless the tap belongs to this user), or the tap is in use.
+    /// The tap is in use, or the process lacks the right (CAP_NET_ADMIN, unless the tap belongs to this user).
     pub fn open(name: &str) -> Result<Tap, Error> {
-        Self::attach(name).map_err(Error::host(format!("tap {name}")))
+        let what = format!("cannot attach to tap {name} (needs root, unless the tap belongs to this user)");
+        Self::attach(name).map_err(Error::host(what))
     }
 
     fn attach(name: &str) -> io::Result<Tap> {
@@ -33,20 +34,19 @@ impl Tap {
         request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI) as i16;
         // SAFETY: TUNSETIFF reads and writes one ifreq, which lives across the call.
         check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &mut request) })?;
-        // A tap that stays keeps what its last user asked for: QEMU leaves it with checksums that the device is to compute, and
-        // a guest without that would drop all TCP.
-        // SAFETY: TUNSETOFFLOAD takes a number.
+        // A persistent tap keeps the settings of its last user. QEMU leaves checksum offload enabled, with which a guest
+        // that does not support it drops all TCP segments. SAFETY: TUNSETOFFLOAD takes a number.
         check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETOFFLOAD, 0) })?;
         set_up(name)?;
         Ok(Tap { file })
     }
 
-    /// Reads one frame into `buffer`; its length. `WouldBlock` when there is none.
+    /// Reads one frame into `buffer` and returns its length. `WouldBlock` if no frame waits.
     pub fn receive(&self, buffer: &mut [u8]) -> io::Result<usize> {
         (&self.file).read(buffer)
     }
 
-    /// Throws away the frames that wait.
+    /// Discards the frames that wait.
     pub fn drain(&self) -> io::Result<()> {
         let mut buffer = [0; 64];
         loop {
@@ -70,16 +70,18 @@ impl AsFd for Tap {
     }
 }
 
+/// A request that names the interface, for ioctls.
 fn interface_request(name: &str) -> libc::ifreq {
-    // SAFETY: ifreq is plain data for which all zeroes is a value.
+    // SAFETY: ifreq is plain data, for which all zeroes is a valid value.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    // The last byte stays zero: the name is a C string.
+    // The last byte stays zero, because the name is a C string.
     for (to, from) in request.ifr_name.iter_mut().take(libc::IFNAMSIZ - 1).zip(name.bytes()) {
         *to = from as libc::c_char;
     }
     request
 }
 
+/// Brings the interface up.
 fn set_up(name: &str) -> io::Result<()> {
     let socket = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
     let mut request = interface_request(name);
@@ -110,7 +112,7 @@ mod tests {
         data: u32,
     }
 
-    /// Whether senders leave checksums to a device.
+    /// Whether the host leaves checksums to the device.
     fn computes_checksums(name: &str) -> bool {
         const SIOCETHTOOL: libc::c_ulong = 0x8946;
         const ETHTOOL_GTXCSUM: u32 = 0x16;
@@ -124,9 +126,9 @@ mod tests {
     }
 
     #[test]
-    fn a_tap_that_another_left_with_checksum_offload_has_none() {
+    fn checksum_offload_that_an_earlier_user_enabled_is_disabled() {
         if !nix::unistd::geteuid().is_root() {
-            let skipped = "a_tap_that_another_left_with_checksum_offload_has_none: needs root";
+            let skipped = "checksum_offload_that_an_earlier_user_enabled_is_disabled: needs root";
             eprintln!("skipped: {skipped}");
             if let Some(list) = std::env::var_os("VMFT_SKIPPED") {
                 let mut list = OpenOptions::new().append(true).open(list).unwrap();
@@ -138,14 +140,14 @@ mod tests {
         let name = format!("vmft-t{}", std::process::id());
         let tap = Tap::open(&name).unwrap();
         let fd = tap.file.as_raw_fd();
-        // SAFETY: both take a number.
+        // SAFETY: TUNSETPERSIST takes a number.
         check(unsafe { libc::ioctl(fd, libc::TUNSETPERSIST, 1) }).unwrap();
-        // SAFETY: the same.
+        // SAFETY: TUNSETOFFLOAD takes a number.
         check(unsafe { libc::ioctl(fd, libc::TUNSETOFFLOAD, TUN_F_CSUM) }).unwrap();
         assert!(computes_checksums(&name));
         drop(tap);
         let tap = Tap::open(&name).unwrap();
-        // SAFETY: it takes a number.
+        // SAFETY: TUNSETPERSIST takes a number.
         check(unsafe { libc::ioctl(tap.file.as_raw_fd(), libc::TUNSETPERSIST, 0) }).unwrap();
         assert!(!computes_checksums(&name));
     }

@@ -1,4 +1,4 @@
-//! The user's terminal as the guest's console: raw while the guest runs, restored on every way out.
+//! The user's terminal as the guest's console: raw while the guest runs, and restored however that ends.
 
 use std::io::{self, IsTerminal};
 
@@ -10,11 +10,11 @@ pub struct RawMode {
 }
 
 impl RawMode {
-    /// Makes standard input raw, if it is a terminal. Output processing stays on, so that vmft's own messages
-    /// keep their line ends.
+    /// Makes standard input raw if it is a terminal. Output processing stays on, so that the lines of vmft's own messages
+    /// still start in the first column.
     ///
     /// # Errors
-    /// The terminal refuses.
+    /// The terminal's mode cannot be changed.
     pub fn enter() -> io::Result<Option<RawMode>> {
         let stdin = io::stdin();
         if !stdin.is_terminal() {
@@ -32,7 +32,7 @@ impl RawMode {
 impl Drop for RawMode {
     fn drop(&mut self) {
         if let Err(e) = tcsetattr(io::stdin(), SetArg::TCSANOW, &self.before) {
-            eprintln!("vmft: the terminal could not be restored: {e}: run `stty sane`");
+            eprintln!("vmft: cannot restore the terminal: {e}; run `stty sane`");
         }
     }
 }

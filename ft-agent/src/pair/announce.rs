@@ -1,4 +1,4 @@
-//! Tells the switches of a network that the guest's address is behind this host now.
+//! Announces to the network's switches that the guest's address is now reached through this host.
 
 use std::sync::Arc;
 
@@ -6,47 +6,48 @@ use tracing::debug;
 
 use crate::outside::tap::Tap;
 
-/// When the frames are sent, ms after going live. Repeated, since one may be lost, and a stray frame of the other host would
-/// teach the switches wrongly.
+/// When announcements are sent, ms after going live. They are repeated because a frame may be lost, and
+/// because a stray frame of the other host would point the switches to that host again.
 const AT_MS: [u64; 8] = [0, 20, 50, 100, 250, 500, 1000, 2000];
 
-/// The guest's network devices on this host, and how far it is with announcing them.
+/// The guest's network devices on this host, and the announcements that are still to be sent for them.
 #[derive(Default)]
 pub struct Announcer {
     ports: Vec<(Arc<Tap>, [u8; 6])>,
-    /// When the frames that are still to be sent are due, the last one first.
+    /// When the announcements that are still to be sent are due, the last one first.
     due: Vec<u64>,
 }
 
 impl Announcer {
-    /// For the guest's addresses behind these taps.
+    /// Announces these MAC addresses of the guest through these taps, once it is started.
     pub fn new(ports: Vec<(Arc<Tap>, [u8; 6])>) -> Announcer {
         Announcer { ports, due: Vec::new() }
     }
 
-    /// The first frames are due now, the others later.
+    /// Begins to announce: the first announcement is due now, the others later.
     pub fn start(&mut self, now: u64) {
         self.due = AT_MS.iter().rev().map(|ms| now + ms * 1_000_000).collect();
     }
 
-    /// When the next frames are due.
+    /// When the next announcement is due.
     pub fn deadline(&self) -> Option<u64> {
         self.due.last().copied()
     }
 
-    /// Sends what is due. Frames that are due while this side may not speak are never sent.
-    pub fn tick(&mut self, now: u64, may_speak: impl FnOnce() -> bool) {
+    /// Sends the announcement that is due, if any. An announcement that is due while this side may not send
+    /// is never sent.
+    pub fn send_due(&mut self, now: u64, may_speak: impl FnOnce() -> bool) {
         if self.take_due(now) && may_speak() {
             for (tap, mac) in &self.ports {
-                // A frame that is lost is one of several.
+                // The announcement is repeated, so a lost one does not matter.
                 if let Err(e) = tap.send(&announcement(*mac)) {
-                    debug!("announcement: {e}");
+                    debug!("cannot announce the guest's address: {e}");
                 }
             }
         }
     }
 
-    /// Whether something is due. What is late is sent once.
+    /// Whether an announcement is due. If several are late, only one is sent.
     fn take_due(&mut self, now: u64) -> bool {
         let before = self.due.len();
         self.due.retain(|at| *at > now);
@@ -54,7 +55,8 @@ impl Announcer {
     }
 }
 
-/// A reverse ARP request (RFC 903) as broadcast: it asks nothing of anybody, and shows every switch where its sender is.
+/// A broadcast reverse ARP request (RFC 903): no host answers it, and every switch learns from it where its
+/// sender is.
 fn announcement(mac: [u8; 6]) -> Vec<u8> {
     const ETHERNET_IPV4_RARP_REQUEST: [u8; 10] = [0x80, 0x35, 0, 1, 8, 0, 6, 4, 0, 3];
     const FRAME_MIN: usize = 60;

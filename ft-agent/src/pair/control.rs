@@ -1,7 +1,9 @@
-//! The control socket: `vmft status`, `vmft failover`, `vmft stop` and `vmft console` talk to a replica here.
+//! The control socket, over which `vmft status`, `vmft failover`, `vmft stop` and `vmft console` talk to a
+//! replica.
 //!
-//! A Unix socket that only its owner may use. One request a connection, a line; the answer is one line of JSON, and for
-//! `console` the guest's console in both directions after it.
+//! It is a Unix socket that only its owner may use. Each connection carries one request, which is a line of
+//! JSON; the reply is a line of JSON too. After the reply to `console` the connection carries the guest's
+//! console in both directions.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::AsRawFd;
@@ -16,88 +18,96 @@ use nix::sys::stat::{Mode, fchmod};
 use serde::{Deserialize, Serialize};
 use tracing::warn;
 
+use super::console::serve_client;
 use super::replica::Replica;
-use super::status::Report;
+use super::report::{ReplicaReport, phase_name};
 use crate::error::Error;
 
-/// How long a client may take to ask.
+/// How long a client may take to send its request.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// Longest request, bytes.
+/// The longest request, bytes.
 const REQUEST_MAX: u64 = 64;
 
-/// What a client asks for.
+/// A request of a client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Request {
-    /// What the replica knows of itself.
+pub enum ControlRequest {
+    /// Report the status.
     Status,
-    /// Let the other side go on.
+    /// Hand the VM over to the other side.
     Failover,
     /// End the VM's run.
     Stop,
-    /// The guest's console.
+    /// Connect the client with the guest's console.
     Console,
 }
 
-/// The answer.
+/// The reply to a request.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Reply {
-    /// To [`Request::Status`].
-    Status(Box<Report>),
-    /// It is being done.
+pub enum ControlReply {
+    /// The reply to [`ControlRequest::Status`].
+    Status(Box<ReplicaReport>),
+    /// The request is being carried out.
     Done,
-    /// It cannot be done.
+    /// The request cannot be carried out, for this reason.
     Refused(String),
 }
 
-/// A socket that is removed when this is dropped.
-pub struct Control {
+/// The control socket of a replica. The socket file is removed when this value is dropped.
+pub struct ControlSocket {
     path: PathBuf,
 }
 
-impl Drop for Control {
+impl Drop for ControlSocket {
     fn drop(&mut self) {
         if let Err(e) = std::fs::remove_file(&self.path) {
-            warn!("{}: {e}", self.path.display());
+            warn!("cannot remove control socket {}: {e}", self.path.display());
         }
     }
 }
 
-impl Control {
-    /// Listens on a socket, for what `find` gives when somebody asks: there may be no replica yet.
+impl ControlSocket {
+    /// Listens on a new socket. `find` returns the replica at the time of a request, or `None` if there is
+    /// none yet.
     ///
     /// # Errors
-    /// The socket cannot be made, or somebody listens there.
+    /// The socket cannot be created, or another process listens at `path`.
     pub fn listen(
         path: &Path,
         find: impl Fn() -> Option<Arc<Replica>> + Send + Sync + 'static,
-    ) -> Result<Control, Error> {
-        let named = || format!("control socket {}", path.display());
+    ) -> Result<ControlSocket, Error> {
+        let path_text = path.display();
         if UnixStream::connect(path).is_ok() {
-            return Err(Error::config("control", format!("{}: somebody listens there", path.display())));
+            let why =
+                format!("another process listens on {path_text}; stop that process or give another path");
+            return Err(Error::config("control", why));
         }
-        // What a process that was killed has left.
+        // The socket file of a process that was killed.
         if path.exists() {
-            std::fs::remove_file(path).map_err(Error::host(named()))?;
+            let failed = Error::host(format!("cannot remove the old control socket {path_text}"));
+            std::fs::remove_file(path).map_err(failed)?;
         }
-        let listener = bind(path).map_err(Error::host(named()))?;
+        let listener =
+            bind(path).map_err(Error::host(format!("cannot create control socket {path_text}")))?;
         let find = Arc::new(find);
         let accept = move || {
             for client in listener.incoming().flatten() {
                 let find = find.clone();
                 std::thread::spawn(move || {
-                    // A client that goes away in the middle is its own affair.
+                    // An error means that the client has gone; there is nobody to report it to.
                     serve(client, find()).ok();
                 });
             }
         };
-        std::thread::Builder::new().name("control".into()).spawn(accept).map_err(Error::host("thread"))?;
-        Ok(Control { path: path.into() })
+        let thread = std::thread::Builder::new().name("control".into()).spawn(accept);
+        thread.map_err(Error::host("cannot start the control thread"))?;
+        Ok(ControlSocket { path: path.into() })
     }
 }
 
-/// A socket that is its owner's alone from its first moment on: Linux gives the file the mode of the unbound socket.
+/// Binds a socket that only its owner may use, from its first moment on: Linux gives the file the mode of the
+/// unbound socket.
 fn bind(path: &Path) -> std::io::Result<UnixListener> {
     let flags = SockFlag::SOCK_CLOEXEC;
     let listener = socket::socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
@@ -112,64 +122,72 @@ fn serve(mut client: UnixStream, replica: Option<Arc<Replica>>) -> std::io::Resu
     client.set_write_timeout(Some(PATIENCE))?;
     let mut line = String::new();
     BufReader::new(client.try_clone()?.take(REQUEST_MAX)).read_line(&mut line)?;
-    let request = serde_json::from_str::<Request>(&line);
+    let request = serde_json::from_str::<ControlRequest>(&line);
     let (reply, console) = match (request, replica) {
-        (Err(e), _) => (Reply::Refused(format!("{line:?} is no request: {e}")), None),
-        (Ok(_), None) => (Reply::Refused("waiting for a primary".into()), None),
-        (Ok(Request::Status), Some(replica)) => (Reply::Status(replica.report().into()), None),
-        (Ok(Request::Failover), Some(replica)) => (failover(&replica), None),
-        (Ok(Request::Stop), Some(replica)) => (stop(&replica), None),
-        (Ok(Request::Console), Some(replica)) => (Reply::Done, Some(replica)),
+        (Err(e), _) => (ControlReply::Refused(format!("{line:?} is not a request: {e}")), None),
+        (Ok(_), None) => {
+            let why = "this backup is waiting for a primary, and has no guest yet";
+            (ControlReply::Refused(why.into()), None)
+        }
+        (Ok(ControlRequest::Status), Some(replica)) => (ControlReply::Status(replica.report().into()), None),
+        (Ok(ControlRequest::Failover), Some(replica)) => (failover(&replica), None),
+        (Ok(ControlRequest::Stop), Some(replica)) => (stop(&replica), None),
+        (Ok(ControlRequest::Console), Some(replica)) => (ControlReply::Done, Some(replica)),
     };
     let mut answer = serde_json::to_vec(&reply)?;
     answer.push(b'\n');
     client.write_all(&answer)?;
     match console {
-        Some(replica) => super::console::attach(&replica, client),
+        Some(replica) => serve_client(&replica, client),
         None => Ok(()),
     }
 }
 
-fn failover(replica: &Arc<Replica>) -> Reply {
+fn failover(replica: &Arc<Replica>) -> ControlReply {
     let status = replica.status();
     if status.role == agent::Role::Backup {
-        return Reply::Refused("this is the backup: ask the primary".into());
+        return ControlReply::Refused("this replica is the backup; ask the primary".into());
     }
     if status.phase != Phase::Protected {
-        return Reply::Refused("there is no backup that could go on".into());
+        return ControlReply::Refused("there is no backup that could go on with the VM".into());
     }
     replica.hand_over();
-    Reply::Done
+    ControlReply::Done
 }
 
-fn stop(replica: &Arc<Replica>) -> Reply {
+fn stop(replica: &Arc<Replica>) -> ControlReply {
     let status = replica.status();
     match (status.phase, status.role) {
         (Phase::Alone, _) | (Phase::Protected, agent::Role::Primary) => {
             replica.stop();
-            Reply::Done
+            ControlReply::Done
         }
         (Phase::Protected, agent::Role::Backup) => {
-            Reply::Refused("this is the backup: ask the primary".into())
+            ControlReply::Refused("this replica is the backup; ask the primary".into())
         }
-        (phase, _) => Reply::Refused(format!("not now: {phase:?}")),
+        (phase, _) => {
+            let why = format!("a replica that is {} cannot be stopped; try again later", phase_name(phase));
+            ControlReply::Refused(why)
+        }
     }
 }
 
-/// Asks the replica that listens on a socket.
+/// Sends a request to the replica that listens on a socket. Returns its reply, and the socket for what
+/// follows the reply.
 ///
 /// # Errors
-/// Nobody listens there, or it refuses.
-pub fn ask(path: &Path, request: Request) -> Result<(Reply, BufReader<UnixStream>), Error> {
-    let named = || Error::host(format!("control socket {}", path.display()));
-    let mut socket = UnixStream::connect(path).map_err(named())?;
+/// No replica listens there, or it refuses.
+pub fn ask(path: &Path, request: ControlRequest) -> Result<(ControlReply, BufReader<UnixStream>), Error> {
+    let unconnected = || format!("cannot connect to control socket {}", path.display());
+    let failed = || Error::host(format!("no reply on control socket {}", path.display()));
+    let mut socket = UnixStream::connect(path).map_err(Error::host(unconnected()))?;
     let line = serde_json::to_string(&request).unwrap_or_else(|e| unreachable!("plain data: {e}"));
-    socket.write_all(format!("{line}\n").as_bytes()).map_err(named())?;
+    socket.write_all(format!("{line}\n").as_bytes()).map_err(failed())?;
     let mut reader = BufReader::new(socket);
     let mut answer = String::new();
-    reader.read_line(&mut answer).map_err(named())?;
-    match serde_json::from_str(&answer).map_err(|e| named()(e.into()))? {
-        Reply::Refused(why) => Err(Error::config("control", why)),
+    reader.read_line(&mut answer).map_err(failed())?;
+    match serde_json::from_str(&answer).map_err(|e| failed()(e.into()))? {
+        ControlReply::Refused(why) => Err(Error::config("control", why)),
         reply => Ok((reply, reader)),
     }
 }

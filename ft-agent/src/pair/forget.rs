@@ -1,72 +1,79 @@
-//! `vmft forget`: lets a VM start again whose hosts have all died.
+//! `vmft forget`: allows a VM to be started again after all its hosts have died.
 
 use std::time::Duration;
 
 use clap::Args;
-use test_and_set::blocking::Blocking;
+use test_and_set::blocking::BlockingStore;
 use test_and_set::names::VmName;
-use test_and_set::record::{Phase, Record};
-use test_and_set::store::{Outcome, StoreError, chain};
+use test_and_set::record::Applied;
+use test_and_set::record::{VmPhase, VmRecord};
+use test_and_set::store::{StoreError, chain};
 
 use crate::error::Error;
 
 /// How long the store may take to answer.
 const STORE_PATIENCE: Duration = Duration::from_secs(5);
 
-/// What `vmft forget` takes.
+/// The arguments of `vmft forget`.
 #[derive(Args, Debug)]
 pub struct ForgetArgs {
     /// Name of the VM
     #[arg(long, value_name = "NAME")]
     name: String,
-    /// The store: raft://HOST:PORT,...?keys=DIR, etcd:// or zookeeper://
+    /// URL of the store: raft://HOST:PORT,...?keys=DIR, etcd://... or zookeeper://...
     #[arg(long, value_name = "URL")]
     store: String,
-    /// No host runs this VM any more, and none that could is only cut off or stopped
+    /// Confirm that no host runs this VM, and that no host that could is merely cut off or suspended
     #[arg(long)]
     yes: bool,
 }
 
-/// Makes the store forget a VM, which may then be started anew. Its generation's number and the names of its newest disks
-/// stay known.
+/// Makes the store forget that a VM runs, so that it can be started again. The store keeps the number of its
+/// generation and the ids of its newest disk copies.
 ///
 /// # Errors
-/// `--yes` is missing, the VM is unknown or has moved on, or the store does not answer.
+/// `--yes` is missing, the store does not know the VM, the VM was started again meanwhile, or the store does
+/// not answer.
 pub fn forget(args: &ForgetArgs) -> Result<(), Error> {
     let name = &args.name;
     let vm: VmName = name.parse().map_err(|e| Error::config("name", format!("{name:?}: {e}")))?;
     let unusable = |e: StoreError| Error::config("store", chain(&e));
-    let store = Blocking::connect(&args.store).map_err(unusable)?;
+    let store = BlockingStore::connect(&args.store).map_err(unusable)?;
     let Some(record) = store.get(&vm, STORE_PATIENCE).map_err(unusable)? else {
-        return Err(Error::config("name", format!("the store knows no VM {vm}")));
+        return Err(Error::config("name", format!("the store knows no VM {vm}; check --name and --store")));
     };
-    if record.phase == Phase::Forgotten {
-        println!("VM {vm} is forgotten already: it can be started");
+    if record.phase == VmPhase::Forgotten {
+        println!("VM {vm} is forgotten already; it can be started");
         return Ok(());
     }
     if !args.yes {
         return Err(Error::config("yes", unconfirmed(&vm, &record)));
     }
     match store.forget(&vm, record.generation, STORE_PATIENCE).map_err(unusable)? {
-        Outcome::Done => println!("VM {vm} is forgotten: it can be started"),
-        Outcome::Stale => return Err(Error::config("name", format!("VM {vm} was started anew just now"))),
+        Applied::Done => println!("VM {vm} is forgotten; it can be started"),
+        Applied::Stale => {
+            return Err(Error::config(
+                "name",
+                format!("VM {vm} was started again just now, so it is not forgotten"),
+            ));
+        }
     }
     Ok(())
 }
 
-fn unconfirmed(vm: &VmName, record: &Record) -> String {
+fn unconfirmed(vm: &VmName, record: &VmRecord) -> String {
     let generation = record.generation;
     let who = match &record.phase {
-        Phase::Open { holder: Some(holder), .. } => format!("{holder} alone"),
-        Phase::Open { members, .. } => match &members.backup {
+        VmPhase::Open { holder: Some(holder), .. } => format!("{holder} alone"),
+        VmPhase::Open { members, .. } => match &members.backup {
             Some(backup) => format!("{} and {}", members.primary.incarnation, backup.incarnation),
             None => format!("{}", members.primary.incarnation),
         },
-        Phase::Forgotten => "nobody".into(),
+        VmPhase::Forgotten => "nobody".into(),
     };
     format!(
-        "by the store's record {who} may run generation {generation} of VM {vm}. Nobody but you can know whether they are \
-         dead: one that is only cut off or stopped may go on beside the VM that you start next, with the same addresses, \
-         and what it has written to its disks is lost. Look at its hosts, then give --yes"
+        "according to the store {who} may run generation {generation} of VM {vm}, and vmft cannot know whether their hosts \
+         are dead: a replica that is only cut off or stopped may go on beside the VM that you start next, with the same \
+         addresses, and what it writes to its disks is lost. Check both hosts, then give --yes"
     )
 }

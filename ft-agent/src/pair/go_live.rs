@@ -1,36 +1,36 @@
-//! Going live: the live source goes around the machine that was replayed, and it runs on, alone.
+//! Going live: the machine that was replayed gets the live source, and runs on alone.
 
 use std::sync::Arc;
 
-use agent::Exit;
+use agent::Outcome;
 use entry::End;
 use entry::log::EndReason;
 use tracing::info;
 use vmm::guest_loop::Turn;
 use vmm::inbox::Inbox;
-use vmm::source::{Live, Stops};
+use vmm::source::{Live, PlannedStops};
 use vmm::{GuestLoop, Machine};
 
-use super::guest::{Guarded, PairStandby};
+use super::guest_io::{BackupStandby, GatedOutside};
 use super::guest_thread::GuestThread;
 use super::replica::{Duty, Replica};
-use super::start::{NET_SLOT, Side};
+use super::side::{NET_SLOT, PairSide};
 use crate::error::Error;
-use crate::outside::Inlet;
-use crate::run::INBOX_CAPACITY;
+use crate::outside::{INBOX_CAPACITY, Inlet};
 
-/// Goes on from where the log has ended. The gate's tail is out already, and the guest's address announced: the verdict did
-/// that. `behind_ns` is how far guest time is behind.
+/// Gives the machine its devices on this host, so that it can go on where the log has ended. When the verdict
+/// came, the outputs left in the gate were sent and the guest's address was announced. `behind_ns` is how far
+/// guest time lags behind that of the primary.
 ///
 /// # Errors
-/// This host cannot give the guest its devices.
+/// A device cannot be started on this host.
 pub fn go_live(
-    side: &Side,
+    side: &PairSide,
     replica: &Arc<Replica>,
     machine: Machine,
-    standby: PairStandby,
+    standby: BackupStandby,
     behind_ns: u64,
-) -> Result<GuestLoop<Live<Guarded>>, Error> {
+) -> Result<GuestLoop<Live<GatedOutside>>, Error> {
     let inbox = Inbox::new(machine.kicker(), INBOX_CAPACITY);
     replica.set_guest(inbox.1.clone());
     let mut inlet = Inlet::new(inbox, side.plan.clock(), machine.time_ns(), behind_ns)?;
@@ -44,52 +44,53 @@ pub fn go_live(
         inlet.disk(request)?;
     }
     if let Some(tap) = &side.tap {
-        // What came while another side was live is not for this one.
-        tap.drain().map_err(Error::host("tap"))?;
+        // Frames that arrived while the primary was live have been taken by the primary.
+        tap.drain().map_err(Error::host("cannot discard old frames of the tap"))?;
         inlet.attach_tap(NET_SLOT, tap.clone());
     }
     let unit = side.plan.engine_unit();
-    replica.runs_on();
-    let live = Live::new(Guarded { inlet, replica: replica.clone() }, unit, Stops::default());
+    replica.guest_runs_on();
+    let live = Live::new(GatedOutside { inlet, replica: replica.clone() }, unit, PlannedStops::default());
     Ok(GuestLoop { machine, source: live })
 }
 
-/// Runs a guest that has no backup, to its end.
+/// Runs a guest without a backup until it ends. Returns how this side ended, and the machine.
 pub fn run_alone(
     replica: &Arc<Replica>,
     thread: &GuestThread,
-    mut guest: GuestLoop<Live<Guarded>>,
-) -> (Exit, Machine) {
+    mut guest: GuestLoop<Live<GatedOutside>>,
+) -> (Outcome, Machine) {
     loop {
         let turn;
-        (turn, guest) = thread.with(guest, GuestLoop::run);
+        (turn, guest) = thread.run_with(guest, GuestLoop::run);
         match turn {
             Ok(Turn::Finished(end)) => {
                 replica.guest_ended(EndReason::Guest(end));
-                return (replica.wait_exit(), guest.machine);
+                return (replica.wait_outcome(), guest.machine);
             }
             Ok(_) => {}
             Err(e) => {
                 replica.fail(e.into());
-                return (replica.wait_exit(), guest.machine);
+                return (replica.wait_outcome(), guest.machine);
             }
         }
-        match replica.attend(true) {
+        match replica.next_duty(true) {
             Duty::Run | Duty::Alone | Duty::HandOver => {}
             Duty::Stop => {
                 replica.guest_ended(EndReason::Stopped);
-                return (replica.wait_exit(), guest.machine);
+                return (replica.wait_outcome(), guest.machine);
             }
-            Duty::Exit(exit) => return (exit, guest.machine),
+            Duty::Leave(outcome) => return (outcome, guest.machine),
         }
     }
 }
 
-/// What a guest's end beyond the log's end comes to: `true`, and its run is over.
+/// Handles an end of the guest that came after the last record of the log. A reboot resets the machine, which
+/// then goes on: `None`. Any other end ends the run, for the reason returned.
 ///
 /// # Errors
 /// The machine cannot be reset.
-pub fn end_beyond_the_log(machine: &mut Machine, end: Option<End>) -> Result<Option<EndReason>, Error> {
+pub fn end_after_the_log(machine: &mut Machine, end: Option<End>) -> Result<Option<EndReason>, Error> {
     match end {
         Some(End::Reboot) => {
             machine.reset()?;

@@ -1,4 +1,4 @@
-//! The thread that runs the guest, and nothing else, so that it can be confined to nearly nothing.
+//! The thread that runs the guest and nothing else, so that it can be confined to almost nothing.
 
 use std::sync::mpsc::{Sender, channel, sync_channel};
 
@@ -6,39 +6,41 @@ use crate::error::Error;
 
 type Job = Box<dyn FnOnce() + Send>;
 
-/// See the module. The thread ends with this value.
+/// The guest's thread, which does one job after the other. It ends when this value is dropped.
 pub struct GuestThread {
     jobs: Sender<Job>,
 }
 
 impl GuestThread {
-    /// Starts it.
+    /// Starts the thread.
     ///
     /// # Errors
-    /// There is no thread to be had.
+    /// The thread cannot be started.
     pub fn start() -> Result<GuestThread, Error> {
-        let (jobs, todo) = channel::<Job>();
-        let run = move || todo.into_iter().for_each(|job| job());
-        std::thread::Builder::new().name("guest".into()).spawn(run).map_err(Error::host("thread"))?;
+        let (jobs, queue) = channel::<Job>();
+        let run = move || queue.into_iter().for_each(|job| job());
+        let thread = std::thread::Builder::new().name("guest".into()).spawn(run);
+        thread.map_err(Error::host("cannot start the guest's thread"))?;
         Ok(GuestThread { jobs })
     }
 
-    /// Does a piece of work there, and waits for it.
+    /// Runs `work` on the guest's thread, and waits for its result.
     ///
     /// # Panics
-    /// When the work does.
+    /// If `work` panics.
     pub fn run<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
-        let (tell, told) = sync_channel(1);
-        // Who asks is waiting; if the thread has gone, so has `tell`.
-        self.jobs.send(Box::new(move || drop(tell.send(work())))).ok();
-        told.recv().expect("the guest's thread does not panic")
+        let (sender, result) = sync_channel(1);
+        // The result is always received, below; and if the thread is gone, so is `sender`, and receiving
+        // fails.
+        self.jobs.send(Box::new(move || drop(sender.send(work())))).ok();
+        result.recv().expect("the guest's thread does not panic")
     }
 
-    /// The same with something that is lent to it.
+    /// Lends `guest` to the guest's thread, which runs `work` on it; waits for the result, and returns both.
     ///
     /// # Panics
-    /// As [`GuestThread::run`].
-    pub fn with<G: Send + 'static, T: Send + 'static>(
+    /// If `work` panics.
+    pub fn run_with<G: Send + 'static, T: Send + 'static>(
         &self,
         mut guest: G,
         work: impl FnOnce(&mut G) -> T + Send + 'static,

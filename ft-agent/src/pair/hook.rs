@@ -1,4 +1,4 @@
-//! `--hook COMMAND`: told of each change between PROTECTED and UNPROTECTED.
+//! `--hook COMMAND`: runs a command of the user for each change between PROTECTED and UNPROTECTED.
 
 use std::fs::File;
 use std::io::Write;
@@ -12,19 +12,19 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use test_and_set::names::VmName;
 use tracing::warn;
 
-use super::status::{phase_name, role_name, word};
+use super::report::{phase_name, protection_word, role_name};
 use crate::error::Error;
 
-/// Reads a line for each change and runs the user's command for it, one after the other. It ends with the replica, which
-/// itself may start no program.
+/// The shell script that reads a line for each change and runs the user's command for it, one after the
+/// other. It ends with the replica, which may not start programs itself once it is confined.
 const RUNNER: &str = r#"
 while read -r VMFT_STATE VMFT_VM VMFT_ROLE VMFT_PHASE VMFT_GENERATION; do
     export VMFT_STATE VMFT_VM VMFT_ROLE VMFT_PHASE VMFT_GENERATION
-    /bin/sh -c "$0" </dev/null || echo "vmft: the hook has failed: exit code $?" >&2
+    /bin/sh -c "$0" </dev/null || echo "vmft: the command of --hook failed: exit code $?" >&2
 done
 "#;
 
-/// The user's command, run by a process of its own, so that nothing ever waits for it.
+/// The user's command. A separate process runs it, so that the replica never waits for it.
 #[derive(Clone)]
 pub struct Hook {
     changes: Arc<File>,
@@ -33,11 +33,11 @@ pub struct Hook {
 }
 
 impl Hook {
-    /// For this command, which the shell runs with `VMFT_STATE` (PROTECTED or UNPROTECTED), `VMFT_VM`, `VMFT_ROLE`,
-    /// `VMFT_PHASE` and `VMFT_GENERATION` in its environment.
+    /// Starts the process that runs `command`. The shell runs it with `VMFT_STATE` (PROTECTED or
+    /// UNPROTECTED), `VMFT_VM`, `VMFT_ROLE`, `VMFT_PHASE` and `VMFT_GENERATION` in its environment.
     ///
     /// # Errors
-    /// There is no process to be had.
+    /// The process cannot be started.
     pub fn start(command: &str, vm: VmName) -> Result<Hook, Error> {
         let start = || {
             let runner = Command::new("/bin/sh")
@@ -45,7 +45,7 @@ impl Hook {
                 .stdin(Stdio::piped())
                 // Standard output is the guest's console.
                 .stdout(std::io::stderr())
-                // What a terminal sends to the replica is not for it.
+                // A terminal's signals to the replica, such as that of Ctrl-C, are not for the command.
                 .process_group(0)
                 .spawn()?;
             let changes: OwnedFd =
@@ -53,12 +53,13 @@ impl Hook {
             fcntl(&changes, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
             Ok(changes.into())
         };
-        let changes: File = start().map_err(Error::host("hook"))?;
+        let changes: File = start().map_err(Error::host("cannot start /bin/sh for --hook"))?;
         Ok(Hook { changes: changes.into(), vm, last: None })
     }
 
-    /// What the replica is now. A side that starts, ends or is out is neither.
-    pub fn note(&mut self, status: &Status) {
+    /// Reports the replica's status, and runs the command if it has changed. A side that is starting, ending
+    /// or out is neither PROTECTED nor UNPROTECTED.
+    pub fn update(&mut self, status: &Status) {
         let protected = match status.phase {
             Phase::Protected => true,
             Phase::Deciding | Phase::Alone => false,
@@ -69,10 +70,10 @@ impl Hook {
         }
         let generation = status.generation.map_or(String::new(), |g| g.to_string());
         let (vm, role, phase) = (self.vm.as_str(), role_name(status.role), phase_name(status.phase));
-        // A line is written whole or not at all.
-        let line = format!("{} {vm} {role} {phase} {generation}\n", word(protected));
+        // A line this short is written to the pipe whole or not at all.
+        let line = format!("{} {vm} {role} {phase} {generation}\n", protection_word(protected));
         if let Err(e) = (&*self.changes).write_all(line.as_bytes()) {
-            warn!("the hook is not told: {e}");
+            warn!("the command of --hook is not run for this change to {}: {e}", protection_word(protected));
         }
     }
 }

@@ -1,4 +1,5 @@
-//! One TLS connection between the two hosts of a pair. Both certificates are pinned; after the handshake nothing blocks.
+//! The TLS connection between the two hosts of a pair. Both certificates are pinned. After the handshake
+//! nothing blocks.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream, ToSocketAddrs};
@@ -9,141 +10,151 @@ use agent::Agent;
 use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, ClientConnection, Connection, ServerConfig, ServerConnection};
 
-/// Bytes that one [`Link::read`] takes at most.
+/// The most bytes that one [`PeerLink::read`] takes from the socket.
 const READ_MAX: usize = 128 << 10;
-/// Messages are handed to the socket together until they are so many bytes.
+/// Messages are encrypted and written together until they make up this many bytes.
 const BATCH: usize = 16 << 10;
-/// The socket's send buffer: small, so that a heartbeat is never long behind bulk data.
+/// Size of the socket's send buffer: small, so that a heartbeat never waits long for bulk data sent before
+/// it.
 const SEND_BUFFER: usize = 256 << 10;
 
-/// Why there is no connection.
+/// Why a connection could not be made.
 #[derive(Debug, thiserror::Error)]
-pub enum LinkError {
-    /// The address cannot be used or does not answer.
+pub enum PeerLinkError {
+    /// The address is invalid, or nothing answers there.
     #[error("cannot connect: {0}")]
     Connect(io::Error),
-    /// The handshake failed: certificates that are not each other's, no TLS 1.3, or garbage.
-    #[error("TLS: {0}")]
+    /// The handshake failed: a certificate that is not the peer's, no TLS 1.3, or data that is not TLS.
+    #[error("the TLS handshake failed: {0}; check that each host has the other's certificate in peers/")]
     Tls(#[from] rustls::Error),
-    /// The connection broke in the handshake.
-    #[error("the handshake broke off: {0}")]
+    /// The connection broke during the handshake.
+    #[error("the connection broke during the handshake: {0}")]
     Broken(io::Error),
     /// The other side took too long.
-    #[error("the handshake was not done in time")]
+    #[error("the handshake was not finished in time")]
     Slow,
 }
 
-/// A connection.
-pub struct Link {
+/// A connection to the peer.
+pub struct PeerLink {
     tcp: Arc<TcpStream>,
     tls: Connection,
-    /// What the last read took from the socket, and its plaintext.
+    /// The bytes that the last read took from the socket.
     taken: Vec<u8>,
+    /// The plaintext of the last read.
     plaintext: Vec<u8>,
 }
 
-impl Link {
+impl PeerLink {
     /// Connects to the other host.
     ///
     /// # Errors
-    /// It does not answer, or is not the peer.
-    pub fn connect(address: &str, tls: Arc<ClientConfig>, patience: Duration) -> Result<Link, LinkError> {
+    /// The host does not answer, or is not the peer.
+    pub fn connect(
+        address: &str,
+        tls: Arc<ClientConfig>,
+        patience: Duration,
+    ) -> Result<PeerLink, PeerLinkError> {
         let deadline = Instant::now() + patience;
-        let tcp = dial(address, patience).map_err(LinkError::Connect)?;
-        // Certificates are pinned, so the name says nothing; TLS wants one.
-        let name = ServerName::try_from("vmft").map_err(|e| LinkError::Connect(io::Error::other(e)))?;
-        Self::start(tcp, ClientConnection::new(tls, name)?.into(), deadline)
+        let tcp = dial(address, patience).map_err(PeerLinkError::Connect)?;
+        // The certificates are pinned, so the name means nothing, but TLS requires one.
+        let name = ServerName::try_from("vmft").map_err(|e| PeerLinkError::Connect(io::Error::other(e)))?;
+        Self::handshake(tcp, ClientConnection::new(tls, name)?.into(), deadline)
     }
 
-    /// Takes a connection of the other host.
+    /// Accepts a connection of the other host.
     ///
     /// # Errors
-    /// It is not the peer.
-    pub fn accept(tcp: TcpStream, tls: Arc<ServerConfig>, patience: Duration) -> Result<Link, LinkError> {
+    /// The host is not the peer.
+    pub fn accept(
+        tcp: TcpStream,
+        tls: Arc<ServerConfig>,
+        patience: Duration,
+    ) -> Result<PeerLink, PeerLinkError> {
         let deadline = Instant::now() + patience;
-        Self::start(tcp, ServerConnection::new(tls)?.into(), deadline)
+        Self::handshake(tcp, ServerConnection::new(tls)?.into(), deadline)
     }
 
-    fn start(tcp: TcpStream, tls: Connection, deadline: Instant) -> Result<Link, LinkError> {
-        tcp.set_nodelay(true).map_err(LinkError::Broken)?;
+    fn handshake(tcp: TcpStream, tls: Connection, deadline: Instant) -> Result<PeerLink, PeerLinkError> {
+        tcp.set_nodelay(true).map_err(PeerLinkError::Broken)?;
         let sized = nix::sys::socket::setsockopt(&tcp, nix::sys::socket::sockopt::SndBuf, &SEND_BUFFER);
-        sized.map_err(|e| LinkError::Broken(e.into()))?;
-        let mut link = Link { tcp: Arc::new(tcp), tls, taken: vec![0; READ_MAX], plaintext: Vec::new() };
+        sized.map_err(|e| PeerLinkError::Broken(e.into()))?;
+        let mut link = PeerLink { tcp: Arc::new(tcp), tls, taken: vec![0; READ_MAX], plaintext: Vec::new() };
         while link.tls.is_handshaking() {
-            link.step(deadline)?;
+            link.blocking_step(deadline)?;
         }
         while link.tls.wants_write() {
-            link.step(deadline)?;
+            link.blocking_step(deadline)?;
         }
         Ok(link)
     }
 
-    /// One blocking read or write, for what comes before the connection is an agent's.
-    fn step(&mut self, deadline: Instant) -> Result<(), LinkError> {
+    /// Does one blocking read or write. Used before the agent has the connection.
+    fn blocking_step(&mut self, deadline: Instant) -> Result<(), PeerLinkError> {
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            return Err(LinkError::Slow);
+            return Err(PeerLinkError::Slow);
         }
         let timeouts = self.tcp.set_read_timeout(Some(left)).and(self.tcp.set_write_timeout(Some(left)));
-        timeouts.map_err(LinkError::Broken)?;
+        timeouts.map_err(PeerLinkError::Broken)?;
         let moved = if self.tls.wants_write() {
             self.tls.write_tls(&mut &*self.tcp)
         } else {
             self.tls.read_tls(&mut &*self.tcp)
         };
         match moved {
-            Ok(0) => return Err(LinkError::Broken(ErrorKind::UnexpectedEof.into())),
+            Ok(0) => return Err(PeerLinkError::Broken(ErrorKind::UnexpectedEof.into())),
             Ok(_) => {}
             Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
-                return Err(LinkError::Slow);
+                return Err(PeerLinkError::Slow);
             }
-            Err(e) => return Err(LinkError::Broken(e)),
+            Err(e) => return Err(PeerLinkError::Broken(e)),
         }
         if let Err(e) = self.tls.process_new_packets() {
-            // The alert says to the other side what is wrong; it need not arrive.
+            // The alert tells the other side what is wrong; it does not matter if it does not arrive.
             self.tls.write_tls(&mut &*self.tcp).ok();
             return Err(e.into());
         }
         Ok(())
     }
 
-    /// Waits for the first bytes of plaintext, before the connection is an agent's.
+    /// Waits for the next bytes of plaintext. Used before the agent has the connection.
     ///
     /// # Errors
-    /// Nothing came in time.
-    pub fn first_bytes(&mut self, deadline: Instant) -> Result<Vec<u8>, LinkError> {
+    /// Nothing arrives before the deadline, or the connection breaks.
+    pub fn wait_for_bytes(&mut self, deadline: Instant) -> Result<Vec<u8>, PeerLinkError> {
         loop {
             let mut bytes = Vec::new();
-            Self::decrypted(&mut self.tls, &mut bytes).map_err(LinkError::Broken)?;
+            Self::decrypted(&mut self.tls, &mut bytes).map_err(PeerLinkError::Broken)?;
             if !bytes.is_empty() {
                 return Ok(bytes);
             }
-            self.step(deadline)?;
+            self.blocking_step(deadline)?;
         }
     }
 
-    /// From now on reads and writes do not wait.
+    /// Makes reads and writes return at once from now on.
     ///
     /// # Errors
-    /// The socket's.
+    /// The mode of the socket cannot be changed.
     pub fn set_nonblocking(&self) -> io::Result<()> {
         self.tcp.set_nonblocking(true)
     }
 
-    /// The socket, to wait for it.
+    /// The socket, to wait for it to become readable or writable.
     pub fn socket(&self) -> &Arc<TcpStream> {
         &self.tcp
     }
 
-    /// Something encrypted waits for the socket.
+    /// Whether encrypted bytes wait to be written to the socket.
     pub fn wants_write(&self) -> bool {
         self.tls.wants_write()
     }
 
-    /// Takes what has come, at most a piece of it; nothing when there is nothing.
+    /// Reads what has arrived, up to 128 KiB at a time; returns no bytes if nothing has.
     ///
     /// # Errors
-    /// The connection has ended or is damaged.
+    /// The connection has ended, or the data is not valid TLS.
     pub fn read(&mut self) -> io::Result<&[u8]> {
         self.plaintext.clear();
         let n = match (&*self.tcp).read(&mut self.taken) {
@@ -154,7 +165,7 @@ impl Link {
         };
         let mut taken = &self.taken[..n];
         while !taken.is_empty() {
-            // Behind its goodbye the other side has nothing to say.
+            // After its close notification the other side sends nothing more.
             if self.tls.read_tls(&mut taken)? == 0 {
                 break;
             }
@@ -172,12 +183,13 @@ impl Link {
         }
     }
 
-    /// Writes what the agent has to say, as far as the socket takes it. What is not begun stays with the agent, so that
-    /// a heartbeat may still overtake it. Bytes that were begun.
+    /// Writes the agent's outgoing bytes, as far as the socket takes them. Messages that are not begun stay
+    /// with the agent, so that a heartbeat can still overtake them. Returns how many bytes were taken from
+    /// the agent.
     ///
     /// # Errors
     /// The connection has ended.
-    pub fn write(&mut self, agent: &mut Agent) -> io::Result<u64> {
+    pub fn write_from(&mut self, agent: &mut Agent) -> io::Result<u64> {
         let mut begun = 0;
         loop {
             while self.tls.wants_write() {
@@ -204,12 +216,13 @@ impl Link {
         }
     }
 
-    /// Says goodbye, and lets the other side read it: a socket closed with unread bytes would reset the connection.
+    /// Closes the connection. Reads for up to half a second what the other side still sends: closing a socket
+    /// that has unread bytes would reset the connection, and the other side could lose the last messages.
     pub fn close(mut self) {
         const LINGER: Duration = Duration::from_millis(500);
         self.tls.send_close_notify();
-        let said = self.tls.write_tls(&mut &*self.tcp).and_then(|_| self.tcp.shutdown(Shutdown::Write));
-        let blocking = said.and_then(|()| self.tcp.set_nonblocking(false));
+        let sent = self.tls.write_tls(&mut &*self.tcp).and_then(|_| self.tcp.shutdown(Shutdown::Write));
+        let blocking = sent.and_then(|()| self.tcp.set_nonblocking(false));
         if blocking.and_then(|()| self.tcp.set_read_timeout(Some(LINGER))).is_err() {
             return;
         }
@@ -220,7 +233,7 @@ impl Link {
 }
 
 fn dial(address: &str, patience: Duration) -> io::Result<TcpStream> {
-    let mut last = io::Error::new(ErrorKind::NotFound, "the name has no address");
+    let mut last = io::Error::new(ErrorKind::NotFound, "the host name has no address");
     for address in address.to_socket_addrs()? {
         match TcpStream::connect_timeout(&address, patience) {
             Ok(tcp) => return Ok(tcp),
@@ -244,7 +257,7 @@ mod tests {
     const PATIENCE: Duration = Duration::from_secs(10);
 
     /// Both ends of a connection.
-    fn connected() -> (Link, Link) {
+    fn connected() -> (PeerLink, PeerLink) {
         let dir = std::env::temp_dir().join(format!("vmft-link-{}", std::process::id()));
         make_set(&dir, &[], &["a", "b"].map(String::from)).unwrap();
         let [a, b] = ["a", "b"].map(|name| Arc::new(Keys::load(&dir.join(name)).unwrap()));
@@ -252,14 +265,14 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let dialled =
-            thread::spawn(move || Link::connect(&address, peer_client(&a).unwrap(), PATIENCE).unwrap());
+            thread::spawn(move || PeerLink::connect(&address, peer_client(&a).unwrap(), PATIENCE).unwrap());
         let accepted =
-            Link::accept(listener.accept().unwrap().0, peer_server(&b).unwrap(), PATIENCE).unwrap();
+            PeerLink::accept(listener.accept().unwrap().0, peer_server(&b).unwrap(), PATIENCE).unwrap();
         (dialled.join().unwrap(), accepted)
     }
 
     #[test]
-    fn what_comes_behind_a_goodbye_is_not_read() {
+    fn bytes_after_the_close_notification_are_not_read() {
         let (mut leaving, mut staying) = connected();
         leaving.tls.writer().write_all(b"last words").unwrap();
         leaving.tls.send_close_notify();
@@ -268,14 +281,14 @@ mod tests {
         }
         (&*leaving.tcp).write_all(&[0; 100_000]).unwrap();
         drop(leaving);
-        let (tell, told) = channel();
+        let (sender, received) = channel();
         thread::spawn(move || {
             let mut words = Vec::new();
             while let Ok(bytes) = staying.read() {
                 words.extend_from_slice(bytes);
             }
-            tell.send(words)
+            sender.send(words)
         });
-        assert_eq!(told.recv_timeout(PATIENCE).expect("the end of the connection"), b"last words");
+        assert_eq!(received.recv_timeout(PATIENCE).expect("the end of the connection"), b"last words");
     }
 }

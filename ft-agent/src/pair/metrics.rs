@@ -1,4 +1,4 @@
-//! `--metrics ADDRESS:PORT`: `GET /metrics` for Prometheus, over plain HTTP.
+//! `--metrics ADDRESS:PORT`: answers `GET /metrics` of Prometheus, over plain HTTP.
 
 use std::fmt::Write as _;
 use std::io::{Read, Write};
@@ -10,25 +10,27 @@ use std::time::Duration;
 use test_and_set::names::VmName;
 
 use super::replica::Replica;
-use super::status::Report;
+use super::report::ReplicaReport;
 use crate::error::Error;
 
-/// Scrapes at once; more are closed unheard.
+/// How many scrapes are answered at once; further connections are closed.
 const SCRAPES_MAX: usize = 8;
+/// The longest request, bytes.
 const REQUEST_BYTES_MAX: u64 = 4096;
-/// Between two bytes of a request.
+/// How long a client may take between two bytes of its request.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// Answers scrapes for as long as the process lives, from what `find` gives: there may be no replica yet.
+/// Answers scrapes as long as the process lives. `find` returns the replica, or `None` if there is none yet.
 ///
 /// # Errors
-/// The address cannot be listened on.
+/// The process cannot listen on the address.
 pub fn listen(
     address: SocketAddr,
     vm: VmName,
     find: impl Fn() -> Option<Arc<Replica>> + Send + Sync + 'static,
 ) -> Result<(), Error> {
-    let listener = TcpListener::bind(address).map_err(Error::host(format!("metrics on {address}")))?;
+    let listener = TcpListener::bind(address)
+        .map_err(Error::host(format!("cannot listen on {address} for --metrics")))?;
     let shared = Arc::new((vm, find, AtomicUsize::new(0)));
     let accept = move || {
         for tcp in listener.incoming().flatten() {
@@ -40,13 +42,14 @@ pub fn listen(
             std::thread::spawn(move || {
                 let (vm, find, scrapes) = &*shared;
                 let metrics = || text(vm, find().map(|replica| replica.report()).as_ref());
-                // A scrape that fails is the scraper's to repeat.
+                // If a scrape fails, Prometheus tries again.
                 answer(tcp, metrics).ok();
                 scrapes.fetch_sub(1, Ordering::AcqRel);
             });
         }
     };
-    std::thread::Builder::new().name("metrics".into()).spawn(accept).map(drop).map_err(Error::host("thread"))
+    let thread = std::thread::Builder::new().name("metrics".into()).spawn(accept);
+    thread.map(drop).map_err(Error::host("cannot start the metrics thread"))
 }
 
 fn answer(mut tcp: TcpStream, metrics: impl FnOnce() -> String) -> std::io::Result<()> {
@@ -63,7 +66,7 @@ fn answer(mut tcp: TcpStream, metrics: impl FnOnce() -> String) -> std::io::Resu
     let (status, body) = if request.starts_with(b"GET /metrics ") {
         ("200 OK", metrics())
     } else {
-        ("404 Not Found", "only GET /metrics is here\n".into())
+        ("404 Not Found", "there is only GET /metrics here\n".into())
     };
     let length = body.len();
     let answer = format!(
@@ -72,8 +75,8 @@ fn answer(mut tcp: TcpStream, metrics: impl FnOnce() -> String) -> std::io::Resu
     tcp.write_all(answer.as_bytes())
 }
 
-/// Prometheus' text format. Before there is a replica the VM is not protected, and no more is known.
-fn text(vm: &VmName, report: Option<&Report>) -> String {
+/// The metrics in Prometheus' text format. Without a replica there is only `vmft_protected`, which is 0.
+fn text(vm: &VmName, report: Option<&ReplicaReport>) -> String {
     let mut text = String::new();
     let protected = report.is_some_and(|r| r.protected);
     metric(
@@ -113,7 +116,7 @@ fn text(vm: &VmName, report: Option<&Report>) -> String {
 }
 
 fn metric(text: &mut String, vm: &VmName, name: &str, kind: &str, help: &str, value: f64) {
-    // A string takes everything.
+    // Writing to a string does not fail.
     write!(
         text,
         "# HELP vmft_{name} {help}\n# TYPE vmft_{name} {kind}\nvmft_{name}{{vm=\"{}\"}} {value}\n",

@@ -3,66 +3,66 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use agent::{Buffers, Role, Timing};
+use agent::{Buffers, PairTiming, Role};
 use clap::Args;
 use entry::PositionUnit;
 use serde::Deserialize;
 use test_and_set::names::VmName;
 
 use crate::error::Error;
-use crate::options::{ClockMode, Plan, RunOptions};
+use crate::options::{ClockMode, GuestPlan, RunOptions};
 
-/// Both sides' options. In a file the machine's are in the table `[machine]`.
+/// Options of both sides of a pair. In a file, the machine's options are in the table `[machine]`.
 #[derive(Args, Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct PairOptions {
     /// Name of the VM, the same on both sides
     #[arg(long, value_name = "NAME")]
     pub name: Option<String>,
-    /// The store: raft://HOST:PORT,...?keys=DIR, etcd:// or zookeeper://
+    /// URL of the store: raft://HOST:PORT,...?keys=DIR, etcd://... or zookeeper://...
     #[arg(long, value_name = "URL")]
     pub store: Option<String>,
-    /// Directory of this host's keys: own.key, own.crt, peers/
+    /// Directory of this host's keys, with own.key, own.crt and peers/
     #[arg(long, value_name = "DIR")]
     pub keys: Option<PathBuf>,
-    /// Primary: where its backup listens
+    /// Primary: address on which its backup listens
     #[arg(long, value_name = "HOST:PORT")]
     pub peer: Option<String>,
-    /// Backup: where it listens for its primary
+    /// Backup: address on which it listens for its primary
     #[arg(long, value_name = "ADDRESS:PORT")]
     pub listen: Option<SocketAddr>,
     /// Primary: start without a backup
     #[arg(long)]
     pub unprotected: bool,
-    /// Start from disk images although the store knows of newer copies, whose content is then lost
+    /// Start from these disk images even if the store knows of newer copies; what is only in those is lost
     #[arg(long)]
     pub discard_newer: bool,
-    /// Unix socket for vmft status, failover, stop and console
+    /// Create this Unix socket, for vmft status, failover, stop and console
     #[arg(long, value_name = "FILE")]
     pub control: Option<PathBuf>,
-    /// Command for the shell on each change, with VMFT_STATE as PROTECTED or UNPROTECTED, VMFT_VM, VMFT_ROLE, VMFT_PHASE and
-    /// VMFT_GENERATION
+    /// Run this shell command at each change of protection, with VMFT_STATE (PROTECTED or UNPROTECTED),
+    /// VMFT_VM, VMFT_ROLE, VMFT_PHASE and VMFT_GENERATION
     #[arg(long, value_name = "COMMAND")]
     pub hook: Option<String>,
-    /// Where Prometheus scrapes /metrics, over plain HTTP
+    /// Serve /metrics for Prometheus on this address, over plain HTTP
     #[arg(long, value_name = "ADDRESS:PORT")]
     pub metrics: Option<SocketAddr>,
-    /// Do not confine the process by seccomp and landlock: for debugging
+    /// Do not confine the process by seccomp and Landlock, for debugging
     #[arg(long)]
     pub no_confine: bool,
-    /// Silence after which the peer is lost, the same on both sides [default: 1000]
+    /// Time without a message after which the peer counts as lost; the same on both sides [default: 1000]
     #[arg(long, value_name = "MS")]
     pub timeout_ms: Option<u64>,
-    /// Between two heartbeats, at most a quarter of the timeout [default: 50]
+    /// Time between two heartbeats, at most a quarter of --timeout-ms [default: 50]
     #[arg(long, value_name = "MS")]
     pub heartbeat_ms: Option<u64>,
-    /// Time without progress after which the peer is lost [default: 5000]
+    /// Time without progress, although there is work, after which the peer counts as lost [default: 5000]
     #[arg(long, value_name = "MS")]
     pub progress_timeout_ms: Option<u64>,
-    /// Log that may be under way, or wait for replay [default: 32]
+    /// How much log may be in transit or wait for replay [default: 32]
     #[arg(long, value_name = "MIB")]
     pub buffer_mib: Option<u64>,
-    /// How far the backup may be behind before the guest is slowed to a twentieth [default: 2000]
+    /// Lag of the backup at which the guest is slowed to a twentieth of its speed [default: 2000]
     #[arg(long, value_name = "MS")]
     pub lag_max_ms: Option<u64>,
     /// The machine
@@ -93,11 +93,11 @@ pub struct PairPlan {
     /// The process is confined after its start.
     pub confine: bool,
     /// When somebody is late.
-    pub timing: Timing,
+    pub timing: PairTiming,
     /// Bounds of what is kept.
     pub buffers: Buffers,
     /// The machine.
-    pub machine: Plan,
+    pub machine: GuestPlan,
 }
 
 impl PairPlan {
@@ -196,15 +196,15 @@ fn ms(field: &str, given: Option<u64>, default_ns: u64, min: u64, max: u64) -> R
     Ok(within(field, given, default_ns / 1_000_000, min, max)? * 1_000_000)
 }
 
-fn timing(timeout: Option<u64>, beat: Option<u64>, progress: Option<u64>) -> Result<Timing, Error> {
-    let default = Timing::default();
+fn timing(timeout: Option<u64>, beat: Option<u64>, progress: Option<u64>) -> Result<PairTiming, Error> {
+    let default = PairTiming::default();
     let timeout_ns = ms("timeout-ms", timeout, default.timeout_ns, 40, 600_000)?;
     let beat_default = default.beat_interval_ns.min(timeout_ns / 4);
     let beat_interval_ns = ms("heartbeat-ms", beat, beat_default, 5, timeout_ns / 4_000_000)?;
     let progress_default = default.progress_timeout_ns.max(timeout_ns);
     let progress_timeout_ns =
         ms("progress-timeout-ms", progress, progress_default, timeout_ns / 1_000_000, 3_600_000)?;
-    Ok(Timing { timeout_ns, beat_interval_ns, progress_timeout_ns, ..default })
+    Ok(PairTiming { timeout_ns, beat_interval_ns, progress_timeout_ns, ..default })
 }
 
 #[cfg(test)]

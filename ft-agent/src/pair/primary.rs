@@ -3,38 +3,37 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use agent::{Event, Exit, Role};
+use agent::{Event, Outcome, Role};
 use entry::log::EndReason;
 use test_and_set::names::Generation;
-use test_and_set::record::Phase;
+use test_and_set::record::VmPhase;
 use test_and_set::store::chain;
 use tracing::{info, warn};
 use vmm::guest_loop::Turn;
 use vmm::inbox::Inbox;
-use vmm::record::{Pace, Recorder};
-use vmm::source::{Live, Stops};
+use vmm::record::{LogIntervals, Recorder};
+use vmm::source::{Live, PlannedStops};
 use vmm::{GuestLoop, Machine};
 
 use super::go_live::run_alone;
-use super::guest::{ChannelLog, Guarded, log_full_state};
+use super::guest_io::{ChannelLog, GatedOutside, log_full_state};
 use super::guest_thread::GuestThread;
-use super::link::Link;
+use super::link::PeerLink;
 use super::options::PairPlan;
 use super::replica::{Duty, Replica};
-use super::start::{NET_SLOT, Side, leave_on_signals};
+use super::side::{NET_SLOT, PairSide, leave_on_signals};
 use crate::error::Error;
 use crate::guest::Guest;
-use crate::outside::Inlet;
-use crate::run::INBOX_CAPACITY;
+use crate::outside::{INBOX_CAPACITY, Inlet};
 
-/// How long the backup may take to shake hands.
+/// How long connecting to the backup may take, including the TLS handshake.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// Before a backup that is not there is tried again.
+/// Time between two attempts to reach the backup.
 const RETRY: Duration = Duration::from_millis(500);
-/// How long the store may take to say what it knows.
+/// How long the store may take to return the VM's record.
 const STORE_PATIENCE: Duration = Duration::from_secs(5);
 
-/// Runs a primary to its end.
+/// Runs a primary until the VM or this side ends.
 ///
 /// # Errors
 /// As [`super::primary`].
@@ -42,20 +41,20 @@ pub fn run(plan: PairPlan) -> Result<(), Error> {
     let clock = plan.clock();
     let (guest, images) = Guest::new(&plan.machine, clock)?;
     let identity = guest.identity()?;
-    let side = Side::open(plan)?;
+    let side = PairSide::open(plan)?;
     let (machine, thread) = side.boot(guest)?;
     let generation = next_generation(&side)?;
     let inbox = Inbox::new(machine.kicker(), INBOX_CAPACITY);
-    let replica = side.replica(Role::Primary, identity, generation)?;
+    let replica = side.new_replica(Role::Primary, identity, generation)?;
     replica.set_guest(inbox.1.clone());
     let controlled = replica.clone();
-    let _control = side.control(move || Some(controlled.clone()))?;
+    let _control = side.start_control(move || Some(controlled.clone()))?;
     leave_on_signals(&replica)?;
     if let Some(peer) = &side.plan.peer {
-        connect(&side, peer, &replica)?;
+        keep_connecting(&side, peer, &replica)?;
     }
-    if let Err(exit) = replica.wait_started(false) {
-        return super::ended(&side, None, &replica, exit, 0);
+    if let Err(outcome) = replica.wait_started(false) {
+        return side.conclude(None, &replica, outcome, 0);
     }
     side.sidecars.write(generation, true)?;
     let mut inlet = Inlet::new(inbox, clock, machine.time_ns(), 0)?;
@@ -68,38 +67,40 @@ pub fn run(plan: PairPlan) -> Result<(), Error> {
         inlet.attach_disk(slot, image);
     }
     let unit = side.plan.engine_unit();
-    let live = Live::new(Guarded { inlet, replica: replica.clone() }, unit, Stops::default());
-    let (exit, machine) = record(&replica, &thread, machine, live);
-    super::ended(&side, Some(generation), &replica, exit, machine.position().count)
+    let live = Live::new(GatedOutside { inlet, replica: replica.clone() }, unit, PlannedStops::default());
+    let (outcome, machine) = record_guest(&replica, &thread, machine, live);
+    side.conclude(Some(generation), &replica, outcome, machine.position().count)
 }
 
-/// The generation that this pair would be.
-fn next_generation(side: &Side) -> Result<Generation, Error> {
+/// The generation of the pair that starts now, by the store's record of the VM.
+fn next_generation(side: &PairSide) -> Result<Generation, Error> {
     let name = &side.plan.name;
     let record = side.store.get(name, STORE_PATIENCE);
     let record = record.map_err(|e| Error::config("store", chain(&e)))?;
     side.sidecars.check_newest(record.as_ref())?;
     let Some(record) = record else { return Ok(Generation::FIRST) };
-    if record.phase != Phase::Forgotten {
+    if record.phase != VmPhase::Forgotten {
         let (vm, store) = (name.clone(), side.plan.store.clone());
-        return Err(Error::Running { vm, generation: record.generation, store });
+        return Err(Error::RunsElsewhere { vm, generation: record.generation, store });
     }
-    record.generation.next().ok_or_else(|| Error::config("name", "this VM has had all generations there are"))
+    record.generation.next().ok_or_else(|| {
+        Error::config("name", "this VM has used up all generation numbers; give it another name")
+    })
 }
 
-/// Connects to the backup, again and again until the pair is open or this side is out.
-fn connect(side: &Side, peer: &str, replica: &Arc<Replica>) -> Result<(), Error> {
+/// Tries to connect to the backup, on a thread of its own, until the pair is open or this side is out.
+fn keep_connecting(side: &PairSide, peer: &str, replica: &Arc<Replica>) -> Result<(), Error> {
     let tls = test_and_set::tls::peer_client(&side.keys).map_err(|e| Error::config("keys", chain(&e)))?;
     let (peer, replica) = (peer.to_owned(), replica.clone());
     let dial = move || {
-        let mut told = String::new();
+        let mut logged = String::new();
         while replica.is_starting() {
             if !replica.is_connected() {
-                match Link::connect(&peer, tls.clone(), PATIENCE) {
+                match PeerLink::connect(&peer, tls.clone(), PATIENCE) {
                     Ok(link) => replica.connected(link, &[]),
-                    Err(e) if e.to_string() != told => {
-                        warn!("backup {peer}: {e}; trying again");
-                        told = e.to_string();
+                    Err(e) if e.to_string() != logged => {
+                        warn!("no connection to backup {peer} yet: {e}; trying again");
+                        logged = e.to_string();
                     }
                     Err(_) => {}
                 }
@@ -112,30 +113,31 @@ fn connect(side: &Side, peer: &str, replica: &Arc<Replica>) -> Result<(), Error>
     Ok(())
 }
 
-/// Runs the guest and records it, until this side is alone or out.
-fn record(
+/// Runs the guest and records it; once this side is alone, runs the guest without a log. Returns how this
+/// side ended, and the machine.
+fn record_guest(
     replica: &Arc<Replica>,
     thread: &GuestThread,
     machine: Machine,
-    live: Live<Guarded>,
-) -> (Exit, Machine) {
-    let source = Recorder::new(live, ChannelLog(replica.clone()), Pace::BACKUP);
+    live: Live<GatedOutside>,
+) -> (Outcome, Machine) {
+    let source = Recorder::new(live, ChannelLog(replica.clone()), LogIntervals::BACKUP);
     let mut guest = GuestLoop { machine, source };
     loop {
         let turn;
-        (turn, guest) = thread.with(guest, GuestLoop::run);
+        (turn, guest) = thread.run_with(guest, GuestLoop::run);
         match turn {
             Ok(Turn::Finished(end)) => {
                 replica.guest_ended(EndReason::Guest(end));
-                return (replica.wait_exit(), guest.machine);
+                return (replica.wait_outcome(), guest.machine);
             }
             Ok(_) => {}
             Err(e) => {
                 replica.fail(e.into());
-                return (replica.wait_exit(), guest.machine);
+                return (replica.wait_outcome(), guest.machine);
             }
         }
-        let duty = match replica.attend(false) {
+        let duty = match replica.next_duty(false) {
             Duty::HandOver => hand_over(replica, &mut guest),
             duty => duty,
         };
@@ -150,20 +152,21 @@ fn record(
                     replica.fail(e.into());
                 }
                 replica.guest_ended(EndReason::Stopped);
-                return (replica.wait_exit(), guest.machine);
+                return (replica.wait_outcome(), guest.machine);
             }
-            Duty::Exit(exit) => return (exit, guest.machine),
+            Duty::Leave(outcome) => return (outcome, guest.machine),
         }
     }
 }
 
-/// Says in the log how the guest stands, so that the backup goes on only from the same, and waits for what comes of it.
-fn hand_over(replica: &Arc<Replica>, guest: &mut GuestLoop<Recorder<Guarded, ChannelLog>>) -> Duty {
+/// Hands over: appends a digest of the guest's state to the log, so that the backup goes on only from the
+/// same state. Returns what to do next.
+fn hand_over(replica: &Arc<Replica>, guest: &mut GuestLoop<Recorder<GatedOutside, ChannelLog>>) -> Duty {
     let GuestLoop { machine, source } = guest;
-    if let Err(e) = source.note_state(machine) {
+    if let Err(e) = source.append_state(machine) {
         replica.fail(e.into());
     }
     log_full_state(machine);
     replica.handle(Event::HandOver);
-    replica.attend(false)
+    replica.next_duty(false)
 }

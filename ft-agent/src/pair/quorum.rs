@@ -1,4 +1,5 @@
-//! Whether the store outlives this host: if not, a failover finds nobody to give the verdict.
+//! Checks whether the store survives the loss of this host. If it does not, the other side gets no verdict
+//! and cannot go on.
 
 use std::net::{IpAddr, ToSocketAddrs};
 
@@ -6,8 +7,9 @@ use nix::ifaddrs::getifaddrs;
 use test_and_set::url::StoreUrl;
 use tracing::warn;
 
-/// Warns if the loss of this host would take the store's quorum with it, by the addresses in the store's URL. Each side of
-/// a pair looks at its own. Names may take long to resolve: it is for a thread.
+/// Warns if the store would lose its quorum together with this host, judging by the addresses in the store's
+/// URL. Each side of a pair checks its own host. Resolving names may take long, so call it on a thread of its
+/// own.
 pub fn warn_if_lost_with_this_host(url: &StoreUrl) {
     let Ok(interfaces) = getifaddrs() else { return };
     let ours: Vec<IpAddr> = interfaces.filter_map(|i| i.address).filter_map(|a| ip(&a)).collect();
@@ -15,8 +17,8 @@ pub fn warn_if_lost_with_this_host(url: &StoreUrl) {
     let here = nodes.iter().filter(|node| is_here(node, &ours)).count();
     if is_lost(nodes.len(), here) {
         warn!(
-            "{here} of the store's {} nodes on this host: if it is lost so is the store's quorum, and the other side \
-             cannot go on; put them on hosts that do not fail together",
+            "{here} of the store's {} nodes run on this host: if this host is lost, the store has no quorum and the other \
+             side cannot go on; move nodes to other hosts",
             nodes.len()
         );
     }
@@ -32,7 +34,7 @@ fn is_here(node: &str, ours: &[IpAddr]) -> bool {
     addresses.any(|a| a.ip().is_loopback() || ours.contains(&a.ip()))
 }
 
-/// Whether fewer than a majority of `nodes` are left without those that are here.
+/// Whether the nodes that do not run here are fewer than a majority of all `nodes`.
 fn is_lost(nodes: usize, here: usize) -> bool {
     here > 0 && nodes - here < nodes / 2 + 1
 }
@@ -42,7 +44,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_quorum_is_lost_with_a_host_that_has_too_many_of_its_nodes() {
+    fn the_quorum_is_lost_with_a_host_that_runs_too_many_nodes() {
         for (nodes, here, lost) in [
             (1, 0, false),
             (1, 1, true),

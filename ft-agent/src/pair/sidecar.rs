@@ -1,7 +1,7 @@
-//! A disk image's sidecar: which VM's copy it is, and whether it is in use.
+//! The sidecar of a disk image: which VM's disk the image is a copy of, and whether it is in use.
 //!
-//! `IMAGE.vmft` lies beside the image. The store names the newest copies of each disk; a primary that starts from another
-//! one is refused, because what was written since would be lost.
+//! The sidecar of `IMAGE` is the file `IMAGE.vmft`. The store knows the newest copies of each disk; a primary
+//! is not allowed to start from another copy, because what the guest has written since would be lost.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::ErrorKind;
@@ -9,40 +9,41 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use test_and_set::names::{CopyId, DiskName, Generation, VmName};
-use test_and_set::record::Record;
+use test_and_set::record::VmRecord;
 
 use crate::error::Error;
-use crate::options::Disk;
+use crate::options::DiskConfig;
 
-/// What a sidecar says.
+/// What is in a sidecar.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Content {
-    /// Whose disk it is.
+struct SidecarContent {
+    /// The VM whose disk it is.
     vm: VmName,
-    /// This copy.
+    /// The id of this copy.
     copy: String,
-    /// The pair that used it last.
+    /// The generation of the pair that used it last.
     generation: u64,
-    /// Its user has not closed it: it is as a power cut would leave it.
+    /// A replica has it open, or did not close it: then the image is as after a power cut.
     in_use: bool,
 }
 
-/// The sidecars of a VM's writable images.
+/// The sidecars of a VM's writable disk images.
 pub struct Sidecars {
     vm: VmName,
-    /// By the disk's name.
+    /// For each disk, the sidecar's path and the id of this host's copy.
     disks: BTreeMap<DiskName, (PathBuf, CopyId)>,
-    /// The user wants to lose what newer copies have.
+    /// The user has given `--discard-newer`.
     discard: bool,
 }
 
 impl Sidecars {
-    /// Reads the sidecars of the VM's writable disks; an image without one is a new copy, as are all with `discard`.
+    /// Reads the sidecars of the VM's writable disks. An image without a sidecar is a new copy; with
+    /// `discard` all images are.
     ///
     /// # Errors
-    /// A sidecar is damaged, or the image is another VM's.
-    pub fn read(vm: &VmName, images: &[Disk], discard: bool) -> Result<Sidecars, Error> {
+    /// A sidecar cannot be read or is damaged, or an image belongs to another VM.
+    pub fn read(vm: &VmName, images: &[DiskConfig], discard: bool) -> Result<Sidecars, Error> {
         let mut disks = BTreeMap::new();
         for (n, disk) in images.iter().enumerate().filter(|(_, disk)| !disk.read_only) {
             let image = &disk.path;
@@ -53,7 +54,7 @@ impl Sidecars {
             let content = read(&path)?.filter(|_| !discard);
             if let Some(other) = content.as_ref().filter(|c| c.vm != *vm) {
                 let why = format!(
-                    "{} is a disk of VM {}; --discard-newer takes it all the same",
+                    "{} is a disk of VM {}; give another image, or --discard-newer to use this one anyway",
                     image.display(),
                     other.vm
                 );
@@ -68,28 +69,29 @@ impl Sidecars {
         Ok(Sidecars { vm: vm.clone(), disks, discard })
     }
 
-    /// Where they lie.
+    /// The paths of the sidecars.
     pub fn paths(&self) -> impl Iterator<Item = &Path> {
         self.disks.values().map(|(path, _)| path.as_path())
     }
 
-    /// This side's copies.
+    /// The ids of this host's copies.
     pub fn copies(&self) -> BTreeMap<DiskName, CopyId> {
         self.disks.iter().map(|(name, (_, copy))| (name.clone(), *copy)).collect()
     }
 
-    /// Whether a primary may start from these copies, by what the store knows.
+    /// Checks that a primary may start from these copies, given the store's record of the VM.
     ///
     /// # Errors
-    /// There is a newer copy.
-    pub fn check_newest(&self, record: Option<&Record>) -> Result<(), Error> {
+    /// There is a newer copy of a disk.
+    pub fn check_newest(&self, record: Option<&VmRecord>) -> Result<(), Error> {
         let none = BTreeSet::new();
         for (name, (path, copy)) in &self.disks {
             let newest = record.and_then(|r| r.disks.get(name)).unwrap_or(&none);
             if !self.discard && !newest.is_empty() && !newest.contains(copy) {
                 let newest = newest.iter().map(CopyId::to_string).collect::<Vec<_>>().join(" or ");
                 let why = format!(
-                    "{}: the newest copy of {name} is {newest}, this one is {copy}; start where that is, or give --discard-newer to lose what it has",
+                    "{} names copy {copy}, but the newest copy of {name} is {newest}; start the primary on the host that has \
+                     the newest copy, or give --discard-newer to lose what the guest wrote to it",
                     path.display()
                 );
                 return Err(Error::config("disk", why));
@@ -98,37 +100,50 @@ impl Sidecars {
         Ok(())
     }
 
-    /// Notes that the images are in use by a pair, or no longer.
+    /// Writes the sidecars: the images are in use by this generation of the pair, or no longer in use.
     ///
     /// # Errors
     /// A sidecar cannot be written.
     pub fn write(&self, generation: Generation, in_use: bool) -> Result<(), Error> {
         for (path, copy) in self.disks.values() {
-            let content =
-                Content { vm: self.vm.clone(), copy: copy.to_string(), generation: generation.0, in_use };
+            let content = SidecarContent {
+                vm: self.vm.clone(),
+                copy: copy.to_string(),
+                generation: generation.0,
+                in_use,
+            };
             let text =
                 serde_json::to_string_pretty(&content).unwrap_or_else(|e| unreachable!("plain data: {e}"));
-            replace(path, &text).map_err(Error::host(path.display().to_string()))?;
+            let failed = Error::host(format!("cannot write sidecar {}", path.display()));
+            replace_file(path, &text).map_err(failed)?;
         }
         Ok(())
     }
 }
 
-fn read(path: &Path) -> Result<Option<Content>, Error> {
+fn read(path: &Path) -> Result<Option<SidecarContent>, Error> {
     let text = match std::fs::read_to_string(path) {
         Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
-        text => text.map_err(Error::host(path.display().to_string()))?,
+        text => text.map_err(Error::host(format!("cannot read sidecar {}", path.display())))?,
     };
     let content = serde_json::from_str(&text);
-    content.map(Some).map_err(|e| Error::config("disk", format!("{}: {e}", path.display())))
+    content.map(Some).map_err(|e| damaged(path, &e))
 }
 
 fn parse_copy(path: &Path, copy: &str) -> Result<CopyId, Error> {
-    copy.parse().map_err(|e| Error::config("disk", format!("{}: {e}", path.display())))
+    copy.parse().map_err(|e| damaged(path, &e))
 }
 
-/// Whoever reads the file finds the old text or the new one.
-fn replace(path: &Path, text: &str) -> std::io::Result<()> {
+fn damaged(path: &Path, e: &dyn std::fmt::Display) -> Error {
+    let why = format!(
+        "sidecar {} is damaged: {e}; remove it if the image may be used as a new copy",
+        path.display()
+    );
+    Error::config("disk", why)
+}
+
+/// Replaces the text of a file at once: a reader finds either the old text or the new one.
+fn replace_file(path: &Path, text: &str) -> std::io::Result<()> {
     let mut new = path.as_os_str().to_owned();
     new.push(".new");
     let mut file = std::fs::File::create(&new)?;
@@ -141,13 +156,13 @@ fn replace(path: &Path, text: &str) -> std::io::Result<()> {
 mod tests {
     use super::*;
     use test_and_set::names::Incarnation;
-    use test_and_set::record::{Command, Member, Members, State};
+    use test_and_set::record::{Command, Member, Members, StoreState};
 
     #[test]
-    fn only_a_newest_copy_may_start() {
+    fn a_primary_may_start_only_from_a_newest_copy() {
         let image = std::env::temp_dir().join(format!("vmft-sidecar-{}", std::process::id()));
         let vm: VmName = "web".parse().unwrap();
-        let disk = Disk { path: image.clone(), read_only: false };
+        let disk = DiskConfig { path: image.clone(), read_only: false };
         let read = |vm: &VmName, discard| Sidecars::read(vm, std::slice::from_ref(&disk), discard);
         let first = read(&vm, false).unwrap();
         assert!(first.check_newest(None).is_ok());
@@ -155,7 +170,7 @@ mod tests {
         let again = read(&vm, false).unwrap();
         assert_eq!(again.copies(), first.copies());
 
-        let mut store = State::default();
+        let mut store = StoreState::default();
         let member = |copies| Member { disks: copies, ..Member::new(Incarnation::random()) };
         let mut open = |generation, primary| {
             let members = Members { primary, backup: None };

@@ -1,4 +1,4 @@
-//! What leaves each host for the guest's network: the frames of the guest on the cables of a [`Site`], as they pass.
+//! Captures what leaves each host for the guest's network: the guest's frames on the cables of a [`Site`].
 
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
@@ -16,27 +16,27 @@ use nix::sys::time::TimeVal;
 use super::pair::{Host, Site, inside};
 
 const GUEST_MAC: [u8; 6] = [2, 0x76, 0x6d, 0x66, 0x74, 1];
-/// Packet type of what this end sends itself (linux/if_packet.h).
+/// Packet type of a frame that this end has sent itself (linux/if_packet.h).
 const OUTGOING: u8 = 4;
 
 /// A frame of the guest.
-pub struct Frame {
-    /// When it passed.
+pub struct CapturedFrame {
+    /// When it was captured.
     pub at: Instant,
     /// The host it came from.
     pub host: Host,
-    /// The frame.
+    /// Its bytes.
     pub bytes: Vec<u8>,
 }
 
-/// A capture that goes on.
+/// A capture that is running.
 pub struct Capture {
     stop: Arc<AtomicBool>,
-    thread: JoinHandle<Vec<Frame>>,
+    thread: JoinHandle<Vec<CapturedFrame>>,
 }
 
 impl Capture {
-    /// From now on.
+    /// Starts to capture.
     pub fn start(site: &Site) -> Capture {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
@@ -59,7 +59,7 @@ impl Capture {
                 };
                 let host = ports.iter().find(|(index, _)| *index == from.ifindex()).map(|(_, host)| *host);
                 if let (Some(host), true) = (host, from.pkttype() != OUTGOING && buffer[6..12] == GUEST_MAC) {
-                    frames.push(Frame { at: Instant::now(), host, bytes: buffer[..n].to_vec() });
+                    frames.push(CapturedFrame { at: Instant::now(), host, bytes: buffer[..n].to_vec() });
                 }
             }
             frames
@@ -68,9 +68,9 @@ impl Capture {
         Capture { stop, thread }
     }
 
-    /// What has passed.
-    pub fn finish(self) -> Vec<Frame> {
-        // What has come waits in the socket at most for a moment.
+    /// Stops, and returns the frames.
+    pub fn finish(self) -> Vec<CapturedFrame> {
+        // Frames that have passed may still wait in the socket for a moment.
         std::thread::sleep(Duration::from_millis(100));
         self.stop.store(true, Ordering::Relaxed);
         self.thread.join().expect("capture")

@@ -1,4 +1,4 @@
-//! Clients that count, in the bare guest or in redis, and check every reply: it must continue one history.
+//! Clients that count, in the bare guest or in redis, and check that all replies belong to one history.
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpStream;
@@ -10,14 +10,14 @@ use std::time::{Duration, Instant};
 use super::net::GUEST;
 use super::pair::inside;
 
-/// What a client saw.
+/// What a client has seen.
 #[derive(Clone, Debug)]
-pub struct Seen {
-    /// Replies.
+pub struct ClientResult {
+    /// How many replies came.
     pub replies: u64,
     /// The longest time from a request to its reply.
     pub gap: Duration,
-    /// Time from a request to its reply, µs, sorted.
+    /// The time from each request to its reply, µs, sorted.
     pub round_trips_us: Vec<u32>,
 }
 
@@ -25,10 +25,10 @@ pub struct Seen {
 pub struct Counter {
     stop: Arc<AtomicBool>,
     replies: Arc<AtomicU64>,
-    thread: JoinHandle<Result<Seen, String>>,
+    thread: JoinHandle<Result<ClientResult, String>>,
 }
 
-/// Says one line to the bare guest's counter that has no reply.
+/// Sends a line to the bare guest's counter to which it does not reply.
 pub fn tell_bare(namespace: &str, line: &str) {
     let line = format!("{line}\n");
     let say = move || {
@@ -44,13 +44,13 @@ fn fnv1a(hash: u64, bytes: &[u8]) -> u64 {
 }
 
 impl Counter {
-    /// Counts on the bare guest from this namespace, as its only client since its boot.
+    /// Counts in the bare guest from this namespace. It must be the guest's only client since its boot.
     pub fn bare(namespace: &str) -> Counter {
         let service = BareCounter { sequence: 0, value: 0, history: 0xcbf2_9ce4_8422_2325, ms: 0 };
         Self::start(namespace, service)
     }
 
-    /// Counts in redis from this namespace, as the only client since its start.
+    /// Counts in redis from this namespace. It must be the only client since redis started.
     pub fn redis(namespace: &str) -> Counter {
         Self::start(namespace, Redis { count: 0 })
     }
@@ -68,7 +68,7 @@ impl Counter {
         self.replies.load(Ordering::Relaxed)
     }
 
-    /// Waits for so many more replies; panics when the client fails or it takes too long.
+    /// Waits for `more` replies. Panics if the client fails or the replies take longer than `seconds`.
     pub fn wait_for(&self, more: u64, seconds: u64) {
         let (from, deadline) = (self.replies(), Instant::now() + Duration::from_secs(seconds));
         while self.replies() < from + more && !self.thread.is_finished() {
@@ -79,20 +79,21 @@ impl Counter {
         assert!(!ended, "the client has ended");
     }
 
-    /// Ends the client; what it saw, or what was wrong.
-    pub fn finish(self) -> Result<Seen, String> {
+    /// Ends the client. Returns what it has seen, or what was wrong.
+    pub fn finish(self) -> Result<ClientResult, String> {
         self.stop.store(true, Ordering::Relaxed);
         self.thread.join().expect("the client does not panic")
     }
 }
 
-/// What one service says to the n-th request: the request, and what the reply must begin with.
+/// A service of the guest, and what its replies must be.
 trait Service: Send + 'static {
     const PORT: u16;
 
+    /// The next request, and what its reply must begin with.
     fn next(&mut self) -> (String, String);
 
-    /// The rest of the reply: guest time in ms if it tells it.
+    /// Checks the rest of the reply; for the bare guest that is guest time in ms.
     fn check_rest(&mut self, rest: &str) -> Result<(), String>;
 }
 
@@ -116,9 +117,9 @@ impl Service for BareCounter {
     }
 
     fn check_rest(&mut self, rest: &str) -> Result<(), String> {
-        let ms: u64 = rest.parse().map_err(|_| format!("{rest:?} is no time"))?;
+        let ms: u64 = rest.parse().map_err(|_| format!("{rest:?} is not a time"))?;
         if ms < self.ms {
-            return Err(format!("guest time goes back from {} to {ms} ms", self.ms));
+            return Err(format!("guest time went back from {} to {ms} ms", self.ms));
         }
         self.ms = ms;
         Ok(())
@@ -142,11 +143,11 @@ impl Service for Redis {
     }
 }
 
-fn run<S: Service>(mut service: S, stop: &AtomicBool, count: &AtomicU64) -> Result<Seen, String> {
+fn run<S: Service>(mut service: S, stop: &AtomicBool, count: &AtomicU64) -> Result<ClientResult, String> {
     let stream = connect(S::PORT, Duration::from_secs(20))?;
     let mut replies = BufReader::new(stream.try_clone().map_err(|e| e.to_string())?);
     let mut requests = stream;
-    let mut seen = Seen { replies: 0, gap: Duration::ZERO, round_trips_us: Vec::new() };
+    let mut seen = ClientResult { replies: 0, gap: Duration::ZERO, round_trips_us: Vec::new() };
     while !stop.load(Ordering::Relaxed) {
         let (request, expected) = service.next();
         let n = seen.replies + 1;

@@ -1,4 +1,4 @@
-//! A system call that another process is made to do.
+//! Makes another process do a system call.
 
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -9,9 +9,10 @@ use nix::sys::ptrace;
 use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::Pid;
 
-/// Makes the thread of this name in a process do a system call, whose arguments may have the address of a path; what it returns.
+/// Makes the thread of this name in a process do a system call, and returns the result. `arguments` gets the
+/// address of `path` in the process.
 ///
-/// The thread is caught in a system call of its own, which it then goes on with.
+/// The thread is stopped in a system call of its own, which it continues afterwards.
 pub fn inject(
     process: u32,
     thread: &str,
@@ -24,9 +25,9 @@ pub fn inject(
         assert!(Instant::now() < deadline, "thread {thread} of {process} is never in a system call");
         let thread = find(process, thread);
         ptrace::attach(thread).expect("attach");
-        stopped(thread);
+        wait_until_stopped(thread);
         let before = ptrace::getregs(thread).expect("registers");
-        // Behind a system call that was interrupted, or not.
+        // The thread is in a system call, or after an interrupted one.
         if before.orig_rax as i64 >= 0 {
             let text = before.rsp - 4096;
             write(thread, text, path);
@@ -34,11 +35,11 @@ pub fn inject(
             let (rip, rax, orig_rax) = (before.rip - 2, number as u64, u64::MAX);
             let call = nix::libc::user_regs_struct { rip, rax, orig_rax, rdi, rsi, rdx, r10, ..before };
             ptrace::setregs(thread, call).expect("registers");
-            // A stop may come before the call, too.
+            // The first step may stop before the call.
             let mut after = call;
             while after.rip == rip {
                 ptrace::step(thread, None).expect("step");
-                stopped(thread);
+                wait_until_stopped(thread);
                 after = ptrace::getregs(thread).expect("registers");
             }
             assert_eq!(after.rip, before.rip, "the thread is elsewhere");
@@ -59,11 +60,11 @@ fn find(process: u32, name: &str) -> Pid {
     Pid::from_raw(task.to_str().and_then(|id| id.parse().ok()).expect("a number"))
 }
 
-fn stopped(thread: Pid) {
+fn wait_until_stopped(thread: Pid) {
     waitpid(thread, Some(WaitPidFlag::__WALL)).expect("wait");
 }
 
-/// Writes a C string into the memory of a thread that is stopped.
+/// Writes a C string into the memory of a stopped thread.
 fn write(thread: Pid, at: u64, text: &Path) {
     let mut bytes = text.as_os_str().as_bytes().to_vec();
     bytes.resize(bytes.len() / 8 * 8 + 8, 0);

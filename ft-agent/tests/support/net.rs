@@ -12,7 +12,7 @@ pub const GUEST: &str = "10.77.0.2";
 
 /// A host namespace with a tap on a bridge, and a client namespace on the same bridge. Removed on drop.
 pub struct Hosts {
-    /// Namespace in which the guest is run.
+    /// Namespace in which the guest runs.
     pub host: String,
     /// Namespace of its client.
     pub client: String,
@@ -38,7 +38,7 @@ impl Hosts {
         hosts
     }
 
-    /// A command to be run on the client.
+    /// A command to run on the client.
     pub fn on_client(&self, program: &str) -> Command {
         let mut c = Command::new("ip");
         c.args(["netns", "exec", &self.client, program]);

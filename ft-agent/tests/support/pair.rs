@@ -1,4 +1,5 @@
-//! A pair of hosts in network namespaces: a primary, a backup, a client of the guest, and a store with three members.
+//! A pair of hosts in network namespaces: a primary, a backup, a client of the guest, and a store with three
+//! members.
 //!
 //! ```text
 //!   client 10.77.0.1 ──┐            guest's network, 10.77.0.0/24
@@ -17,14 +18,14 @@ use std::time::Duration;
 
 use nix::sched::{CloneFlags, setns};
 use test_and_set::keys::make_set;
-use test_and_set::server::{Settings, raft::Timing, serve};
+use test_and_set::server::{ServerSettings, raft::RaftTiming, serve};
 
 use super::net::ip;
 use super::vm::{Vm, vmft_in};
 
 static NEXT: AtomicU32 = AtomicU32::new(0);
 
-/// Runs `f` on a thread of its own inside a network namespace.
+/// Runs `f` inside a network namespace, on a thread of its own.
 pub fn inside<T: Send + 'static>(
     namespace: &str,
     f: impl FnOnce() -> T + Send + 'static,
@@ -36,7 +37,7 @@ pub fn inside<T: Send + 'static>(
     })
 }
 
-/// The namespaces, the keys and the store of a pair. All gone on drop.
+/// The namespaces, the keys and the store of a pair. All are removed on drop.
 pub struct Site {
     id: String,
     /// Keys, data and sockets.
@@ -44,12 +45,12 @@ pub struct Site {
     stores: Vec<(u64, tokio::sync::oneshot::Sender<()>, std::thread::JoinHandle<()>)>,
 }
 
-/// Which host.
+/// One of the two hosts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Host {
-    /// The one that starts as primary.
+    /// The host that starts as primary.
     A,
-    /// The one that starts as backup.
+    /// The host that starts as backup.
     B,
 }
 
@@ -96,7 +97,7 @@ impl Site {
         format!("vmft-{name}-{}", self.id)
     }
 
-    /// A cable from a bridge of `lan` to a host.
+    /// Connects a host with a bridge of `lan` by a cable.
     fn plug(&self, bridge: &str, host: &str, interface: &str, address: Option<&str>) {
         let (lan, ns, port) = (self.ns("lan"), self.ns(host), format!("{bridge}-{host}"));
         ip(&["-n", &lan, "link", "add", &port, "type", "veth", "peer", "name", interface, "netns", &ns]);
@@ -107,20 +108,21 @@ impl Site {
         ip(&["-n", &ns, "link", "set", interface, "up"]);
     }
 
-    /// Pulls or plugs the cable of a host to a bridge of `lan` (`br0`, `ctl` or `log`): nothing passes, and nobody is
-    /// told.
+    /// Pulls or plugs the cable of a host to a bridge of `lan` (`br0`, `ctl` or `log`). While it is pulled
+    /// nothing passes, and neither end is notified.
     pub fn set_port(&self, bridge: &str, host: Host, up: bool) {
         let port = format!("{bridge}-{}", host.name());
         ip(&["-n", &self.ns("lan"), "link", "set", &port, if up { "up" } else { "down" }]);
     }
 
-    /// Loses everything that a host sends over the logging channel's network, or no longer; the other direction stays.
+    /// Drops everything that a host sends over the logging channel's network, or stops dropping it. The other
+    /// direction works.
     pub fn set_mute(&self, host: Host, mute: bool) {
         let other = ["10.78.0.2", "10.78.0.1"][host as usize];
         lose(&self.ns(host.name()), other, "link0", mute);
     }
 
-    /// Loses everything that the store sends to a host, or no longer.
+    /// Drops everything that the store sends to a host, or stops dropping it.
     pub fn set_store_mute(&self, host: Host, mute: bool) {
         lose(&self.ns("store"), ["10.79.0.1", "10.79.0.2"][host as usize], "ctl0", mute);
     }
@@ -128,7 +130,7 @@ impl Site {
     /// Starts a member of the store.
     pub fn start_store(&mut self, id: u64) {
         let address = |id: u64| format!("10.79.0.3:{}", 7400 + id);
-        let settings = Settings {
+        let settings = ServerSettings {
             id,
             listen: address(id).parse().expect("address"),
             peers: (1..=3).map(|id| (id, address(id))).collect(),
@@ -137,7 +139,7 @@ impl Site {
             cluster: "vmft".parse().expect("name"),
             join: false,
             metrics: None,
-            timing: Timing::default(),
+            timing: RaftTiming::default(),
         };
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
         let thread = inside(&self.ns("store"), move || {
@@ -191,12 +193,12 @@ impl Site {
         command
     }
 
-    /// Both sides of a pair, running: the guest is ready.
+    /// Starts both sides of a pair, and waits until the guest is ready.
     pub fn pair(&self, machine: &[&str]) -> (Vm, Vm) {
         self.pair_with(machine, &[])
     }
 
-    /// The same with variables of the environment.
+    /// The same with these environment variables.
     pub fn pair_with(&self, machine: &[&str], variables: &[(&str, &str)]) -> (Vm, Vm) {
         let start = |host| Vm::start(self.replica(host, machine).envs(variables.iter().copied()));
         let mut b = start(Host::B);
@@ -207,7 +209,8 @@ impl Site {
     }
 }
 
-/// Sends what is for an address to a neighbour that is not there, or no longer.
+/// Sends packets for an address to a neighbour that does not exist, so that they are lost, or stops doing
+/// that.
 fn lose(namespace: &str, address: &str, interface: &str, lost: bool) {
     let begin =
         ["-n", namespace, "neigh", if lost { "replace" } else { "delete" }, address, "dev", interface];
@@ -247,6 +250,6 @@ fn remove(dir: &Path) {
     if let Err(e) = std::fs::remove_dir_all(dir) {
         eprintln!("{}: {e}", dir.display());
     }
-    // Threads of a store that is gone may still be closing their files.
+    // Threads of a stopped store may still be closing their files.
     std::thread::sleep(Duration::from_millis(1));
 }

@@ -1,4 +1,4 @@
-//! What the rows of the fault table share: a pair with a client that counts, and how it ends.
+//! What the rows of the fault table share: a pair with a client that counts, and the checks at the end.
 
 use std::time::{Duration, Instant};
 
@@ -9,23 +9,23 @@ use super::{can_network, has_guest, skip};
 
 /// Options of the bare guest.
 pub const BARE: [&str; 4] = ["--guest", "bare", "--memory-mib", "32"];
-/// What a side says that goes on alone.
+/// What a side logs that goes on alone.
 pub const LIVES: &str = "this side lives";
-/// Longer than the timeout of a pair with default options.
-pub const LONG: Duration = Duration::from_millis(2500);
+/// A time longer than the timeout of a pair with default options.
+pub const LONGER_THAN_TIMEOUT: Duration = Duration::from_millis(2500);
 
-/// A pair with a client that counts, unless the test cannot run here.
+/// Starts a pair with a client that counts. `None`: the test cannot run here, and is skipped.
 pub fn pair(test: &str) -> Option<(Site, Vm, Vm, Counter)> {
     pair_with(test, &[], &[])
 }
 
-/// [`pair`] with more options for both sides, and failpoints of some.
+/// [`pair`] with more options for both sides, and with failpoints for some sides.
 pub fn pair_with(test: &str, more: &[&str], failpoints: &[(Host, &str)]) -> Option<(Site, Vm, Vm, Counter)> {
     if !has_guest(test, "bare") || !can_network(test) {
         return None;
     }
     if !failpoints.is_empty() && !cfg!(debug_assertions) {
-        skip(test, "needs failpoints, which a release build has not");
+        skip(test, "needs failpoints, which a release build does not have");
         return None;
     }
     let site = Site::new();
@@ -45,8 +45,8 @@ pub fn pair_with(test: &str, more: &[&str], failpoints: &[(Host, &str)]) -> Opti
     Some((site, a, b, client))
 }
 
-/// Sets a failpoint off, and waits until it has happened.
-pub fn set_off(site: &Site, failpoint: &str) {
+/// Triggers a failpoint, and waits until it is reached.
+pub fn trigger(site: &Site, failpoint: &str) {
     let file = site.dir.join(failpoint);
     std::fs::write(&file, "").expect("failpoint");
     let deadline = Instant::now() + Duration::from_secs(20);
@@ -56,8 +56,9 @@ pub fn set_off(site: &Site, failpoint: &str) {
     }
 }
 
-/// The client was right to the end, and so was the one that lives.
-pub fn end(client: Counter, survivor: Vm) {
+/// Checks that the client saw one history to the end, and that the survivor ends in order and without
+/// divergence.
+pub fn check_survivor(client: Counter, survivor: Vm) {
     client.wait_for(50, 30);
     let seen = client.finish().unwrap_or_else(|e| panic!("{e}\n{}", survivor.seen()));
     eprintln!("{} replies, longest gap {:?}", seen.replies, seen.gap);
@@ -66,14 +67,14 @@ pub fn end(client: Counter, survivor: Vm) {
     assert!(status.success() && !output.contains("divergence"), "{output}");
 }
 
-/// It lost: it says so, and never lived.
-pub fn fenced(loser: Vm) {
+/// Checks that a side reports that it was fenced, and has never lived.
+pub fn check_fenced(loser: Vm) {
     let (status, output) = loser.finish(30);
     assert_eq!(status.code(), Some(6), "{output}");
     assert!(output.contains("fenced") && !output.contains(LIVES), "{output}");
 }
 
-/// Exactly one of the two lives, and it is returned; the other fences.
+/// Waits until exactly one of the two lives and the other is fenced. Returns the survivor.
 pub fn one_lives(mut a: Vm, mut b: Vm) -> (Host, Vm) {
     let deadline = Instant::now() + Duration::from_secs(30);
     loop {
@@ -90,6 +91,6 @@ pub fn one_lives(mut a: Vm, mut b: Vm) -> (Host, Vm) {
 }
 
 fn after(loser: Vm, winner: Vm) -> Vm {
-    fenced(loser);
+    check_fenced(loser);
     winner
 }

@@ -15,7 +15,7 @@ pub fn vmft_in(namespace: &str) -> Command {
     c
 }
 
-/// The same command with these words before the program, which is to execute it.
+/// The same command under a wrapper: these words are put before the program, and have to execute it.
 pub fn under(vmft: Command, wrapper: &[&str]) -> Command {
     let mut args = vmft.get_args().map(|arg| arg.to_owned()).collect::<Vec<_>>();
     let place = args.iter().position(|arg| arg == VMFT).expect("the program");
@@ -33,7 +33,7 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// Starts it with its output captured.
+    /// Starts vmft and captures its output.
     pub fn start(command: &mut Command) -> Vm {
         let mut child = command
             .stdin(Stdio::piped())
@@ -61,7 +61,8 @@ impl Vm {
         Vm { child, output, seen: String::new() }
     }
 
-    /// Waits until `text` was printed (on either stream); panics with all output when it was not in time.
+    /// Waits until `text` has been printed on either stream. Panics with all output if that takes longer than
+    /// `seconds`.
     pub fn wait_for(&mut self, text: &str, seconds: u64) {
         let deadline = Instant::now() + Duration::from_secs(seconds);
         while !self.seen.contains(text) {
@@ -80,7 +81,7 @@ impl Vm {
         stdin.write_all(text.as_bytes()).and_then(|()| stdin.flush()).expect("vmft's standard input");
     }
 
-    /// Waits for the end; its status and all it has printed.
+    /// Waits for the end. Returns the exit status and all output.
     pub fn finish(mut self, seconds: u64) -> (ExitStatus, String) {
         let deadline = Instant::now() + Duration::from_secs(seconds);
         let mut seen = std::mem::take(&mut self.seen);
@@ -88,27 +89,27 @@ impl Vm {
             let left = deadline.saturating_duration_since(Instant::now());
             match self.output.recv_timeout(left) {
                 Ok(bytes) => seen.push_str(&String::from_utf8_lossy(&bytes)),
-                Err(RecvTimeoutError::Timeout) => panic!("vmft is not done after {seconds} s:\n{seen}"),
+                Err(RecvTimeoutError::Timeout) => panic!("vmft still runs after {seconds} s:\n{seen}"),
                 Err(RecvTimeoutError::Disconnected) => break,
             }
         }
         (self.child.wait().expect("wait"), seen)
     }
 
-    /// Waits until `text` was printed once more.
+    /// Waits until `text` is printed again.
     pub fn wait_for_again(&mut self, text: &str, seconds: u64) {
         self.seen.clear();
         self.wait_for(text, seconds);
     }
 
-    /// It has ended, or is about to be reaped.
+    /// Whether the process has ended.
     pub fn has_ended(&self) -> bool {
         let path = format!("/proc/{}/stat", self.id());
         let stat = std::fs::read_to_string(path).unwrap_or_default();
         stat.rsplit(')').next().is_none_or(|rest| rest.trim_start().starts_with('Z') || rest.is_empty())
     }
 
-    /// It has printed `text`, by now.
+    /// Whether it has printed `text` by now.
     pub fn has_printed(&mut self, text: &str) -> bool {
         for bytes in self.output.try_iter() {
             self.seen.push_str(&String::from_utf8_lossy(&bytes));
@@ -116,18 +117,18 @@ impl Vm {
         self.seen.contains(text)
     }
 
-    /// What it has printed, as far as it was waited for.
+    /// Its output so far, as far as it has been read.
     pub fn seen(&self) -> &str {
         &self.seen
     }
 
-    /// Sends it a signal.
+    /// Sends a signal to the process.
     pub fn signal(&self, signal: nix::sys::signal::Signal) {
         let id = nix::unistd::Pid::from_raw(self.id() as i32);
         nix::sys::signal::kill(id, signal).expect("kill");
     }
 
-    /// Asks it to end.
+    /// Sends SIGTERM.
     pub fn terminate(&self) {
         self.signal(nix::sys::signal::Signal::SIGTERM);
     }
@@ -140,7 +141,7 @@ impl Vm {
 
 impl Drop for Vm {
     fn drop(&mut self) {
-        // It may have ended by itself.
+        // It may have ended already.
         if self.child.try_wait().is_ok_and(|s| s.is_none()) {
             self.child.kill().expect("kill");
         }

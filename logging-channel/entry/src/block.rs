@@ -1,50 +1,52 @@
 //! Header and blocks: FORMAT.md, "Header" and "Block".
 //!
-//! [`Encoder`] and [`Decoder`] are pure: bytes go in and out of buffers, and whoever owns the file or socket
-//! moves them. A decoder takes its bytes in any pieces and holds at most one block.
+//! [`Encoder`] and [`Decoder`] are pure: bytes go in and out of buffers, and the owner of the file or socket
+//! moves them. A decoder takes its bytes in pieces of any size and holds at most one block.
 
 use crc32fast::Hasher;
 
-use crate::codec::{DecodeError, Reader, What, encode};
+use crate::codec::{ByteReader, DecodeError, DecodeFault, encode};
 use crate::identity::{IDENTITY_MAX, Identity};
 use crate::log::Record;
 use crate::{Position, PositionUnit};
 
-/// First bytes of a log.
+/// The first bytes of a log.
 pub const MAGIC: [u8; 8] = *b"VMFTLOG\0";
 /// Version of the format.
 pub const VERSION: u16 = 3;
-/// Longest block, bytes of its entries.
+/// Most bytes of entries in a block.
 pub const BLOCK_MAX: usize = 1 << 20;
-/// Bytes of entries from which on a block is closed: below [`BLOCK_MAX`] by more than the longest entry.
+/// A block is closed once it has this many bytes of entries: [`BLOCK_MAX`] less more than the longest entry.
 const BLOCK_FULL: usize = BLOCK_MAX / 2;
-/// Bytes of the header in front of the identity.
+/// Bytes of the header before the identity.
 const HEADER_FIXED: usize = 14;
+/// Bytes of a checksum.
 const CHECKSUM: usize = 4;
-/// Bytes in front of a block's checksum.
+/// Bytes of a block's length and its check byte.
 const LENGTH: usize = 4;
-/// Bytes of a block in front of its entries.
+/// Bytes of a block before its entries.
 const BLOCK_HEAD: usize = LENGTH + CHECKSUM;
-/// Makes four zeros no length.
+/// Keeps four zero bytes from being a valid length.
 const LENGTH_CHECK: u8 = 0xa5;
 
-/// Makes a log's bytes.
+/// Encodes a log.
 #[derive(Debug)]
 pub struct Encoder {
     unit: PositionUnit,
     last: Position,
     checksum: u32,
-    /// The open block: empty, or `room`, room for its head and what was appended.
+    /// The open block: empty, or `room` free bytes, space for its head, and the entries appended so far.
     open: Vec<u8>,
+    /// Finished bytes that were not taken yet.
     done: Vec<u8>,
-    /// Size of the last block: the next is taken to become as large.
+    /// Size of the last block, as an estimate of the next one's.
     expected: usize,
-    /// Bytes free in front of a block.
+    /// Bytes left free before a block.
     room: usize,
 }
 
 impl Encoder {
-    /// A log of this machine; its header is ready to be taken.
+    /// Begins the log of the machine with this identity. Its header is ready to be taken.
     pub fn new(identity: &Identity) -> Encoder {
         let identity_bytes = identity.encode();
         let mut done = Vec::with_capacity(HEADER_FIXED + identity_bytes.len() + CHECKSUM);
@@ -58,7 +60,8 @@ impl Encoder {
         Encoder { unit, last, checksum, open: Vec::new(), done, expected: 0, room: 0 }
     }
 
-    /// Leaves so many bytes free in front of the blocks that [`Encoder::take`] gives, for who wants to put something there.
+    /// Leaves `room` bytes free before the blocks that [`Encoder::take_bytes`] returns, so that the caller
+    /// can put a prefix there.
     pub fn with_room(mut self, room: usize) -> Encoder {
         self.room = room;
         self
@@ -76,7 +79,7 @@ impl Encoder {
         }
     }
 
-    /// Closes the open block, so that [`Encoder::take`] has everything appended so far.
+    /// Closes the open block, so that [`Encoder::take_bytes`] returns everything appended so far.
     pub fn close_block(&mut self) {
         if self.open.is_empty() {
             return;
@@ -95,17 +98,18 @@ impl Encoder {
         }
     }
 
-    /// Bytes waiting in the open block.
+    /// Bytes of entries in the open block.
     pub fn open_bytes(&self) -> usize {
         self.open.len().saturating_sub(self.room + BLOCK_HEAD)
     }
 
-    /// The finished bytes since the last call.
-    pub fn take(&mut self) -> Vec<u8> {
+    /// Returns the bytes finished since the last call.
+    pub fn take_bytes(&mut self) -> Vec<u8> {
         std::mem::take(&mut self.done)
     }
 
-    /// Gives back what [`Encoder::take`] gave, so that the next block needs no new memory.
+    /// Takes back the memory that [`Encoder::take_bytes`] returned, so that the next block needs no new
+    /// memory.
     pub fn reuse(&mut self, mut bytes: Vec<u8>) {
         if self.open.is_empty() {
             bytes.clear();
@@ -114,11 +118,11 @@ impl Encoder {
     }
 }
 
-/// Reads a log's bytes.
+/// Decodes a log.
 #[derive(Debug, Default)]
 pub struct Decoder {
     buffer: Vec<u8>,
-    /// Offset in the log of the buffer's first byte.
+    /// The offset in the log of the buffer's first byte.
     base: u64,
     last: Position,
     checksum: u32,
@@ -127,7 +131,7 @@ pub struct Decoder {
 }
 
 impl Decoder {
-    /// A decoder at the start of a log.
+    /// A decoder that expects the start of a log.
     pub fn new() -> Decoder {
         Decoder::default()
     }
@@ -137,36 +141,37 @@ impl Decoder {
         self.buffer.extend(bytes);
     }
 
-    /// The log's identity, once enough bytes have come.
+    /// The log's identity, once the header is complete.
     ///
     /// # Errors
-    /// The header is damaged or of another version. Every later call fails alike.
+    /// The header is damaged or has another version. Every later call fails with the same error.
     pub fn identity(&mut self) -> Result<Option<&Identity>, DecodeError> {
         if self.identity.is_none() {
             self.check_failed()?;
-            let header = self.header();
-            self.identity = self.remember(header)?;
+            let header = self.decode_header();
+            self.identity = self.keep_failure(header)?;
         }
         Ok(self.identity.as_ref())
     }
 
-    /// The records of the next block, when it has come whole.
+    /// The records of the next block, once it is complete.
     ///
     /// # Errors
-    /// The header or the block is damaged. Every later call fails alike.
-    pub fn block(&mut self) -> Result<Option<Vec<Record>>, DecodeError> {
+    /// The header or the block is damaged. Every later call fails with the same error.
+    pub fn next_block(&mut self) -> Result<Option<Vec<Record>>, DecodeError> {
         let Some(unit) = self.identity()?.map(Identity::unit) else { return Ok(None) };
         self.check_failed()?;
-        let block = self.next_block(unit);
-        self.remember(block)
+        let block = self.decode_block(unit);
+        self.keep_failure(block)
     }
 
-    /// Bytes taken that are not yet part of a whole block: at the end of a log, what a crash has cut off.
+    /// Bytes that do not form a whole block yet. At the end of a log these are the rest of a block that a
+    /// crash has cut off.
     pub fn incomplete(&self) -> usize {
         self.buffer.len()
     }
 
-    /// Offset in the log behind the last whole block.
+    /// The offset in the log at which the last whole block ends.
     pub fn offset(&self) -> u64 {
         self.base
     }
@@ -175,32 +180,32 @@ impl Decoder {
         self.failed.clone().map_or(Ok(()), Err)
     }
 
-    fn remember<T>(&mut self, result: Result<T, DecodeError>) -> Result<T, DecodeError> {
+    fn keep_failure<T>(&mut self, result: Result<T, DecodeError>) -> Result<T, DecodeError> {
         if let Err(e) = &result {
             self.failed = Some(e.clone());
         }
         result
     }
 
-    fn header(&mut self) -> Result<Option<Identity>, DecodeError> {
+    fn decode_header(&mut self) -> Result<Option<Identity>, DecodeError> {
         let known = self.buffer.len().min(MAGIC.len());
         if self.buffer[..known] != MAGIC[..known] {
-            return Err(DecodeError { offset: 0, what: What::Magic });
+            return Err(DecodeError { offset: 0, fault: DecodeFault::Magic });
         }
         if self.buffer.len() < HEADER_FIXED {
             return Ok(None);
         }
-        let mut r = Reader::new(&self.buffer, 0);
+        let mut r = ByteReader::new(&self.buffer, 0);
         r.take(MAGIC.len(), "header")?;
         let version = u16::from_le_bytes(r.array("header")?);
         if version != VERSION {
-            return Err(DecodeError { offset: 8, what: What::Version(version) });
+            return Err(DecodeError { offset: 8, fault: DecodeFault::Version(version) });
         }
         let len = u32::from_le_bytes(r.array("header")?) as usize;
         if len > IDENTITY_MAX {
             let (value, max) = (len as u64, IDENTITY_MAX as u64);
-            let what = What::Range { what: "the identity's length", value, min: 0, max };
-            return Err(DecodeError { offset: 10, what });
+            let what = DecodeFault::Range { what: "identity", value, min: 0, max };
+            return Err(DecodeError { offset: 10, fault: what });
         }
         let end = HEADER_FIXED + len;
         if self.buffer.len() < end + CHECKSUM {
@@ -209,20 +214,20 @@ impl Decoder {
         let bytes = r.take(len, "identity")?;
         self.checksum = crc32fast::hash(&self.buffer[..end]);
         if r.array("header checksum")? != self.checksum.to_le_bytes() {
-            return Err(DecodeError { offset: 0, what: What::Checksum });
+            return Err(DecodeError { offset: 0, fault: DecodeFault::Checksum });
         }
         let identity = Identity::decode(bytes, HEADER_FIXED as u64)?;
         self.consume(end + CHECKSUM);
         Ok(Some(identity))
     }
 
-    fn next_block(&mut self, unit: PositionUnit) -> Result<Option<Vec<Record>>, DecodeError> {
-        let mut r = Reader::new(&self.buffer, self.base);
+    fn decode_block(&mut self, unit: PositionUnit) -> Result<Option<Vec<Record>>, DecodeError> {
+        let mut r = ByteReader::new(&self.buffer, self.base);
         if self.buffer.len() < LENGTH {
             return Ok(None);
         }
-        let length: [u8; LENGTH] = r.array("the block's length")?;
-        let len = block_length(length).map_err(|what| DecodeError { offset: self.base, what })?;
+        let length: [u8; LENGTH] = r.array("block")?;
+        let len = block_length(length).map_err(|what| DecodeError { offset: self.base, fault: what })?;
         if self.buffer.len() < BLOCK_HEAD + len {
             return Ok(None);
         }
@@ -231,9 +236,9 @@ impl Decoder {
         let entries = r.take(len, "block")?;
         let checksum = continue_checksum(self.checksum, &length, entries);
         if stored != checksum.to_le_bytes() {
-            return Err(DecodeError { offset: self.base, what: What::Checksum });
+            return Err(DecodeError { offset: self.base, fault: DecodeFault::Checksum });
         }
-        let mut entries = Reader::new(entries, start);
+        let mut entries = ByteReader::new(entries, start);
         let mut last = self.last;
         let mut records = Vec::new();
         while !entries.is_done() {
@@ -251,21 +256,21 @@ impl Decoder {
     }
 }
 
-/// The length with its check byte, which tells a damaged length from a block that is not yet there in full.
+/// The length with its check byte, which distinguishes a damaged length from that of an incomplete block.
 fn length_field(len: usize) -> [u8; LENGTH] {
     let [a, b, c, _] = (len as u32).to_le_bytes();
     [a, b, c, a ^ b ^ c ^ LENGTH_CHECK]
 }
 
-fn block_length(field: [u8; LENGTH]) -> Result<usize, What> {
+fn block_length(field: [u8; LENGTH]) -> Result<usize, DecodeFault> {
     let [a, b, c, check] = field;
     if check != a ^ b ^ c ^ LENGTH_CHECK {
-        return Err(What::Checksum);
+        return Err(DecodeFault::Checksum);
     }
     let (value, max) = (u32::from_le_bytes([a, b, c, 0]) as usize, BLOCK_MAX);
     if !(1..=max).contains(&value) {
         let (value, max) = (value as u64, max as u64);
-        return Err(What::Range { what: "the block's length", value, min: 1, max });
+        return Err(DecodeFault::Range { what: "block", value, min: 1, max });
     }
     Ok(value)
 }

@@ -1,20 +1,20 @@
 //! Records as bytes: FORMAT.md, "Entry".
 //!
-//! Decoding is total: every byte string gives records or an error with its offset, and nothing is allocated by
-//! a length that the bytes do not back.
+//! Decoding is total: every byte string gives records or an error with its offset. No length read from the
+//! input causes an allocation before that many bytes are there.
 
 use crate::log::{
-    CheckWord, DiskStatus, EndReason, Entry, LoggedInput, LoggedOutput, OutputTo, Record, StateDigest,
+    CheckWord, DiskStatus, EndReason, Entry, LoggedInput, LoggedOutput, OutputTo, Record, StateCheck,
 };
 use crate::{Answer, Console, Digest, Position, PositionUnit};
 
-/// Bytes of an Ethernet frame, console input or output.
+/// Longest Ethernet frame, console input or console output, in bytes.
 pub const BYTES_MAX: usize = 65_535;
-/// Bytes of an answer for the entropy device.
+/// Longest answer for the entropy device, in bytes.
 pub const ENTROPY_MAX: usize = 65_536;
-/// Check words of one entry.
+/// Most check words in one entry.
 pub const EXITS_MAX: usize = 1024;
-/// Shortest Ethernet frame: its header.
+/// Shortest Ethernet frame, in bytes: its header alone.
 const FRAME_MIN: usize = 14;
 
 mod kind {
@@ -33,104 +33,80 @@ mod kind {
     pub const EXITS: u8 = 51;
 }
 
-/// Bytes that are no records.
+/// The bytes are not valid records.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("log: byte {offset}: {what}")]
+#[error("log: byte {offset}: {fault}")]
 pub struct DecodeError {
-    /// Where in the log.
+    /// Offset in the log.
     pub offset: u64,
     /// What is wrong there.
-    pub what: What,
+    pub fault: DecodeFault,
 }
 
 /// What is wrong with the bytes at an offset.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[allow(missing_docs)]
-pub enum What {
-    #[error("not a vmft log (the magic differs)")]
+pub enum DecodeFault {
+    #[error("this is not a vmft log (the magic number differs)")]
     Magic,
-    #[error("version {0}, this vmft reads version {version}", version = crate::block::VERSION)]
+    #[error("the log has version {0}, this vmft reads version {version}", version = crate::block::VERSION)]
     Version(u16),
     #[error("the {0} ends early")]
     Short(&'static str),
-    #[error("{what} is {value}, allowed is {min} to {max}")]
+    #[error("the length of the {what} is {value}, but must be between {min} and {max}")]
     Range { what: &'static str, value: u64, min: u64, max: u64 },
-    #[error("the number is longer than needed or than 64 bits")]
+    #[error("the number is not in its shortest form or exceeds 64 bits")]
     Varint,
     #[error("the {what} is not UTF-8")]
     Utf8 { what: &'static str },
-    #[error("identity field {0:?} is not behind the one before it")]
+    #[error("identity field {0:?} is not in ascending order")]
     FieldOrder(String),
-    #[error("the identity's position-unit is {0:?}")]
+    #[error("the identity has the unknown position-unit {0:?}")]
     PositionUnit(String),
     #[error("the checksum differs: the log is damaged here, or a block is missing")]
     Checksum,
-    #[error("unknown kind of entry {0}")]
+    #[error("entry kind {0} is unknown")]
     Kind(u8),
     #[error("{what} {value} is unknown")]
     Value { what: &'static str, value: u8 },
-    #[error("the {0} are no whole words")]
+    #[error("the length of the {0} is not a whole number of words")]
     Odd(&'static str),
-    #[error("the position overflows")]
+    #[error("the position overflows or descends")]
     Position,
 }
 
-/// Appends a record's bytes to `out`. `last` is the position of the record before, and becomes this one's.
+/// Appends a record's bytes to `out`. `last` is the position of the previous record, and is set to this
+/// one's.
 ///
 /// # Panics
-/// When the position is before `last`, or a length is beyond what FORMAT.md allows: the machine never makes such.
+/// If the position is before `last`, or a length exceeds what FORMAT.md allows. The machine never makes such
+/// records.
 pub fn encode(unit: PositionUnit, last: &mut Position, record: &Record, out: &mut Vec<u8>) {
     let at = record.position;
     let start = out.len();
     out.push(0);
-    varint(at.count.checked_sub(last.count).expect("positions ascend"), out);
+    put_varint(at.count.checked_sub(last.count).expect("positions ascend"), out);
     if has_within(unit) {
-        varint(at.within, out);
+        put_varint(at.within, out);
     }
     if unit == PositionUnit::Branches {
         out.extend(at.rip.to_le_bytes());
         out.extend(at.registers.to_le_bytes());
     }
     *last = at;
-    out[start] = body(&record.entry, out);
+    out[start] = put_body(&record.entry, out);
 }
 
-/// Appends the body; gives the kind.
-fn body(entry: &Entry, out: &mut Vec<u8>) -> u8 {
+/// Appends an entry's body and returns its kind.
+fn put_body(entry: &Entry, out: &mut Vec<u8>) -> u8 {
     match entry {
-        Entry::Input(LoggedInput::Frame { slot, bytes }) => {
-            out.push(*slot);
-            counted(bytes, FRAME_MIN, BYTES_MAX, out);
-            kind::FRAME
-        }
-        Entry::Input(LoggedInput::DiskDone { slot, id, status }) => {
-            out.push(*slot);
-            varint(*id, out);
-            match status {
-                DiskStatus::Done => out.push(0),
-                DiskStatus::Read(d) => {
-                    out.push(1);
-                    digest(d, out);
-                }
-                DiskStatus::Failed => out.push(2),
-            }
-            kind::DISK_DONE
-        }
-        Entry::Input(LoggedInput::Console { console, bytes }) => {
-            out.push(console_number(*console));
-            counted(bytes, 1, BYTES_MAX, out);
-            kind::CONSOLE_IN
-        }
-        Entry::Input(LoggedInput::Clock { time_ns }) => {
-            varint(*time_ns, out);
-            kind::CLOCK
-        }
+        Entry::Input(input) => put_input(input, out),
         Entry::Interrupt { vector } => {
             out.push(*vector);
             kind::INTERRUPT
         }
         Entry::Answer(Answer::Entropy(bytes)) => {
-            counted(bytes, 0, ENTROPY_MAX, out);
+            put_bytes(bytes, 0, ENTROPY_MAX, out);
             kind::ENTROPY
         }
         Entry::Answer(Answer::Value(v)) => {
@@ -144,12 +120,12 @@ fn body(entry: &Entry, out: &mut Vec<u8>) -> u8 {
             };
             assert!(o.len as usize <= BYTES_MAX, "an output of {} bytes", o.len);
             out.push(number);
-            varint(o.len as u64, out);
-            digest(&o.digest, out);
+            put_varint(o.len as u64, out);
+            put_digest(&o.digest, out);
             kind
         }
         Entry::Mark { time_ns } => {
-            varint(*time_ns, out);
+            put_varint(*time_ns, out);
             kind::MARK
         }
         Entry::State(s) => {
@@ -160,7 +136,7 @@ fn body(entry: &Entry, out: &mut Vec<u8>) -> u8 {
         }
         Entry::Exits(words) => {
             let bytes: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
-            counted(&bytes, 2, 2 * EXITS_MAX, out);
+            put_bytes(&bytes, 2, 2 * EXITS_MAX, out);
             kind::EXITS
         }
         Entry::End(reason) => {
@@ -170,26 +146,59 @@ fn body(entry: &Entry, out: &mut Vec<u8>) -> u8 {
     }
 }
 
-/// Reads records from the bytes of a block.
-pub struct Reader<'a> {
+/// Appends an input's body and returns its kind.
+fn put_input(input: &LoggedInput, out: &mut Vec<u8>) -> u8 {
+    match input {
+        LoggedInput::Frame { slot, bytes } => {
+            out.push(*slot);
+            put_bytes(bytes, FRAME_MIN, BYTES_MAX, out);
+            kind::FRAME
+        }
+        LoggedInput::DiskDone { slot, id, status } => {
+            out.push(*slot);
+            put_varint(*id, out);
+            match status {
+                DiskStatus::Done => out.push(0),
+                DiskStatus::Read(d) => {
+                    out.push(1);
+                    put_digest(d, out);
+                }
+                DiskStatus::Failed => out.push(2),
+            }
+            kind::DISK_DONE
+        }
+        LoggedInput::Console { console, bytes } => {
+            out.push(console_number(*console));
+            put_bytes(bytes, 1, BYTES_MAX, out);
+            kind::CONSOLE_IN
+        }
+        LoggedInput::Clock { time_ns } => {
+            put_varint(*time_ns, out);
+            kind::CLOCK
+        }
+    }
+}
+
+/// Reads fields and records from bytes.
+pub struct ByteReader<'a> {
     bytes: &'a [u8],
     at: usize,
     /// Offset of `bytes` in the log, for errors.
     base: u64,
 }
 
-impl<'a> Reader<'a> {
-    /// A reader of `bytes`, which lie at `base` in the log.
-    pub fn new(bytes: &'a [u8], base: u64) -> Reader<'a> {
-        Reader { bytes, at: 0, base }
+impl<'a> ByteReader<'a> {
+    /// A reader of `bytes`, which begin at the offset `base` of the log.
+    pub fn new(bytes: &'a [u8], base: u64) -> ByteReader<'a> {
+        ByteReader { bytes, at: 0, base }
     }
 
-    /// Everything has been read.
+    /// Whether everything has been read.
     pub fn is_done(&self) -> bool {
         self.at == self.bytes.len()
     }
 
-    /// Offset in the log of the next byte.
+    /// The next byte's offset in the log.
     pub fn offset(&self) -> u64 {
         self.base + self.at as u64
     }
@@ -197,12 +206,12 @@ impl<'a> Reader<'a> {
     /// The next record; `last` as in [`encode`].
     ///
     /// # Errors
-    /// The bytes are no record; the offset is that of the field that is wrong.
+    /// The bytes are not a valid record; the error has the offset of the wrong field.
     pub fn record(&mut self, unit: PositionUnit, last: &mut Position) -> Result<Record, DecodeError> {
         let start = self.offset();
         let kind = self.byte("kind")?;
         let ascent = self.varint("position")?;
-        let count = last.count.checked_add(ascent).ok_or(self.error(start + 1, What::Position))?;
+        let count = last.count.checked_add(ascent).ok_or(self.error(start + 1, DecodeFault::Position))?;
         let mut position = Position::exact(count);
         if has_within(unit) {
             position.within = self.varint("position")?;
@@ -212,18 +221,18 @@ impl<'a> Reader<'a> {
             position.registers = u64::from_le_bytes(self.array("position")?);
         }
         if position.within < last.within && ascent == 0 {
-            return Err(self.error(start + 1, What::Position));
+            return Err(self.error(start + 1, DecodeFault::Position));
         }
-        let entry = self.body(kind, start)?;
+        let entry = self.entry(kind, start)?;
         *last = position;
         Ok(Record { position, entry })
     }
 
-    fn body(&mut self, kind: u8, start: u64) -> Result<Entry, DecodeError> {
+    fn entry(&mut self, kind: u8, start: u64) -> Result<Entry, DecodeError> {
         Ok(match kind {
             kind::FRAME => {
                 let slot = self.byte("slot")?;
-                let bytes = self.counted("frame", FRAME_MIN, BYTES_MAX)?;
+                let bytes = self.prefixed_bytes("frame", FRAME_MIN, BYTES_MAX)?;
                 Entry::Input(LoggedInput::Frame { slot, bytes })
             }
             kind::DISK_DONE => {
@@ -238,13 +247,13 @@ impl<'a> Reader<'a> {
             }
             kind::CONSOLE_IN => {
                 let console = self.console()?;
-                let bytes = self.counted("console input", 1, BYTES_MAX)?;
+                let bytes = self.prefixed_bytes("console input", 1, BYTES_MAX)?;
                 Entry::Input(LoggedInput::Console { console, bytes })
             }
             kind::CLOCK => Entry::Input(LoggedInput::Clock { time_ns: self.varint("time")? }),
             kind::INTERRUPT => Entry::Interrupt { vector: self.byte("vector")? },
             kind::ENTROPY => {
-                let bytes = self.counted("entropy", 0, ENTROPY_MAX)?;
+                let bytes = self.prefixed_bytes("entropy", 0, ENTROPY_MAX)?;
                 Entry::Answer(Answer::Entropy(bytes))
             }
             kind::VALUE => Entry::Answer(Answer::Value(u64::from_le_bytes(self.array("value")?))),
@@ -257,16 +266,16 @@ impl<'a> Reader<'a> {
                 self.output(OutputTo::Console(console))?
             }
             kind::MARK => Entry::Mark { time_ns: self.varint("time")? },
-            kind::STATE => Entry::State(StateDigest {
+            kind::STATE => Entry::State(StateCheck {
                 vcpu: self.check_word()?,
                 devices: self.check_word()?,
                 ram: self.check_word()?,
             }),
             kind::EXITS => {
                 let at = self.offset();
-                let bytes = self.counted("exits", 2, 2 * EXITS_MAX)?;
+                let bytes = self.prefixed_bytes("exits", 2, 2 * EXITS_MAX)?;
                 let (words, []) = bytes.as_chunks() else {
-                    return Err(self.error(at, What::Odd("exits")));
+                    return Err(self.error(at, DecodeFault::Odd("exits")));
                 };
                 Entry::Exits(words.iter().map(|w| u16::from_le_bytes(*w)).collect())
             }
@@ -274,7 +283,7 @@ impl<'a> Reader<'a> {
                 let number = self.byte("reason")?;
                 Entry::End(EndReason::numbered(number).ok_or_else(|| self.unknown("end reason", number))?)
             }
-            unknown => return Err(self.error(start, What::Kind(unknown))),
+            unknown => return Err(self.error(start, DecodeFault::Kind(unknown))),
         })
     }
 
@@ -298,13 +307,13 @@ impl<'a> Reader<'a> {
         self.array("digest").map(|b| Digest(u128::from_le_bytes(b)))
     }
 
-    fn error(&self, offset: u64, what: What) -> DecodeError {
-        DecodeError { offset, what }
+    fn error(&self, offset: u64, what: DecodeFault) -> DecodeError {
+        DecodeError { offset, fault: what }
     }
 
     /// The byte just read has an unknown value.
     fn unknown(&self, what: &'static str, value: u8) -> DecodeError {
-        self.error(self.offset() - 1, What::Value { what, value })
+        self.error(self.offset() - 1, DecodeFault::Value { what, value })
     }
 
     /// The next `n` bytes.
@@ -314,7 +323,7 @@ impl<'a> Reader<'a> {
     pub fn take(&mut self, n: usize, what: &'static str) -> Result<&'a [u8], DecodeError> {
         let rest = &self.bytes[self.at..];
         if n > rest.len() {
-            return Err(self.error(self.base + self.bytes.len() as u64, What::Short(what)));
+            return Err(self.error(self.base + self.bytes.len() as u64, DecodeFault::Short(what)));
         }
         self.at += n;
         Ok(&rest[..n])
@@ -339,7 +348,7 @@ impl<'a> Reader<'a> {
     /// A number as a varint.
     ///
     /// # Errors
-    /// It ends early, or is not in its shortest form.
+    /// It ends early, exceeds 64 bits or is not in its shortest form.
     pub fn varint(&mut self, what: &'static str) -> Result<u64, DecodeError> {
         let start = self.offset();
         let mut value = 0u64;
@@ -355,10 +364,10 @@ impl<'a> Reader<'a> {
                 return Ok(value);
             }
         }
-        Err(self.error(start, What::Varint))
+        Err(self.error(start, DecodeFault::Varint))
     }
 
-    /// A varint length within bounds.
+    /// A length as a varint.
     ///
     /// # Errors
     /// It ends early, or is out of bounds.
@@ -366,24 +375,29 @@ impl<'a> Reader<'a> {
         let start = self.offset();
         let value = self.varint(what)?;
         if !(min as u64..=max as u64).contains(&value) {
-            let what = What::Range { what, value, min: min as u64, max: max as u64 };
+            let what = DecodeFault::Range { what, value, min: min as u64, max: max as u64 };
             return Err(self.error(start, what));
         }
         Ok(value as usize)
     }
 
-    /// Bytes behind a varint with their length, which is within bounds.
+    /// Bytes that follow their own length, which is a varint.
     ///
     /// # Errors
     /// They end early, or the length is out of bounds.
-    pub fn counted(&mut self, what: &'static str, min: usize, max: usize) -> Result<Vec<u8>, DecodeError> {
+    pub fn prefixed_bytes(
+        &mut self,
+        what: &'static str,
+        min: usize,
+        max: usize,
+    ) -> Result<Vec<u8>, DecodeError> {
         let n = self.length(what, min, max)?;
         self.take(n, what).map(<[u8]>::to_vec)
     }
 }
 
 /// Appends a varint.
-pub fn varint(mut v: u64, out: &mut Vec<u8>) {
+pub fn put_varint(mut v: u64, out: &mut Vec<u8>) {
     while v >= 0x80 {
         out.push(v as u8 | 0x80);
         v >>= 7;
@@ -391,16 +405,17 @@ pub fn varint(mut v: u64, out: &mut Vec<u8>) {
     out.push(v as u8);
 }
 
-fn counted(bytes: &[u8], min: usize, max: usize, out: &mut Vec<u8>) {
+fn put_bytes(bytes: &[u8], min: usize, max: usize, out: &mut Vec<u8>) {
     assert!((min..=max).contains(&bytes.len()), "{} bytes, allowed is {min} to {max}", bytes.len());
-    varint(bytes.len() as u64, out);
+    put_varint(bytes.len() as u64, out);
     out.extend(bytes);
 }
 
-fn digest(d: &Digest, out: &mut Vec<u8>) {
+fn put_digest(d: &Digest, out: &mut Vec<u8>) {
     out.extend(d.0.to_le_bytes());
 }
 
+/// The number of a console in the log.
 fn console_number(c: Console) -> u8 {
     match c {
         Console::Serial => 0,
@@ -408,6 +423,7 @@ fn console_number(c: Console) -> u8 {
     }
 }
 
+/// Whether positions in this unit have [`Position::within`].
 fn has_within(unit: PositionUnit) -> bool {
     matches!(unit, PositionUnit::SynchronousExits | PositionUnit::Branches)
 }

@@ -1,20 +1,20 @@
-//! What two machines must share to stay in the same state: FORMAT.md, "Header".
+//! What two machines must have in common to stay in the same state: FORMAT.md, "Header".
 
 use std::collections::BTreeMap;
 
 use crate::PositionUnit;
-use crate::codec::{DecodeError, Reader, What, varint};
+use crate::codec::{ByteReader, DecodeError, DecodeFault, put_varint};
 
-/// Longest name of a field, bytes.
+/// Longest name of a field, in bytes.
 pub const NAME_MAX: usize = 64;
-/// Longest value of a field, bytes.
+/// Longest value of a field, in bytes.
 pub const VALUE_MAX: usize = 4096;
-/// Longest identity, bytes.
+/// Longest identity, in bytes.
 pub const IDENTITY_MAX: usize = 65_536;
 
-/// Fields with this prefix are not compared: they help to find files.
+/// Prefix of the fields that are not compared: they only help to find the machine's files.
 pub const HINT: &str = "hint-";
-/// The field that every identity has.
+/// Name of the field that every identity has.
 const POSITION_UNIT: &str = "position-unit";
 
 /// Named properties of a machine: engine, RAM, devices, CPUID, kernel and so on.
@@ -24,20 +24,20 @@ pub struct Identity {
     fields: BTreeMap<String, String>,
 }
 
-/// Two machines differ.
+/// Two machines differ in a field of their identities.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{field}: {theirs:?} there, {ours:?} here")]
 pub struct Mismatch {
-    /// The first field (by name) that differs.
+    /// The first field, by name, that differs.
     pub field: String,
-    /// Its value on this side, empty when absent.
+    /// Its value on this side; empty if it is absent.
     pub ours: String,
-    /// Its value on the other side, empty when absent.
+    /// Its value on the other side; empty if it is absent.
     pub theirs: String,
 }
 
 impl Identity {
-    /// An identity with positions in this unit.
+    /// The identity of a machine that counts positions in this unit.
     pub fn new(unit: PositionUnit) -> Identity {
         Identity { unit, fields: BTreeMap::from([(POSITION_UNIT.into(), unit_name(unit).into())]) }
     }
@@ -45,15 +45,18 @@ impl Identity {
     /// Adds a field.
     ///
     /// # Panics
-    /// When it is there already or too long: names and values are the program's own.
+    /// If the field exists already or is too long. Names and values come from the program itself.
     pub fn field(mut self, name: &str, value: impl ToString) -> Identity {
         let value = value.to_string();
-        assert!((1..=NAME_MAX).contains(&name.len()) && value.len() <= VALUE_MAX, "identity field {name}");
-        assert!(self.fields.insert(name.into(), value).is_none(), "identity field {name} twice");
+        assert!(
+            (1..=NAME_MAX).contains(&name.len()) && value.len() <= VALUE_MAX,
+            "identity field {name} is too long"
+        );
+        assert!(self.fields.insert(name.into(), value).is_none(), "identity field {name} exists already");
         self
     }
 
-    /// Unit of the positions.
+    /// The unit of the positions.
     pub fn unit(&self) -> PositionUnit {
         self.unit
     }
@@ -68,10 +71,10 @@ impl Identity {
         self.fields.iter().map(|(n, v)| (n.as_str(), v.as_str()))
     }
 
-    /// Compares with the other side's.
+    /// Compares this identity with the other side's.
     ///
     /// # Errors
-    /// The first field that differs.
+    /// A field differs.
     pub fn check(&self, theirs: &Identity) -> Result<(), Mismatch> {
         let names = self.fields.keys().chain(theirs.fields.keys());
         let compared = names.filter(|n| !n.starts_with(HINT));
@@ -88,7 +91,7 @@ impl Identity {
     pub(crate) fn encode(&self) -> Vec<u8> {
         let mut out = Vec::new();
         for text in self.fields().flat_map(|(n, v)| [n, v]) {
-            varint(text.len() as u64, &mut out);
+            put_varint(text.len() as u64, &mut out);
             out.extend(text.as_bytes());
         }
         assert!(out.len() <= IDENTITY_MAX, "the identity has {} bytes", out.len());
@@ -96,28 +99,28 @@ impl Identity {
     }
 
     pub(crate) fn decode(bytes: &[u8], base: u64) -> Result<Identity, DecodeError> {
-        let mut r = Reader::new(bytes, base);
+        let mut r = ByteReader::new(bytes, base);
         let mut fields = BTreeMap::<String, String>::new();
         while !r.is_done() {
             let offset = r.offset();
             let name = text(&mut r, "identity name", 1, NAME_MAX)?;
             if fields.last_key_value().is_some_and(|(last, _)| *last >= name) {
-                return Err(DecodeError { offset, what: What::FieldOrder(name) });
+                return Err(DecodeError { offset, fault: DecodeFault::FieldOrder(name) });
             }
             let value = text(&mut r, "identity value", 0, VALUE_MAX)?;
             fields.insert(name, value);
         }
         let unit = fields.get(POSITION_UNIT).map(String::as_str).unwrap_or_default();
-        let unit =
-            unit_named(unit).ok_or(DecodeError { offset: base, what: What::PositionUnit(unit.into()) })?;
+        let unit = unit_named(unit)
+            .ok_or(DecodeError { offset: base, fault: DecodeFault::PositionUnit(unit.into()) })?;
         Ok(Identity { unit, fields })
     }
 }
 
-fn text(r: &mut Reader<'_>, what: &'static str, min: usize, max: usize) -> Result<String, DecodeError> {
+fn text(r: &mut ByteReader<'_>, what: &'static str, min: usize, max: usize) -> Result<String, DecodeError> {
     let offset = r.offset();
-    let bytes = r.counted(what, min, max)?;
-    String::from_utf8(bytes).map_err(|_| DecodeError { offset, what: What::Utf8 { what } })
+    let bytes = r.prefixed_bytes(what, min, max)?;
+    String::from_utf8(bytes).map_err(|_| DecodeError { offset, fault: DecodeFault::Utf8 { what } })
 }
 
 const UNITS: [(PositionUnit, &str); 4] = [

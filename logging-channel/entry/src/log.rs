@@ -1,4 +1,4 @@
-//! What the log says: one [`Entry`] for each thing that happened, at its [`Position`].
+//! The records of the log: one [`Entry`] for each thing that happened, with its [`Position`].
 
 use std::fmt;
 
@@ -7,25 +7,26 @@ use crate::{Answer, Console, Digest, End, Position};
 /// One record of the log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Record {
-    /// Where in the instruction stream.
+    /// Where in the instruction stream it happened.
     pub position: Position,
-    /// What.
+    /// What happened.
     pub entry: Entry,
 }
 
-/// What a record says.
+/// What a record says has happened.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Entry {
     /// An input.
     Input(LoggedInput),
-    /// The engine injected this interrupt here. Only engines whose moment of injection is not computed.
+    /// The engine injected this interrupt here. Only for engines that cannot compute the moment of the
+    /// injection.
     Interrupt {
-        /// Vector.
+        /// Its vector.
         vector: u8,
     },
-    /// What the outside answered to the guest's question.
+    /// The answer to the guest's question.
     Answer(Answer),
-    /// Something left the machine.
+    /// An output.
     Output(LoggedOutput),
     /// The primary got here.
     Mark {
@@ -33,15 +34,16 @@ pub enum Entry {
         time_ns: u64,
     },
     /// The machine's state here.
-    State(StateDigest),
-    /// Check words of the synchronous exits up to this position, one each; all since the last such entry.
+    State(StateCheck),
+    /// Check words of the synchronous exits since the last such entry, up to this position: one for each
+    /// exit.
     Exits(Vec<u16>),
-    /// The run ends, or with [`EndReason::Reboot`] starts over.
+    /// The run ends, or starts over if the guest rebooted.
     End(EndReason),
 }
 
 impl Entry {
-    /// Name of its kind, as FORMAT.md has it.
+    /// Name of its kind in FORMAT.md.
     pub fn kind(&self) -> &'static str {
         match self {
             Entry::Input(LoggedInput::Frame { .. }) => "frame",
@@ -61,7 +63,7 @@ impl Entry {
     }
 }
 
-/// An input as the log has it: a disk's data is not in it, for each side reads its own copy.
+/// An input as it is logged: without a disk's data, because each side reads its own copy.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LoggedInput {
     /// [`crate::Input::Frame`].
@@ -77,7 +79,7 @@ pub enum LoggedInput {
         slot: u8,
         /// The request.
         id: u64,
-        /// What came of it.
+        /// Its result.
         status: DiskStatus,
     },
     /// [`crate::Input::Console`].
@@ -99,18 +101,18 @@ pub enum LoggedInput {
 pub enum DiskStatus {
     /// A write or flush is done.
     Done,
-    /// A read gave data of this digest.
+    /// A read is done; its data has this digest.
     Read(Digest),
     /// The guest sees an I/O error.
     Failed,
 }
 
-/// An output as the log has it: replay makes the content again, the digest checks it.
+/// An output as it is logged: replay produces the content again, and the digest checks it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LoggedOutput {
     /// Where it went.
     pub to: OutputTo,
-    /// Bytes.
+    /// Length of the content, in bytes.
     pub len: u32,
     /// Digest of the content.
     pub digest: Digest,
@@ -125,8 +127,8 @@ pub enum OutputTo {
     Console(Console),
 }
 
-/// The low 32 bits of a digest. A log has many states: one that differs from another goes on differing, so that a chance in
-/// four billion to miss it is one to see it a digest later.
+/// The low 32 bits of a digest. A log has many states, and states that differ once go on differing. So if a
+/// check word misses a difference, with a chance of one in four billion, the next one finds it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CheckWord(pub u32);
 
@@ -142,9 +144,9 @@ impl fmt::Display for CheckWord {
     }
 }
 
-/// Check words of the digests of the machine's parts.
+/// Check words of the digests of the machine's parts, to compare the state of a replay with the recorded one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct StateDigest {
+pub struct StateCheck {
     /// vCPU.
     pub vcpu: CheckWord,
     /// Devices, clock and interrupt lines.
@@ -156,9 +158,9 @@ pub struct StateDigest {
 /// How a log's run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EndReason {
-    /// By the guest.
+    /// The guest ended it.
     Guest(End),
-    /// By the user.
+    /// The user stopped it.
     Stopped,
 }
 
@@ -173,7 +175,7 @@ impl EndReason {
         }
     }
 
-    /// The reason with this number.
+    /// The reason with this number in FORMAT.md.
     pub fn numbered(number: u8) -> Option<EndReason> {
         Some(match number {
             0 => EndReason::Guest(End::PowerOff),
@@ -186,7 +188,7 @@ impl EndReason {
 }
 
 impl fmt::Display for Record {
-    /// One line: position, kind, and what matters of the body.
+    /// One line: position, kind, and the essentials of the body.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} ", self.position.count)?;
         if self.position.within != 0 {

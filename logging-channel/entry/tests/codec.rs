@@ -1,14 +1,14 @@
-//! The format: golden bytes, round trips of arbitrary records, and bytes that are no log.
+//! The format: golden bytes, round trips of arbitrary records, and bytes that are not a log.
 
+use entry::block::{BLOCK_MAX, Decoder, Encoder};
+use entry::codec::{BYTES_MAX, ByteReader, DecodeError, DecodeFault, ENTROPY_MAX};
+use entry::identity::Identity;
+use entry::log::{
+    CheckWord, DiskStatus, EndReason, Entry, LoggedInput, LoggedOutput, OutputTo, Record, StateCheck,
+};
+use entry::{Answer, Console, Digest, End, Position, PositionUnit};
 use proptest::collection::vec;
 use proptest::prelude::*;
-use vmft_entry::block::{BLOCK_MAX, Decoder, Encoder};
-use vmft_entry::codec::{BYTES_MAX, DecodeError, ENTROPY_MAX, Reader, What};
-use vmft_entry::identity::Identity;
-use vmft_entry::log::{
-    CheckWord, DiskStatus, EndReason, Entry, LoggedInput, LoggedOutput, OutputTo, Record, StateDigest,
-};
-use vmft_entry::{Answer, Console, Digest, End, Position, PositionUnit};
 
 const UNITS: [PositionUnit; 4] =
     [PositionUnit::Instructions, PositionUnit::SynchronousExits, PositionUnit::Branches, PositionUnit::Steps];
@@ -51,14 +51,14 @@ fn entry() -> impl Strategy<Value = Entry> {
         any::<u64>().prop_map(|time_ns| Entry::Mark { time_ns }),
         any::<[u32; 3]>().prop_map(|words| {
             let [vcpu, devices, ram] = words.map(CheckWord);
-            Entry::State(StateDigest { vcpu, devices, ram })
+            Entry::State(StateCheck { vcpu, devices, ram })
         }),
         vec(any::<u16>(), 1..100).prop_map(Entry::Exits),
         end.prop_map(Entry::End),
     ]
 }
 
-/// Records with ascending positions of this unit, and after each whether its block is closed.
+/// Records with ascending positions in this unit, each with whether its block is closed after it.
 fn records(unit: PositionUnit) -> impl Strategy<Value = Vec<(Record, bool)>> {
     let ascent = prop_oneof![0..300u64, 0..1u64 << 40];
     vec((ascent, 1..1000u64, any::<u64>(), entry(), any::<bool>()), 0..60).prop_map(move |raw| {
@@ -95,16 +95,16 @@ fn encode(unit: PositionUnit, records: &[(Record, bool)]) -> Vec<u8> {
         }
     }
     e.close_block();
-    e.take()
+    e.take_bytes()
 }
 
-/// All records, and how many bytes behind the last whole block.
+/// The identity, all records, and the number of bytes after the last whole block.
 fn decode(bytes: &[u8], piece: usize) -> Result<(Option<Identity>, Vec<Record>, usize), DecodeError> {
     let mut d = Decoder::new();
     let mut records = Vec::new();
     for piece in bytes.chunks(piece.max(1)) {
         d.push(piece);
-        while let Some(block) = d.block()? {
+        while let Some(block) = d.next_block()? {
             records.extend(block);
         }
     }
@@ -132,13 +132,13 @@ proptest! {
             e.append(record);
             if *close {
                 e.close_block();
-                let piece = e.take();
+                let piece = e.take_bytes();
                 bytes.extend(&piece);
                 e.reuse(piece);
             }
         }
         e.close_block();
-        bytes.extend(e.take());
+        bytes.extend(e.take_bytes());
         prop_assert_eq!(bytes, encode(PositionUnit::Instructions, &raw));
     }
 
@@ -198,15 +198,15 @@ fn every_byte_of_a_small_log_is_guarded() {
 #[test]
 fn lost_repeated_and_swapped_blocks_are_found() {
     let mut e = Encoder::new(&identity(PositionUnit::Instructions));
-    let mut pieces = vec![e.take()];
+    let mut pieces = vec![e.take_bytes()];
     for (record, _) in sample() {
         e.append(&record);
         e.close_block();
-        pieces.push(e.take());
+        pieces.push(e.take_bytes());
     }
     let checksum = |pieces: &[&Vec<u8>]| {
         let bytes: Vec<u8> = pieces.iter().flat_map(|p| p.iter().copied()).collect();
-        decode(&bytes, 4096).expect_err("accepted").what == What::Checksum
+        decode(&bytes, 4096).expect_err("accepted").fault == DecodeFault::Checksum
     };
     assert!(checksum(&[&pieces[0], &pieces[2]]), "lost");
     assert!(checksum(&[&pieces[0], &pieces[1], &pieces[1]]), "repeated");
@@ -217,17 +217,17 @@ fn lost_repeated_and_swapped_blocks_are_found() {
 fn errors_name_the_offset() {
     let log = encode(PositionUnit::Instructions, &sample());
     let failure = |bytes: &[u8]| decode(bytes, 4096).expect_err("accepted").to_string();
-    assert!(failure(b"VMFTLOX\0").starts_with("log: byte 0: not a vmft log"));
+    assert!(failure(b"VMFTLOX\0").starts_with("log: byte 0: this is not a vmft log"));
     let mut newer = log.clone();
     newer[8] = 9;
-    assert_eq!(failure(&newer), "log: byte 8: version 9, this vmft reads version 3");
+    assert_eq!(failure(&newer), "log: byte 8: the log has version 9, this vmft reads version 3");
     let mut huge = log.clone();
     huge[10..14].copy_from_slice(&u32::MAX.to_le_bytes());
-    assert!(failure(&huge).starts_with("log: byte 10: the identity's length is 4294967295"));
+    assert!(failure(&huge).starts_with("log: byte 10: the length of the identity is 4294967295"));
     let header = encode(PositionUnit::Instructions, &[]);
     let mut long = header.clone();
     long.extend([0xff, 0xff, 0x7f, 0x7f ^ 0xa5]);
-    let expected = format!("log: byte {}: the block's length is {}", header.len(), (1 << 23) - 1);
+    let expected = format!("log: byte {}: the length of the block is {}", header.len(), (1 << 23) - 1);
     assert!(failure(&long).starts_with(&expected), "{}", failure(&long));
     let mut zeros = header.clone();
     zeros.extend([0; 4]);
@@ -237,10 +237,10 @@ fn errors_name_the_offset() {
 #[test]
 fn a_number_has_one_form() {
     let read =
-        |bytes: &[u8]| Reader::new(bytes, 7).record(PositionUnit::Instructions, &mut Position::default());
+        |bytes: &[u8]| ByteReader::new(bytes, 7).record(PositionUnit::Instructions, &mut Position::default());
     assert_eq!(read(&[48, 1, 0]).unwrap().position, Position::exact(1));
     let error = read(&[48, 0x81, 0]).unwrap_err();
-    assert_eq!(error.to_string(), "log: byte 8: the number is longer than needed or than 64 bits");
+    assert_eq!(error.to_string(), "log: byte 8: the number is not in its shortest form or exceeds 64 bits");
 }
 
 #[test]
@@ -266,7 +266,8 @@ fn the_largest_entries_fit_a_block() {
     assert_eq!((got.len(), rest), (80, 0));
 }
 
-/// One record of each kind. Part of the golden file: it may grow at the end only, with a new version.
+/// One record of each kind. The golden file consists of these: the list may grow only at its end, with a new
+/// version.
 fn sample() -> Vec<(Record, bool)> {
     let entries = [
         Entry::Input(LoggedInput::Frame { slot: 0, bytes: (0..60).collect() }),
@@ -281,7 +282,7 @@ fn sample() -> Vec<(Record, bool)> {
         Entry::Output(LoggedOutput { to: OutputTo::Net(0), len: 1514, digest: Digest(u128::MAX / 3) }),
         Entry::Output(LoggedOutput { to: OutputTo::Console(Console::Virtio(3)), len: 1, digest: Digest(7) }),
         Entry::Mark { time_ns: 5_000_000_000 },
-        Entry::State(StateDigest { vcpu: CheckWord(1), devices: CheckWord(2), ram: CheckWord(3) }),
+        Entry::State(StateCheck { vcpu: CheckWord(1), devices: CheckWord(2), ram: CheckWord(3) }),
         Entry::End(EndReason::Guest(End::Reboot)),
         Entry::End(EndReason::Stopped),
     ];
@@ -327,6 +328,6 @@ fn the_golden_log_of_exits_has_not_changed() {
 fn older_versions_are_refused() {
     for (version, log) in [(1, &include_bytes!("golden/v1.log")[..]), (2, include_bytes!("golden/v2.log"))] {
         let error = decode(log, 4096).unwrap_err();
-        assert_eq!((error.offset, error.what), (8, What::Version(version)));
+        assert_eq!((error.offset, error.fault), (8, DecodeFault::Version(version)));
     }
 }

@@ -11,28 +11,28 @@ use clap::{Args, Parser, Subcommand};
 use test_and_set::keys::{self, Keys};
 use test_and_set::names::ClusterName;
 use test_and_set::raft_client::RaftStore;
-use test_and_set::server::raft::Timing;
-use test_and_set::server::{self, Settings};
+use test_and_set::server::raft::RaftTiming;
+use test_and_set::server::{self, ServerSettings};
 use test_and_set::store::{NodeError, StoreError, chain};
 use test_and_set::url::{StoreUrl, parse_node};
-use test_and_set::wire::{Ask, NodeId, Status};
+use test_and_set::wire::{NodeId, NodeStatus, StoreRequest};
 
 /// The test-and-set store of vmft: one verdict, whatever fails.
 #[derive(Parser)]
 #[command(version)]
-struct Command {
+struct StoreCli {
     #[command(subcommand)]
-    verb: Verb,
+    verb: StoreCommand,
 }
 
 #[derive(Subcommand)]
-enum Verb {
+enum StoreCommand {
     /// Run a member of the store.
-    Serve(Serve),
+    Serve(ServeArgs),
     /// Show each node's members, leader, term, indexes and latency.
     Status {
         #[command(flatten)]
-        at: At,
+        at: StoreArgs,
         /// As JSON.
         #[arg(long)]
         json: bool,
@@ -40,7 +40,7 @@ enum Verb {
     /// Change the members of a running store.
     Member {
         #[command(subcommand)]
-        change: Change,
+        change: MemberCommand,
     },
     /// Make the keys and pinned certificates for a trial.
     Keys {
@@ -56,7 +56,7 @@ enum Verb {
 }
 
 #[derive(Args)]
-struct Serve {
+struct ServeArgs {
     /// This member's number.
     #[arg(long)]
     id: NodeId,
@@ -82,15 +82,15 @@ struct Serve {
     #[arg(long)]
     metrics: Option<SocketAddr>,
     /// How often the leader is heard at least; it is suspected after 7.5 to 10 times this.
-    #[arg(long, default_value_t = Timing::default().heartbeat_ms, value_parser = clap::value_parser!(u64).range(10..=10_000))]
+    #[arg(long, default_value_t = RaftTiming::default().heartbeat_ms, value_parser = clap::value_parser!(u64).range(10..=10_000))]
     heartbeat_ms: u64,
     /// Commands between two snapshots.
-    #[arg(long, default_value_t = Timing::default().snapshot_every, value_parser = clap::value_parser!(u64).range(10..))]
+    #[arg(long, default_value_t = RaftTiming::default().snapshot_every, value_parser = clap::value_parser!(u64).range(10..))]
     snapshot_every: u64,
 }
 
 #[derive(Args)]
-struct At {
+struct StoreArgs {
     /// The store: raft://HOST:PORT,HOST:PORT?keys=DIR
     #[arg(long)]
     store: String,
@@ -100,11 +100,11 @@ struct At {
 }
 
 #[derive(Subcommand)]
-enum Change {
+enum MemberCommand {
     /// Add a member that was started with --join. Its certificate must be in members/ of all others, and theirs in its own.
     Add {
         #[command(flatten)]
-        at: At,
+        at: StoreArgs,
         /// Its number.
         id: NodeId,
         /// Where the others reach it, HOST:PORT.
@@ -114,7 +114,7 @@ enum Change {
     /// Remove a member.
     Remove {
         #[command(flatten)]
-        at: At,
+        at: StoreArgs,
         /// Its number.
         id: NodeId,
     },
@@ -127,7 +127,7 @@ fn parse_peer(text: &str) -> Result<(NodeId, String), String> {
 }
 
 fn main() -> ExitCode {
-    match run(Command::parse().verb) {
+    match run(StoreCli::parse().verb) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("vmft-store: {}", chain(&*error));
@@ -136,31 +136,31 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(verb: Verb) -> Result<(), Box<dyn Error>> {
+fn run(verb: StoreCommand) -> Result<(), Box<dyn Error>> {
     // One thread: a verdict is a chain of small steps, and each one that another thread takes costs a wake-up.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         match verb {
-            Verb::Serve(serve) => {
+            StoreCommand::Serve(serve) => {
                 let settings = settings(serve)?;
                 tokio::select! {
                     ended = server::serve(settings) => Ok(ended?),
                     interrupted = tokio::signal::ctrl_c() => Ok(interrupted?),
                 }
             }
-            Verb::Status { at, json } => status(&at, json).await,
-            Verb::Member { change: Change::Add { at, id, address } } => {
-                Ok(store(&at)?.1.change_members(Ask::AddMember(id, address), deadline(&at)).await?)
+            StoreCommand::Status { at, json } => status(&at, json).await,
+            StoreCommand::Member { change: MemberCommand::Add { at, id, address } } => {
+                Ok(store(&at)?.1.change_members(StoreRequest::AddMember(id, address), deadline(&at)).await?)
             }
-            Verb::Member { change: Change::Remove { at, id } } => {
-                Ok(store(&at)?.1.change_members(Ask::RemoveMember(id), deadline(&at)).await?)
+            StoreCommand::Member { change: MemberCommand::Remove { at, id } } => {
+                Ok(store(&at)?.1.change_members(StoreRequest::RemoveMember(id), deadline(&at)).await?)
             }
-            Verb::Keys { dir, members, clients } => Ok(keys::make_set(&dir, &members, &clients)?),
+            StoreCommand::Keys { dir, members, clients } => Ok(keys::make_set(&dir, &members, &clients)?),
         }
     })
 }
 
-fn settings(serve: Serve) -> Result<Settings, Box<dyn Error>> {
+fn settings(serve: ServeArgs) -> Result<ServerSettings, Box<dyn Error>> {
     let peers: BTreeMap<_, _> = serve.peers.iter().cloned().collect();
     if peers.len() != serve.peers.len() {
         return Err("--peers names a number twice".into());
@@ -168,7 +168,7 @@ fn settings(serve: Serve) -> Result<Settings, Box<dyn Error>> {
     if !serve.join && !peers.contains_key(&serve.id) {
         return Err(format!("--peers must name this member, {}, too; or use --join", serve.id).into());
     }
-    Ok(Settings {
+    Ok(ServerSettings {
         id: serve.id,
         listen: serve.listen,
         peers,
@@ -177,15 +177,15 @@ fn settings(serve: Serve) -> Result<Settings, Box<dyn Error>> {
         cluster: serve.cluster,
         join: serve.join,
         metrics: serve.metrics,
-        timing: Timing { heartbeat_ms: serve.heartbeat_ms, snapshot_every: serve.snapshot_every },
+        timing: RaftTiming { heartbeat_ms: serve.heartbeat_ms, snapshot_every: serve.snapshot_every },
     })
 }
 
-fn deadline(at: &At) -> Instant {
+fn deadline(at: &StoreArgs) -> Instant {
     Instant::now() + Duration::from_secs(at.patience)
 }
 
-fn store(at: &At) -> Result<(Vec<String>, RaftStore), Box<dyn Error>> {
+fn store(at: &StoreArgs) -> Result<(Vec<String>, RaftStore), Box<dyn Error>> {
     match at.store.parse().map_err(StoreError::Url)? {
         StoreUrl::Raft { nodes, keys, cluster } => {
             Ok((nodes.clone(), RaftStore::new(nodes, Keys::load(&keys).map_err(StoreError::Keys)?, cluster)?))
@@ -194,7 +194,7 @@ fn store(at: &At) -> Result<(Vec<String>, RaftStore), Box<dyn Error>> {
     }
 }
 
-async fn status(at: &At, json: bool) -> Result<(), Box<dyn Error>> {
+async fn status(at: &StoreArgs, json: bool) -> Result<(), Box<dyn Error>> {
     let (nodes, store) = store(at)?;
     let mut found = vec![];
     for node in nodes {
@@ -218,7 +218,7 @@ async fn status(at: &At, json: bool) -> Result<(), Box<dyn Error>> {
     if reached { Ok(()) } else { Err("no node answered".into()) }
 }
 
-fn show(node: &str, status: &Result<Status, NodeError>, took: Duration) {
+fn show(node: &str, status: &Result<NodeStatus, NodeError>, took: Duration) {
     let status = match status {
         Ok(status) => status,
         Err(error) => return println!("{node}  {error}"),

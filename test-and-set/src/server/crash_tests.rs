@@ -12,12 +12,12 @@ use rand::{RngExt, SeedableRng};
 use redb::StorageBackend;
 
 use crate::names::{Generation, Incarnation, VmName};
-use crate::record::{Command, Member, Members, Reply};
-use crate::server::disk::{Disk, DiskError};
-use crate::server::peers::Peers;
+use crate::record::{Command, CommandReply, Member, Members};
+use crate::server::disk::{DiskError, MemberDisk};
+use crate::server::peers::OtherMembers;
 use crate::server::raft::testing::{append_ask, is_granted, vote_ask};
-use crate::server::raft::{Raft, Timing};
-use crate::wire::{NodeId, PeerAnswer, PeerAsk};
+use crate::server::raft::{Raft, RaftTiming};
+use crate::wire::{NodeId, PeerRequest, PeerResponse};
 
 const SECTOR: usize = 512;
 
@@ -130,15 +130,15 @@ fn sim(files: [File; 2], stop_at: u64) -> Arc<Mutex<Sim>> {
 async fn start(
     sim: &Arc<Mutex<Sim>>,
     members: &[NodeId],
-    timing: Timing,
-) -> Result<(Raft, Arc<Disk>), String> {
+    timing: RaftTiming,
+) -> Result<(Raft, Arc<MemberDisk>), String> {
     let backend = |file| Backend { sim: sim.clone(), file };
-    let opened = Disk::open_on(backend(0), backend(1), &"crash".parse().unwrap(), 1);
+    let opened = MemberDisk::open_on(backend(0), backend(1), &"crash".parse().unwrap(), 1);
     let disk = Arc::new(opened.map_err(|e: DiskError| e.to_string())?);
-    let peers = Arc::new(Peers::new(1, disk.clone(), None).map_err(|e| e.to_string())?);
+    let peers = Arc::new(OtherMembers::new(1, disk.clone(), None).map_err(|e| e.to_string())?);
     let raft = Raft::start(1, disk.clone(), peers, timing).await.map_err(|e| e.to_string())?;
     let members: BTreeMap<_, _> = members.iter().map(|id| (*id, format!("nowhere:{id}"))).collect();
-    match raft.form(&members).await {
+    match raft.initialize(&members).await {
         Ok(()) => Ok((raft, disk)),
         Err(error) => {
             raft.stop().await;
@@ -167,19 +167,19 @@ fn at_every_step<S: Default>(
     unreachable!("a session ends")
 }
 
-const QUICK: Timing = Timing { heartbeat_ms: 10, snapshot_every: 8 };
+const QUICK: RaftTiming = RaftTiming { heartbeat_ms: 10, snapshot_every: 8 };
 
 fn members_of(who: Incarnation) -> Members {
     Members { primary: Member::new(who), backup: None }
 }
 
 /// A command, as long as there is no leader again and again.
-async fn command(raft: &Raft, vm: &VmName, command: Command) -> Option<Reply> {
+async fn command(raft: &Raft, vm: &VmName, command: Command) -> Option<CommandReply> {
     let begun = Instant::now();
     while begun.elapsed() < Duration::from_secs(20) {
         match raft.command(vm.clone(), command.clone()).await {
             Ok(reply) => return Some(reply),
-            Err(crate::wire::Failure::NotLeader(_) | crate::wire::Failure::NoQuorum) => {
+            Err(crate::wire::RequestFailure::NotLeader(_) | crate::wire::RequestFailure::NoQuorum) => {
                 tokio::time::sleep(Duration::from_millis(2)).await;
             }
             Err(_) => return None,
@@ -208,9 +208,9 @@ fn no_committed_verdict_is_lost() {
         for (vm, who) in won {
             let other = Incarnation::random();
             let again = command(&raft, vm, Command::Take { generation: Generation::FIRST, who: *who }).await;
-            assert_eq!(again, Some(Reply::Won), "{vm} of {} verdicts", won.len());
+            assert_eq!(again, Some(CommandReply::Won), "{vm} of {} verdicts", won.len());
             let stale = command(&raft, vm, Command::Take { generation: Generation::FIRST, who: other }).await;
-            assert_eq!(stale, Some(Reply::Stale));
+            assert_eq!(stale, Some(CommandReply::Stale));
         }
         raft.stop().await;
     };
@@ -231,14 +231,14 @@ struct Promises {
 
 #[test]
 fn no_vote_is_given_twice_and_no_acknowledged_entry_is_lost() {
-    let ask = async |raft: &Raft, ask: PeerAsk| match raft.answer(ask, &Default::default()).await {
-        PeerAnswer::Done(bytes) => Some(bytes),
-        PeerAnswer::Failed(_) => None,
+    let ask = async |raft: &Raft, ask: PeerRequest| match raft.answer(ask, &Default::default()).await {
+        PeerResponse::Done(bytes) => Some(bytes),
+        PeerResponse::Failed(_) => None,
     };
-    let timing = Timing { heartbeat_ms: 10, snapshot_every: 1000 };
+    let timing = RaftTiming { heartbeat_ms: 10, snapshot_every: 1000 };
     let session = async |sim: &Arc<Mutex<Sim>>, promised: &mut Promises| {
         let Ok((raft, _)) = start(sim, &[1, 2, 3], timing).await else { return };
-        raft.never_elect();
+        raft.disable_elections();
         for term in 2..8 {
             let Some(answer) = ask(&raft, vote_ask(term, 3, 1000)).await else { break };
             assert!(is_granted(&answer), "term {term}");
@@ -258,7 +258,7 @@ fn no_vote_is_given_twice_and_no_acknowledged_entry_is_lost() {
     };
     let check = async |sim: &Arc<Mutex<Sim>>, promised: &Promises| {
         let (raft, disk) = start(sim, &[1, 2, 3], timing).await.expect("the member must come back");
-        raft.never_elect();
+        raft.disable_elections();
         let entries = disk.read(1..).unwrap().len() as u64;
         assert!(entries >= promised.index, "{entries} entries are left of {}", promised.index);
         for term in &promised.votes {

@@ -1,7 +1,7 @@
-//! What a member keeps on its disk: the Raft log, its vote and identity in one redb file, the snapshot in another.
+//! A member's data on the disk: the Raft log, its vote and its identity in one redb file, the snapshot in another.
 //!
-//! Two files, because redb has one writer for each: a large snapshot being written must not hold up the log. Every change here
-//! is on the disk (fsync) when the call returns.
+//! There are two files because redb has one writer for each: writing a large snapshot must not delay the log. Every change is on
+//! the disk (fsync) when the call returns.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -18,43 +18,43 @@ const LOG: TableDefinition<u64, &[u8]> = TableDefinition::new("log");
 const META: TableDefinition<&str, &[u8]> = TableDefinition::new("meta");
 const DATA_OF: TableDefinition<NodeId, u128> = TableDefinition::new("data_of");
 
-/// Bytes of each file that redb may keep in memory.
+/// How many bytes of each file redb may cache in memory.
 const CACHE_BYTES: usize = 16 << 20;
-/// Free space, beside that for another snapshot, under which no commands are taken: votes and snapshots must still fit.
+/// No commands are accepted if less than this is free beside the room for another snapshot: votes and snapshots must still fit.
 const RESERVE_BYTES: u64 = 32 << 20;
 
-/// What is wrong with a member's data.
+/// Why a member's data cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum DiskError {
-    /// The database failed: look at the disk, free space if it is full, then start the node again.
-    #[error("the node's database failed: {0}")]
+    /// The database failed: check the disk, free space if it is full, then start the member again.
+    #[error("the member's database failed: {0}")]
     Database(Box<redb::Error>),
     /// The directory cannot be used.
-    #[error("{path}")]
+    #[error("cannot open or write {path}")]
     Io {
         /// The directory or file.
         path: PathBuf,
         /// What happened.
         source: io::Error,
     },
-    /// The directory belongs to another node: correct --data, --id or --cluster.
+    /// The directory belongs to another member: correct --data, --id or --cluster.
     #[error("the data belongs to {found}, not to {wanted}: correct --data, --id or --cluster")]
     OtherNode {
-        /// Whose it is.
+        /// The member that it belongs to.
         found: String,
-        /// Who asks.
+        /// This member.
         wanted: String,
     },
     /// The thread that writes the log cannot be started.
-    #[error("the thread that writes the log cannot be started")]
+    #[error("cannot start the thread that writes the log")]
     Thread(#[source] io::Error),
-    /// An earlier write of the log has failed, as was said then.
-    #[error("an earlier write of the log has failed")]
+    /// An earlier write of the log has failed; its error was logged then.
+    #[error("an earlier write of the log has failed; see the message about it")]
     NotFlushed,
     /// A stored value cannot be decoded.
-    #[error("the stored {what} cannot be decoded")]
+    #[error("cannot decode the stored {what}")]
     Decode {
-        /// Which.
+        /// The value's name.
         what: &'static str,
         /// Why.
         source: postcard::Error,
@@ -67,29 +67,29 @@ impl<E: Into<redb::Error>> From<E> for DiskError {
     }
 }
 
-/// A snapshot as it is stored.
+/// An encoded snapshot.
 pub struct StoredSnapshot {
-    /// Its description.
+    /// Its metadata.
     pub meta: Vec<u8>,
     /// The state.
     pub state: Vec<u8>,
 }
 
 /// A member's data.
-pub struct Disk {
+pub struct MemberDisk {
     log: Database,
     snapshots: Database,
-    /// `None` for a disk that is not a directory.
+    /// `None` if the data is not in a directory, as in tests.
     dir: Option<PathBuf>,
     data: CopyId,
 }
 
-/// The first bytes of a database; redb writes them last when it makes one.
+/// The length of the magic number at the start of a database, which redb writes last when it makes one.
 const MAGIC_BYTES: usize = 9;
 
 fn open(backend: impl StorageBackend) -> Result<Database, DiskError> {
     let failed = |error| DiskError::from(redb::StorageError::Io(error));
-    // A database without its magic was never finished, so nothing was ever in it.
+    // A database without its magic number was never completed, so it has no content.
     let mut magic = [0; MAGIC_BYTES];
     let len = backend.len().map_err(failed)?;
     let readable = magic.len().min(usize::try_from(len).unwrap_or(usize::MAX));
@@ -100,8 +100,8 @@ fn open(backend: impl StorageBackend) -> Result<Database, DiskError> {
     Ok(Builder::new().set_cache_size(CACHE_BYTES).create_with_backend(backend)?)
 }
 
-impl Disk {
-    /// Opens a directory, making it if it does not exist. One process may have it open.
+impl MemberDisk {
+    /// Opens the data in a directory, which is made if it does not exist. Only one process may have it open.
     pub fn open(dir: &Path, cluster: &ClusterName, id: NodeId) -> Result<Self, DiskError> {
         let at = |path: &Path| {
             let path = path.to_owned();
@@ -116,13 +116,13 @@ impl Disk {
             redb::backends::FileBackend::new(file).map_err(DiskError::from)
         };
         let mut disk = Self::open_on(file("log.redb")?, file("snapshot.redb")?, cluster, id)?;
-        // The files' names must be on the disk as well.
+        // The directory's entries must be on the disk, too.
         fs::File::open(dir).and_then(|d| d.sync_all()).map_err(at(dir))?;
         disk.dir = Some(dir.to_owned());
         Ok(disk)
     }
 
-    /// Opens a disk on backends of the caller's.
+    /// Opens data on the given backends.
     pub fn open_on(
         log: impl StorageBackend,
         snapshots: impl StorageBackend,
@@ -160,12 +160,12 @@ impl Disk {
         Ok(Self { log, snapshots, dir: None, data })
     }
 
-    /// The id of this data, made when it was empty.
+    /// The id of this data, which was made with it.
     pub fn data(&self) -> CopyId {
         self.data
     }
 
-    /// Appends encoded entries to the log, by index.
+    /// Appends encoded entries, with their indexes, to the log.
     pub fn append(&self, entries: &[(u64, Vec<u8>)]) -> Result<(), DiskError> {
         let write = self.log.begin_write()?;
         {
@@ -177,14 +177,14 @@ impl Disk {
         Ok(write.commit()?)
     }
 
-    /// Removes the log from this index on.
+    /// Removes the entries from this index on.
     pub fn truncate(&self, from: u64) -> Result<(), DiskError> {
         let write = self.log.begin_write()?;
         write.open_table(LOG)?.retain_in(from.., |_, _| false)?;
         Ok(write.commit()?)
     }
 
-    /// Removes the log up to and with this index, and keeps `purged` as a value of that name.
+    /// Removes the entries up to and including this index, and stores `purged` as the value of that name.
     pub fn purge(&self, upto: u64, purged: &[u8]) -> Result<(), DiskError> {
         let write = self.log.begin_write()?;
         write.open_table(LOG)?.retain_in(..=upto, |_, _| false)?;
@@ -192,7 +192,7 @@ impl Disk {
         Ok(write.commit()?)
     }
 
-    /// Encoded entries of the log.
+    /// The encoded entries in a range of indexes.
     pub fn read(&self, range: impl RangeBounds<u64>) -> Result<Vec<Vec<u8>>, DiskError> {
         let log = self.log.begin_read()?.open_table(LOG)?;
         log.range(range)?.map(|entry| Ok(entry?.1.value().to_vec())).collect()
@@ -204,20 +204,20 @@ impl Disk {
         Ok(log.last()?.map(|(_, entry)| entry.value().to_vec()))
     }
 
-    /// A value by its name.
+    /// The value stored under this name.
     pub fn get(&self, name: &str) -> Result<Option<Vec<u8>>, DiskError> {
         let meta = self.log.begin_read()?.open_table(META)?;
         Ok(meta.get(name)?.map(|v| v.value().to_vec()))
     }
 
-    /// Keeps a value.
+    /// Stores a value under this name.
     pub fn put(&self, name: &str, value: &[u8]) -> Result<(), DiskError> {
         let write = self.log.begin_write()?;
         write.open_table(META)?.insert(name, value)?;
         Ok(write.commit()?)
     }
 
-    /// The data that each other member is known to have.
+    /// The id of the data that each other member is known to have.
     pub fn data_of_members(&self) -> Result<BTreeMap<NodeId, u128>, DiskError> {
         let table = self.log.begin_read()?.open_table(DATA_OF)?;
         table
@@ -226,7 +226,7 @@ impl Disk {
             .collect()
     }
 
-    /// Keeps or forgets the data that a member is known to have.
+    /// Stores or forgets the id of the data that a member is known to have.
     pub fn set_data_of_member(&self, id: NodeId, data: Option<CopyId>) -> Result<(), DiskError> {
         let write = self.log.begin_write()?;
         {
@@ -239,7 +239,7 @@ impl Disk {
         Ok(write.commit()?)
     }
 
-    /// Keeps a snapshot in place of the last one.
+    /// Stores a snapshot, which replaces the previous one.
     pub fn put_snapshot(&self, meta: &[u8], state: &[u8]) -> Result<(), DiskError> {
         let write = self.snapshots.begin_write()?;
         {
@@ -250,7 +250,7 @@ impl Disk {
         Ok(write.commit()?)
     }
 
-    /// The snapshot.
+    /// The stored snapshot.
     pub fn snapshot(&self) -> Result<Option<StoredSnapshot>, DiskError> {
         let table = self.snapshots.begin_read()?.open_table(META)?;
         let (meta, state) = (table.get("meta")?, table.get("state")?);
@@ -260,7 +260,7 @@ impl Disk {
         }))
     }
 
-    /// Free bytes for this node's data, and the bytes that its files have.
+    /// The number of free bytes on the disk of the data, and the size of its files in bytes.
     pub fn space(&self) -> (u64, u64) {
         let Some(dir) = &self.dir else { return (u64::MAX, 0) };
         let free = rustix::fs::statvfs(dir).map_or(0, |fs| fs.f_bavail * fs.f_frsize);
@@ -269,10 +269,10 @@ impl Disk {
         (free, used.iter().sum())
     }
 
-    /// Whether there is too little space to take commands.
+    /// Whether there is too little space to accept commands.
     pub fn is_full(&self) -> bool {
         let (free, used) = self.space();
-        // The files may hold two snapshots at once while one is replaced, so their size bounds what another one needs.
+        // While a snapshot is replaced the file holds both, so another one needs at most half of the files' size.
         free < RESERVE_BYTES.saturating_add(used / 2)
     }
 }

@@ -7,9 +7,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 
-use crate::server::Node;
+use crate::server::node::Node;
 
-/// Scrapes at once; more are closed unheard.
+/// The largest number of scrapes at once; more are closed at once.
 const SCRAPES_MAX: usize = 8;
 const REQUEST_BYTES_MAX: usize = 4096;
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -25,7 +25,7 @@ pub async fn serve(node: Arc<Node>, listener: TcpListener) {
         let Ok(slot) = slots.clone().try_acquire_owned() else { continue };
         let node = node.clone();
         tokio::spawn(async move {
-            // A scrape that fails is the scraper's to repeat.
+            // Prometheus repeats a scrape that fails.
             tokio::time::timeout(PATIENCE, answer(&node, tcp)).await.ok();
             drop(slot);
         });
@@ -43,7 +43,7 @@ async fn answer(node: &Node, mut tcp: TcpStream) -> std::io::Result<()> {
         let (free, used) = node.disk.space();
         ("200 OK", node.stats.prometheus(&node.raft.view(), free, used))
     } else {
-        ("404 Not Found", "only GET /metrics is here\n".into())
+        ("404 Not Found", "this address serves only GET /metrics\n".into())
     };
     let head = format!(
         "HTTP/1.1 {status}\r\nContent-Type: text/plain; version=0.0.4\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",

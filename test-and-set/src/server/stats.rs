@@ -1,27 +1,27 @@
-//! What a node counts, and how it shows it to Prometheus.
+//! The counters of a member, and their text for Prometheus.
 
 use std::fmt::Write;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
-use crate::server::raft::View;
+use crate::server::raft::RaftView;
 
-/// Upper ends of the buckets of a latency, in microseconds: each is √2 times the one before, so a quantile is exact to that.
+/// The upper bounds of the buckets, in microseconds: each is √2 times the one before, so a quantile is exact to that factor.
 const BUCKETS_US: [u64; 30] = [
     50, 71, 100, 141, 200, 283, 400, 566, 800, 1131, 1600, 2263, 3200, 4525, 6400, 9051, 12800, 18102, 25600,
     36204, 51200, 72408, 102400, 144815, 204800, 289631, 409600, 579262, 819200, 1158524,
 ];
 
-/// How long something took, over the life of the process.
+/// A histogram of durations since the process started.
 #[derive(Debug, Default)]
-pub struct Latency {
+pub struct LatencyHistogram {
     buckets: [AtomicU64; BUCKETS_US.len()],
     count: AtomicU64,
     sum_us: AtomicU64,
 }
 
-impl Latency {
-    /// Counts one.
+impl LatencyHistogram {
+    /// Adds a duration.
     pub fn add(&self, took: Duration) {
         let us = took.as_micros().try_into().unwrap_or(u64::MAX);
         if let Some(bucket) = BUCKETS_US.iter().position(|end| us <= *end) {
@@ -31,12 +31,12 @@ impl Latency {
         self.count.fetch_add(1, Relaxed);
     }
 
-    /// How many were counted.
+    /// The number of durations added.
     pub fn count(&self) -> u64 {
         self.count.load(Relaxed)
     }
 
-    /// The end of the bucket, in microseconds, at or under which this part of all lies; 0 if none were counted.
+    /// The upper bound, in microseconds, of the first bucket at or below which this part of all durations lies; 0 if there are none.
     pub fn quantile_us(&self, part: f64) -> u64 {
         let wanted = (self.count() as f64 * part).ceil() as u64;
         let mut seen = 0;
@@ -50,24 +50,24 @@ impl Latency {
     }
 }
 
-/// What a node counts.
+/// The counters of a member.
 #[derive(Debug, Default)]
-pub struct Stats {
-    /// Commands that were applied here as the leader.
-    pub commands: Latency,
-    /// Linearizable reads that were answered here.
-    pub reads: Latency,
-    /// Questions that had no answer.
+pub struct NodeStats {
+    /// Commands that this member applied as the leader.
+    pub commands: LatencyHistogram,
+    /// Linearizable reads that this member answered.
+    pub reads: LatencyHistogram,
+    /// Requests that could not be answered.
     pub failures: AtomicU64,
-    /// Connections that are open.
+    /// Open connections.
     pub connections: AtomicU64,
-    /// Connections that were refused or closed for a fault in what they sent.
+    /// Connections that were refused, or closed because of invalid bytes.
     pub connections_faulty: AtomicU64,
 }
 
-impl Stats {
+impl NodeStats {
     /// The Prometheus text format, version 0.0.4.
-    pub fn prometheus(&self, view: &View, free_bytes: u64, data_bytes: u64) -> String {
+    pub fn prometheus(&self, view: &RaftView, free_bytes: u64, data_bytes: u64) -> String {
         let mut out = String::new();
         let mut value = |name: &str, kind: &str, help: &str, value: u64| {
             write!(
@@ -116,7 +116,7 @@ impl Stats {
     }
 }
 
-fn histogram(out: &mut String, name: &str, help: &str, latency: &Latency) -> std::fmt::Result {
+fn histogram(out: &mut String, name: &str, help: &str, latency: &LatencyHistogram) -> std::fmt::Result {
     write!(out, "# HELP vmft_store_{name} {help}\n# TYPE vmft_store_{name} histogram\n")?;
     let mut seen = 0;
     for (bucket, end) in latency.buckets.iter().zip(BUCKETS_US) {
@@ -134,7 +134,7 @@ mod tests {
 
     #[test]
     fn quantiles_are_the_ends_of_buckets() {
-        let latency = Latency::default();
+        let latency = LatencyHistogram::default();
         assert_eq!(latency.quantile_us(0.5), 0);
         (0..99).for_each(|_| latency.add(Duration::from_micros(60)));
         latency.add(Duration::from_micros(900));

@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 
 use test_and_set::keys::{self, Keys};
 use test_and_set::names::{Generation, VmName};
-use test_and_set::store::Verdict;
+use test_and_set::record::Verdict;
 use test_and_set::tls;
-use test_and_set::wire::{self, Hello, Welcome};
+use test_and_set::wire::{self, StoreHello, Welcome};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
@@ -77,7 +77,7 @@ impl Attack {
     /// A client with a good certificate, behind its greeting.
     async fn greeted(&self) -> std::io::Result<TlsStream<TcpStream>> {
         let mut stream = self.connect(&self.friend).await?;
-        let hello = Hello { cluster: "vmft".parse().expect("a name"), member: None };
+        let hello = StoreHello { cluster: "vmft".parse().expect("a name"), member: None };
         let greet = async {
             wire::write_greeting(&mut stream, &hello).await?;
             wire::read_greeting::<Welcome>(&mut stream).await

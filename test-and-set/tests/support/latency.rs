@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use test_and_set::etcd::EtcdStore;
 use test_and_set::names::{Generation, Incarnation, VmName};
-use test_and_set::record::{Member, Members};
-use test_and_set::store::{TestAndSet, Verdict};
+use test_and_set::record::{Member, Members, Verdict};
+use test_and_set::store::TestAndSet;
 
 use super::{Cluster, Etcd, client};
 

@@ -213,23 +213,22 @@ impl ZooKeeper {
 }
 
 /// The part of the store that a plain thread uses.
-pub fn blocking_suite(store: &test_and_set::blocking::Blocking) {
+pub fn blocking_suite(store: &test_and_set::blocking::BlockingStore) {
     use test_and_set::names::{Generation, Incarnation};
-    use test_and_set::record::{Member, Members};
-    use test_and_set::store::{Outcome, Verdict};
+    use test_and_set::record::{Applied, Member, Members, Verdict};
     let patience = Duration::from_secs(10);
     let [a, b] = [Incarnation::random(), Incarnation::random()];
     let members = Members { primary: Member::new(a), backup: Some(Member::new(b)) };
     let vm = "plain".parse().expect("a name");
     let first = Generation::FIRST;
-    assert_eq!(store.open(&vm, first, &members, patience).expect("open"), Outcome::Done);
+    assert_eq!(store.open(&vm, first, &members, patience).expect("open"), Applied::Done);
     let (tell, told) = std::sync::mpsc::channel();
     store.begin_take(vm.clone(), first, a, patience, move |verdict| tell.send(verdict).expect("a receiver"));
     assert!(matches!(told.recv_timeout(patience), Ok(Verdict::Won)));
     assert!(matches!(store.take(&vm, first, b, patience), Verdict::Lost(holder) if holder == a));
     assert_eq!(store.get(&vm, patience).expect("get").and_then(|r| r.holder()), Some(a));
     assert_eq!(store.list(None, patience).expect("list").len(), 1);
-    assert_eq!(store.forget(&vm, first, patience).expect("forget"), Outcome::Done);
+    assert_eq!(store.forget(&vm, first, patience).expect("forget"), Applied::Done);
 }
 
 /// A test that is skipped, and says why, where something that it needs is missing: in the file named by VMFT_SKIPPED

@@ -11,10 +11,10 @@ use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{RngExt, SeedableRng};
 use rustix::process::{Pid, Signal, kill_process};
-use test_and_set::checker::{self, Call, Operation, Seen};
+use test_and_set::checker::{self, Call, Observed, Operation};
 use test_and_set::keys;
 use test_and_set::names::{Generation, Incarnation, VmName};
-use test_and_set::record::{Command, Member, Members, Phase, Record, Reply};
+use test_and_set::record::{Command, CommandReply, Member, Members, VmPhase, VmRecord};
 use test_and_set::store::TestAndSet;
 
 use super::net::Net;
@@ -175,7 +175,7 @@ impl Members3<'_> {
 #[derive(Clone)]
 struct Known {
     vm: VmName,
-    record: Option<Record>,
+    record: Option<VmRecord>,
     calls: usize,
 }
 
@@ -199,12 +199,14 @@ impl Workload {
     }
 
     /// Calls, and notes what was seen and when.
-    async fn call(&self, vm: &VmName, call: Call) -> Option<Seen> {
+    async fn call(&self, vm: &VmName, call: Call) -> Option<Observed> {
         let deadline = Instant::now() + PATIENCE;
         let begun = self.now();
         let seen = match &call {
-            Call::Command(command) => self.store.command(vm, command, deadline).await.ok().map(Seen::Reply),
-            Call::Get => self.store.get(vm, deadline).await.ok().map(Seen::Record),
+            Call::Command(command) => {
+                self.store.command(vm, command, deadline).await.ok().map(Observed::Reply)
+            }
+            Call::Get => self.store.get(vm, deadline).await.ok().map(Observed::Record),
         };
         let ended = seen.clone().map(|seen| (self.now(), seen));
         // A get without an answer says nothing.
@@ -227,10 +229,10 @@ impl Workload {
         };
         let call = match &record {
             None => opening(Generation::FIRST, fresh()),
-            Some(Record { generation, phase: Phase::Forgotten, .. }) => {
+            Some(VmRecord { generation, phase: VmPhase::Forgotten, .. }) => {
                 opening(generation.next().expect("a next generation"), fresh())
             }
-            Some(Record { generation, phase: Phase::Open { members, holder }, .. }) => {
+            Some(VmRecord { generation, phase: VmPhase::Open { members, holder }, .. }) => {
                 let backup = members.backup.as_ref().expect("a backup").incarnation;
                 let member = *[members.primary.incarnation, backup].choose(random).expect("two");
                 match random.random_range(0..100) {
@@ -254,10 +256,10 @@ impl Workload {
         };
         let seen = self.call(&vm, call).await;
         let record = match seen {
-            Some(Seen::Record(record)) => record,
+            Some(Observed::Record(record)) => record,
             // Everything else is learned by looking.
             _ => match self.call(&vm, Call::Get).await {
-                Some(Seen::Record(record)) => record,
+                Some(Observed::Record(record)) => record,
                 _ => return,
             },
         };
@@ -275,12 +277,12 @@ impl Workload {
         vms[at].clone()
     }
 
-    fn learn(&self, at: usize, vm: &VmName, record: Option<Record>) {
+    fn learn(&self, at: usize, vm: &VmName, record: Option<VmRecord>) {
         let mut known = self.known.lock().expect("what is known");
         let known = &mut known.0[at];
-        let age = |record: &Option<Record>| {
+        let age = |record: &Option<VmRecord>| {
             let record = record.as_ref()?;
-            Some((record.generation, record.phase == Phase::Forgotten, record.holder().is_some()))
+            Some((record.generation, record.phase == VmPhase::Forgotten, record.holder().is_some()))
         };
         if known.vm == *vm && age(&record) > age(&known.record) {
             known.record = record;
@@ -332,7 +334,10 @@ pub fn run(plan: &Plan) -> Outcome {
         calls: calls.len(),
         unknown: calls.iter().filter(|c| c.ended.is_none()).count(),
         vms: history.len(),
-        won: calls.iter().filter(|c| matches!(c.ended, Some((_, Seen::Reply(Reply::Won))))).count(),
+        won: calls
+            .iter()
+            .filter(|c| matches!(c.ended, Some((_, Observed::Reply(CommandReply::Won)))))
+            .count(),
         faults,
         took: begun.elapsed(),
     };
@@ -373,8 +378,10 @@ fn one_winner_of_each_generation(history: &BTreeMap<VmName, Vec<Operation>>) {
     let mut winners: BTreeMap<(&VmName, Generation), BTreeSet<Incarnation>> = BTreeMap::new();
     for (vm, calls) in history {
         for call in calls {
-            if let (Call::Command(Command::Take { generation, who }), Some((_, Seen::Reply(Reply::Won)))) =
-                (&call.call, &call.ended)
+            if let (
+                Call::Command(Command::Take { generation, who }),
+                Some((_, Observed::Reply(CommandReply::Won))),
+            ) = (&call.call, &call.ended)
             {
                 winners.entry((vm, *generation)).or_default().insert(*who);
             }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use test_and_set::names::{Generation, Incarnation, VmName};
-use test_and_set::store::Verdict;
+use test_and_set::record::Verdict;
 
 use super::latency::open;
 use super::{Cluster, client};

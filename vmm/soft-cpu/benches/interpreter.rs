@@ -1,14 +1,15 @@
-//! Millions of guest instructions a second for loops of a kind each.
+//! Measures the speed of the interpreter, in millions of guest instructions per second, for several kinds of
+//! loops.
 //!
-//! `cargo bench -p vmft-soft-cpu` prints them all; a word after `--` chooses those whose name has it. Each figure
-//! is the best of many short slices, so that it says what the interpreter does and not how busy the host is.
+//! `cargo bench -p soft-cpu` runs them all; a word after `--` selects those whose name contains it. Each
+//! figure is the best of many short slices, so that it depends little on how busy the host is.
 #![allow(clippy::disallowed_methods, clippy::disallowed_types)]
 
 use std::time::{Duration, Instant};
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
-use vmft_soft_cpu::{Exit, RunLimit};
+use soft_cpu::{CpuExit, RunLimit};
 
 #[path = "../tests/guest/mod.rs"]
 mod guest;
@@ -47,7 +48,7 @@ fn register_loop(a: &mut CodeAssembler) -> Result<(), IcedError> {
     a.jmp(top)
 }
 
-/// Short blocks: a branch in three instructions, half of them taken.
+/// Short blocks: every third instruction is a branch, and half of the branches are taken.
 fn branch_loop(a: &mut CodeAssembler) -> Result<(), IcedError> {
     let mut top = a.create_label();
     let mut even = a.create_label();
@@ -183,7 +184,7 @@ fn double_loop(a: &mut CodeAssembler) -> Result<(), IcedError> {
     a.jmp(top)
 }
 
-/// The best rate of a slice, instructions a second.
+/// The best rate of all slices, in instructions per second.
 fn measure(program: Program) -> f64 {
     let mut g = Guest::asm(program);
     g.cpu.restore(&g.state);
@@ -192,7 +193,7 @@ fn measure(program: Program) -> f64 {
     while Instant::now() < end {
         let limit = RunLimit { until: g.cpu.retired() + SLICE, interrupt_window: false };
         let start = Instant::now();
-        assert_eq!(g.cpu.run(&mut g.ram, &limit), Exit::Reached);
+        assert_eq!(g.cpu.run(&mut g.ram, &limit), CpuExit::Reached);
         best = best.min(start.elapsed());
     }
     SLICE as f64 / best.as_secs_f64()

@@ -1,54 +1,54 @@
 //! Decoded code, cached by physical address.
 //!
-//! The cache is invisible to the guest. A block belongs to one page of RAM and lives until something writes to
-//! decoded bytes of that page, through whatever alias. Instructions that cross a page are found by their bytes,
-//! for where their second half lies depends on the linear address.
+//! The cache is invisible to the guest. A block belongs to one page of RAM and lives until something writes
+//! to decoded bytes of that page, by whatever linear address. Instructions that cross a page are looked up by
+//! their bytes, because where their second half lies depends on the linear address.
 
-use crate::decode::{BlockDecoder, Decoded, LENGTH_MAX, Place};
-use crate::insn::Insn;
+use crate::decode::{BlockDecoder, Decoded, LENGTH_MAX};
+use crate::insn::{Insn, PlaceInBlock};
 
 /// Sets of the table of blocks.
 const SETS: usize = 1 << 14;
-/// Blocks in a set: a cache line of them. One slot each would make some of a busy guest's blocks push each other out.
+/// Blocks in a set, which is a cache line. With one way some blocks of a busy guest would evict each other.
 const WAYS: usize = 4;
-/// Instructions kept before everything is dropped and decoded anew: bounds the memory, 32 bytes each.
+/// Instructions (32 bytes each) kept before everything is dropped and decoded again; this bounds the memory.
 const INSNS_MAX: usize = 1 << 17;
-/// Instructions in a block.
+/// Most instructions in a block.
 const BLOCK_MAX: usize = 32;
-/// Decoded instructions that cross a page which are kept.
+/// Entries of the cache of instructions that cross a page.
 const CROSSING: usize = 256;
 
-/// A straight run of instructions within one page, to the first that always jumps.
+/// Consecutive instructions within one page, up to the first unconditional jump.
 #[derive(Clone, Copy)]
 pub(crate) struct Block {
     /// RAM offset of its first byte.
     start: usize,
-    /// Where its instructions are in the arena.
+    /// Index of its first instruction in [`CodeCache::insns`].
     first: u32,
-    /// How many.
+    /// Number of instructions.
     pub(crate) count: u16,
-    /// Bytes.
+    /// Length in bytes.
     pub(crate) len: u16,
 }
 
-/// All blocks.
+/// All decoded blocks.
 pub(crate) struct CodeCache {
     table: Vec<[Block; WAYS]>,
     insns: Vec<Insn>,
-    /// How often the block that begins at an instruction has been run, up to `hot`; or [`NEVER`].
+    /// For each instruction that begins a block: how often the block has been run, up to `hot`; or [`NEVER`].
     heat: Vec<u8>,
-    /// Runs of a block before it is translated.
+    /// Number of runs after which a block is translated.
     hot: u8,
     /// Instructions that cross a page, with the bytes that they were decoded from.
     crossing: Vec<Option<([u8; LENGTH_MAX], Insn)>>,
 }
 
-/// What is to be done with a block where there is a translator.
+/// Whether a block is to be translated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Heat {
-    /// To be interpreted.
+    /// It is to be interpreted.
     Cold,
-    /// To be translated, unless that has been done.
+    /// It is to be translated, if it is not yet.
     Hot,
 }
 
@@ -80,8 +80,8 @@ impl CodeCache {
         self.table[set(start)].iter().find(|b| b.start == start).copied()
     }
 
-    /// Decodes the block at RAM offset `start` and marks the bytes in its page's `chunks` (64 bytes a bit).
-    /// `None` when its first instruction crosses the page.
+    /// Decodes the block at RAM offset `start` and marks its bytes in its page's `chunks` (a bit for each 64
+    /// bytes). `None` if its first instruction crosses the end of the page.
     pub(crate) fn decode(&mut self, ram: &[u8], start: usize, chunks: &mut u64) -> Option<Block> {
         if self.insns.len() > INSNS_MAX {
             self.clear();
@@ -93,15 +93,15 @@ impl CodeCache {
         let mut heat = 0;
         while self.insns.len() - first < BLOCK_MAX {
             let Decoded::Insn(insn, place) = decoder.decode() else { break };
-            if place == Place::Alone && at != start {
+            if place == PlaceInBlock::Alone && at != start {
                 break;
             }
-            if place == Place::Alone {
+            if place == PlaceInBlock::Alone {
                 heat = NEVER;
             }
             self.insns.push(insn);
             at += (insn.len as usize).max(1);
-            if place != Place::Middle {
+            if place != PlaceInBlock::Middle {
                 break;
             }
         }
@@ -121,7 +121,7 @@ impl CodeCache {
         Some(b)
     }
 
-    /// Drops the blocks of a page; `chunks` are those that have decoded code.
+    /// Drops the blocks of a page; `chunks` has a bit for each chunk with decoded code.
     pub(crate) fn invalidate(&mut self, page: usize, chunks: u64) {
         for chunk in (0..64).filter(|chunk| chunks >> chunk & 1 != 0) {
             let first = page * 4096 + chunk * 64;
@@ -133,14 +133,14 @@ impl CodeCache {
         }
     }
 
-    /// The instruction that `bytes` begin with, which lies across a page's end at RAM offset `start`.
+    /// The first instruction of `bytes`, which starts at RAM offset `start` and crosses the end of the page.
     pub(crate) fn crossing(&mut self, start: usize, bytes: &[u8; LENGTH_MAX]) -> Insn {
         let kept = &mut self.crossing[start / 4096 % CROSSING];
         match kept {
             Some((of, insn)) if of == bytes => *insn,
             _ => {
                 let Decoded::Insn(insn, _) = BlockDecoder::new(bytes).decode() else {
-                    unreachable!("15 bytes are never too few")
+                    unreachable!("no instruction is longer than {LENGTH_MAX} bytes")
                 };
                 *kept = Some((*bytes, insn));
                 insn
@@ -154,7 +154,7 @@ impl CodeCache {
         self.heat.clear();
     }
 
-    /// The block is about to be run once more.
+    /// Counts one more run of the block; returns whether it is to be translated.
     #[inline]
     pub(crate) fn warm(&mut self, b: &Block) -> Heat {
         match self.heat.get_mut(b.first as usize) {
@@ -167,13 +167,13 @@ impl CodeCache {
         }
     }
 
-    /// Blocks are to be translated when they are run for the `hot`th time, at least the first.
+    /// Sets after how many runs (at least one) blocks are to be translated.
     pub(crate) fn set_hot(&mut self, hot: u8) {
         self.hot = hot.clamp(1, NEVER - 1);
     }
 
-    /// The block could not be translated.
-    pub(crate) fn leave(&mut self, b: &Block) {
+    /// The block could not be translated, and is not to be tried again.
+    pub(crate) fn never_translate(&mut self, b: &Block) {
         self.heat[b.first as usize] = NEVER;
     }
 }

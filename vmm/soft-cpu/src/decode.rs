@@ -3,39 +3,27 @@
 use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction, OpKind, Register};
 
 use crate::exec;
-use crate::insn::{ADDR32, HIGH_BYTE, Handler, Insn, flag, threaded};
+use crate::insn::{ADDR32, Handler, Insn, PlaceInBlock, flag, register_index, threaded};
 use crate::state::{FS_BASE, GS_BASE, MINUS_2G, PLUS_2G, RIP_BASE, ZERO};
 
 /// Longest instruction, bytes (SDM 2, 2.3.11).
 pub const LENGTH_MAX: usize = 15;
 
-/// Where in a block an instruction may stand.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Place {
-    /// Anywhere.
-    Middle,
-    /// Last: it may change RIP.
-    Last,
-    /// Alone: its handler needs the exact count of retired instructions, may leave the CPU as a matter of
-    /// course, or changes how what follows is to be fetched.
-    Alone,
-}
-
-/// A decoded instruction and where it may stand, or that more bytes are needed to say.
+/// What [`BlockDecoder::decode`] has found.
 pub enum Decoded {
-    /// An instruction (an undefined one decodes to a handler that raises #UD).
-    Insn(Insn, Place),
-    /// The bytes end within the instruction.
+    /// An instruction and its place (an undefined one has a handler that raises #UD).
+    Insn(Insn, PlaceInBlock),
+    /// The bytes end before the instruction does.
     Cut,
 }
 
-/// Decodes one instruction after another, the first of a block first.
+/// Decodes the instructions of a block one after the other.
 pub struct BlockDecoder<'a> {
     decoder: Decoder<'a>,
     bytes: &'a [u8],
 }
 
-/// Hints of extensions that we do not have (CET, MPX, CLDEMOTE) are NOPs.
+/// Hint instructions of extensions that this CPU does not have (CET, MPX, CLDEMOTE) are NOPs.
 const OPTIONS: u32 = DecoderOptions::FORCE_RESERVED_NOP;
 
 impl<'a> BlockDecoder<'a> {
@@ -60,27 +48,27 @@ impl<'a> BlockDecoder<'a> {
     }
 }
 
-/// What begins `bytes` and is no instruction.
+/// Handles `bytes` that do not begin with a valid instruction.
 fn undefined(bytes: &[u8], offset: u16) -> Decoded {
     let longest = &bytes[..bytes.len().min(LENGTH_MAX)];
-    // A LOCK where none may be takes nothing from the length.
+    // An invalid LOCK prefix does not change the length.
     let mut decoder = Decoder::new(64, longest, OPTIONS | DecoderOptions::NO_INVALID_CHECK);
     let ins = decoder.decode();
     if decoder.last_error() == DecoderError::NoMoreBytes {
-        // Undefined whatever its immediates are: they are not fetched, and so cannot fault.
+        // It is undefined whatever its immediates are: they are not fetched, and so cannot fault.
         return match lacks_immediates_of_sse4a(longest) {
             true => faulting(offset, longest.len(), threaded!(|cpu, _, _| cpu.undefined())),
             false => Decoded::Cut,
         };
     }
-    // An instruction that is longer than one can be is #GP(0).
+    // An instruction of more than 15 bytes is #GP(0).
     if ins.code() == Code::INVALID && ins.len() >= LENGTH_MAX {
         return faulting(offset, LENGTH_MAX, threaded!(|cpu, _, _| cpu.general_protection(0)));
     }
     faulting(offset, ins.len(), threaded!(|cpu, _, _| cpu.undefined()))
 }
 
-/// SSE4a's EXTRQ and INSERTQ have two immediates; we have no SSE4a.
+/// Is it EXTRQ or INSERTQ of SSE4a, which this CPU does not have, without its two immediates?
 fn lacks_immediates_of_sse4a(bytes: &[u8]) -> bool {
     let mut whole = [0; LENGTH_MAX];
     whole[..bytes.len()].copy_from_slice(bytes);
@@ -93,7 +81,7 @@ fn faulting(offset: u16, len: usize, exec: Handler) -> Decoded {
     let mut insn = blank(offset);
     insn.len = len as u8;
     insn.exec = exec;
-    Decoded::Insn(insn, Place::Last)
+    Decoded::Insn(insn, PlaceInBlock::Last)
 }
 
 fn blank(offset: u16) -> Insn {
@@ -128,8 +116,8 @@ fn operands(ins: &Instruction, offset: u16) -> Insn {
     }
     for n in 0..ins.op_count() {
         match ins.op_kind(n) {
-            OpKind::Register if n == 0 => i.dst = register(ins.op_register(0)),
-            OpKind::Register if n == 1 => i.src = register(ins.op_register(1)),
+            OpKind::Register if n == 0 => i.dst = register_index(ins.op_register(0)),
+            OpKind::Register if n == 1 => i.src = register_index(ins.op_register(1)),
             OpKind::Memory => memory(ins, &mut i),
             OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64 => {
                 i.imm = ins.near_branch_target().wrapping_sub(ins.next_ip());
@@ -142,7 +130,7 @@ fn operands(ins: &Instruction, offset: u16) -> Insn {
     i
 }
 
-/// An operand that [`Insn::imm`] holds. The second immediate of ENTER is none of these.
+/// Is it an operand that [`Insn::imm`] holds? (Not the second immediate of ENTER.)
 pub fn is_immediate(kind: OpKind) -> bool {
     use OpKind::*;
     matches!(
@@ -164,15 +152,15 @@ fn memory(ins: &Instruction, i: &mut Insn) {
     i.disp = disp as i32;
     i.scale = ins.memory_index_scale().trailing_zeros() as u8;
     if ins.memory_index() != Register::None {
-        i.index = register(ins.memory_index());
+        i.index = register_index(ins.memory_index());
     }
     i.base = match base {
         Register::None => ZERO,
         Register::RIP | Register::EIP => RIP_BASE,
-        r => register(r),
+        r => register_index(r),
     };
     if base == Register::RIP {
-        // Counted from the block's start, the displacement may leave 32 bits by a block's length.
+        // The displacement counts from the block's start, and so may exceed 32 bits by the block's length.
         let exact = disp as i64;
         if exact > i32::MAX as i64 {
             i.index = PLUS_2G;
@@ -185,12 +173,12 @@ fn memory(ins: &Instruction, i: &mut Insn) {
     if is_32_bit(base) || is_32_bit(ins.memory_index()) || absolute_32_bit(ins) {
         i.scale |= ADDR32;
     }
-    // Overrides but for FS and GS are ignored; the default segment remains.
+    // Segment overrides other than FS and GS are ignored; the default segment remains.
     let on_stack = matches!(base, Register::RSP | Register::RBP | Register::ESP | Register::EBP);
     if on_stack && i.seg == ZERO {
         i.flags |= flag::STACK;
     }
-    // `MOV moffs` has a 64-bit address and no room for it in `disp`; its handler takes it from `imm`.
+    // `MOV moffs` has a 64-bit address, which does not fit into `disp`; its handler takes it from `imm`.
     if ins.memory_displ_size() == 8 && base == Register::None && i.index == ZERO {
         i.imm = disp;
     }
@@ -200,7 +188,7 @@ fn is_32_bit(r: Register) -> bool {
     r.is_gpr32() || r == Register::EIP
 }
 
-/// An address that is nothing but a displacement, with the 67 prefix.
+/// Is the address only a displacement, with the 67 prefix?
 fn absolute_32_bit(ins: &Instruction) -> bool {
     ins.memory_base() == Register::None
         && ins.memory_index() == Register::None
@@ -212,15 +200,5 @@ fn segment_base(r: Register) -> u8 {
         Register::FS => FS_BASE,
         Register::GS => GS_BASE,
         _ => ZERO,
-    }
-}
-
-/// Index of a register in its file.
-pub fn register(r: Register) -> u8 {
-    match r {
-        Register::AH | Register::CH | Register::DH | Register::BH => r.number() as u8 - 4 | HIGH_BYTE,
-        // iced numbers SPL to R15L behind AH to BH.
-        r if r.is_gpr8() => r.full_register().number() as u8,
-        r => r.number() as u8,
     }
 }

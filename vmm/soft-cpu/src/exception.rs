@@ -1,24 +1,24 @@
 //! Delivery of faults, traps and interrupts through the IDT in 64-bit mode (SDM 3A, chapter 6).
 
-use crate::exit::{Fault, Stop};
+use crate::exit::{CpuStop, Exception};
 use crate::flags::bits;
 use crate::paging::is_canonical;
 use crate::segment::attr;
 use crate::state::{Cpu, Segment, Shadow, reg, seg};
 
-/// What is delivered.
+/// An event that is to be delivered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Event {
-    /// `Cpu::fault`: a fault, or a debug trap.
+pub(crate) enum PendingEvent {
+    /// The exception in `Cpu::exception`: a fault, or a debug trap.
     Exception,
     /// An external interrupt.
     Interrupt(u8),
 }
 
-/// Who goes through a gate.
+/// What caused the transfer through an interrupt gate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Source {
-    /// An exception or an external interrupt: error codes of delivery have EXT set.
+pub(crate) enum InterruptSource {
+    /// An exception or an external interrupt: faults during delivery set EXT in their error codes.
     Outside,
     /// INT n or INT3: the gate's DPL is checked.
     Software,
@@ -30,68 +30,76 @@ const INVALID_TSS: u8 = 10;
 const NOT_PRESENT: u8 = 11;
 const STACK_FAULT: u8 = 12;
 
-/// How an event and a fault during its delivery combine (SDM 3A, tables 6-4 and 6-5).
+/// Classes of exceptions: they decide whether a fault during delivery makes a double fault (SDM 3A, tables
+/// 6-4 and 6-5).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Class {
+enum ExceptionClass {
     Benign,
     Contributory,
     PageFault,
     DoubleFault,
 }
 
-impl Class {
-    fn of(vector: u8) -> Class {
+impl ExceptionClass {
+    fn of(vector: u8) -> ExceptionClass {
         match vector {
-            0 | 10..=13 => Class::Contributory,
-            14 => Class::PageFault,
-            DOUBLE_FAULT => Class::DoubleFault,
-            _ => Class::Benign,
+            0 | 10..=13 => ExceptionClass::Contributory,
+            14 => ExceptionClass::PageFault,
+            DOUBLE_FAULT => ExceptionClass::DoubleFault,
+            _ => ExceptionClass::Benign,
         }
     }
 
-    /// A fault of `second` while delivering `self` makes a double fault.
-    fn doubles(self, second: Class) -> bool {
+    /// Does a fault of class `second`, during delivery of one of this class, make a double fault?
+    fn doubles(self, second: ExceptionClass) -> bool {
         match self {
-            Class::PageFault => second != Class::Benign,
-            Class::Contributory => second == Class::Contributory,
+            ExceptionClass::PageFault => second != ExceptionClass::Benign,
+            ExceptionClass::Contributory => second == ExceptionClass::Contributory,
             _ => false,
         }
     }
 }
 
 impl Cpu {
-    /// Delivers an event: pushes the frame and goes to the handler, through double fault to `Err` (triple
-    /// fault) when that fails. `Cpu::rip` is what the frame will say. Descriptor tables and stacks outside RAM
-    /// count as a triple fault, too.
-    pub(crate) fn deliver(&mut self, ram: &mut [u8], event: Event) -> Result<(), Stop> {
+    /// Delivers an event: pushes the frame, whose RIP is `Cpu::rip`, and goes to the handler. If that faults
+    /// it delivers that fault, or a double fault.
+    ///
+    /// # Errors
+    /// [`CpuStop::Shutdown`] for a triple fault, and for descriptor tables or stacks outside RAM.
+    pub(crate) fn deliver(&mut self, ram: &mut [u8], event: PendingEvent) -> Result<(), CpuStop> {
         let (mut next, mut class) = match event {
-            Event::Exception => (self.fault, Class::of(self.fault.vector)),
-            Event::Interrupt(vector) => (Fault { vector, error: None }, Class::Benign),
+            PendingEvent::Exception => (self.exception, ExceptionClass::of(self.exception.vector)),
+            PendingEvent::Interrupt(vector) => (Exception { vector, error: None }, ExceptionClass::Benign),
         };
         loop {
-            match self.enter(ram, next, Source::Outside) {
+            match self.enter(ram, next, InterruptSource::Outside) {
                 Ok(()) => break,
-                Err(Stop::Fault) => {}
-                Err(_) => return Err(Stop::Shutdown),
+                Err(CpuStop::Fault) => {}
+                Err(_) => return Err(CpuStop::Shutdown),
             }
-            let second = Class::of(self.fault.vector);
+            let second = ExceptionClass::of(self.exception.vector);
             (next, class) = match class {
-                Class::DoubleFault => return Err(Stop::Shutdown),
+                ExceptionClass::DoubleFault => return Err(CpuStop::Shutdown),
                 _ if class.doubles(second) => {
-                    (Fault { vector: DOUBLE_FAULT, error: Some(0) }, Class::DoubleFault)
+                    (Exception { vector: DOUBLE_FAULT, error: Some(0) }, ExceptionClass::DoubleFault)
                 }
-                _ => (self.fault, second),
+                _ => (self.exception, second),
             };
         }
-        if event == Event::Exception && next.vector == DEBUG {
+        if event == PendingEvent::Exception && next.vector == DEBUG {
             self.sys.dr7 &= !crate::debug::GENERAL_DETECT;
         }
         Ok(())
     }
 
-    /// Goes through one gate. On an error nothing has changed but the stack's memory.
-    pub(crate) fn enter(&mut self, ram: &mut [u8], event: Fault, source: Source) -> Result<(), Stop> {
-        let ext = (source == Source::Outside) as u32;
+    /// Transfers control through one gate. On an error nothing has changed except memory of the stack.
+    pub(crate) fn enter(
+        &mut self,
+        ram: &mut [u8],
+        event: Exception,
+        source: InterruptSource,
+    ) -> Result<(), CpuStop> {
+        let ext = (source == InterruptSource::Outside) as u32;
         let gate_error = (event.vector as u32) << 3 | 2 | ext;
         let at = event.vector as u64 * 16;
         if at + 15 > self.sys.idtr.limit as u64 {
@@ -101,7 +109,7 @@ impl Cpu {
         let low: u64 = self.load_system(ram, base)?;
         let high: u64 = self.load_system(ram, base.wrapping_add(8))?;
         let kind = low >> 40 & 0x1f;
-        let forbidden = source == Source::Software && (low >> 45 & 3) < self.cpl() as u64;
+        let forbidden = source == InterruptSource::Software && (low >> 45 & 3) < self.cpl() as u64;
         if kind != 0xe && kind != 0xf || forbidden {
             return self.general_protection(gate_error);
         }
@@ -131,14 +139,14 @@ impl Cpu {
         self.sys.seg[seg::CS] = Segment { selector: code.selector & !3 | cpl as u16, ..code };
         self.set_cpl(cpl);
         let clear = bits::TF | bits::NT | bits::RF | bits::VM | if kind == 0xe { bits::IF } else { 0 };
-        self.flags.update_rest(clear, 0);
+        self.flags.update_non_status(clear, 0);
         self.rip = target;
         self.shadow = Shadow::None;
         Ok(())
     }
 
-    /// The gate's code segment and the privilege level that the handler gets.
-    fn gate_code(&mut self, ram: &mut [u8], selector: u16, ext: u32) -> Result<(Segment, u8), Stop> {
+    /// The gate's code segment, and the privilege level that the handler runs at.
+    fn gate_code(&mut self, ram: &mut [u8], selector: u16, ext: u32) -> Result<(Segment, u8), CpuStop> {
         let error = (selector & !3) as u32 | ext;
         if selector & !3 == 0 {
             return self.general_protection(ext);
@@ -156,7 +164,7 @@ impl Cpu {
     }
 
     /// A stack pointer of the 64-bit TSS (SDM 3A 8.7).
-    fn task_stack(&mut self, ram: &mut [u8], offset: u64, ext: u32) -> Result<u64, Stop> {
+    fn task_stack(&mut self, ram: &mut [u8], offset: u64, ext: u32) -> Result<u64, CpuStop> {
         if offset + 7 > self.sys.tr.limit as u64 {
             let error = (self.sys.tr.selector & !3) as u32 | ext;
             return self.raise(INVALID_TSS, Some(error));
@@ -164,7 +172,7 @@ impl Cpu {
         self.load_system(ram, self.sys.tr.base.wrapping_add(offset))
     }
 
-    fn push_frame(&mut self, ram: &mut [u8], top: u64, event: Fault, ext: u32) -> Result<(), Stop> {
+    fn push_frame(&mut self, ram: &mut [u8], top: u64, event: Exception, ext: u32) -> Result<(), CpuStop> {
         let ss = self.sys.seg[seg::SS].selector as u64;
         let cs = self.sys.seg[seg::CS].selector as u64;
         // Faults push RF=1, so that the handler's IRET passes an instruction breakpoint (SDM 3B 18.3.1.1).

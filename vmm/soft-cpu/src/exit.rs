@@ -2,7 +2,7 @@
 
 /// Why [`crate::SoftCpu::run`] returned. Sizes are in bytes; values are zero-extended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Exit {
+pub enum CpuExit {
     /// [`crate::RunLimit::until`] instructions have retired.
     Reached,
     /// Another thread asked for a stop; the CPU is at an instruction boundary.
@@ -47,44 +47,47 @@ pub enum Exit {
     Shutdown,
 }
 
-impl Exit {
-    /// [`crate::SoftCpu::complete`] has to be called before anything else.
+impl CpuExit {
+    /// Whether [`crate::SoftCpu::complete`] has to be called before anything else.
     pub fn is_question(&self) -> bool {
         matches!(
             self,
-            Exit::PioIn { .. } | Exit::PioOut { .. } | Exit::MmioRead { .. } | Exit::MmioWrite { .. }
+            CpuExit::PioIn { .. }
+                | CpuExit::PioOut { .. }
+                | CpuExit::MmioRead { .. }
+                | CpuExit::MmioWrite { .. }
         )
     }
 }
 
-/// A fault of the guest, to be delivered through its IDT (SDM 3A 6.15).
+/// An exception (a fault or a debug trap), to be delivered through the guest's IDT (SDM 3A 6.15).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Fault {
+pub struct Exception {
     /// Vector, 0 to 31.
     pub vector: u8,
     /// Error code, for the vectors that push one.
     pub error: Option<u32>,
 }
 
-/// Why an instruction did not simply finish. Details are in the [`crate::Cpu`], so that a `Result<(), Stop>`
-/// is one byte. Whatever is returned, an instruction that returns an error has changed nothing but what a
-/// second execution would repeat or what `REP` has committed iteration by iteration.
+/// Why an instruction did not simply finish. Details are in the [`crate::Cpu`], so that a `Result<(),
+/// CpuStop>` is one byte. An instruction that returns an error has changed nothing except what a second
+/// execution would change again, and what `REP` has committed iteration by iteration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
-pub enum Stop {
-    /// `Cpu::fault` is to be delivered; the instruction does not retire.
+pub enum CpuStop {
+    /// The exception in `Cpu::exception` is to be delivered; the instruction does not retire.
     Fault,
-    /// `Cpu::io` is to be answered, then the instruction runs again.
+    /// The question in `Cpu::io` is to be answered; then the instruction runs again.
     Io,
     /// A store would change decoded code; the run loop drops that code and runs the instruction again.
     CodeWrite,
-    /// A `REP` instruction used up its budget: its iterations are counted, RIP stays on it.
-    Again,
-    /// The instruction retires, then `Cpu::fault` (a debug trap) is to be delivered.
+    /// A `REP` instruction used up its budget: its iterations are counted, RIP stays at the instruction.
+    RepSuspended,
+    /// The instruction retires; then the debug trap in `Cpu::exception` is to be delivered.
     Trap,
     /// HLT: retires, then the CPU halts.
     Halt,
-    /// A quick handler cannot do it: the exact one has to ([`crate::insn::retry`]).
+    /// A quick handler cannot execute the instruction: the exact handler has to ([`crate::insn::retry`]).
     Slow,
     /// The CPU cannot go on (a fault while delivering a double fault).
     Shutdown,

@@ -1,10 +1,10 @@
 //! RFLAGS, with the six status flags kept lazily.
 //!
 //! An arithmetic instruction stores its result and its carry vector and computes no flag; readers derive what
-//! they need. The carry vector has the carry out of each bit: CF is the carry out of the top bit, OF the
-//! difference of the top two, AF the carry out of bit 3.
+//! they need. The carry vector has the carry out of each bit: CF is the carry out of the top bit, OF the XOR
+//! of the carries out of the top two bits, AF the carry out of bit 3.
 
-use crate::insn::Int;
+use crate::int::Int;
 
 /// Status and control bits of RFLAGS (SDM 1, 3.4.3).
 pub mod bits {
@@ -32,7 +32,7 @@ pub mod bits {
 }
 use bits::*;
 
-/// RFLAGS. `rest` has everything but the six status flags.
+/// RFLAGS.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Flags {
     /// ZF is `zero == 0`.
@@ -42,7 +42,7 @@ pub struct Flags {
     /// CF is bit 63, OF is bit 63 ^ bit 62, AF is bit 3.
     carry: u64,
     /// All flags that are not status flags.
-    rest: u64,
+    non_status: u64,
 }
 
 impl Flags {
@@ -53,29 +53,29 @@ impl Flags {
         std::mem::offset_of!(Flags, carry),
     );
 
-    /// Flags as RFLAGS has them.
+    /// From the bits of RFLAGS.
     pub fn from_bits(v: u64) -> Flags {
-        let mut f = Flags { rest: v & !STATUS | FIXED, ..Flags::default() };
+        let mut f = Flags { non_status: v & !STATUS | FIXED, ..Flags::default() };
         f.set_status(v);
         f
     }
 
-    /// RFLAGS.
+    /// The bits of RFLAGS.
     pub fn to_bits(&self) -> u64 {
-        self.rest | self.status()
+        self.non_status | self.status()
     }
 
     /// The flags that are not status flags (TF, IF, DF, IOPL and so on).
     #[inline(always)]
-    pub fn rest(&self) -> u64 {
-        self.rest
+    pub fn non_status(&self) -> u64 {
+        self.non_status
     }
 
     /// Sets and clears flags that are not status flags.
     #[inline]
-    pub fn update_rest(&mut self, clear: u64, set: u64) {
+    pub fn update_non_status(&mut self, clear: u64, set: u64) {
         debug_assert!((clear | set) & STATUS == 0);
-        self.rest = self.rest & !clear | set;
+        self.non_status = self.non_status & !clear | set;
     }
 
     /// The six status flags.
@@ -97,7 +97,8 @@ impl Flags {
         self.set_carries(v & CF != 0, v & OF != 0, v & AF != 0);
     }
 
-    /// After an addition or subtraction of width `T` whose carry (borrow) vector is `carry`.
+    /// Sets the status flags after an addition or subtraction of width `T` whose carry (borrow) vector is
+    /// `carry`.
     #[inline(always)]
     pub fn set_arith<T: Int>(&mut self, result: T, carry: T) {
         self.set_result(result);
@@ -105,14 +106,14 @@ impl Flags {
         self.carry = if T::BITS == 64 { c } else { c << (64 - T::BITS) | c & 8 };
     }
 
-    /// After AND, OR, XOR, TEST: CF, OF and AF clear.
+    /// Sets the status flags after AND, OR, XOR, TEST: CF, OF and AF are clear.
     #[inline(always)]
     pub fn set_logic<T: Int>(&mut self, result: T) {
         self.set_result(result);
         self.carry = 0;
     }
 
-    /// ZF, SF and PF from a result.
+    /// Sets ZF, SF and PF from a result.
     #[inline(always)]
     pub fn set_result<T: Int>(&mut self, result: T) {
         let r = result.sext();
@@ -120,27 +121,27 @@ impl Flags {
         self.sign = r;
     }
 
-    /// CF, OF and AF.
+    /// Sets CF, OF and AF.
     #[inline(always)]
     pub fn set_carries(&mut self, cf: bool, of: bool, af: bool) {
         self.carry = (cf as u64) << 63 | ((cf ^ of) as u64) << 62 | (af as u64) << 3;
     }
 
-    /// CF alone.
+    /// Sets CF only.
     #[inline(always)]
     pub fn set_cf(&mut self, cf: bool) {
-        // Both top bits change, so that their difference, OF, stays.
+        // Both top bits change, so that their XOR, which is OF, stays.
         let change = self.carry >> 63 ^ cf as u64;
         self.carry ^= change << 63 | change << 62;
     }
 
-    /// CF and OF, AF stays.
+    /// Sets CF and OF; AF stays.
     #[inline]
     pub fn set_cf_of(&mut self, cf: bool, of: bool) {
         self.set_carries(cf, of, self.af());
     }
 
-    /// ZF alone.
+    /// Sets ZF only.
     #[inline]
     pub fn set_zf(&mut self, zf: bool) {
         self.zero = !zf as u64;

@@ -1,5 +1,6 @@
-//! For those who follow a CPU step by step, as a debugger or a simulated performance counter does: what is at RIP, and
-//! the resume flag. Nothing here is on the way of a guest that just runs.
+//! For callers that follow a CPU step by step, as a debugger or a simulated performance counter does: reading
+//! the code at RIP, and setting the flags and registers of debugging. A guest that just runs uses nothing of
+//! this.
 
 use crate::decode::LENGTH_MAX;
 use crate::flags::bits;
@@ -7,19 +8,20 @@ use crate::run::SoftCpu;
 use crate::state::Cpu;
 
 impl SoftCpu {
-    /// The registers. RIP and counts are right between instructions, which is whenever somebody else looks.
+    /// The registers. RIP and counts are exact between instructions, so for every caller.
     pub fn cpu(&self) -> &Cpu {
         &self.cpu
     }
 
-    /// Sets or clears RFLAGS.RF: with it the next instruction passes an instruction breakpoint (SDM 3B 18.3.1.1).
+    /// Sets or clears RFLAGS.RF: with it the next instruction passes an instruction breakpoint (SDM 3B
+    /// 18.3.1.1).
     pub fn set_resume_flag(&mut self, on: bool) {
-        self.cpu.flags.update_rest(bits::RF, if on { bits::RF } else { 0 });
+        self.cpu.flags.update_non_status(bits::RF, if on { bits::RF } else { 0 });
     }
 
     /// Clears RFLAGS.TF behind the guest's back.
     pub fn clear_trap_flag(&mut self) {
-        self.cpu.flags.update_rest(bits::TF, 0);
+        self.cpu.flags.update_non_status(bits::TF, 0);
     }
 
     /// Forgets an interrupt that was injected and is not delivered yet.
@@ -27,13 +29,14 @@ impl SoftCpu {
         self.cpu.interrupt = None;
     }
 
-    /// Sets DR7 behind the guest's back and gives what it was: a debugger's own use of the breakpoints hides the guest's.
+    /// Sets DR7 behind the guest's back and returns its old value, for a debugger that uses the breakpoint
+    /// registers itself and hides the guest's.
     pub fn swap_dr7(&mut self, dr7: u64) -> u64 {
         std::mem::replace(&mut self.cpu.sys.dr7, dr7)
     }
 
-    /// Bytes at linear address `addr` as a fetch finds them, without a trace: as many as an instruction may have, fewer
-    /// before a page that cannot be fetched from.
+    /// Reads the bytes at linear address `addr` as a fetch would, without changing any state. Returns how
+    /// many: the longest length of an instruction, or fewer if the next page cannot be fetched from.
     pub fn peek(&self, ram: &[u8], addr: u64, bytes: &mut [u8; LENGTH_MAX]) -> usize {
         let first = (4096 - (addr as usize & 4095)).min(LENGTH_MAX);
         let mut copy = |at: u64, to: std::ops::Range<usize>| {

@@ -1,10 +1,10 @@
-//! 4-level paging (SDM 3A, chapter 5): the walk, its rights, accessed and dirty bits.
+//! 4-level paging (SDM 3A, chapter 5): the page-table walk, access rights, accessed and dirty bits.
 //!
-//! Upper levels get their accessed bit as the walk passes them, the last level its accessed and dirty bit only
-//! when the access is allowed. PAT, PCD and PWT have no effect. Protection keys, PCIDs, SMEP and SMAP do not
-//! exist (CPUID).
+//! Upper levels get their accessed bit as the walk passes them, the last level its accessed and dirty bit
+//! only when the access is allowed. PAT, PCD and PWT have no effect. Protection keys, PCIDs, SMEP and SMAP do
+//! not exist (CPUID).
 
-use crate::exit::Stop;
+use crate::exit::CpuStop;
 use crate::state::{Cpu, FetchPage};
 use crate::tlb::{TlbEntry, right};
 
@@ -49,7 +49,7 @@ const CR4_PGE: u64 = 1 << 7;
 /// EFER.NXE.
 const EFER_NXE: u64 = 1 << 11;
 
-/// Is `addr` canonical (bits 63:47 all alike)?
+/// Is `addr` canonical (bits 63:47 all the same)?
 #[inline(always)]
 pub fn is_canonical(addr: u64) -> bool {
     ((addr as i64) << 16 >> 16) as u64 == addr
@@ -58,22 +58,22 @@ pub fn is_canonical(addr: u64) -> bool {
 impl Cpu {
     /// Translates a canonical linear address through the TLB, filling it on a miss.
     ///
-    /// `user` says whether the access is a user-mode one (implicit supervisor accesses, as to the IDT, are not).
-    /// Gives the TLB entry, whose rights allow the access.
+    /// `user`: it is a user-mode access (implicit supervisor accesses, such as to the IDT, are not). Returns
+    /// the TLB entry, whose rights allow the access.
     pub(crate) fn translate(
         &mut self,
         ram: &mut [u8],
         addr: u64,
         access: Access,
         user: bool,
-    ) -> Result<TlbEntry, Stop> {
+    ) -> Result<TlbEntry, CpuStop> {
         let page = addr >> 12;
-        let cached = *self.slot(access, page);
+        let cached = *self.cached(access, page);
         if cached.holds(page) && self.allows(&cached, access, user) && !needs_dirty(&cached, access) {
             return Ok(cached);
         }
-        // A cached entry without the right may be stale: walk again before faulting, as hardware does, and
-        // use what the page tables say now (SDM 3A 5.10.2.3 has a fault invalidate the entry).
+        // A cached entry that does not allow the access may be stale: walk again before faulting, as hardware
+        // does, and use what the page tables have now (after SDM 3A 5.10.2.3 a fault invalidates the entry).
         let entry = self.walk(ram, addr, access, user)?;
         match access {
             Access::Fetch => self.tlb.set_code(page, entry),
@@ -85,15 +85,15 @@ impl Cpu {
         Ok(entry)
     }
 
-    /// A cached instruction translation may be used at the current privilege level.
+    /// Whether a cached instruction translation may be used at the current privilege level.
     #[inline(always)]
     pub(crate) fn may_fetch(&self, e: &TlbEntry) -> bool {
         let wanted = if self.user() { right::USER } else { 0 };
         e.frame & (right::NO_EXECUTE | wanted) == wanted
     }
 
-    /// RAM offset of the code at `addr`, as a fetch would find it, with no trace in TLB or page tables. `None`: the
-    /// fetch would fault, or there is no RAM.
+    /// RAM offset of the code at `addr`, as a fetch would find it, without changing TLB or page tables.
+    /// `None`: the fetch would fault, or the page is not in RAM.
     pub(crate) fn peek_code(&self, ram: &[u8], addr: u64) -> Option<usize> {
         let cached = self.tlb.code(addr >> 12);
         let frame = match cached.holds(addr >> 12) && self.may_fetch(cached) {
@@ -103,7 +103,7 @@ impl Cpu {
         Some(self.ram_offset(frame & pte::ADDRESS)? + (addr as usize & 4095))
     }
 
-    /// Page-table walk of a fetch that only looks.
+    /// The page-table walk of [`Cpu::peek_code`], which changes nothing.
     fn peek_page(&self, ram: &[u8], addr: u64) -> Option<u64> {
         let wanted = pte::PRESENT | if self.user() { pte::USER } else { 0 };
         let mut table = self.sys.cr3 & pte::ADDRESS;
@@ -121,7 +121,7 @@ impl Cpu {
         None
     }
 
-    fn slot(&self, access: Access, page: u64) -> &TlbEntry {
+    fn cached(&self, access: Access, page: u64) -> &TlbEntry {
         match access {
             Access::Fetch => self.tlb.code(page),
             _ => self.tlb.data(page),
@@ -139,7 +139,7 @@ impl Cpu {
         }
     }
 
-    fn walk(&mut self, ram: &mut [u8], addr: u64, access: Access, user: bool) -> Result<TlbEntry, Stop> {
+    fn walk(&mut self, ram: &mut [u8], addr: u64, access: Access, user: bool) -> Result<TlbEntry, CpuStop> {
         let nxe = self.sys.efer & EFER_NXE != 0;
         let beyond = pte::ADDRESS & !((1 << PHYSICAL_BITS) - 1);
         let reserved = if nxe { beyond } else { beyond | pte::NO_EXECUTE };
@@ -148,8 +148,8 @@ impl Cpu {
         let mut no_execute = 0;
         for level in (0..4u32).rev() {
             let slot = table + (addr >> (12 + 9 * level) & 511) * 8;
-            // A table outside RAM reads as all ones, so its reserved bits are set: deterministic, as unknown
-            // addresses are.
+            // A table outside RAM reads as all ones, like other unmapped addresses, so its reserved bits are
+            // set.
             let entry = self.read_physical(ram, slot);
             if entry & pte::PRESENT == 0 {
                 return self.page_fault(addr, access, user, 0);
@@ -190,7 +190,7 @@ impl Cpu {
     }
 
     /// Sets accessed and dirty bits. A page table may share a page with code, like any other data.
-    fn set_bits(&mut self, ram: &mut [u8], slot: u64, entry: u64, bits: u64) -> Result<(), Stop> {
+    fn set_bits(&mut self, ram: &mut [u8], slot: u64, entry: u64, bits: u64) -> Result<(), CpuStop> {
         match self.ram_offset(slot) {
             Some(at) if entry & bits != bits => self.write_ram(ram, at, &(entry | bits).to_le_bytes()),
             _ => Ok(()),
@@ -198,15 +198,15 @@ impl Cpu {
     }
 
     #[cold]
-    fn page_fault<T>(&mut self, addr: u64, access: Access, user: bool, code: u32) -> Result<T, Stop> {
+    fn page_fault<T>(&mut self, addr: u64, access: Access, user: bool, code: u32) -> Result<T, CpuStop> {
         let mut code = code | if user { error::USER } else { 0 };
         match access {
             Access::Write => code |= error::WRITE,
             Access::Fetch if self.sys.efer & EFER_NXE != 0 => code |= error::FETCH,
             _ => {}
         }
-        // The faulting address' cached translations go (SDM 3A 5.10.4.1). Other pieces of a large page stay, as
-        // they may on hardware that caches it in pieces.
+        // The cached translations of the faulting address are dropped (SDM 3A 5.10.4.1). Other pieces of a
+        // large page stay, as they may on hardware that caches large pages in pieces.
         let page = addr >> 12;
         if self.tlb.data(page).holds(page) {
             self.tlb.set_data(page, TlbEntry::default());
@@ -220,7 +220,8 @@ impl Cpu {
         self.raise(14, Some(code))
     }
 
-    /// After a change of page tables or modes that hardware answers by dropping cached translations.
+    /// Drops all cached translations (with `keep_global`, except global ones), after a change of page tables
+    /// or modes.
     pub(crate) fn flush_tlb(&mut self, keep_global: bool) {
         self.tlb.flush(keep_global);
         self.fast.flush();

@@ -5,21 +5,22 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::code::{Block, CodeCache, Heat};
 use crate::decode::LENGTH_MAX;
-use crate::exception::Event;
-use crate::exit::{Exit, Stop};
+use crate::exception::PendingEvent;
+use crate::exit::{CpuExit, CpuStop};
 use crate::flags::bits;
 use crate::insn::{self, Insn};
 use crate::paging::{Access, is_canonical};
 use crate::state::{Cpu, CpuState, FetchPage, RIP_BASE, Shadow};
 use crate::tier::{Ran, Translator};
 
-/// Instructions that translated code may run before the run loop looks whether another thread wants it to stop.
-const TRANSLATED_BETWEEN_LOOKS: u64 = 4096;
+/// Instructions that translated code may run before the run loop checks whether another thread wants it to
+/// stop.
+const TRANSLATED_BETWEEN_CHECKS: u64 = 4096;
 
 /// How far [`SoftCpu::run`] may go.
 #[derive(Clone, Copy, Debug)]
 pub struct RunLimit {
-    /// Stop when this many instructions have retired in all.
+    /// Stop when this many instructions have retired since the machine was made.
     pub until: u64,
     /// Stop as soon as an external interrupt could be delivered.
     pub interrupt_window: bool,
@@ -39,30 +40,36 @@ impl SoftCpu {
         SoftCpu { cpu: Cpu::new(ram_len), code: CodeCache::new(), translator: None, kick: Arc::default() }
     }
 
-    /// Has a block that is run for the `hot`th time, and from then on, run as translated code. Nothing but the speed
-    /// changes by it.
+    /// From its `hot`th run on, a block is run as translated code. This changes nothing but the speed.
     pub fn set_translator(&mut self, translator: Box<dyn Translator>, hot: u8) {
         self.forget_code();
         self.code.set_hot(hot);
         self.translator = Some(translator);
     }
 
-    /// Runs the guest until there is something to tell. `ram` is all of RAM, as long as promised to `new`.
-    pub fn run(&mut self, ram: &mut [u8], limit: &RunLimit) -> Exit {
-        assert_eq!(ram.len() as u64, self.cpu.ram_len, "RAM has another size than the CPU was made for");
+    /// Runs the guest until there is an exit. `ram` is all of RAM.
+    ///
+    /// # Panics
+    /// When `ram` has another length than was given to [`SoftCpu::new`].
+    pub fn run(&mut self, ram: &mut [u8], limit: &RunLimit) -> CpuExit {
+        assert_eq!(
+            ram.len() as u64,
+            self.cpu.ram_len,
+            "RAM does not have the size that the CPU was made for"
+        );
         if let Some(exit) = self.wake(ram) {
             return exit;
         }
         loop {
             let cpu = &self.cpu;
             if cpu.retired >= limit.until {
-                return Exit::Reached;
+                return CpuExit::Reached;
             }
             if self.kick.load(Ordering::Relaxed) && self.kick.swap(false, Ordering::Acquire) {
-                return Exit::Kicked;
+                return CpuExit::Kicked;
             }
             if limit.interrupt_window && cpu.interruptible() {
-                return Exit::InterruptWindow;
+                return CpuExit::InterruptWindow;
             }
             let exit = if cpu.needs_care(CARE) {
                 self.careful_step(ram, limit.until - cpu.retired)
@@ -77,29 +84,29 @@ impl SoftCpu {
         }
     }
 
-    /// Does one thing: executes the next instruction (or one iteration of it), or delivers the fault that it raises.
-    /// Whether it retired, [`SoftCpu::retired`] tells. Slow: for those who watch every step.
-    pub fn step_once(&mut self, ram: &mut [u8]) -> Option<Exit> {
+    /// Does one step: executes the next instruction (or one iteration of it), or delivers the exception that
+    /// it raises. [`SoftCpu::retired`] tells whether it retired. Slow; for callers that look at every step.
+    pub fn step_once(&mut self, ram: &mut [u8]) -> Option<CpuExit> {
         match self.wake(ram) {
             None => self.careful_step(ram, 1),
             exit => exit,
         }
     }
 
-    /// Delivers an interrupt that was injected; says when there is nothing to execute.
-    fn wake(&mut self, ram: &mut [u8]) -> Option<Exit> {
+    /// Delivers an interrupt that was injected. Returns an exit if there is nothing to execute.
+    fn wake(&mut self, ram: &mut [u8]) -> Option<CpuExit> {
         if let Some(vector) = self.cpu.interrupt.take() {
             self.cpu.halted = false;
-            if let Some(exit) = self.deliver(ram, Event::Interrupt(vector)) {
+            if let Some(exit) = self.deliver(ram, PendingEvent::Interrupt(vector)) {
                 return Some(exit);
             }
         }
-        self.cpu.halted.then_some(Exit::Hlt)
+        self.cpu.halted.then_some(CpuExit::Hlt)
     }
 
-    /// Answers the question that the last [`Exit`] was and finishes its instruction. `None`: it has retired.
+    /// Answers the question of the last [`CpuExit`] and finishes its instruction. `None`: it has retired.
     /// For writes the value is ignored.
-    pub fn complete(&mut self, ram: &mut [u8], value: u64) -> Option<Exit> {
+    pub fn complete(&mut self, ram: &mut [u8], value: u64) -> Option<CpuExit> {
         self.cpu.io_replies.values.push(value);
         self.cpu.io_replies.used = 0;
         let exit = self.careful_step(ram, 1);
@@ -115,12 +122,12 @@ impl SoftCpu {
         self.cpu.retired
     }
 
-    /// HLT has retired and no interrupt has come since.
+    /// Whether HLT has retired and no interrupt has been delivered since.
     pub fn is_halted(&self) -> bool {
         self.cpu.halted
     }
 
-    /// An interrupt may be injected now.
+    /// Whether an interrupt may be injected now.
     pub fn interruptible(&self) -> bool {
         self.cpu.interruptible()
     }
@@ -130,21 +137,21 @@ impl SoftCpu {
     /// # Panics
     /// When [`SoftCpu::interruptible`] is false.
     pub fn inject(&mut self, vector: u8) {
-        assert!(self.cpu.interruptible(), "an interrupt was injected that the guest could not take");
+        assert!(self.cpu.interruptible(), "an interrupt was injected while the guest could not take one");
         self.cpu.interrupt = Some(vector);
     }
 
-    /// When set to true from another thread, [`SoftCpu::run`] returns [`Exit::Kicked`] soon.
+    /// When set to true from another thread, [`SoftCpu::run`] returns [`CpuExit::Kicked`] soon.
     pub fn kicker(&self) -> Arc<AtomicBool> {
         self.kick.clone()
     }
 
-    /// What RDTSC adds to the instructions retired.
+    /// Sets what RDTSC adds to the number of retired instructions.
     pub fn set_tsc_offset(&mut self, offset: u64) {
         self.cpu.tsc_offset = offset;
     }
 
-    /// The machine has written to page `page` of RAM: code decoded from it is void.
+    /// The machine has written to page `page` of RAM: drops the code that was decoded from it.
     pub fn ram_changed(&mut self, page: u32) {
         if self.cpu.code_chunks[page as usize] != 0 {
             self.cpu.code_written.push(page);
@@ -152,17 +159,19 @@ impl SoftCpu {
         }
     }
 
-    /// Hands out the pages of RAM that the CPU has written since the last call, in the order of first writes.
+    /// Passes `page` the number of each page of RAM that the CPU has written since the last call, in the
+    /// order of their first writes.
     pub fn take_written(&mut self, page: impl FnMut(u32)) {
         self.cpu.take_written(page);
     }
 
-    /// The CPU's state. To be called at an instruction boundary: not between an exit that asks and `complete`.
+    /// The CPU's state. To be called at an instruction boundary, so not between an exit that is a question
+    /// and `complete`.
     pub fn save(&self) -> CpuState {
         self.cpu.save()
     }
 
-    /// Takes over a saved state, and forgets all decoded code.
+    /// Replaces the state by a saved one, and drops all decoded code.
     pub fn restore(&mut self, state: &CpuState) {
         self.cpu.restore(state);
         self.forget_code();
@@ -184,9 +193,9 @@ impl SoftCpu {
         }
     }
 
-    /// Runs blocks until there is an exit, `until` instructions have retired, a flag of `attention` is set, the next
-    /// instruction has to run alone, or another thread asks for a stop.
-    fn blocks(&mut self, ram: &mut [u8], until: u64, attention: u64) -> Option<Exit> {
+    /// Runs blocks until there is an exit, `until` instructions have retired, a flag of `attention` is set,
+    /// the next instruction needs [`SoftCpu::careful_step`], or another thread asks for a stop.
+    fn blocks(&mut self, ram: &mut [u8], until: u64, attention: u64) -> Option<CpuExit> {
         loop {
             let budget = until - self.cpu.retired;
             let exit = match self.translated(ram, budget) {
@@ -200,17 +209,18 @@ impl SoftCpu {
         }
     }
 
-    /// Runs translated code, if there is some for what comes next.
+    /// Runs translated code, if there is any for RIP.
     #[inline(always)]
-    fn translated(&mut self, ram: &mut [u8], budget: u64) -> Option<Option<Exit>> {
+    fn translated(&mut self, ram: &mut [u8], budget: u64) -> Option<Option<CpuExit>> {
         let translator = self.translator.as_mut()?;
-        match translator.run(&mut self.cpu, ram, budget.min(TRANSLATED_BETWEEN_LOOKS))? {
-            Ran::On => Some(None),
+        match translator.run(&mut self.cpu, ram, budget.min(TRANSLATED_BETWEEN_CHECKS))? {
+            Ran::AtBlock => Some(None),
             Ran::Stopped(stop, insn, rip) => Some(self.stopped(ram, stop, rip, Some(insn))),
         }
     }
 
-    /// Notes that the block at RIP, which is at RAM offset `start`, is run once more. Is there translated code for it now?
+    /// Counts one more run of the block at RIP, which is at RAM offset `start`, and translates it if it is
+    /// hot. Is there translated code for it now?
     #[inline(always)]
     fn translate(&mut self, ram: &[u8], start: usize, block: &Block) -> bool {
         let Some(translator) = &mut self.translator else { return false };
@@ -221,16 +231,16 @@ impl SoftCpu {
             return true;
         }
         if !translator.translate(ram, start, block.count as usize) {
-            self.code.leave(block);
+            self.code.never_translate(block);
             return false;
         }
         translator.link(&self.cpu, start)
     }
 
-    /// Runs one block, or as much of it as `budget` (instructions and iterations) and `most` (instructions) allow; where
-    /// it `may_translate`, maybe by translated code and more.
+    /// Runs one block, or as much of it as `budget` (instructions and iterations) and `most` (instructions)
+    /// allow. With `may_translate` it may run translated code, and then more than one block.
     #[inline(always)]
-    fn step(&mut self, ram: &mut [u8], budget: u64, most: u64, may_translate: bool) -> Option<Exit> {
+    fn step(&mut self, ram: &mut [u8], budget: u64, most: u64, may_translate: bool) -> Option<CpuExit> {
         let rip = self.cpu.rip;
         let start = match self.fetch(ram, rip) {
             Ok(start) => start,
@@ -253,7 +263,7 @@ impl SoftCpu {
     }
 
     #[inline(always)]
-    fn execute(&mut self, ram: &mut [u8], block: &Block, budget: u64, most: u64) -> Option<Exit> {
+    fn execute(&mut self, ram: &mut [u8], block: &Block, budget: u64, most: u64) -> Option<CpuExit> {
         let cpu = &mut self.cpu;
         let rip = cpu.rip;
         let mut insns = self.code.insns(block);
@@ -263,7 +273,8 @@ impl SoftCpu {
         cpu.left = 0;
         let most = budget.min(most);
         if insns.len() as u64 > most {
-            // What is left out would have found RIP behind the block; nothing that runs now looks at it.
+            // Only the block's last instruction looks at RIP (it finds the end of the block), and that one
+            // does not run now.
             let (now, later) = insns.split_at(most as usize);
             cpu.rip = rip.wrapping_add(later[0].offset as u64);
             insns = now;
@@ -278,13 +289,13 @@ impl SoftCpu {
         None
     }
 
-    /// Runs one instruction with all the checks that a block goes without: interrupt shadow, TF, RF,
-    /// breakpoints, alignment. REP may do `budget` iterations, or one where each may trap.
+    /// Runs one instruction with all the checks that a block does without: interrupt shadow, TF, RF,
+    /// breakpoints, alignment. REP may run `budget` iterations, or only one if each may trap.
     #[cold]
     #[inline(never)]
-    fn careful_step(&mut self, ram: &mut [u8], budget: u64) -> Option<Exit> {
+    fn careful_step(&mut self, ram: &mut [u8], budget: u64) -> Option<CpuExit> {
         let cpu = &mut self.cpu;
-        let (shadow, rf) = (cpu.shadow, cpu.flags.rest() & bits::RF);
+        let (shadow, rf) = (cpu.shadow, cpu.flags.non_status() & bits::RF);
         if let Err(stop) = cpu.debug_before() {
             let rip = cpu.rip;
             return self.stopped(ram, stop, rip, None);
@@ -296,28 +307,28 @@ impl SoftCpu {
         if exit.is_some_and(|e| e.is_question()) {
             // The instruction has not run yet.
             cpu.shadow = shadow;
-            cpu.flags.update_rest(0, rf);
+            cpu.flags.update_non_status(0, rf);
         }
         let retired = cpu.retired != before;
         if !cpu.debug_after(retired) {
             return exit;
         }
         cpu.halted = false;
-        self.deliver(ram, Event::Exception)
+        self.deliver(ram, PendingEvent::Exception)
     }
 
     /// RAM offset of the instruction at `rip`.
     #[inline(always)]
-    fn fetch(&mut self, ram: &mut [u8], rip: u64) -> Result<usize, Stop> {
+    fn fetch(&mut self, ram: &mut [u8], rip: u64) -> Result<usize, CpuStop> {
         match self.cpu.fetch.offset(rip) {
             Some(offset) => Ok(offset),
             None => self.fetch_page(ram, rip),
         }
     }
 
-    /// The same for another page than that of the last instruction.
+    /// The same, if it is not in the page of the last instruction.
     #[inline(never)]
-    fn fetch_page(&mut self, ram: &mut [u8], rip: u64) -> Result<usize, Stop> {
+    fn fetch_page(&mut self, ram: &mut [u8], rip: u64) -> Result<usize, CpuStop> {
         let cpu = &mut self.cpu;
         cpu.fetch = FetchPage::NONE;
         let page = rip >> 12;
@@ -329,7 +340,8 @@ impl SoftCpu {
                 return cpu.general_protection(0);
             }
             let user = cpu.user();
-            // Accessed bits may lie beside decoded code; nothing is being executed now, so it can go at once.
+            // The page tables, whose accessed bits are set, may share a page with decoded code. No
+            // instruction is running now, so that code can be dropped at once.
             cpu.code_write_allowed = true;
             let entry = cpu.translate(ram, rip, Access::Fetch, user);
             cpu.code_write_allowed = false;
@@ -342,7 +354,7 @@ impl SoftCpu {
                 cpu.fetch = FetchPage::new(rip, frame);
                 Ok(frame + (rip as usize & 4095))
             }
-            // Outside RAM there is no code: as if 0xff were read, which is no instruction.
+            // There is no code outside RAM: as if 0xff were read, which is not an instruction.
             None => cpu.undefined(),
         }
     }
@@ -360,10 +372,10 @@ impl SoftCpu {
         block
     }
 
-    /// Runs an instruction that crosses a page.
+    /// Runs an instruction that crosses a page boundary.
     #[cold]
     #[inline(never)]
-    fn crossing_step(&mut self, ram: &mut [u8], rip: u64, budget: u64) -> Option<Exit> {
+    fn crossing_step(&mut self, ram: &mut [u8], rip: u64, budget: u64) -> Option<CpuExit> {
         let mut bytes = [0; LENGTH_MAX];
         let first = 4096 - (rip as usize & 4095);
         let halves = (|| Ok((self.fetch(ram, rip)?, self.fetch(ram, rip.wrapping_add(first as u64))?)))();
@@ -378,7 +390,7 @@ impl SoftCpu {
     }
 
     /// Runs one instruction that is not, or no longer, in the cache.
-    fn single(&mut self, ram: &mut [u8], rip: u64, insn: Insn, budget: u64) -> Option<Exit> {
+    fn single(&mut self, ram: &mut [u8], rip: u64, insn: Insn, budget: u64) -> Option<CpuExit> {
         let cpu = &mut self.cpu;
         cpu.rip = rip.wrapping_add(insn.len as u64);
         cpu.regs[RIP_BASE as usize] = rip.wrapping_sub(insn.offset as u64);
@@ -392,37 +404,39 @@ impl SoftCpu {
         }
     }
 
-    /// An instruction at `rip` (or its fetch, if there is none) did not simply finish.
+    /// Handles an instruction at `rip` that did not simply finish, or its fetch (then `insn` is `None`).
     #[cold]
     #[inline(never)]
-    fn stopped(&mut self, ram: &mut [u8], stop: Stop, rip: u64, insn: Option<Insn>) -> Option<Exit> {
-        let behind = self.cpu.rip;
+    fn stopped(&mut self, ram: &mut [u8], stop: CpuStop, rip: u64, insn: Option<Insn>) -> Option<CpuExit> {
+        let next_rip = self.cpu.rip;
         self.cpu.rip = rip;
         match stop {
-            Stop::Fault => self.deliver(ram, Event::Exception),
-            Stop::Io => Some(self.cpu.io),
-            Stop::Again => {
-                // What interrupts REP between two iterations must not meet its breakpoint again (SDM 3B 18.3.1.1).
-                self.cpu.flags.update_rest(0, bits::RF);
+            CpuStop::Fault => self.deliver(ram, PendingEvent::Exception),
+            CpuStop::Io => Some(self.cpu.io),
+            CpuStop::RepSuspended => {
+                // REP that was interrupted between two iterations must not hit its breakpoint again (SDM 3B
+                // 18.3.1.1).
+                self.cpu.flags.update_non_status(0, bits::RF);
                 None
             }
-            Stop::Trap => {
-                self.cpu.rip = behind;
+            CpuStop::Trap => {
+                self.cpu.rip = next_rip;
                 self.cpu.retired += 1;
-                self.deliver(ram, Event::Exception)
+                self.deliver(ram, PendingEvent::Exception)
             }
-            Stop::Halt => {
-                self.cpu.rip = behind;
+            CpuStop::Halt => {
+                self.cpu.rip = next_rip;
                 self.cpu.retired += 1;
                 self.cpu.halted = true;
-                Some(Exit::Hlt)
+                Some(CpuExit::Hlt)
             }
-            Stop::Shutdown => Some(Exit::Shutdown),
-            Stop::Slow => unreachable!("a quick handler has its exact one do what it cannot"),
-            Stop::CodeWrite => {
+            CpuStop::Shutdown => Some(CpuExit::Shutdown),
+            CpuStop::Slow => unreachable!("`quick!` calls the exact handler when the quick one gives up"),
+            CpuStop::CodeWrite => {
                 self.drop_written_code();
                 let insn = insn?;
-                // REP may be stopped again and again by its own writes; each time it gets one iteration on.
+                // REP may be stopped again and again by its own writes; each time it gets one iteration
+                // further.
                 self.cpu.code_write_allowed = true;
                 self.cpu.io_replies.used = 0;
                 let exit = self.single(ram, rip, insn, 1);
@@ -433,12 +447,12 @@ impl SoftCpu {
         }
     }
 
-    fn deliver(&mut self, ram: &mut [u8], event: Event) -> Option<Exit> {
+    fn deliver(&mut self, ram: &mut [u8], event: PendingEvent) -> Option<CpuExit> {
         self.cpu.code_write_allowed = true;
         let delivered = self.cpu.deliver(ram, event);
         self.cpu.code_write_allowed = false;
         self.drop_written_code();
-        delivered.err().map(|_| Exit::Shutdown)
+        delivered.err().map(|_| CpuExit::Shutdown)
     }
 
     fn drop_written_code(&mut self) {
@@ -448,13 +462,13 @@ impl SoftCpu {
     }
 }
 
-/// Flags with which an instruction has to run alone.
+/// Flags with which an instruction has to run by [`SoftCpu::careful_step`].
 const CARE: u64 = bits::TF | bits::RF | bits::AC;
 
 impl Cpu {
-    /// The next instruction has to run alone, or a flag of `attention` is set.
+    /// Whether the next instruction has to run by [`SoftCpu::careful_step`], or a flag of `attention` is set.
     #[inline(always)]
     fn needs_care(&self, attention: u64) -> bool {
-        self.shadow != Shadow::None || self.flags.rest() & attention != 0 || self.sys.dr7 & 0xff != 0
+        self.shadow != Shadow::None || self.flags.non_status() & attention != 0 || self.sys.dr7 & 0xff != 0
     }
 }

@@ -1,6 +1,6 @@
 //! Segment descriptors: reading them, and what their bits mean (SDM 3A 3.4.5).
 
-use crate::exit::Stop;
+use crate::exit::CpuStop;
 use crate::state::{Cpu, Segment};
 
 /// Access rights in [`Segment::attr`].
@@ -31,46 +31,46 @@ impl Segment {
         (self.selector & 3) as u8
     }
 
-    /// Segment is present.
+    /// Whether the segment is present.
     pub fn is_present(&self) -> bool {
         self.attr & attr::PRESENT != 0
     }
 
-    /// A code segment.
+    /// Whether it is a code segment.
     pub fn is_code(&self) -> bool {
         self.attr & (attr::CODE_OR_DATA | attr::CODE) == attr::CODE_OR_DATA | attr::CODE
     }
 
-    /// A data segment that may be written.
+    /// Whether it is a data segment that may be written.
     pub fn is_writable_data(&self) -> bool {
         let bits = attr::CODE_OR_DATA | attr::CODE | attr::WRITABLE;
         self.attr & bits == attr::CODE_OR_DATA | attr::WRITABLE
     }
 
-    /// A data segment, or a code segment that may be read.
+    /// Whether it is a data segment, or a code segment that may be read.
     pub fn is_readable(&self) -> bool {
         self.attr & attr::CODE_OR_DATA != 0 && (!self.is_code() || self.attr & attr::WRITABLE != 0)
     }
 
-    /// A conforming code segment.
+    /// Whether it is a conforming code segment.
     pub fn is_conforming(&self) -> bool {
         self.is_code() && self.attr & attr::CONFORMING != 0
     }
 
-    /// A code segment of 64-bit mode.
+    /// Whether it is a code segment of 64-bit mode.
     pub fn is_64_bit(&self) -> bool {
         self.attr & (attr::LONG | attr::DEFAULT_32) == attr::LONG
     }
 }
 
 impl Cpu {
-    /// Reads a segment descriptor of the GDT or LDT; `error` is what a fault says.
+    /// Reads a segment descriptor of the GDT or LDT; `error` is the error code of a fault.
     pub(crate) fn read_descriptor(
         &mut self,
         ram: &mut [u8],
         selector: u16,
         error: u32,
-    ) -> Result<Segment, Stop> {
+    ) -> Result<Segment, CpuStop> {
         let Some(at) = self.descriptor_address(selector, 8) else {
             return self.general_protection(error);
         };
@@ -78,7 +78,7 @@ impl Cpu {
         Ok(unpack(selector, d))
     }
 
-    /// Linear address of a descriptor of `len` bytes, `None` beyond its table's limit.
+    /// Linear address of a descriptor of `len` bytes, or `None` beyond the limit of its table.
     pub(crate) fn descriptor_address(&self, selector: u16, len: u64) -> Option<u64> {
         let (base, limit) = if selector & 4 != 0 {
             (self.sys.ldtr.base, self.sys.ldtr.limit as u64)
@@ -91,7 +91,7 @@ impl Cpu {
     }
 
     /// Sets the accessed bit of a descriptor that is about to be loaded.
-    pub(crate) fn mark_accessed(&mut self, ram: &mut [u8], segment: &mut Segment) -> Result<(), Stop> {
+    pub(crate) fn mark_accessed(&mut self, ram: &mut [u8], segment: &mut Segment) -> Result<(), CpuStop> {
         if segment.attr & attr::ACCESSED == 0
             && let Some(at) = self.descriptor_address(segment.selector, 8)
         {
@@ -102,7 +102,7 @@ impl Cpu {
     }
 }
 
-/// The parts of an 8-byte segment descriptor.
+/// Unpacks an 8-byte segment descriptor.
 pub(crate) fn unpack(selector: u16, d: u64) -> Segment {
     let limit = (d & 0xffff | d >> 32 & 0xf_0000) as u32;
     let granular = d >> 55 & 1 != 0;

@@ -2,25 +2,25 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::exit::{Exit, Fault, Stop};
+use crate::exit::{CpuExit, CpuStop, Exception};
 use crate::flags::Flags;
 use crate::insn::Single;
+use crate::int::REGS;
 use crate::tlb::{FastTlb, Tlb, TlbState};
 
-/// Size of the register file: a power of two, so that an index needs a mask and no check.
-pub const REGS: usize = 32;
-/// Registers of the integer file beyond RAX…R15, so that an address needs no case distinction.
+/// Index of the RIP that RIP-relative operands count from. It and the following are in the register file
+/// after RAX…R15, so that computing an address needs no case distinction.
 pub const RIP_BASE: u8 = 16;
-/// Always zero.
+/// A register that is always zero.
 pub const ZERO: u8 = 17;
 /// Base of FS.
 pub const FS_BASE: u8 = 18;
 /// Base of GS.
 pub const GS_BASE: u8 = 19;
-/// Always 2 GiB and minus 2 GiB: indexes for RIP-relative operands whose displacement, counted from the start
-/// of the block, leaves 32 bits.
+/// A register that is always 2 GiB: the index register of a RIP-relative operand whose displacement, counted
+/// from the start of the block, does not fit into 32 bits.
 pub const PLUS_2G: u8 = 20;
-/// See [`PLUS_2G`].
+/// A register that is always -2 GiB; see [`PLUS_2G`].
 pub const MINUS_2G: u8 = 21;
 
 /// Indexes of the general registers that instructions use implicitly.
@@ -70,7 +70,7 @@ pub struct TableRegister {
     pub limit: u16,
 }
 
-/// What the last instruction holds off until the next one has retired.
+/// What the last instruction inhibits until the next one has retired.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Shadow {
     /// Nothing.
@@ -82,7 +82,7 @@ pub enum Shadow {
     Everything,
 }
 
-/// Registers that no instruction touches in passing: system, debug and model-specific ones.
+/// System, debug and model-specific registers, which only special instructions change.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Registers {
     /// ES, CS, SS, DS, FS, GS.
@@ -173,7 +173,7 @@ impl Default for X87 {
     }
 }
 
-/// What an instruction that left the CPU has been told so far, so that it can be run again.
+/// The answers that an instruction that left the CPU has got so far, so that it can be run again.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct IoReplies {
     /// The answers, in the order of the questions.
@@ -182,12 +182,12 @@ pub(crate) struct IoReplies {
     pub(crate) used: usize,
 }
 
-/// The CPU: architectural state, and what makes executing it quick.
+/// The CPU: its architectural state, and caches that make execution fast.
 pub struct Cpu {
     /// RAX…R15, then [`RIP_BASE`], [`ZERO`], [`FS_BASE`], [`GS_BASE`].
     pub regs: [u64; REGS],
-    /// While a handler runs: address of the byte behind its block (so behind the instruction, for those that
-    /// end one). Between instructions: address of the next.
+    /// While a handler runs: the address of the end of its block (so the end of the instruction, for those
+    /// that end a block). Between instructions: the address of the next.
     pub rip: u64,
     /// RFLAGS.
     pub flags: Flags,
@@ -203,53 +203,53 @@ pub struct Cpu {
     pub retired: u64,
     /// Added to `retired` to give the time-stamp counter: guest time in ns.
     pub tsc_offset: u64,
-    /// Held off for one instruction.
+    /// What is inhibited for one instruction.
     pub shadow: Shadow,
-    /// Halted.
+    /// HLT has retired and no interrupt has been delivered since.
     pub halted: bool,
     /// External interrupt accepted and not yet delivered.
     pub interrupt: Option<u8>,
-    /// TLB: state that the guest can see.
+    /// The TLB, whose contents are state that the guest can see.
     pub tlb: Tlb,
 
-    /// Acceleration of the TLB, no state.
+    /// A faster copy of part of the TLB; not state.
     pub(crate) fast: FastTlb,
-    /// Where the last instruction came from.
+    /// The page that the last instruction was fetched from.
     pub(crate) fetch: FetchPage,
-    /// 0 at CPL 0 to 2, 1 at CPL 3: which part of `fast` applies. And [`WATCHED`].
+    /// Which part of `fast` applies: 0 at CPL 0 to 2, 1 at CPL 3; plus [`WATCHED`].
     pub(crate) mode: usize,
-    /// Whether TF was set before the instruction that runs alone.
+    /// Whether TF was set before the instruction that is being stepped ([`crate::debug`]).
     pub(crate) single_step: bool,
-    /// Data breakpoints that the instruction has met, a bit each.
+    /// Data breakpoints that the instruction has hit, a bit each.
     pub(crate) breakpoints_met: u64,
-    /// RAM below the hole under 4 GiB, bytes.
+    /// RAM below [`HOLE_START`], bytes.
     pub(crate) ram_low: u64,
     /// RAM in all, bytes.
     pub(crate) ram_len: u64,
-    /// For each page of RAM, the 64-byte chunks that have decoded code.
+    /// For each page of RAM: a bit for each 64-byte chunk that has decoded code.
     pub(crate) code_chunks: Vec<u64>,
     /// Pages whose decoded code a store changes or wants to change: the run loop drops it.
     pub(crate) code_written: Vec<u32>,
-    /// Stores into decoded code go through; else they end in [`Stop::CodeWrite`].
+    /// Whether stores to decoded code are done; otherwise they end in [`CpuStop::CodeWrite`].
     pub(crate) code_write_allowed: bool,
     /// Pages written since they were last taken, a bit each, and the same as a list.
     pub(crate) written: Vec<u64>,
     pub(crate) written_list: Vec<u32>,
-    /// How many instructions of its block were left behind the one that stopped or jumped.
+    /// How many instructions of the block come after the one that stopped or jumped, and did not run.
     pub(crate) left: usize,
-    /// What [`crate::insn::retry`] executes.
+    /// The exact handler that [`crate::insn::retry`] calls.
     pub(crate) exact: Single,
-    /// How many iterations a REP instruction may do.
+    /// How many iterations a REP instruction may run.
     pub(crate) rep_budget: u64,
-    /// The fault behind [`Stop::Fault`].
-    pub(crate) fault: Fault,
-    /// The question behind [`Stop::Io`].
-    pub(crate) io: Exit,
+    /// The exception of [`CpuStop::Fault`] and [`CpuStop::Trap`].
+    pub(crate) exception: Exception,
+    /// The question of [`CpuStop::Io`].
+    pub(crate) io: CpuExit,
     pub(crate) io_replies: IoReplies,
 }
 
-/// The page that the last instruction was fetched from: as long as this holds, the instruction TLB has an entry
-/// for it that allows another fetch, which would change nothing.
+/// The page that the last instruction was fetched from. As long as this is set, the instruction TLB has an
+/// entry for the page that allows another fetch, and the fetch would change nothing.
 #[derive(Clone, Copy)]
 pub(crate) struct FetchPage {
     /// Linear page number, or a number that no page has.
@@ -261,19 +261,19 @@ pub(crate) struct FetchPage {
 impl FetchPage {
     pub(crate) const NONE: FetchPage = FetchPage { page: u64::MAX, ram: 0 };
 
-    /// The page of `rip` lies at offset `ram`.
+    /// The page of linear address `rip`, which lies at RAM offset `ram`.
     pub(crate) fn new(rip: u64, ram: usize) -> FetchPage {
         FetchPage { page: rip >> 12, ram }
     }
 
-    /// RAM offset of the instruction at `rip`.
+    /// RAM offset of the instruction at `rip`, if it is in this page.
     #[inline(always)]
     pub(crate) fn offset(&self, rip: u64) -> Option<usize> {
         (rip >> 12 == self.page).then_some(self.ram + (rip as usize & 4095))
     }
 }
 
-/// The whole state of a CPU at an instruction boundary. Equal states go on alike.
+/// The whole state of a CPU at an instruction boundary. CPUs with equal states behave the same from then on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs)]
 pub struct CpuState {
@@ -294,7 +294,8 @@ pub struct CpuState {
     pub tlb: TlbState,
 }
 
-/// In [`Cpu::mode`]: data breakpoints or alignment have to be checked, so no access may take the fast path.
+/// In [`Cpu::mode`]: data breakpoints or alignment have to be checked, so that no access may take the fast
+/// path.
 pub(crate) const WATCHED: usize = 2;
 
 fn fixed_registers() -> [u64; REGS] {
@@ -304,13 +305,13 @@ fn fixed_registers() -> [u64; REGS] {
     regs
 }
 
-/// Guest-physical address where the hole for devices begins; RAM beyond it lies from 4 GiB up.
+/// Guest-physical address where the hole for devices begins; the rest of RAM lies from 4 GiB up.
 pub const HOLE_START: u64 = 0xc000_0000;
-/// Guest-physical address behind the hole.
+/// Guest-physical address of the end of the hole.
 pub const HOLE_END: u64 = 1 << 32;
 
 impl Cpu {
-    /// A CPU after reset for `ram_len` bytes of RAM: 64-bit mode is not entered until a state is restored.
+    /// A CPU for `ram_len` bytes of RAM, as after reset; it is not in 64-bit mode until a state is restored.
     pub(crate) fn new(ram_len: u64) -> Cpu {
         let pages = ram_len.div_ceil(4096) as usize;
         Cpu {
@@ -342,8 +343,8 @@ impl Cpu {
             left: 0,
             exact: |cpu, _, _| cpu.undefined(),
             rep_budget: 0,
-            fault: Fault { vector: 0, error: None },
-            io: Exit::Reached,
+            exception: Exception { vector: 0, error: None },
+            io: CpuExit::Reached,
             io_replies: IoReplies::default(),
         }
     }
@@ -360,7 +361,7 @@ impl Cpu {
         self.fetch = FetchPage::NONE;
     }
 
-    /// Data accesses of instructions have user rights.
+    /// Whether data accesses of instructions have user rights.
     #[inline(always)]
     pub(crate) fn user(&self) -> bool {
         self.mode & 1 != 0
@@ -368,20 +369,20 @@ impl Cpu {
 
     /// Raises a fault: `return cpu.raise(...)`.
     #[cold]
-    pub fn raise<T>(&mut self, vector: u8, error: Option<u32>) -> Result<T, Stop> {
-        self.fault = Fault { vector, error };
-        Err(Stop::Fault)
+    pub fn raise<T>(&mut self, vector: u8, error: Option<u32>) -> Result<T, CpuStop> {
+        self.exception = Exception { vector, error };
+        Err(CpuStop::Fault)
     }
 
     /// #UD.
     #[cold]
-    pub fn undefined<T>(&mut self) -> Result<T, Stop> {
+    pub fn undefined<T>(&mut self) -> Result<T, CpuStop> {
         self.raise(6, None)
     }
 
     /// #GP(error).
     #[cold]
-    pub fn general_protection<T>(&mut self, error: u32) -> Result<T, Stop> {
+    pub fn general_protection<T>(&mut self, error: u32) -> Result<T, CpuStop> {
         self.raise(13, Some(error))
     }
 
@@ -397,20 +398,20 @@ impl Cpu {
         }
     }
 
-    /// An external interrupt could be delivered before the next instruction.
+    /// Whether an external interrupt could be delivered before the next instruction.
     pub fn interruptible(&self) -> bool {
-        self.flags.rest() & crate::flags::bits::IF != 0
+        self.flags.non_status() & crate::flags::bits::IF != 0
             && self.shadow == Shadow::None
             && self.interrupt.is_none()
     }
 
-    /// The time-stamp counter at the start of the running block: guest time in ns and what the guest
-    /// has added to it.
+    /// The time-stamp counter at the start of the running block: guest time in ns, plus what the guest has
+    /// added to it.
     pub fn tsc(&self) -> u64 {
         self.retired.wrapping_add(self.tsc_offset).wrapping_add(self.sys.tsc_adjust)
     }
 
-    /// The whole state, at an instruction boundary.
+    /// The whole state. To be called at an instruction boundary.
     pub fn save(&self) -> CpuState {
         CpuState {
             gpr: std::array::from_fn(|i| self.regs[i]),
@@ -431,7 +432,7 @@ impl Cpu {
         }
     }
 
-    /// Takes over a saved state.
+    /// Replaces the state by a saved one.
     pub fn restore(&mut self, s: &CpuState) {
         self.regs = fixed_registers();
         self.regs[..16].copy_from_slice(&s.gpr);

@@ -1,48 +1,49 @@
-//! The seam for a tier that runs translated code in place of [`crate::run`]'s interpreter.
+//! The interface to a second tier, which runs translated code in place of [`crate::run`]'s interpreter.
 //!
-//! A translator is given blocks that the interpreter has run often, and runs them when the CPU comes to them again. Its code
-//! does what the handlers of the block's instructions do, one after another; where it has no code of its own for an
-//! instruction, or not all at hand, it calls the handler ([`perform`]). It runs nothing that needs the run loop's care: no
-//! instruction of [`crate::decode::Place::Alone`], and none behind one that may change what the run loop looks at.
+//! A translator is given blocks that the interpreter has run often, and runs them when the CPU comes to them
+//! again. Its code does what the handlers of the block's instructions do, one after another. For an
+//! instruction that it does not translate, or whose access the fast TLB does not allow, it calls the handler
+//! ([`perform`]). It runs nothing that needs the run loop: no instruction of
+//! [`crate::insn::PlaceInBlock::Alone`], and none after one that may change what the run loop checks.
 
 use std::mem::offset_of;
 
-use crate::exit::Stop;
+use crate::exit::CpuStop;
 use crate::flags::Flags;
 use crate::insn::Insn;
 use crate::state::Cpu;
 use crate::tlb::{FastEntry, FastTlb};
 
-/// What came of running translated code.
+/// How translated code ended.
 pub enum Ran {
-    /// RIP is at the start of some block.
-    On,
+    /// It has left at RIP, the start of some block.
+    AtBlock,
     /// This instruction, at this address, did not simply finish.
-    Stopped(Stop, Insn, u64),
+    Stopped(CpuStop, Insn, u64),
 }
 
-/// A translator of blocks. All of it is invisible to the guest: it may forget anything at any time.
+/// A translator of blocks. It is invisible to the guest, and may forget any translation at any time.
 pub trait Translator: Send {
-    /// Translates the block of `count` instructions at RAM offset `start`, which comes without one of
-    /// [`crate::decode::Place::Alone`]. Says whether it could.
+    /// Translates the block of `count` instructions at RAM offset `start`, none of which is
+    /// [`crate::insn::PlaceInBlock::Alone`]. Returns whether it could.
     fn translate(&mut self, ram: &[u8], start: usize, count: usize) -> bool;
 
-    /// Notes that the block at RIP, whose fetch the instruction TLB has just allowed, is at RAM offset `start`. Says whether
-    /// its translation is still there.
+    /// Notes that the block at RIP, whose fetch the instruction TLB has just allowed, is at RAM offset
+    /// `start`. Returns whether it has a translation.
     fn link(&mut self, cpu: &Cpu, start: usize) -> bool;
 
-    /// Runs translated code from RIP on, for at most `budget` instructions, and counts what retired. `None`, and nothing
-    /// has happened, where none can be run.
+    /// Runs translated code from RIP on, for at most `budget` instructions, and counts those that retire.
+    /// `None`: there is no translated code for RIP or the budget is too small, and nothing has happened.
     fn run(&mut self, cpu: &mut Cpu, ram: &mut [u8], budget: u64) -> Option<Ran>;
 
-    /// Forgets the blocks of a page of RAM.
+    /// Forgets the blocks of page number `page` of RAM.
     fn invalidate(&mut self, page: usize);
 }
 
-/// Executes one instruction by its handler: what [`Ran::Stopped`] and a translator's slow paths are made of. RIP is as the
-/// handler expects it: behind the instruction where it ends its block.
+/// Executes one instruction by its handler, for a translator's slow paths. RIP has to be as the handler
+/// expects it: at the end of the instruction, if it is the last of its block.
 #[inline]
-pub fn perform(cpu: &mut Cpu, ram: &mut [u8], insn: &Insn) -> Result<(), Stop> {
+pub fn perform(cpu: &mut Cpu, ram: &mut [u8], insn: &Insn) -> Result<(), CpuStop> {
     (insn.exec)(cpu, ram, std::slice::from_ref(insn))
 }
 
@@ -53,7 +54,7 @@ pub struct Layout {
     pub regs: i32,
     /// [`Cpu::rip`].
     pub rip: i32,
-    /// What ZF is: set when this is 0. Flags are as [`crate::flags`] describes.
+    /// ZF is set if this is 0. Flags are kept as [`crate::flags`] describes.
     pub zero: i32,
     /// SF and PF.
     pub sign: i32,
@@ -61,7 +62,7 @@ pub struct Layout {
     pub carry: i32,
 }
 
-/// See [`Layout`].
+/// The [`Layout`].
 pub const LAYOUT: Layout = {
     let flags = offset_of!(Cpu, flags);
     let (zero, sign, carry) = Flags::OFFSETS;
@@ -74,8 +75,9 @@ pub const LAYOUT: Layout = {
     }
 };
 
-/// Where translated code finds the parts of an entry of the fast TLB ([`Cpu::fast_entries`]): its size, and the offsets of
-/// the linear page that may be read, of the one that may be written, and of where the page begins in RAM.
+/// Where translated code finds the parts of an entry of the fast TLB ([`Cpu::fast_entries`]): the size of an
+/// entry, and the offsets in it of the linear page that may be read, the linear page that may be written, and
+/// the page's RAM offset.
 #[derive(Clone, Copy, Debug)]
 #[allow(missing_docs)]
 pub struct FastLayout {
@@ -85,7 +87,7 @@ pub struct FastLayout {
     pub ram: i32,
 }
 
-/// See [`FastLayout`].
+/// The [`FastLayout`].
 pub const FAST_LAYOUT: FastLayout = FastLayout {
     size: size_of::<FastEntry>(),
     read: offset_of!(FastEntry, read) as i32,
@@ -94,13 +96,13 @@ pub const FAST_LAYOUT: FastLayout = FastLayout {
 };
 
 impl Cpu {
-    /// The fast TLB that applies now: [`crate::tlb::DATA_ENTRIES`] entries, direct-mapped by linear page. An entry's page
-    /// lies wholly in RAM.
+    /// The fast TLB of the current mode: [`crate::tlb::DATA_ENTRIES`] entries, direct-mapped by linear page.
+    /// The page of an entry lies wholly in RAM.
     pub fn fast_entries(&self) -> *const u8 {
         FastTlb::entries(&self.fast, self.mode).cast()
     }
 
-    /// Instructions are fetched with user rights: which of two caches of fetches applies.
+    /// Whether instructions are fetched with user rights, which decides which of two jump caches applies.
     pub fn fetches_as_user(&self) -> bool {
         self.user()
     }

@@ -1,11 +1,11 @@
 //! The translation look-aside buffers.
 //!
-//! Their contents are guest-visible state: a guest that changes a page table without invalidating goes on
-//! seeing the old translation for as long as its entry lives. So there are exactly two direct-mapped arrays,
-//! one for data and one for instruction fetch, in which a hit changes nothing, and they are saved and digested.
-//! Large pages are cached in 4 KiB pieces that remember the size they came from.
+//! Their contents are guest-visible state: a guest that changes a page table without invalidating the TLB
+//! keeps seeing the old translation as long as its entry exists. So the TLBs are defined exactly: two
+//! direct-mapped arrays, one for data and one for instruction fetch, in which a hit changes nothing. They are
+//! saved and digested. Large pages are cached in 4 KiB pieces, which have the size of the large page.
 //!
-//! [`FastTlb`] is an acceleration derived from the data TLB: always a subset of it, never state.
+//! `FastTlb` is a faster copy of part of the data TLB: always a subset of it, never state.
 
 use serde::{Deserialize, Serialize};
 
@@ -38,12 +38,13 @@ pub struct TlbEntry {
 }
 
 impl TlbEntry {
-    /// The entry translates linear page `page`.
+    /// Whether the entry translates linear page `page`.
     #[inline(always)]
     pub fn holds(&self, page: u64) -> bool {
         self.page == page && self.frame & right::VALID != 0
     }
 
+    /// Whether the entry translates `page`, or another piece of the same large page.
     fn covers(&self, page: u64) -> bool {
         let shift = 9 * self.size();
         self.frame & right::VALID != 0 && self.page >> shift == page >> shift
@@ -65,8 +66,8 @@ fn region(page: u64, size: usize) -> usize {
 pub struct Tlb {
     data: Box<[TlbEntry; DATA_ENTRIES]>,
     code: Box<[TlbEntry; CODE_ENTRIES]>,
-    /// How many pieces of 2 MiB and of 1 GiB pages are cached, by a hash of the large page's number: where there
-    /// are none, INVLPG need not look for them. Derived, no state.
+    /// How many pieces of 2 MiB and of 1 GiB pages are cached, by a hash of the large page's number: if there
+    /// are none, INVLPG need not search for them. Derived from the entries, not state.
     pieces: [[u16; REGIONS]; 2],
 }
 
@@ -109,14 +110,14 @@ impl Tlb {
         &self.code
     }
 
-    /// Fills the slot of the data TLB that is for a linear page.
+    /// Fills the slot of the data TLB for a linear page.
     pub fn set_data(&mut self, page: u64, entry: TlbEntry) {
         let slot = &mut self.data[page as usize % DATA_ENTRIES];
         let old = std::mem::replace(slot, entry);
         self.count(&old, &entry);
     }
 
-    /// Fills the slot of the instruction TLB that is for a linear page.
+    /// Fills the slot of the instruction TLB for a linear page.
     pub fn set_code(&mut self, page: u64, entry: TlbEntry) {
         let slot = &mut self.code[page as usize % CODE_ENTRIES];
         let old = std::mem::replace(slot, entry);
@@ -149,8 +150,8 @@ impl Tlb {
         }
     }
 
-    /// INVLPG: drops what translates linear page `page`, all pieces of a large page included, global or not.
-    /// Tells `dropped` the linear pages that the data TLB loses.
+    /// INVLPG: drops what translates linear page `page`, including all pieces of a large page, global or not.
+    /// Calls `dropped` with each linear page that the data TLB loses.
     pub fn invalidate(&mut self, page: u64, mut dropped: impl FnMut(u64)) {
         if (1..=2).any(|size| self.pieces[size - 1][region(page, size)] > 0) {
             for n in 0..DATA_ENTRIES as u64 {
@@ -185,7 +186,7 @@ impl Tlb {
         TlbState { data: valid(&self.data[..]), code: valid(&self.code[..]) }
     }
 
-    /// Takes over saved entries. Indexes beyond the arrays are ignored.
+    /// Replaces the entries by saved ones. Indexes beyond the arrays are ignored.
     pub fn restore(&mut self, s: &TlbState) {
         *self = Tlb::default();
         for (i, e) in s.data.iter().filter(|(i, _)| (*i as usize) < DATA_ENTRIES) {
@@ -200,7 +201,7 @@ impl Tlb {
 /// No linear page has this number.
 const NO_PAGE: u64 = u64::MAX;
 
-/// Where a linear page lies in RAM, and what may be done there without a second look.
+/// Where a linear page lies in RAM, and which accesses to it need no further checks.
 #[derive(Clone, Copy)]
 pub(crate) struct FastEntry {
     /// Linear page that may be read, or [`NO_PAGE`].
@@ -214,14 +215,15 @@ pub(crate) struct FastEntry {
 
 const NOWHERE: FastEntry = FastEntry { read: NO_PAGE, write: NO_PAGE, ram: 0 };
 
-/// Entries noted as filled before all are forgotten: a bound on [`FastTlb::filled`].
+/// Most entries of [`FastTlb::filled`]; after that all are dropped.
 const FILLED_MAX: usize = 4 * DATA_ENTRIES;
 
-/// A shadow of the data TLB for each of supervisor and user mode; the other two modes ([`crate::state::WATCHED`])
-/// have empty ones.
+/// A shadow of the data TLB for each of supervisor and user mode; the other two modes
+/// ([`crate::state::WATCHED`]) have empty ones.
 pub(crate) struct FastTlb {
     entries: Box<[[FastEntry; DATA_ENTRIES]; 4]>,
-    /// Which entries may be filled, as mode and slot, so that a flush costs what was used since the last.
+    /// Mode and slot of all entries that may be filled, so that a flush only costs what was filled since the
+    /// last.
     filled: Vec<(u16, u16)>,
 }
 
@@ -242,7 +244,7 @@ impl FastTlb {
         self.entries[mode & 3].as_ptr()
     }
 
-    /// The page at RAM offset `ram` may be read, and written if so said.
+    /// Adds linear page `page`, at RAM offset `ram`: it may be read, and written if `writable`.
     pub(crate) fn fill(&mut self, user: bool, page: u64, ram: usize, writable: bool) {
         if self.filled.len() == FILLED_MAX {
             self.flush();
@@ -258,14 +260,14 @@ impl FastTlb {
         }
     }
 
-    /// Forgets everything.
+    /// Drops all entries.
     pub(crate) fn flush(&mut self) {
         for (mode, slot) in self.filled.drain(..) {
             self.entries[mode as usize][slot as usize] = NOWHERE;
         }
     }
 
-    /// Forgets one slot of both modes, because its TLB entry changes.
+    /// Drops the slot of a linear page in both modes, because its TLB entry changes.
     pub(crate) fn forget(&mut self, page: u64) {
         for entries in &mut self.entries[..2] {
             entries[page as usize % DATA_ENTRIES] = NOWHERE;

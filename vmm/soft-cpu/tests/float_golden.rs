@@ -1,7 +1,7 @@
-//! What our own definition governs, held by vectors: transcendentals (from a computation with 800 bits, rounded to
-//! nearest) and approximations. No host is asked.
+//! Golden vectors for the functions that this CPU defines itself: transcendental functions (computed with 800
+//! bits, rounded to nearest) and approximations. They are not compared with the host.
 
-use vmft_soft_cpu::float::{self, Context, F32, F80, transcendental};
+use soft_cpu::float::{self, F32, F80, FloatContext, transcendental};
 
 #[derive(Clone, Copy, Debug)]
 enum Function {
@@ -22,7 +22,7 @@ fn number((sign_exp, significand): Bits) -> F80 {
     F80 { significand, sign_exp }
 }
 
-fn run(function: Function, y: F80, x: F80, cx: &mut Context) -> F80 {
+fn run(function: Function, y: F80, x: F80, cx: &mut FloatContext) -> F80 {
     match function {
         F2xm1 => transcendental::f2xm1(x, cx),
         Fyl2x => transcendental::fyl2x(y, x, cx),
@@ -128,13 +128,13 @@ const TRANSCENDENTALS: &[(Function, [Bits; 2], Bits)] = &[
 #[test]
 fn transcendentals() {
     for &(function, [y, x], value) in TRANSCENDENTALS {
-        let mut cx = Context::from_control_word(0x37f);
+        let mut cx = FloatContext::from_control_word(0x37f);
         let ours = run(function, number(y), number(x), &mut cx);
         assert_eq!(ours, number(value), "{function:?} {y:x?} {x:x?}");
         assert_eq!(cx.flags, float::PE, "{function:?} {y:x?} {x:x?}");
         // The directed modes enclose the value, one unit apart.
         let ends = [1, 2].map(|rc| {
-            let mut cx = Context::from_control_word(0x37f | rc << 10);
+            let mut cx = FloatContext::from_control_word(0x37f | rc << 10);
             let end = run(function, number(y), number(x), &mut cx);
             u128::from(end.sign_exp & 0x7fff) << 63 | u128::from(end.significand & u64::MAX >> 1)
         });
@@ -142,7 +142,7 @@ fn transcendentals() {
     }
 }
 
-/// Arguments whose value is exact: no PE.
+/// Arguments with exact values, which do not set PE.
 #[test]
 fn exact_transcendentals() {
     let (one, two, eight) = ((0x3fff, 1 << 63), (0x4000, 1 << 63), (0x4002, 1 << 63));
@@ -160,12 +160,12 @@ fn exact_transcendentals() {
         (Fptan, zero, zero, zero),
     ];
     for (function, y, x, value) in cases {
-        let mut cx = Context::from_control_word(0x37f);
+        let mut cx = FloatContext::from_control_word(0x37f);
         assert_eq!(run(function, number(y), number(x), &mut cx), number(value), "{function:?} {y:x?} {x:x?}");
         assert_eq!(cx.flags, 0, "{function:?} {y:x?} {x:x?}");
     }
     let too_large = number((0x403e, 1 << 63));
-    assert_eq!(transcendental::fsin(too_large, &mut Context::from_control_word(0x37f)), None);
+    assert_eq!(transcendental::fsin(too_large, &mut FloatContext::from_control_word(0x37f)), None);
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! SSE arithmetic against the host's own, flags included.
+//! Compares SSE arithmetic with the host's, including flags.
 #![cfg(target_arch = "x86_64")]
 #![allow(unsafe_code)]
 
@@ -10,7 +10,7 @@ use std::mem::transmute;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use float_cases::Cases;
-use vmft_soft_cpu::float::{self, Context, F32, F64, Float, Operand, Predicate, Rounding};
+use soft_cpu::float::{self, F32, F64, Float, FloatContext, Operand, Predicate, Rounding};
 
 const CASES: u32 = 400_000;
 
@@ -24,8 +24,8 @@ fn low(v: __m128i) -> u64 {
     unsafe { transmute::<__m128i, u128>(v) as u64 }
 }
 
-/// Defines a function that runs one instruction on xmm0, xmm1 and rax under an MXCSR; it returns xmm0, rax, the
-/// arithmetic flags and MXCSR.
+/// Defines a function that runs one instruction on xmm0, xmm1 and rax under an MXCSR; it returns xmm0, rax,
+/// the arithmetic flags and MXCSR.
 macro_rules! host {
     ($($name:ident: $instruction:literal;)*) => {
         $(fn $name(a: u64, b: u64, rax: u64, mxcsr: u32) -> Host {
@@ -76,23 +76,23 @@ host! {
     roundsd3: "roundsd xmm0, xmm1, 3"; roundsd4: "roundsd xmm0, xmm1, 4";
 }
 
-/// Everything masked; rounding, DAZ and FTZ at random.
+/// An MXCSR with all exceptions masked and random rounding, DAZ and FTZ.
 fn random_mxcsr(cases: &mut Cases) -> u32 {
     0x1f80 | cases.next() as u32 & 0xe040
 }
 
 type HostFn = fn(u64, u64, u64, u32) -> Host;
 
-/// Compares `ours`, which gives a result's bits, with the low `width` bits of xmm0.
+/// Compares the bits of the result that `ours` returns with the low `width` bits of xmm0.
 fn check<F>(name: &str, seed: u64, host: HostFn, mask: u64, pair: fn(&mut Cases) -> (u64, u64), ours: F)
 where
-    F: Fn(u64, u64, &mut Context) -> u64,
+    F: Fn(u64, u64, &mut FloatContext) -> u64,
 {
     let mut cases = Cases(seed);
     for _ in 0..CASES {
         let (a, b) = pair(&mut cases);
         let mxcsr = random_mxcsr(&mut cases);
-        let mut cx = Context::from_mxcsr(mxcsr);
+        let mut cx = FloatContext::from_mxcsr(mxcsr);
         let value = ours(a, b, &mut cx);
         let host = host(a, b, 0, mxcsr);
         assert_eq!(
@@ -113,7 +113,7 @@ fn doubles(cases: &mut Cases) -> (u64, u64) {
     cases.f64_pair()
 }
 
-type Arith<F> = fn(F, F, &mut Context) -> F;
+type Arith<F> = fn(F, F, &mut FloatContext) -> F;
 
 #[test]
 fn arithmetic_of_singles() {
@@ -159,7 +159,7 @@ fn conversions_between_formats() {
     check("cvtsd2ss", 2, cvtsd2ss, u32::MAX.into(), doubles, |_, b, cx| {
         float::convert::<F32>(F64(b).unpack(cx), true, cx).0.into()
     });
-    // Doubles of the singles' range, where results are tiny or overflow.
+    // Doubles around the limits of the range of singles, whose results are tiny or overflow.
     let narrow =
         |cases: &mut Cases| (0, (cases.f64() & !(0x7ff << 52)) | (1023 - 155 + cases.below(290)) << 52);
     check("cvtsd2ss", 3, cvtsd2ss, u32::MAX.into(), narrow, |_, b, cx| {
@@ -181,7 +181,7 @@ fn predicates() {
 #[test]
 fn integral_rounding() {
     let modes = [Rounding::Nearest, Rounding::Down, Rounding::Up, Rounding::Zero];
-    let mode = |i: usize, cx: &Context| modes.get(i).copied().unwrap_or(cx.rounding);
+    let mode = |i: usize, cx: &FloatContext| modes.get(i).copied().unwrap_or(cx.rounding);
     let hosts: [HostFn; 5] = [roundss0, roundss1, roundss2, roundss3, roundss4];
     for (i, host) in hosts.into_iter().enumerate() {
         check("roundss", i as u64, host, u32::MAX.into(), singles, |_, b, cx| {
@@ -205,7 +205,7 @@ fn comparisons_to_flags() {
         for _ in 0..CASES {
             let (a, b) = if double { doubles(&mut cases) } else { singles(&mut cases) };
             let mxcsr = random_mxcsr(&mut cases);
-            let mut cx = Context::from_mxcsr(mxcsr);
+            let mut cx = FloatContext::from_mxcsr(mxcsr);
             let unpack = |n: u64| if double { F64(n).unpack(&cx) } else { F32(n as u32).unpack(&cx) };
             let flags = match float::compare(unpack(a), unpack(b), quiet, &mut cx) {
                 None => 0x45,
@@ -221,7 +221,7 @@ fn comparisons_to_flags() {
 
 #[test]
 fn conversions_to_integers() {
-    // Instruction, from a double, bits, truncating.
+    // Instruction, whether from a double, bits, whether truncating.
     let table: [(HostFn, bool, u32, bool); 8] = [
         (cvtss2si32, false, 32, false),
         (cvtss2si64, false, 64, false),
@@ -237,7 +237,7 @@ fn conversions_to_integers() {
         for _ in 0..CASES {
             let b = if double { cases.f64() } else { cases.f32().into() };
             let mxcsr = random_mxcsr(&mut cases);
-            let mut cx = Context::from_mxcsr(mxcsr);
+            let mut cx = FloatContext::from_mxcsr(mxcsr);
             let n: Operand = if double { F64(b).unpack(&cx) } else { F32(b as u32).unpack(&cx) };
             let rounding = if truncate { Rounding::Zero } else { cx.rounding };
             let value = float::to_int(n, bits, rounding, &mut cx) as u64 & u64::MAX >> (64 - bits);
@@ -256,7 +256,7 @@ fn conversions_from_integers() {
         for _ in 0..CASES {
             let n = cases.integer() << (64 - bits) >> (64 - bits);
             let mxcsr = random_mxcsr(&mut cases);
-            let mut cx = Context::from_mxcsr(mxcsr);
+            let mut cx = FloatContext::from_mxcsr(mxcsr);
             let value = match double {
                 true => float::from_int::<F64>(n, &mut cx).0,
                 false => float::from_int::<F32>(n, &mut cx).0.into(),
@@ -267,8 +267,8 @@ fn conversions_from_integers() {
     }
 }
 
-/// Our approximations are near the host's (which are off by 1.5 · 2^-12 at most) and exactly theirs for what is no
-/// positive normal number.
+/// The soft CPU's approximations are near the host's (whose error is at most 1.5 · 2^-12), and the same for
+/// operands that are not positive normal numbers.
 #[test]
 fn approximations() {
     type Ours = fn(F32) -> F32;
@@ -279,7 +279,8 @@ fn approximations() {
         for _ in 0..CASES {
             let x = cases.f32();
             let (value, host) = (ours(F32(x)).0, host(0, x.into(), 0, 0x1f80).xmm0 as u32);
-            // 3 · 2^-12 is 3 · 2^11 in the last place. Where results begin to be flushed one may be a zero.
+            // 3 · 2^-12 is 3 · 2^11 units in the last place. Where results are just being flushed, one may be
+            // a zero.
             let at_edge = (value << 1).min(host << 1) == 0 && (value << 1).max(host << 1) >> 24 == 1;
             assert!(at_edge || value.abs_diff(host) <= 3 << 11, "{x:#x}: {value:#x}, host {host:#x}");
             if x >> 23 & 0xff == 0 || x >> 23 & 0xff == 255 {
@@ -289,7 +290,7 @@ fn approximations() {
     }
 }
 
-/// MXCSR as the last SIGFPE found it.
+/// MXCSR at the last SIGFPE.
 static AT_FAULT: AtomicU32 = AtomicU32::new(0);
 
 /// Notes MXCSR and skips the instruction, which has four bytes.
@@ -303,17 +304,17 @@ extern "C" fn note_and_skip(_: i32, _: *mut libc::siginfo_t, context: *mut libc:
     }
 }
 
-/// Unmasked exceptions: the flags that #XM finds.
+/// Unmasked exceptions: the flags are the same when #XM is delivered.
 #[test]
 fn unmasked_exceptions() {
-    // SAFETY: the handler touches nothing but the interrupted context and an atomic.
+    // SAFETY: the handler accesses only the interrupted context and an atomic.
     unsafe {
         let mut action: libc::sigaction = std::mem::zeroed();
         action.sa_sigaction = note_and_skip as *const () as usize;
         action.sa_flags = libc::SA_SIGINFO;
         assert_eq!(libc::sigaction(libc::SIGFPE, &action, std::ptr::null_mut()), 0);
     }
-    type Ours = fn(u64, u64, &mut Context);
+    type Ours = fn(u64, u64, &mut FloatContext);
     let table: [(HostFn, bool, Ours); 7] = [
         (addss, false, |a, b, cx| _ = float::add::<F32>(single(a, cx), single(b, cx), cx)),
         (mulss, false, |a, b, cx| _ = float::mul::<F32>(single(a, cx), single(b, cx), cx)),
@@ -328,7 +329,7 @@ fn unmasked_exceptions() {
         for _ in 0..CASES / 16 {
             let (a, b) = if is_double { doubles(&mut cases) } else { singles(&mut cases) };
             let mxcsr = random_mxcsr(&mut cases) & !(cases.next() as u32 & 0x1f80);
-            let mut cx = Context::from_mxcsr(mxcsr);
+            let mut cx = FloatContext::from_mxcsr(mxcsr);
             ours(a, b, &mut cx);
             AT_FAULT.store(0, Ordering::Relaxed);
             let completed = host(a, b, 0, mxcsr);
@@ -343,10 +344,10 @@ fn unmasked_exceptions() {
     }
 }
 
-fn single(n: u64, cx: &Context) -> Operand {
+fn single(n: u64, cx: &FloatContext) -> Operand {
     F32(n as u32).unpack(cx)
 }
 
-fn double(n: u64, cx: &Context) -> Operand {
+fn double(n: u64, cx: &FloatContext) -> Operand {
     F64(n).unpack(cx)
 }

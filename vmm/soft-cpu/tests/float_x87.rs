@@ -1,4 +1,4 @@
-//! x87 arithmetic against the host's own: results, flags, C1 and unmasked exceptions.
+//! Compares x87 arithmetic with the host's: results, flags, C1 and unmasked exceptions.
 #![cfg(target_arch = "x86_64")]
 #![allow(unsafe_code)]
 
@@ -7,11 +7,11 @@ mod float_cases;
 use std::arch::asm;
 
 use float_cases::{Cases, differs_in_underflow, tell_left_out};
-use vmft_soft_cpu::float::{self, Context, F32, F64, F80, Float, PE, Rounding, transcendental};
+use soft_cpu::float::{self, F32, F64, F80, Float, FloatContext, PE, Rounding, transcendental};
 
 const CASES: u32 = 300_000;
 
-/// What FNSAVE saw after an instruction.
+/// The state that FNSAVE stored after an instruction.
 #[derive(Debug)]
 struct Host {
     status: u16,
@@ -36,8 +36,8 @@ fn parse(area: &[u8; 108]) -> Host {
     Host { status: word(4), stack }
 }
 
-/// Defines a function that runs one instruction with two registers and a memory operand under a control word. FNSAVE
-/// takes the state before a pending exception could be delivered, and resets the FPU.
+/// Defines a function that runs one instruction with two registers, a memory operand and a control word.
+/// FNSAVE stores the state before a pending exception is delivered, and resets the FPU.
 macro_rules! host {
     ($($name:ident: $instruction:literal;)*) => {
         $(fn $name(st0: F80, st1: F80, control: u16, memory: &mut u128) -> Host {
@@ -75,14 +75,14 @@ host! {
 
 type HostFn = fn(F80, F80, u16, &mut u128) -> Host;
 
-/// All of the control word at random: precision, rounding, masks (mostly all masked).
+/// A random control word: precision, rounding, masks (usually all masked).
 fn random_control(cases: &mut Cases) -> u16 {
     let n = cases.next() as u16;
     n & 0x0f00 | if n >> 12 < 4 { n & 0x3f } else { 0x3f }
 }
 
-/// The bits of the status word that `cx` stands for, without the stack's.
-fn status(cx: &Context) -> u16 {
+/// The bits of the status word that correspond to `cx`, without those of the stack.
+fn status(cx: &FloatContext) -> u16 {
     let summary = if cx.unmasked() != 0 { 0x8080 } else { 0 };
     let c1 = if cx.rounded_up && cx.flags & PE != 0 && !cx.no_result() { C1 } else { 0 };
     u16::from(cx.raised()) | summary | c1
@@ -90,7 +90,7 @@ fn status(cx: &Context) -> u16 {
 
 const FLAGS: u16 = 0x80bf;
 
-fn check(name: &str, host: HostFn, with_c1: bool, ours: fn(F80, F80, &mut Context) -> F80) {
+fn check(name: &str, host: HostFn, with_c1: bool, ours: fn(F80, F80, &mut FloatContext) -> F80) {
     let (mut cases, mut left_out) = (Cases(1), 0);
     for _ in 0..CASES {
         let (a, b) = cases.f80_pair();
@@ -99,7 +99,7 @@ fn check(name: &str, host: HostFn, with_c1: bool, ours: fn(F80, F80, &mut Contex
             left_out += 1;
             continue;
         }
-        let mut cx = Context::from_control_word(control);
+        let mut cx = FloatContext::from_control_word(control);
         let value = ours(a, b, &mut cx);
         let value = if cx.no_result() { a } else { value };
         let host = host(a, b, control, &mut 0);
@@ -135,7 +135,7 @@ fn remainders() {
                 left_out += 1;
                 continue;
             }
-            let mut cx = Context::from_control_word(control);
+            let mut cx = FloatContext::from_control_word(control);
             let ours = float::remainder(a, b, nearest, &mut cx);
             let value = if cx.no_result() { a } else { ours.value };
             let q = u16::from(ours.quotient.unwrap_or(0));
@@ -159,7 +159,7 @@ fn extraction() {
     for _ in 0..CASES {
         let a = cases.f80();
         let control = random_control(&mut cases);
-        let mut cx = Context::from_control_word(control);
+        let mut cx = FloatContext::from_control_word(control);
         let (exponent, significand) = float::extract(a, &mut cx);
         let host = fxtract(a, F80::ONE, control, &mut 0);
         if cx.no_result() {
@@ -181,7 +181,7 @@ fn comparisons() {
         let mut cases = Cases(4);
         for _ in 0..CASES {
             let (a, b) = cases.f80_pair();
-            let mut cx = Context::from_control_word(random_control(&mut cases) | 0x3f);
+            let mut cx = FloatContext::from_control_word(random_control(&mut cases) | 0x3f);
             let codes = match float::compare(a.operand(), b.operand(), quiet, &mut cx) {
                 None => C0 | C2 | C3,
                 Some(std::cmp::Ordering::Less) => C0,
@@ -197,7 +197,7 @@ fn comparisons() {
 
 #[test]
 fn memory_operands() {
-    type Ours = fn(F80, u64, &mut Context) -> F80;
+    type Ours = fn(F80, u64, &mut FloatContext) -> F80;
     let table: [(HostFn, bool, Ours); 5] = [
         (fadd32, false, |a, m, cx| float::add(a.operand(), F32(m as u32).unpack(cx), cx)),
         (fdiv32, false, |a, m, cx| float::div(a.operand(), F32(m as u32).unpack(cx), cx)),
@@ -211,7 +211,7 @@ fn memory_operands() {
             let a = cases.f80();
             let m = if double { cases.f64() } else { cases.f32().into() };
             let control = random_control(&mut cases);
-            let mut cx = Context::from_control_word(control);
+            let mut cx = FloatContext::from_control_word(control);
             let value = ours(a, m, &mut cx);
             let is_load = i >= 3;
             let lost = if is_load { cx.unmasked() & float::IE != 0 } else { cx.no_result() };
@@ -228,7 +228,7 @@ fn memory_operands() {
 
 #[test]
 fn stores() {
-    type Ours = fn(F80, &mut Context) -> u128;
+    type Ours = fn(F80, &mut FloatContext) -> u128;
     let table: [(HostFn, u32, Ours); 7] = [
         (fst32, 32, |a, cx| float::store::<F32>(a, cx).0.into()),
         (fst64, 64, |a, cx| float::store::<F64>(a, cx).0.into()),
@@ -243,7 +243,7 @@ fn stores() {
         for _ in 0..CASES {
             let a = cases.f80();
             let control = random_control(&mut cases);
-            let mut cx = Context::from_control_word(control);
+            let mut cx = FloatContext::from_control_word(control);
             let value = ours(a, &mut cx) & u128::MAX >> (128 - bits);
             let mut memory = 0;
             let host = host(a, F80::ONE, control, &mut memory);
@@ -266,7 +266,7 @@ fn integers_and_bcd() {
     let mut cases = Cases(7);
     for _ in 0..CASES {
         let n = cases.integer();
-        let ours: F80 = float::from_int(n, &mut Context::from_control_word(0x37f));
+        let ours: F80 = float::from_int(n, &mut FloatContext::from_control_word(0x37f));
         assert_eq!(ours, fild64(F80::ONE, F80::ONE, 0x37f, &mut (n as u64).into()).stack[0]);
         let mut rest = n.unsigned_abs();
         let mut bcd = u128::from(n < 0) << 79;
@@ -282,17 +282,17 @@ fn integers_and_bcd() {
     }
 }
 
-/// The distance of two numbers in units of the last place, if they have a sign in common.
+/// The distance of two numbers in units in the last place, if they have the same sign.
 fn distance(a: F80, b: F80) -> u128 {
     let line = |n: F80| u128::from(n.sign_exp & 0x7fff) << 63 | u128::from(n.significand & u64::MAX >> 1);
     if a.sign_exp >> 15 == b.sign_exp >> 15 { line(a).abs_diff(line(b)) } else { u128::MAX }
 }
 
-/// The host's transcendentals are within a unit or so of the last place, and ours must be near them; NaNs, infinities,
-/// zeros and the flags IE, DE and ZE must be the same.
+/// The error of the host's transcendental functions is about one unit in the last place, and the soft CPU's
+/// results must be near them; NaNs, infinities, zeros and the flags IE, DE and ZE must be the same.
 #[test]
 fn transcendentals() {
-    type Ours = fn(F80, F80, &mut Context) -> F80;
+    type Ours = fn(F80, F80, &mut FloatContext) -> F80;
     let table: [(&str, HostFn, Ours); 7] = [
         ("f2xm1", f2xm1, |a, _, cx| transcendental::f2xm1(a, cx)),
         ("fyl2x", fyl2x, |a, b, cx| transcendental::fyl2x(b, a, cx)),
@@ -308,7 +308,8 @@ fn transcendentals() {
         for _ in 0..CASES / 4 {
             let (mut a, b) = cases.f80_pair();
             let unbiased = i32::from(a.sign_exp & 0x7fff) - 16383;
-            // The host reduces by a π of 66 bits, and is free below -1 in FYL2XP1, and beyond ±1 in F2XM1.
+            // The host reduces by a π of 66 bits, and its results are undefined below -1 in FYL2XP1 and
+            // beyond ±1 in F2XM1.
             let top = match name {
                 "f2xm1" | "fsin" | "fcos" | "fptan" => -1,
                 "fyl2xp1" => -3,
@@ -317,7 +318,7 @@ fn transcendentals() {
             if unbiased > top && unbiased < 16384 {
                 a.sign_exp = a.sign_exp & 0x8000 | (16383 + top) as u16;
             }
-            let mut cx = Context::from_control_word(0x37f);
+            let mut cx = FloatContext::from_control_word(0x37f);
             let value = ours(a, b, &mut cx);
             let host = host(a, b, 0x37f, &mut 0);
             let host_value =
@@ -335,20 +336,20 @@ fn transcendentals() {
     }
 }
 
-/// FXAM tells the classes apart as the host does.
+/// FXAM reports the same classes as the host.
 #[test]
 fn classes() {
-    use float::Class;
+    use float::FloatClass;
     let mut cases = Cases(9);
     for _ in 0..CASES {
         let a = cases.f80();
         let codes = match a.operand().class {
-            Class::Unsupported => 0,
-            Class::Quiet | Class::Signaling => C0,
-            Class::Normal => C2,
-            Class::Infinity => C0 | C2,
-            Class::Zero => C3,
-            Class::Denormal => C2 | C3,
+            FloatClass::Unsupported => 0,
+            FloatClass::Quiet | FloatClass::Signaling => C0,
+            FloatClass::Normal => C2,
+            FloatClass::Infinity => C0 | C2,
+            FloatClass::Zero => C3,
+            FloatClass::Denormal => C2 | C3,
         };
         assert_eq!(codes, fxam(a, a, 0x37f, &mut 0).status & (C0 | C2 | C3), "{a:x?}");
     }

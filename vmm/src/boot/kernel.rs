@@ -1,89 +1,89 @@
-//! What kind of kernel a file is, where it goes, and what is wrong with it. linux-loader copies it; what it would
-//! refuse without saying why, or accept and write over something, is found here.
+//! Checks of a kernel file: its format, where it goes in RAM, and what is wrong with it. linux-loader copies it; this module
+//! finds what linux-loader would refuse without a reason, or would write over something else.
 
 use linux_loader::bootparam::{XLF_KERNEL_64, setup_header};
 use linux_loader::elf::{EI_CLASS, EI_DATA, ELFCLASS64, ELFDATA2LSB, Elf64_Ehdr, Elf64_Phdr, PT_LOAD};
 use vm_memory::ByteValued;
 
-use super::HIGH_START;
-
+/// Lowest guest-physical address at which a kernel may lie.
+pub(super) const HIGH_START: u64 = 0x10_0000;
 const EM_X86_64: u16 = 62;
 /// Offset of the setup header in a bzImage.
 const HEADER_AT: usize = 0x1f1;
-/// A bzImage's 64-bit entry lies this far into its protected-mode part.
+/// Offset of the 64-bit entry in the protected-mode part of a bzImage.
 const ENTRY_64: u64 = 0x200;
-/// Segments beyond this are nobody's kernel.
+/// No kernel has more segments than this.
 const SEGMENTS_MAX: u16 = 128;
 
 /// What is wrong with a kernel file.
 #[derive(Debug, thiserror::Error)]
 pub enum KernelError {
-    /// Neither format.
-    #[error("is neither an ELF vmlinux nor a bzImage")]
+    /// The file has neither format.
+    #[error("it is neither an ELF vmlinux nor a bzImage")]
     Unknown,
-    /// The file ends early.
-    #[error("is truncated: {what} needs {needs} bytes, the file has {has}")]
+    /// The file ends too early.
+    #[error("it is truncated: {what} should end at byte {needs}, but the file has {has} bytes")]
     Truncated {
-        /// Whose bytes are missing.
+        /// The part whose bytes are missing.
         what: &'static str,
-        /// The size the file should have at least.
+        /// The least size that the file must have.
         needs: u64,
-        /// The size that it has.
+        /// The size of the file.
         has: u64,
     },
-    /// An ELF file for something else.
-    #[error("is an ELF file, but not a little-endian 64-bit x86-64 one")]
+    /// The ELF file is for another kind of machine.
+    #[error("it is an ELF file, but not a little-endian 64-bit x86-64 one")]
     OtherMachine,
-    /// An ELF header that makes no sense.
-    #[error("has a wrong ELF header: {0}")]
+    /// A field of the ELF headers is wrong.
+    #[error("its ELF headers are wrong: {0}")]
     Header(&'static str),
-    /// A segment that is not in memory.
+    /// A segment lies outside of the guest's memory.
     #[error(
-        "wants memory from {start:#x} to {end:#x}, the guest has {HIGH_START:#x} to {limit:#x}; give it more"
+        "it needs memory from {start:#x} to {end:#x}, but the guest has {HIGH_START:#x} to {limit:#x}; give the guest more memory"
     )]
     OutsideMemory {
-        /// Start of a segment.
+        /// Start of the segment.
         start: u64,
-        /// Its end.
+        /// End of the segment.
         end: u64,
         /// End of the guest's memory.
         limit: u64,
     },
-    /// The entry is in no segment.
-    #[error("has its entry {0:#x} outside of what it loads")]
+    /// The entry point is in none of the segments.
+    #[error("its entry point {0:#x} is outside of its segments")]
     Entry(u64),
-    /// An old bzImage.
+    /// The bzImage is too old, or a 32-bit one.
     #[error(
-        "is a bzImage without a 64-bit entry (boot protocol {version:#x}, 2.12 and XLF_KERNEL_64 are needed)"
+        "it is a bzImage without a 64-bit entry (boot protocol {version:#x}; 0x20c and XLF_KERNEL_64 are needed)"
     )]
     No64BitEntry {
-        /// Boot protocol version.
+        /// Version of the boot protocol.
         version: u16,
     },
-    /// linux-loader refused it all the same.
-    #[error("cannot be loaded: {0}")]
+    /// linux-loader refused a file that passed the checks.
+    #[error("it cannot be loaded: {0}")]
     Loader(linux_loader::loader::Error),
 }
 
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Format {
+pub(super) enum KernelFormat {
     Elf,
     BzImage(setup_header),
 }
 
-/// A kernel that fits, and where.
+/// A kernel that fits into RAM, and where it goes.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Kernel {
-    pub format: Format,
-    /// Where a bzImage's protected-mode part goes; the first segment of an ELF file.
+    pub format: KernelFormat,
+    /// Start of a bzImage's protected-mode part, or of an ELF file's lowest segment.
     pub start: u64,
-    /// End of all that it uses before it has read the memory map.
+    /// End of the memory that the kernel uses before it has read the memory map.
     pub end: u64,
-    /// RIP.
+    /// Entry point: the first RIP.
     pub entry: u64,
-    /// Highest end of an initramfs.
+    /// Highest possible end of an initramfs.
     pub initrd_end: u64,
-    /// Bytes of command line with the terminating zero.
+    /// Longest command line with its terminating zero, bytes.
     pub command_line_max: usize,
 }
 
@@ -99,7 +99,7 @@ impl Kernel {
     }
 }
 
-/// A structure at an offset of the file.
+/// Reads a structure at an offset of the file.
 fn read<T: ByteValued + Default>(file: &[u8], at: u64, what: &'static str) -> Result<T, KernelError> {
     let needs = at.saturating_add(size_of::<T>() as u64);
     let has = file.len() as u64;
@@ -111,13 +111,13 @@ fn read<T: ByteValued + Default>(file: &[u8], at: u64, what: &'static str) -> Re
     Ok(value)
 }
 
-/// A section of an ELF file that is in the file.
+/// A section of an ELF file whose content is in the file.
 #[derive(Clone, Debug)]
-pub(super) struct Section {
+pub(super) struct ElfSection {
     pub name: String,
     /// Linear address.
     pub address: u64,
-    /// Where in the file, bytes.
+    /// Offset in the file, bytes.
     pub offset: usize,
     pub len: usize,
     pub executable: bool,
@@ -128,8 +128,8 @@ const SECTION_HEADER: usize = 64;
 const SHT_NOBITS: u32 = 8;
 const SHF_EXECINSTR: u64 = 4;
 
-/// The sections of an ELF file, if that is what it is and they are whole.
-pub(super) fn sections(file: &[u8]) -> Option<Vec<Section>> {
+/// The sections of an ELF file. `None` if the file is not an ELF file or a section is not completely in it.
+pub(super) fn sections(file: &[u8]) -> Option<Vec<ElfSection>> {
     let header: Elf64_Ehdr = read(file, 0, "the ELF header").ok()?;
     if !file.starts_with(b"\x7fELF") || header.e_shentsize as usize != SECTION_HEADER || header.e_shnum == 0 {
         return None;
@@ -145,7 +145,7 @@ pub(super) fn sections(file: &[u8]) -> Option<Vec<Section>> {
     let names = file.get(long(names, 24) as usize..)?;
     let section = |h: &&[u8; SECTION_HEADER]| {
         let name = names.get(word(h, 0) as usize..)?.split(|b| *b == 0).next()?;
-        Some(Section {
+        Some(ElfSection {
             name: String::from_utf8_lossy(name).into_owned(),
             address: long(h, 16),
             offset: long(h, 24) as usize,
@@ -153,7 +153,7 @@ pub(super) fn sections(file: &[u8]) -> Option<Vec<Section>> {
             executable: long(h, 8) & SHF_EXECINSTR != 0,
         })
     };
-    let in_file = |s: &Section| s.offset.checked_add(s.len).is_some_and(|end| end <= file.len());
+    let in_file = |s: &ElfSection| s.offset.checked_add(s.len).is_some_and(|end| end <= file.len());
     let sections = headers.iter().filter(|h| word(h, 4) != SHT_NOBITS).map(section);
     let sections: Vec<_> = sections.collect::<Option<_>>()?;
     sections.iter().all(in_file).then_some(sections)
@@ -174,13 +174,13 @@ fn parse_elf(file: &[u8], memory_end: u64) -> Result<Kernel, KernelError> {
         return Err(KernelError::OtherMachine);
     }
     if header.e_phentsize as usize != size_of::<Elf64_Phdr>() {
-        return Err(KernelError::Header("size of program headers"));
+        return Err(KernelError::Header("the size of a program header"));
     }
     if header.e_phnum == 0 || header.e_phnum > SEGMENTS_MAX {
-        return Err(KernelError::Header("number of program headers"));
+        return Err(KernelError::Header("the number of program headers"));
     }
     if header.e_phoff < size_of::<Elf64_Ehdr>() as u64 {
-        return Err(KernelError::Header("offset of program headers"));
+        return Err(KernelError::Header("the offset of the program headers"));
     }
     let (mut start, mut end, mut has_entry) = (u64::MAX, 0, false);
     for i in 0..header.e_phnum as u64 {
@@ -207,7 +207,7 @@ fn parse_elf(file: &[u8], memory_end: u64) -> Result<Kernel, KernelError> {
         return Err(KernelError::Entry(header.e_entry));
     }
     Ok(Kernel {
-        format: Format::Elf,
+        format: KernelFormat::Elf,
         start,
         end,
         entry: header.e_entry,
@@ -222,11 +222,11 @@ fn parse_bzimage(file: &[u8], memory_end: u64) -> Result<Kernel, KernelError> {
     if version < 0x20c || header.xloadflags & XLF_KERNEL_64 == 0 || header.loadflags & 1 == 0 {
         return Err(KernelError::No64BitEntry { version });
     }
-    // In units of 16 bytes; the header knows how much of the file is kernel.
+    // `syssize` counts units of 16 bytes.
     let sectors = if header.setup_sects == 0 { 4 } else { header.setup_sects as u64 };
     let needs = (sectors + 1) * 512 + header.syssize as u64 * 16;
     let has = file.len() as u64;
-    // The last unit may be cut by the signature's alignment.
+    // The alignment of a signature may have cut the last unit.
     if has + 15 < needs || header.syssize == 0 {
         return Err(KernelError::Truncated { what: "the compressed kernel", needs, has });
     }
@@ -236,7 +236,7 @@ fn parse_bzimage(file: &[u8], memory_end: u64) -> Result<Kernel, KernelError> {
     let end = start.saturating_add(size);
     check_memory(start, end, memory_end)?;
     Ok(Kernel {
-        format: Format::BzImage(header),
+        format: KernelFormat::BzImage(header),
         start,
         end,
         entry: start + ENTRY_64,

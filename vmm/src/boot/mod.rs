@@ -1,7 +1,7 @@
-//! Boot by the Linux 64-bit protocol (Documentation/x86/boot.rst): a plan that is data, made and checked before
-//! the machine exists, then laid into RAM, again at every reset.
+//! Boot by the Linux 64-bit protocol (Documentation/x86/boot.rst). A plan is made and checked before the machine exists;
+//! then, and again at every reset, everything is written to RAM according to it.
 //!
-//! | address | what |
+//! | address | content |
 //! |---|---|
 //! | 0x0500 | GDT |
 //! | 0x7000 | boot parameters ("zero page") |
@@ -31,7 +31,7 @@ mod kernel;
 pub mod rewrite;
 
 pub use kernel::KernelError;
-use kernel::{Format, Kernel};
+use kernel::{HIGH_START, Kernel, KernelFormat};
 use rewrite::Rewritten;
 
 const GDT: u64 = 0x500;
@@ -39,17 +39,15 @@ const BOOT_PARAMS: u64 = 0x7000;
 const SETUP_DATA: u64 = 0x8000;
 const PAGE_TABLES: u64 = 0x9000;
 const COMMAND_LINE: u64 = 0x20000;
-/// With the terminating zero: COMMAND_LINE_SIZE of Linux on x86.
+/// Longest command line with its terminating zero, bytes: COMMAND_LINE_SIZE of Linux on x86.
 pub const COMMAND_LINE_MAX: usize = 2048;
-/// End of usable memory under 1 MiB, where firmware keeps its extended data.
+/// End of usable memory below 1 MiB. Behind it, firmware keeps its extended data.
 const LOW_END: u64 = 0x9fc00;
-/// Where a kernel may begin.
-pub const HIGH_START: u64 = 0x10_0000;
-/// Linux takes an initramfs up to here (initrd_addr_max of its header).
+/// Highest end of an initramfs that Linux accepts (initrd_addr_max of its header).
 const INITRD_END: u64 = 0x8000_0000;
 const E820_RAM: u32 = 1;
 
-/// A file's content with the name to call it by.
+/// The content of a file, with its name for messages.
 #[derive(Clone, Debug)]
 pub struct BootFile {
     name: String,
@@ -58,13 +56,13 @@ pub struct BootFile {
 }
 
 impl BootFile {
-    /// A file that was read from `name`. Its digest is computed here, once for all who want it.
+    /// A file that was read from `name`. Its digest is computed here, once.
     pub fn new(name: impl Into<String>, bytes: Vec<u8>) -> BootFile {
         let digest = Digest(XxHash3_128::oneshot(&bytes));
         BootFile { name: name.into(), bytes: Arc::new(bytes), digest }
     }
 
-    /// For messages: the path that it was read from.
+    /// The path from which it was read, for messages.
     pub fn name(&self) -> &str {
         &self.name
     }
@@ -83,27 +81,27 @@ impl BootFile {
 /// What to boot.
 #[derive(Clone, Debug)]
 pub struct BootFiles {
-    /// vmlinux (ELF) or bzImage.
+    /// The kernel: vmlinux (ELF) or bzImage.
     pub kernel: BootFile,
     /// The initramfs.
     pub initrd: Option<BootFile>,
-    /// Command line; words for the virtio devices are appended.
+    /// Command line. A parameter for each virtio device is appended.
     pub command_line: String,
-    /// Seeds the guest's random numbers (SETUP_RNG_SEED).
+    /// Seed of the guest's random numbers (SETUP_RNG_SEED).
     pub seed: Option<[u8; 32]>,
-    /// The engine cannot trap instructions that tell the time or chance: those of the kernel become exits ([`rewrite`]).
+    /// Rewrite the kernel's instructions that read the time or random numbers, because the engine cannot trap them ([`rewrite`]).
     pub rewrite: bool,
 }
 
-/// The guest cannot be booted from these files. The message names the file or field.
+/// The guest cannot be booted from these files. The message names the file or the field.
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
-    /// The kernel.
+    /// The kernel cannot be used.
     #[error("kernel {file}: {problem}")]
     Kernel {
-        /// Its name.
+        /// Name of the file.
         file: String,
-        /// What is wrong.
+        /// What is wrong with it.
         problem: KernelError,
     },
     /// The initramfs does not fit; give the guest more memory.
@@ -111,35 +109,37 @@ pub enum BootError {
         "initrd {file}: {bytes} bytes do not fit between the kernel's end at {start:#x} and {end:#x}; give the guest more memory"
     )]
     Initrd {
-        /// Its name.
+        /// Name of the file.
         file: String,
-        /// Its size.
+        /// Size of the file.
         bytes: u64,
         /// End of the kernel.
         start: u64,
-        /// End of what could hold it.
+        /// End of the memory that could hold the initramfs.
         end: u64,
     },
     /// The initramfs is empty.
     #[error("initrd {0}: the file is empty")]
     EmptyInitrd(String),
-    /// The command line; shorten it.
-    #[error("cmdline: {bytes} bytes with the words for the devices, {max} are possible")]
+    /// The command line is too long.
+    #[error(
+        "cmdline: it has {bytes} bytes with the parameters for the devices, but at most {max} are possible; shorten it"
+    )]
     CommandLineLength {
         /// Its length.
         bytes: usize,
-        /// The limit.
+        /// The longest possible length.
         max: usize,
     },
     /// The command line has characters that are not printable ASCII.
-    #[error("cmdline: only printable ASCII characters are possible")]
+    #[error("cmdline: it contains a character that is not printable ASCII; remove it")]
     CommandLineCharacters,
-    /// RAM does not take what was checked to fit: a bug.
+    /// A write to guest memory failed although its place had been checked: a bug.
     #[error("boot: writing to guest memory failed")]
     Memory(#[from] GuestMemoryError),
 }
 
-/// How to put a guest into RAM.
+/// Where everything goes that a guest is booted from.
 #[derive(Clone, Debug)]
 pub struct BootPlan {
     kernel_file: BootFile,
@@ -153,7 +153,10 @@ pub struct BootPlan {
 }
 
 impl BootPlan {
-    /// Checks the files against the machine and decides where everything goes.
+    /// Checks the files against the machine, and decides where everything goes.
+    ///
+    /// # Errors
+    /// A file or the command line is wrong or does not fit.
     pub fn new(files: &BootFiles, config: &MachineConfig) -> Result<BootPlan, BootError> {
         let low_end = config.memory_bytes.min(HOLE_START);
         let kernel = Kernel::parse(&files.kernel.bytes, low_end)
@@ -181,7 +184,7 @@ impl BootPlan {
         })
     }
 
-    /// What of the kernel was rewritten; `None`: nothing was to be, or its code cannot be found.
+    /// Which instructions of the kernel were rewritten; `None` if none was to be, or if the code of the kernel cannot be found.
     pub fn rewritten(&self) -> Option<&Rewritten> {
         self.rewritten.as_ref()
     }
@@ -191,12 +194,15 @@ impl BootPlan {
         self.digest
     }
 
-    /// The command line with the words for the devices.
+    /// The command line with the parameters for the devices.
     pub fn command_line(&self) -> &str {
         std::str::from_utf8(&self.command_line).unwrap_or_default().trim_end_matches('\0')
     }
 
-    /// Lays everything into RAM, which is zero, and says how the CPU starts.
+    /// Writes everything to RAM, which must be zero, and returns the state in which the CPU starts.
+    ///
+    /// # Errors
+    /// The kernel cannot be loaded, or a write failed.
     pub fn load(&self, ram: &mut Ram) -> Result<Start, BootError> {
         self.load_kernel(ram)?;
         if let Some((file, at)) = &self.initrd {
@@ -219,10 +225,10 @@ impl BootPlan {
 
     fn load_kernel(&self, ram: &Ram) -> Result<(), BootError> {
         let mut image = Cursor::new(self.kernel_file.bytes());
-        // With an address given the ELF loader looks for no PVH note, and adds it to each segment's own.
+        // With an address given, the ELF loader does not look for a PVH note, and adds the address to that of each segment.
         let loaded = match self.kernel.format {
-            Format::Elf => Elf::load(ram.memory(), Some(GuestAddress(0)), &mut image, None),
-            Format::BzImage(_) => {
+            KernelFormat::Elf => Elf::load(ram.memory(), Some(GuestAddress(0)), &mut image, None),
+            KernelFormat::BzImage(_) => {
                 BzImage::load(ram.memory(), Some(GuestAddress(self.kernel.start)), &mut image, None)
             }
         };
@@ -234,8 +240,8 @@ impl BootPlan {
 
     fn boot_params(&self) -> boot_params {
         let mut header = match self.kernel.format {
-            Format::BzImage(header) => header,
-            Format::Elf => setup_header {
+            KernelFormat::BzImage(header) => header,
+            KernelFormat::Elf => setup_header {
                 boot_flag: 0xaa55,
                 header: u32::from_le_bytes(*b"HdrS"),
                 version: 0x20f,
@@ -243,7 +249,7 @@ impl BootPlan {
                 ..setup_header::default()
             },
         };
-        // A loader without a number of its own; the kernel is at its high address.
+        // 0xff: a boot loader without an assigned number. Bit 0 of loadflags: the kernel is at its high address.
         header.type_of_loader = 0xff;
         header.loadflags |= 1;
         header.cmd_line_ptr = COMMAND_LINE as u32;
@@ -264,7 +270,7 @@ impl BootPlan {
     }
 }
 
-/// Usable memory as start and end.
+/// Ranges of usable memory, as start and end.
 fn memory_map(memory_bytes: u64) -> impl Iterator<Item = (u64, u64)> {
     let low_end = memory_bytes.min(HOLE_START);
     [(0, LOW_END), (HIGH_START, low_end), (HOLE_END, HOLE_END + memory_bytes - low_end)]
@@ -284,12 +290,12 @@ fn initrd_address(file: &BootFile, kernel: &Kernel, low_end: u64) -> Result<u64,
     }
 }
 
-/// The command line with a word for each virtio device and the terminating zero.
+/// The command line with a parameter for each virtio device, and the terminating zero.
 fn command_line(text: &str, slots: usize, max: usize) -> Result<Vec<u8>, BootError> {
     if !text.bytes().all(|byte| (b' '..=b'~').contains(&byte)) {
         return Err(BootError::CommandLineCharacters);
     }
-    // The length is checked at the end, so that the message has all of it.
+    // The length is checked at the end, so that the message has the whole length.
     let capacity = text.len() + 64 * (slots + 1);
     let build = || {
         let mut line = Cmdline::try_from(text, capacity)?;
@@ -320,7 +326,7 @@ fn digest(files: &BootFiles, command_line: &[u8]) -> u128 {
     hash.finish_128()
 }
 
-/// PML4, PDPT and four page directories of 2 MiB pages: the first 4 GiB mapped to themselves.
+/// PML4, PDPT and four page directories of 2 MiB pages, which map the first 4 GiB to themselves.
 fn write_page_tables(ram: &Ram) -> Result<(), GuestMemoryError> {
     const PRESENT_WRITABLE: u64 = 3;
     const LARGE: u64 = 0x80;
@@ -337,7 +343,7 @@ fn write_page_tables(ram: &Ram) -> Result<(), GuestMemoryError> {
     Ok(())
 }
 
-/// The protocol's selectors: __BOOT_CS 0x10 (64-bit code), __BOOT_DS 0x18 (data), both flat.
+/// A table with the selectors of the boot protocol: __BOOT_CS 0x10 (64-bit code) and __BOOT_DS 0x18 (data), both flat.
 fn write_gdt(ram: &Ram) -> Result<(), GuestMemoryError> {
     let descriptors: [u64; 4] = [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
     for (i, descriptor) in descriptors.into_iter().enumerate() {

@@ -1,6 +1,6 @@
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
-use soft_cpu::{CpuState, Exit, RunLimit, SoftCpu};
+use soft_cpu::{CpuExit, CpuState, RunLimit, SoftCpu};
 
 use super::*;
 
@@ -36,7 +36,8 @@ fn assemble(code: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> V
     a.assemble(AT).unwrap()
 }
 
-/// Runs code at [`AT`] in the soft CPU to its HLT; at the exits of rewritten sites gives what the CPU's counter says.
+/// Runs code at [`AT`] on the soft CPU to its HLT. Answers the exits of rewritten sites with the CPU's time-stamp counter.
+/// Returns the state, the memory that was written, and the number of these exits.
 fn run(code: &[u8], sites: &Sites) -> (CpuState, Vec<u8>, usize) {
     let mut ram = vec![0; 0x20_0000];
     for (at, entry) in [(0x2000, 0x3003u64), (0x3000, 0x4003), (0x4000, 0x83)] {
@@ -54,16 +55,16 @@ fn run(code: &[u8], sites: &Sites) -> (CpuState, Vec<u8>, usize) {
     let mut asked = 0;
     loop {
         match cpu.run(&mut ram, &RunLimit { until: u64::MAX, interrupt_window: false }) {
-            Exit::Hlt => return (cpu.save(), ram[0x8000..0x9000].to_vec(), asked),
-            Exit::PioOut { port, .. } if port == u16::from(PORT) => {
+            CpuExit::Hlt => return (cpu.save(), ram[0x8000..0x9000].to_vec(), asked),
+            CpuExit::PioOut { port, .. } if port == u16::from(PORT) => {
                 let rip = cpu.cpu().rip;
                 let value = cpu.cpu().tsc();
                 assert_eq!(cpu.complete(&mut ram, 0), None);
-                let site = sites.at(rip).expect("an exit of a rewritten instruction");
+                let site = sites.at(rip).expect("the exit is that of a rewritten instruction");
                 let mut state = cpu.save();
-                let mut general = General { gpr: state.gpr, rip: state.rip, rflags: state.rflags };
+                let mut general = GeneralRegisters { gpr: state.gpr, rip: state.rip, rflags: state.rflags };
                 site.apply(value, &mut general);
-                General { gpr: state.gpr, rip: state.rip, rflags: state.rflags } = general;
+                GeneralRegisters { gpr: state.gpr, rip: state.rip, rflags: state.rflags } = general;
                 assert_eq!(state.rip, rip + u64::from(site.len));
                 cpu.restore(&state);
                 asked += 1;
@@ -85,7 +86,7 @@ fn a_rewritten_program_does_the_same() {
         a.shl(rdx, 32)?;
         a.or(rax, rdx)?;
         a.stosq()?;
-        // Bytes of RDTSC that are no instruction.
+        // The bytes of RDTSC as data in an instruction.
         a.mov(r8d, 0x310f_310f)?;
         a.push(rcx)?;
         a.rdtscp()?;
@@ -99,14 +100,14 @@ fn a_rewritten_program_does_the_same() {
     let before = run(&code, &Sites::default());
     let (file, rewritten) = rewrite(&elf(&code)).unwrap();
     assert_eq!(rewritten.instructions, [("rdtsc", 1), ("rdtscp", 1)].into());
-    assert!(rewritten.left.is_empty());
+    assert!(rewritten.not_rewritten.is_empty());
     let after = run(&file[64..64 + code.len()], &rewritten.sites);
     assert_eq!((before.0, before.1), (after.0, after.1));
     assert_eq!((before.2, after.2), (0, 10));
 }
 
 #[test]
-fn random_numbers_go_where_the_instruction_said() {
+fn random_numbers_go_to_the_register_of_the_instruction() {
     let code = assemble(|a| {
         a.rdrand(r11)?;
         a.rdrand(ecx)?;
@@ -114,13 +115,21 @@ fn random_numbers_go_where_the_instruction_said() {
         a.rdpmc()
     });
     let (file, rewritten) = rewrite(&elf(&code)).unwrap();
-    let asks: Vec<_> = rewritten.sites.iter().map(|(_, site)| site.asks).collect();
-    assert_eq!(asks, [Asks::Rdrand(11, 8), Asks::Rdrand(1, 4), Asks::Rdseed(3, 2), Asks::Rdpmc]);
-    let mut general = General { gpr: [!0; 16], rip: 0, rflags: 0x8d7 };
+    let asks: Vec<_> = rewritten.sites.iter().map(|(_, site)| site.insn).collect();
+    assert_eq!(
+        asks,
+        [
+            NondeterministicInsn::Rdrand(11, 8),
+            NondeterministicInsn::Rdrand(1, 4),
+            NondeterministicInsn::Rdseed(3, 2),
+            NondeterministicInsn::Rdpmc
+        ]
+    );
+    let mut general = GeneralRegisters { gpr: [!0; 16], rip: 0, rflags: 0x8d7 };
     for (_, site) in rewritten.sites.iter() {
         site.apply(0x1111_2222_3333_4444, &mut general);
     }
-    let General { gpr, rflags, .. } = general;
+    let GeneralRegisters { gpr, rflags, .. } = general;
     assert_eq!((gpr[11], gpr[1], gpr[3]), (0x1111_2222_3333_4444, 0x3333_4444, !0xffff | 0x4444));
     assert_eq!((gpr[0], gpr[2], rflags), (0x3333_4444, 0x1111_2222, 3));
     let text = Decoder::with_ip(64, &file[64..64 + code.len()], AT, 0);
@@ -129,12 +138,12 @@ fn random_numbers_go_where_the_instruction_said() {
 }
 
 #[test]
-fn what_may_be_data_stays_and_is_named() {
-    // 06 is no instruction in 64-bit mode; RDTSC follows closely, and again far behind.
+fn what_may_be_data_is_left_and_reported() {
+    // 06 is not an instruction in 64-bit mode. One RDTSC follows closely after it, another one far after it.
     let code = [&[0x06][..], &[0x90; 20], &[0x0f, 0x31], &[0x90; 300], &[0x0f, 0x31]].concat();
     let (_, rewritten) = rewrite(&elf(&code)).unwrap();
-    assert_eq!(rewritten.left, [(AT + 21, Asks::Rdtsc)]);
+    assert_eq!(rewritten.not_rewritten, [(AT + 21, NondeterministicInsn::Rdtsc)]);
     assert_eq!(rewritten.sites.iter().map(|(at, _)| at).collect::<Vec<_>>(), [AT + 323]);
     assert!(rewritten.to_string().contains("rdtsc at 0x1015 cannot"));
-    assert!(rewrite(b"MZ no ELF").is_none());
+    assert!(rewrite(b"MZ not an ELF file").is_none());
 }

@@ -7,7 +7,7 @@ fn config(memory_bytes: u64, slots: usize) -> MachineConfig {
     MachineConfig { engine: Engine::Soft, memory_bytes, epoch_s: 0, slots }
 }
 
-/// An ELF file with one segment of `code` at `at`, with `memory_size` bytes in memory.
+/// An ELF file with one segment, which has `code` at `at` and takes `memory_size` bytes of memory.
 pub(crate) fn elf(at: u64, code: &[u8], memory_size: u64) -> Vec<u8> {
     let mut file = vec![0; 64 + 56];
     file[..8].copy_from_slice(b"\x7fELF\x02\x01\x01\0");
@@ -23,7 +23,7 @@ pub(crate) fn elf(at: u64, code: &[u8], memory_size: u64) -> Vec<u8> {
     file
 }
 
-/// A bzImage with `kernel` bytes after its setup sector that needs `init_size` bytes at 16 MiB.
+/// A bzImage with the bytes of `kernel` after its setup sector. It needs `init_size` bytes at 16 MiB.
 fn bzimage(kernel: &[u8], init_size: u32) -> Vec<u8> {
     let mut file = vec![0; 1024];
     file[0x1f1] = 1;
@@ -76,10 +76,10 @@ fn an_elf_kernel_is_laid_out() {
     assert_eq!(read(0x7228), 0x20000);
     assert_eq!(read(0x7250) as u64, SETUP_DATA, "setup_data");
     assert_eq!((read(SETUP_DATA + 8), read(SETUP_DATA + 16)), (9, 0x0707_0707));
-    // The memory map: to the extended BIOS data, and from 1 MiB to the end.
+    // The memory map: from 0 to the extended BIOS data, and from 1 MiB to the end.
     assert_eq!(memory.read_obj::<u8>(GuestAddress(0x71e8)).unwrap(), 2);
     assert_eq!((read(0x72d8), read(0x72e4), read(0x72ec)), (0x9fc00, 0x10_0000, 31 << 20));
-    // The tables map an address of the device windows to itself.
+    // The page tables map an address of the device windows to itself.
     let directory = PAGE_TABLES + (2 + 3) * 4096;
     let entry = memory.read_obj::<u64>(GuestAddress(directory + 8 * (0xd000_0000 >> 21 & 511))).unwrap();
     assert_eq!(entry, 0xd000_0083);
@@ -99,27 +99,32 @@ fn a_bzimage_is_laid_out() {
 #[test]
 fn errors_name_the_file_and_what_is_wrong() {
     let good = elf(2 * MIB, b"code", 64);
-    assert!(message(&files(b"hello".to_vec()), 32 * MIB).starts_with("kernel k: is neither"));
+    assert!(message(&files(b"hello".to_vec()), 32 * MIB).starts_with("kernel k: it is neither"));
     let truncated = message(&files(good[..good.len() - 1].to_vec()), 32 * MIB);
-    assert_eq!(truncated, "kernel k: is truncated: a segment needs 124 bytes, the file has 123");
-    assert!(message(&files(good[..70].to_vec()), 32 * MIB).contains("the program headers needs 120"));
+    assert_eq!(
+        truncated,
+        "kernel k: it is truncated: a segment should end at byte 124, but the file has 123 bytes"
+    );
+    assert!(
+        message(&files(good[..70].to_vec()), 32 * MIB).contains("the program headers should end at byte 120")
+    );
     let mut other = good.clone();
     other[18] = 3;
     assert!(message(&files(other), 32 * MIB).contains("not a little-endian 64-bit x86-64"));
-    assert!(message(&files(elf(40 * MIB, b"c", 1)), 32 * MIB).contains("wants memory from 0x2800000"));
-    assert!(message(&files(elf(0x7000, b"c", 1)), 32 * MIB).contains("wants memory from 0x7000"));
-    assert!(message(&files(elf(u64::MAX - 4, b"c", 16)), 32 * MIB).contains("wants memory"));
+    assert!(message(&files(elf(40 * MIB, b"c", 1)), 32 * MIB).contains("needs memory from 0x2800000"));
+    assert!(message(&files(elf(0x7000, b"c", 1)), 32 * MIB).contains("needs memory from 0x7000"));
+    assert!(message(&files(elf(u64::MAX - 4, b"c", 16)), 32 * MIB).contains("needs memory"));
     let mut entry = good.clone();
     entry[24] = 99;
-    assert!(message(&files(entry), 32 * MIB).contains("entry 0x200063 outside"));
+    assert!(message(&files(entry), 32 * MIB).contains("entry point 0x200063 is outside"));
 
     let mut old = bzimage(&[0; 16], 4096);
     old[0x206] = 0x0b;
     assert!(message(&files(old), 32 * MIB).contains("protocol 0x20b"));
     let mut short = bzimage(&[0; 1600], 4096);
     short.truncate(2000);
-    assert!(message(&files(short), 32 * MIB).contains("the compressed kernel needs 2624 bytes"));
-    assert!(message(&files(bzimage(&[0; 16], 64 << 20)), 32 * MIB).contains("give it more"));
+    assert!(message(&files(short), 32 * MIB).contains("the compressed kernel should end at byte 2624"));
+    assert!(message(&files(bzimage(&[0; 16], 64 << 20)), 32 * MIB).contains("give the guest more memory"));
 
     let mut initrd = files(good);
     initrd.initrd = Some(BootFile::new("cpio", vec![0; 31 << 20]));
@@ -128,7 +133,7 @@ fn errors_name_the_file_and_what_is_wrong() {
     assert!(message(&initrd, 32 * MIB).starts_with("initrd cpio: the file is empty"));
     initrd.initrd = None;
     initrd.command_line = "x".repeat(2048);
-    assert!(message(&initrd, 32 * MIB).starts_with("cmdline: 2048 bytes"));
+    assert!(message(&initrd, 32 * MIB).starts_with("cmdline: it has 2048 bytes"));
     initrd.command_line = "a\nb".into();
     assert!(message(&initrd, 32 * MIB).contains("printable"));
 }
@@ -155,7 +160,7 @@ fn the_digest_covers_everything_that_is_booted() {
 }
 
 proptest! {
-    /// Whatever a file holds, it is refused or loads.
+    /// Whatever a file contains, it is refused or loads.
     #[test]
     fn damaged_kernels_are_refused_or_load(
         is_elf in any::<bool>(), damage in prop::collection::vec((0usize..700, any::<u8>()), 0..12), cut in 0usize..2000,

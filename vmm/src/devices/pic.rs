@@ -1,34 +1,35 @@
-//! The pair of 8259A interrupt controllers as a PC wires it: the second on line 2 of the first, with the
+//! The pair of 8259A interrupt controllers as it is wired in a PC: the second one is on line 2 of the first. Includes the
 //! edge/level registers of the chipset. References are to the 8259A data sheet (Intel 231468).
 
 use serde::{Deserialize, Serialize};
 
-/// Line of the first controller that the second hangs on.
+/// Line of the first controller to which the second one is connected.
 const CASCADE: u8 = 2;
 /// Ports of both controllers and of the edge/level registers, for the bus.
 pub const PORTS: [(u16, u16); 3] = [(0x20, 2), (0xa0, 2), (0x4d0, 2)];
-/// Edge/level bits that cannot be set: timer, keyboard, cascade; clock and coprocessor.
+/// Edge/level bits that cannot be set, by controller: timer, keyboard, cascade; clock, coprocessor.
 const ALWAYS_EDGE: [u8; 2] = [0b0000_0111, 0b0010_0001];
 
 /// Where a controller is in its initialisation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 enum Init {
     Done,
-    /// ICW2 is next; whether ICW4 comes too.
+    /// ICW2 is next; the flag says whether ICW4 will come.
     Vector(bool),
-    /// ICW3 is next.
+    /// ICW3 is next; the flag says whether ICW4 will come.
     Cascade(bool),
     /// ICW4 is next.
     Mode,
 }
 
+/// One controller.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Chip {
-    /// Requests: latched edges, and level lines that are high.
+    /// Interrupt requests: latched edges, and level-triggered lines that are high.
     irr: u8,
-    /// In service.
+    /// Interrupts in service.
     isr: u8,
-    /// Mask.
+    /// Mask: lines whose bit is set are not delivered.
     imr: u8,
     /// The lines as the devices drive them.
     lines: u8,
@@ -36,7 +37,7 @@ struct Chip {
     level: u8,
     vector_base: u8,
     init: Init,
-    /// The line with the lowest priority; the one behind it has the highest.
+    /// The line with the lowest priority; the next one has the highest.
     lowest: u8,
     auto_eoi: bool,
     rotate_on_auto_eoi: bool,
@@ -82,7 +83,7 @@ impl Chip {
         (1..=8).map(|i| (self.lowest + i) & 7).find(|line| bits >> line & 1 != 0)
     }
 
-    /// How far behind the highest priority a line is.
+    /// Rank of a line's priority; 0 is the highest.
     fn rank(&self, line: u8) -> u8 {
         line.wrapping_sub(self.lowest + 1) & 7
     }
@@ -95,7 +96,7 @@ impl Chip {
             in_service &= !self.imr;
         }
         if self.special_fully_nested && is_first {
-            // Requests from the second controller are not blocked by one of its own in service.
+            // An interrupt of the second controller in service does not block another request from it.
             in_service &= !(1 << CASCADE);
         }
         match self.highest(in_service) {
@@ -119,7 +120,7 @@ impl Chip {
 
     fn read(&mut self, offset: u16, is_first: bool) -> u8 {
         if std::mem::take(&mut self.poll) {
-            // The poll takes the place of the acknowledge cycle ("Poll Command").
+            // A poll replaces the acknowledge cycle ("Poll Command").
             return match self.request(is_first) {
                 Some(line) => {
                     self.acknowledge(line);
@@ -145,7 +146,7 @@ impl Chip {
                 self.vector_base = value & 0xf8;
                 self.init = Init::Cascade(mode);
             }
-            // The wiring is fixed, so what ICW3 says of it is not kept.
+            // The wiring is fixed, so ICW3, which describes it, is ignored.
             (_, Init::Cascade(true)) => self.init = Init::Mode,
             (_, Init::Cascade(false)) => self.init = Init::Done,
             (_, Init::Mode) => {
@@ -156,16 +157,16 @@ impl Chip {
         }
     }
 
-    /// ICW1. Single mode (no ICW3) does not exist on a PC and is not distinguished.
+    /// Serves ICW1. Single mode (without ICW3) does not exist on a PC, and its bit is ignored.
     fn initialise(&mut self, value: u8) {
-        // Edges are forgotten; level lines still ask.
+        // Latched edges are cleared; level-triggered lines that are high still request.
         *self = Chip { lines: self.lines, level: self.level, ..Chip::new() };
         self.irr = self.lines & self.level;
         self.imr = 0;
         self.init = Init::Vector(value & 1 != 0);
     }
 
-    /// OCW3.
+    /// Serves OCW3.
     fn operate_mode(&mut self, value: u8) {
         if value & 0x40 != 0 {
             self.special_mask = value & 0x20 != 0;
@@ -177,7 +178,7 @@ impl Chip {
         }
     }
 
-    /// OCW2: rotation, specific, end of interrupt are bits 7, 6, 5; the line is in bits 2:0.
+    /// Serves OCW2: bit 7 is rotation, bit 6 specific, bit 5 end of interrupt; bits 2:0 are the line.
     fn end_of_interrupt(&mut self, value: u8) {
         let line = value & 7;
         match value >> 5 {
@@ -221,28 +222,28 @@ impl Default for Pic {
 }
 
 impl Pic {
-    /// After power-on, everything masked until the guest initialises it.
+    /// The controllers after power-on. All lines are masked until the guest initialises them.
     pub fn new() -> Pic {
         Pic { chips: [Chip::new(), Chip::new()] }
     }
 
-    /// Whether a state that was read is one that the controllers can be in.
+    /// Whether a state that was read from a file is one that the controllers can be in.
     pub fn is_sane(&self) -> bool {
         self.chips.iter().all(|chip| chip.lowest < 8)
     }
 
-    /// A device drives its line.
+    /// Sets the level of a device's line.
     pub fn set_line(&mut self, line: u8, high: bool) {
         self.chips[(line >> 3 & 1) as usize].set_line(line & 7, high);
         self.cascade();
     }
 
-    /// An interrupt waits for the CPU.
+    /// Whether an interrupt waits for the CPU.
     pub fn pending(&self) -> bool {
         self.chips[0].request(true).is_some()
     }
 
-    /// The CPU takes an interrupt: its vector. Without a request it is the spurious one, line 7's.
+    /// The CPU takes an interrupt. Returns its vector; without a request, that of the spurious interrupt, line 7.
     pub fn acknowledge(&mut self) -> u8 {
         let Some(line) = self.chips[0].request(true) else {
             return self.chips[0].vector_base | 7;
@@ -262,7 +263,7 @@ impl Pic {
         vector
     }
 
-    /// The guest reads a port of [`PORTS`].
+    /// Serves a read of one of the [`PORTS`].
     pub fn read(&mut self, port: u16) -> u8 {
         let value = match port {
             0x20 | 0x21 => self.chips[0].read(port & 1, true),
@@ -273,7 +274,7 @@ impl Pic {
         value
     }
 
-    /// The guest writes a port of [`PORTS`].
+    /// Serves a write to one of the [`PORTS`].
     pub fn write(&mut self, port: u16, value: u8) {
         let chip = match port {
             0x20 | 0x21 => 0,
@@ -289,8 +290,8 @@ impl Pic {
         self.cascade();
     }
 
-    /// The second controller's output drives line 2 of the first. It falls during an acknowledge cycle, so a
-    /// further request is an edge of its own.
+    /// Drives line 2 of the first controller by the output of the second. It falls during an acknowledge cycle, so a further
+    /// request is a new edge.
     fn cascade(&mut self) {
         let asks = self.chips[1].request(false).is_some();
         let first = &mut self.chips[0];
@@ -304,7 +305,7 @@ impl Pic {
 mod tests {
     use super::*;
 
-    /// Initialised as Linux does it: vectors 0x30 and 0x38, cascade, normal EOI, all lines open.
+    /// Controllers initialised as Linux does it: vectors 0x30 and 0x38, cascade, normal EOI, no line masked.
     fn linux() -> Pic {
         let mut pic = Pic::new();
         for (port, value) in [
@@ -337,14 +338,14 @@ mod tests {
         assert_eq!(pic.acknowledge(), 0x34);
         assert!(!pic.pending(), "in service");
         pic.write(0x20, 0x20);
-        assert!(!pic.pending(), "a line that stays high is no new edge");
+        assert!(!pic.pending(), "a line that stays high makes no new edge");
         pic.set_line(4, false);
         pic.set_line(4, true);
         assert!(pic.pending());
     }
 
     #[test]
-    fn a_level_asks_until_it_falls() {
+    fn a_level_requests_until_it_falls() {
         let mut pic = linux();
         pic.write(0x4d0, 0x20);
         pic.set_line(5, true);
@@ -378,7 +379,7 @@ mod tests {
         pulse(&mut pic, 9);
         assert_eq!(pic.acknowledge(), 0x39);
         assert!(!pic.pending());
-        // Linux's order: specific EOI to the second, then for the cascade to the first.
+        // Linux's order: a specific EOI to the second controller, then one for the cascade line to the first.
         pic.write(0xa0, 0x60 + 1);
         pic.write(0x20, 0x60 + CASCADE);
         assert!(pic.pending());
@@ -386,7 +387,7 @@ mod tests {
     }
 
     #[test]
-    fn masking_holds_back_and_keeps() {
+    fn a_masked_request_is_held_back_and_not_lost() {
         let mut pic = linux();
         pic.write(0x21, 0x10);
         pulse(&mut pic, 4);

@@ -1,7 +1,7 @@
-//! The real-time clock and CMOS memory (Motorola MC146818), interrupt line 8, on guest time.
+//! The real-time clock and CMOS memory (Motorola MC146818) on interrupt line 8, driven by guest time.
 //!
-//! The clock shows `epoch + guest time`; what the guest sets moves the epoch. Updates take no time, but the
-//! update-in-progress bit announces them 244 us ahead as the part does.
+//! The clock shows `epoch + guest time`; when the guest sets the clock, the epoch moves. Updates take no time, but the
+//! update-in-progress bit announces them 244 us ahead as on the real part.
 
 use serde::{Deserialize, Serialize};
 
@@ -10,10 +10,13 @@ pub const PORT: u16 = 0x70;
 /// Interrupt line.
 pub const IRQ: u8 = 8;
 const SECOND_NS: u64 = 1_000_000_000;
+/// The update-in-progress bit rises this long before an update, ns.
 const UPDATE_AHEAD_NS: u64 = 244_000;
+/// Index of the century's register.
 const CENTURY: u8 = 0x32;
 
-mod b {
+/// Bits of register B.
+mod register_b {
     pub const SET: u8 = 0x80;
     pub const PERIODIC: u8 = 0x40;
     pub const ALARM: u8 = 0x20;
@@ -41,11 +44,11 @@ pub struct Rtc {
     index: u8,
     /// Seconds since 1970 at guest time 0.
     epoch_s: i64,
-    /// While register B's SET holds the clock: what it shows.
+    /// The time that the clock shows while the SET bit of register B holds it.
     held: Option<Calendar>,
-    /// Registers A to D are at 0x0a, alarms at 1, 3, 5.
+    /// The CMOS memory. Registers A to D are from 0x0a on, the alarm time at 1, 3 and 5.
     memory: Vec<u8>,
-    /// Guest time up to which the flags of register C are right.
+    /// Guest time in ns up to which the flags of register C were computed.
     seen_ns: u64,
 }
 
@@ -54,12 +57,12 @@ impl Rtc {
     pub fn new(epoch_s: i64) -> Rtc {
         let mut memory = vec![0; 128];
         memory[0x0a] = 0x26;
-        memory[0x0b] = b::HOURS_24;
+        memory[0x0b] = register_b::HOURS_24;
         memory[0x0d] = 0x80;
         Rtc { index: 0, epoch_s, held: None, memory, seen_ns: 0 }
     }
 
-    /// Whether a state that was read is one that the clock can be in.
+    /// Whether a state that was read from a file is one that the clock can be in.
     pub fn is_sane(&self) -> bool {
         let held = |time: &Calendar| (1..=12).contains(&time.month) && time.year < 10_000;
         self.memory.len() == 128
@@ -68,48 +71,53 @@ impl Rtc {
             && self.epoch_s.unsigned_abs() < 1 << 48
     }
 
-    /// After a reset of the machine: the battery keeps clock and memory, interrupts are off.
+    /// Resets the clock with the machine: the battery keeps time and memory, interrupts are disabled.
     pub fn reset(&mut self) {
-        self.memory[0x0b] &= !(b::PERIODIC | b::ALARM | b::UPDATED);
+        self.memory[0x0b] &= !(register_b::PERIODIC | register_b::ALARM | register_b::UPDATED);
         self.memory[0x0c] = 0;
         self.index = 0;
     }
 
     /// Level of the interrupt line.
     pub fn irq(&self) -> bool {
-        self.memory[0x0c] & self.memory[0x0b] & (b::PERIODIC | b::ALARM | b::UPDATED) != 0
+        self.memory[0x0c]
+            & self.memory[0x0b]
+            & (register_b::PERIODIC | register_b::ALARM | register_b::UPDATED)
+            != 0
     }
 
-    /// Guest time at which a flag will rise whose interrupt is enabled.
+    /// Guest time in ns at which the next flag will rise whose interrupt is enabled.
     pub fn deadline_ns(&self) -> Option<u64> {
         let enabled = self.memory[0x0b] & !self.memory[0x0c];
-        let second = (enabled & (b::ALARM | b::UPDATED) != 0 && self.held.is_none())
+        let second = (enabled & (register_b::ALARM | register_b::UPDATED) != 0 && self.held.is_none())
             .then_some((self.seen_ns / SECOND_NS + 1).saturating_mul(SECOND_NS));
-        let period = self.period_ns().filter(|_| enabled & b::PERIODIC != 0);
+        let period = self.period_ns().filter(|_| enabled & register_b::PERIODIC != 0);
         let period = period.map(|ns| (self.seen_ns / ns + 1).saturating_mul(ns));
         second.into_iter().chain(period).min()
     }
 
-    /// Brings the flags of register C up to a guest time.
+    /// Computes the flags of register C up to a guest time.
     pub fn advance(&mut self, now_ns: u64) {
         let seen_ns = self.seen_ns;
         self.seen_ns = seen_ns.max(now_ns);
         let passes = |ns: u64| seen_ns / ns != now_ns.max(seen_ns) / ns;
         if self.period_ns().is_some_and(passes) {
-            self.memory[0x0c] |= b::PERIODIC;
+            self.memory[0x0c] |= register_b::PERIODIC;
         }
         if passes(SECOND_NS) && self.held.is_none() {
-            self.memory[0x0c] |= b::UPDATED;
-            // An alarm repeats every day at the latest.
+            self.memory[0x0c] |= register_b::UPDATED;
+            // An alarm repeats at least once a day.
             let first = seen_ns / SECOND_NS + 1;
             let last = (now_ns / SECOND_NS).min(first + 86_400);
-            if self.memory[0x0c] & b::ALARM == 0 && (first..=last).any(|second| self.alarm_matches(second)) {
-                self.memory[0x0c] |= b::ALARM;
+            if self.memory[0x0c] & register_b::ALARM == 0
+                && (first..=last).any(|second| self.alarm_matches(second))
+            {
+                self.memory[0x0c] |= register_b::ALARM;
             }
         }
     }
 
-    /// Period of the periodic interrupt: register A's rate selects 2^(rate-1) / 32768 s; 1 and 2 are as 8 and 9.
+    /// Period of the periodic interrupt. The rate in register A selects 2^(rate-1) / 32768 s; rates 1 and 2 mean 8 and 9.
     fn period_ns(&self) -> Option<u64> {
         match self.memory[0x0a] & 0x0f {
             0 => None,
@@ -118,22 +126,22 @@ impl Rtc {
     }
 
     fn alarm_matches(&self, second: u64) -> bool {
-        let now = civil(self.epoch_s.saturating_add(second as i64));
+        let now = calendar_of(self.epoch_s.saturating_add(second as i64));
         let shown = [self.encode(now.second), self.encode(now.minute), self.encode_hour(now.hour)];
-        // A value with both upper bits set matches everything.
+        // An alarm value with both upper bits set matches everything.
         shown.iter().zip([1, 3, 5]).all(|(shown, at)| self.memory[at] >= 0xc0 || self.memory[at] == *shown)
     }
 
     fn now(&self, now_ns: u64) -> Calendar {
-        self.held.unwrap_or_else(|| civil(self.epoch_s.saturating_add((now_ns / SECOND_NS) as i64)))
+        self.held.unwrap_or_else(|| calendar_of(self.epoch_s.saturating_add((now_ns / SECOND_NS) as i64)))
     }
 
     fn encode(&self, value: u8) -> u8 {
-        if self.memory[0x0b] & b::BINARY != 0 { value } else { value / 10 % 10 << 4 | value % 10 }
+        if self.memory[0x0b] & register_b::BINARY != 0 { value } else { value / 10 % 10 << 4 | value % 10 }
     }
 
     fn decode(&self, value: u8) -> u8 {
-        if self.memory[0x0b] & b::BINARY != 0 {
+        if self.memory[0x0b] & register_b::BINARY != 0 {
             value
         } else {
             (value >> 4).min(9) * 10 + (value & 15).min(9)
@@ -141,7 +149,7 @@ impl Rtc {
     }
 
     fn encode_hour(&self, hour: u8) -> u8 {
-        if self.memory[0x0b] & b::HOURS_24 != 0 {
+        if self.memory[0x0b] & register_b::HOURS_24 != 0 {
             return self.encode(hour);
         }
         let afternoon = if hour >= 12 { 0x80 } else { 0 };
@@ -149,13 +157,13 @@ impl Rtc {
     }
 
     fn decode_hour(&self, value: u8) -> u8 {
-        if self.memory[0x0b] & b::HOURS_24 != 0 {
+        if self.memory[0x0b] & register_b::HOURS_24 != 0 {
             return self.decode(value);
         }
         self.decode(value & 0x7f) % 12 + if value & 0x80 != 0 { 12 } else { 0 }
     }
 
-    /// The guest reads the index (`offset` 0, which reads as ones) or data port.
+    /// Serves a read of the index port (`offset` 0, which reads as ones) or of the data port.
     pub fn read(&mut self, offset: u16, now_ns: u64) -> u8 {
         if offset == 0 {
             return 0xff;
@@ -183,7 +191,7 @@ impl Rtc {
         }
     }
 
-    /// The guest writes the index (`offset` 0) or data port.
+    /// Serves a write to the index port (`offset` 0) or to the data port.
     pub fn write(&mut self, offset: u16, value: u8, now_ns: u64) {
         if offset == 0 {
             self.index = value & 0x7f;
@@ -194,15 +202,15 @@ impl Rtc {
             0 | 2 | 4 | 6 | 7 | 8 | 9 | CENTURY => self.set_time(value, now_ns),
             0x0a => self.memory[0x0a] = value & 0x7f,
             0x0b => {
-                let (set, was_set) = (value & b::SET != 0, self.held.is_some());
+                let (set, was_set) = (value & register_b::SET != 0, self.held.is_some());
                 self.memory[0x0b] = value;
                 if set && !was_set {
                     self.held = Some(self.now(now_ns));
                 } else if !set && let Some(held) = self.held.take() {
-                    self.epoch_s = seconds(held) - (now_ns / SECOND_NS) as i64;
+                    self.epoch_s = seconds_of(held) - (now_ns / SECOND_NS) as i64;
                 }
             }
-            // C and D cannot be written.
+            // Registers C and D cannot be written.
             0x0c | 0x0d => {}
             index => self.memory[index as usize] = value,
         }
@@ -224,13 +232,13 @@ impl Rtc {
         if self.held.is_some() {
             self.held = Some(time);
         } else {
-            self.epoch_s = seconds(time) - (now_ns / SECOND_NS) as i64;
+            self.epoch_s = seconds_of(time) - (now_ns / SECOND_NS) as i64;
         }
     }
 }
 
-/// Seconds since 1970 to the calendar, by days counted in eras of 400 years from March.
-fn civil(seconds: i64) -> Calendar {
+/// The calendar time of a number of seconds since 1970. Days are counted in eras of 400 years that begin in March.
+fn calendar_of(seconds: i64) -> Calendar {
     let days = seconds.div_euclid(86_400);
     let rest = seconds.rem_euclid(86_400);
     let shifted = days + 719_468;
@@ -253,8 +261,8 @@ fn civil(seconds: i64) -> Calendar {
     }
 }
 
-/// The calendar to seconds since 1970; the weekday is not looked at.
-fn seconds(time: Calendar) -> i64 {
+/// Seconds since 1970 of a calendar time. The weekday is ignored.
+fn seconds_of(time: Calendar) -> i64 {
     let month_from_march = (time.month as i64 + 9) % 12;
     let year = time.year as i64 - (time.month <= 2) as i64;
     let day_of_year = (153 * month_from_march + 2) / 5 + time.day as i64 - 1;
@@ -301,12 +309,12 @@ mod tests {
     fn setting_moves_the_epoch() {
         let mut rtc = Rtc::new(0);
         let now = 100 * SECOND_NS;
-        set(&mut rtc, 0x0b, b::SET | b::BINARY, now);
+        set(&mut rtc, 0x0b, register_b::SET | register_b::BINARY, now);
         for (index, value) in [(CENTURY, 20), (9, 27), (8, 2), (7, 28), (4, 0x80 | 11), (2, 59), (0, 58)] {
             set(&mut rtc, index, value, now);
         }
         assert_eq!(get(&mut rtc, 0, now + 10 * SECOND_NS), 58, "held");
-        set(&mut rtc, 0x0b, b::BINARY | b::HOURS_24, now);
+        set(&mut rtc, 0x0b, register_b::BINARY | register_b::HOURS_24, now);
         let later = now + 2 * SECOND_NS;
         assert_eq!([4, 2, 0].map(|index| get(&mut rtc, index, later)), [0, 0, 0], "midnight");
         assert_eq!([7, 8].map(|index| get(&mut rtc, index, later)), [1, 3]);
@@ -316,7 +324,7 @@ mod tests {
     fn interrupts_come_at_their_deadlines_and_reading_c_clears_them() {
         let mut rtc = Rtc::new(0);
         assert_eq!(rtc.deadline_ns(), None);
-        set(&mut rtc, 0x0b, b::PERIODIC | b::HOURS_24, 0);
+        set(&mut rtc, 0x0b, register_b::PERIODIC | register_b::HOURS_24, 0);
         // Rate 6 is 1024 Hz.
         let deadline = rtc.deadline_ns().unwrap();
         assert_eq!(deadline, 976_562);
@@ -327,14 +335,16 @@ mod tests {
         assert_eq!(get(&mut rtc, 0x0c, deadline), 0xc0);
         assert!(!rtc.irq());
 
-        set(&mut rtc, 0x0b, b::UPDATED | b::HOURS_24, deadline);
+        set(&mut rtc, 0x0b, register_b::UPDATED | register_b::HOURS_24, deadline);
         assert_eq!(rtc.deadline_ns(), Some(SECOND_NS));
     }
 
     #[test]
     fn the_alarm_rings_at_its_time() {
         let mut rtc = Rtc::new(0);
-        for (index, value) in [(1, 0x30), (3, 0x01), (5, 0xff), (0x0b, b::ALARM | b::HOURS_24)] {
+        for (index, value) in
+            [(1, 0x30), (3, 0x01), (5, 0xff), (0x0b, register_b::ALARM | register_b::HOURS_24)]
+        {
             set(&mut rtc, index, value, 0);
         }
         while let Some(deadline) = rtc.deadline_ns().filter(|_| !rtc.irq()) {
@@ -346,7 +356,7 @@ mod tests {
     proptest! {
         #[test]
         fn calendar_and_seconds_are_inverse(seconds_ in -2_000_000_000i64..200_000_000_000) {
-            prop_assert_eq!(seconds(civil(seconds_)), seconds_);
+            prop_assert_eq!(seconds_of(calendar_of(seconds_)), seconds_);
         }
 
         #[test]

@@ -1,7 +1,7 @@
 //! A 16550A serial port (National Semiconductor PC16550D), interrupt line 4.
 //!
-//! Own code, not vm-superio's: that one raises edges and reports all pending causes at once in IIR, where the
-//! part has a level and priorities; and its state has no serde. The line has no speed: the transmitter is always empty.
+//! This does not use vm-superio, which raises edges and reports all pending causes in IIR at once where the real part has
+//! a level and priorities, and whose state cannot be serialised. The line has no speed: the transmitter is always empty.
 
 use serde::{Deserialize, Serialize};
 
@@ -9,9 +9,9 @@ use serde::{Deserialize, Serialize};
 pub const PORT: u16 = 0x3f8;
 /// Interrupt line.
 pub const IRQ: u8 = 4;
-/// What the receiver holds; more waits outside.
+/// Number of received bytes that the port holds; more wait outside the machine.
 pub const FIFO: usize = 64;
-/// Printed bytes that wait for the end of their line before they leave as one output.
+/// The most printed bytes that wait for the end of their line; they then leave as one output.
 const LINE_MAX: usize = 256;
 
 mod ier {
@@ -23,7 +23,7 @@ const LCR_DLAB: u8 = 0x80;
 const MCR_LOOP: u8 = 0x10;
 const LSR_DATA_READY: u8 = 0x01;
 const LSR_TRANSMITTER_EMPTY: u8 = 0x60;
-/// CTS, DSR and DCD: somebody listens.
+/// CTS, DSR and DCD: the other side is ready.
 const MSR_CONNECTED: u8 = 0xb0;
 
 /// The port. Everything in it is state.
@@ -35,7 +35,7 @@ pub struct Serial {
     scratch: u8,
     divisor: [u8; 2],
     fifo_enabled: bool,
-    /// The transmitter-empty interrupt waits; reading IIR or writing a byte clears it.
+    /// The transmitter-empty interrupt is pending. Reading it from IIR clears it.
     transmitter_empty: bool,
     received: Vec<u8>,
     printed: Vec<u8>,
@@ -48,7 +48,7 @@ impl Default for Serial {
 }
 
 impl Serial {
-    /// After reset, 9600 baud.
+    /// The port after a reset, at 9600 baud.
     pub fn new() -> Serial {
         Serial {
             ier: 0,
@@ -63,7 +63,7 @@ impl Serial {
         }
     }
 
-    /// Whether a state that was read is one that the port can be in.
+    /// Whether a state that was read from a file is one that the port can be in.
     pub fn is_sane(&self) -> bool {
         self.received.len() <= FIFO && self.printed.len() <= LINE_MAX
     }
@@ -73,24 +73,24 @@ impl Serial {
         self.cause() != 1
     }
 
-    /// How many bytes [`Serial::receive`] takes.
+    /// Number of bytes that [`Serial::receive`] has room for.
     pub fn room(&self) -> usize {
         FIFO - self.received.len()
     }
 
-    /// Bytes typed; what does not fit is lost, as on a line without flow control.
+    /// Receives typed bytes. Those that do not fit are lost, as on a line without flow control.
     pub fn receive(&mut self, bytes: &[u8]) {
         let fits = bytes.len().min(self.room());
         self.received.extend_from_slice(&bytes[..fits]);
     }
 
-    /// Printed bytes, when a line or a buffer is full or `all` are wanted.
+    /// Takes the printed bytes if they are a complete line or fill the buffer, or if `all` is set.
     pub fn take_printed(&mut self, all: bool) -> Option<Vec<u8>> {
         let full = self.printed.len() >= LINE_MAX || self.printed.ends_with(b"\n");
         (full || all && !self.printed.is_empty()).then(|| std::mem::take(&mut self.printed))
     }
 
-    /// IIR bits 3:0: the pending cause of the highest priority, 1 for none.
+    /// Bits 3:0 of IIR: the pending cause with the highest priority; 1 if there is none.
     fn cause(&self) -> u8 {
         if self.ier & ier::RECEIVED != 0 && !self.received.is_empty() {
             4
@@ -101,7 +101,7 @@ impl Serial {
         }
     }
 
-    /// The guest reads register `offset`.
+    /// Serves a read of register `offset`.
     pub fn read(&mut self, offset: u16) -> u8 {
         let dlab = self.lcr & LCR_DLAB != 0;
         match offset {
@@ -120,7 +120,7 @@ impl Serial {
             4 => self.mcr,
             5 => LSR_TRANSMITTER_EMPTY | if self.received.is_empty() { 0 } else { LSR_DATA_READY },
             6 if self.mcr & MCR_LOOP != 0 => {
-                // DTR, RTS, OUT1 and OUT2 come back as DSR, CTS, RI and DCD.
+                // In loopback mode DTR, RTS, OUT1 and OUT2 come back as DSR, CTS, RI and DCD.
                 (self.mcr & 1) << 5 | (self.mcr & 2) << 3 | (self.mcr & 0x0c) << 4
             }
             6 => MSR_CONNECTED,
@@ -128,7 +128,7 @@ impl Serial {
         }
     }
 
-    /// The guest writes register `offset`.
+    /// Serves a write to register `offset`.
     pub fn write(&mut self, offset: u16, value: u8) {
         let dlab = self.lcr & LCR_DLAB != 0;
         match offset {
@@ -142,7 +142,7 @@ impl Serial {
                 self.transmitter_empty = true;
             }
             1 => {
-                // Enabling the interrupt of an empty transmitter raises it.
+                // Enabling the transmitter-empty interrupt raises it: the transmitter is always empty.
                 if value & !self.ier & ier::TRANSMITTER_EMPTY != 0 {
                     self.transmitter_empty = true;
                 }
@@ -167,7 +167,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lines_leave_whole() {
+    fn a_line_leaves_when_it_is_complete() {
         let mut serial = Serial::new();
         for byte in b"hello\nlog" {
             serial.write(0, *byte);
@@ -181,8 +181,8 @@ mod tests {
     }
 
     #[test]
-    fn a_16550a_with_fifo_is_found() {
-        // Linux's autoconfig: FIFO bits in IIR after FCR, scratch keeps, IER keeps its low four bits, loopback.
+    fn linux_detects_a_16550a_with_fifo() {
+        // What Linux's autoconfig checks: FIFO bits in IIR after FCR is written, the low four bits of IER, loopback.
         let mut serial = Serial::new();
         serial.write(2, 1);
         assert_eq!(serial.read(2) >> 6, 3);
@@ -222,7 +222,7 @@ mod tests {
         serial.write(1, ier::TRANSMITTER_EMPTY | ier::RECEIVED);
         assert_eq!(serial.read(2), 4, "received data come first");
         serial.read(0);
-        assert_eq!(serial.read(2), 2, "and the other is not forgotten");
+        assert_eq!(serial.read(2), 2, "and the transmitter's interrupt is not lost");
     }
 
     #[test]

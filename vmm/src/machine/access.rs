@@ -1,19 +1,19 @@
-//! What the machine does where the guest's instruction asks a device.
+//! What the machine does when an instruction of the guest accesses a device.
 
 use entry::End;
 
 use super::{Machine, MachineError, Stop};
 use crate::boot::rewrite;
-use crate::bus::Target;
-use crate::devices::{Context, Request};
+use crate::bus::BusTarget;
+use crate::devices::{DeviceContext, PowerRequest};
 use crate::vcpu::Exit;
 
 impl Machine {
-    /// Serves an access of the guest to a device, to the end of its instruction.
-    pub(super) fn access(&mut self, mut exit: Exit) -> Result<Option<Stop>, MachineError> {
+    /// Serves an access of the guest to a device, up to the end of its instruction.
+    pub(super) fn serve_access(&mut self, mut exit: Exit) -> Result<Option<Stop>, MachineError> {
         loop {
             if matches!(exit, Exit::PioOut { port, .. } if port == u16::from(rewrite::PORT)) {
-                match self.trapped()? {
+                match self.rewritten_exit()? {
                     (Some(next), _) => exit = next,
                     (None, stop) => return Ok(stop.or_else(|| self.after_access())),
                 }
@@ -32,21 +32,22 @@ impl Machine {
         }
     }
 
-    /// Answers the guest. What is to be told is told of a whole boundary, so the instruction is finished first.
+    /// Answers an access of the guest. If there is something to report, the instruction is finished first: reports are made at
+    /// instruction boundaries.
     fn complete(&mut self, value: u64) -> Result<Option<Exit>, MachineError> {
         let next = self.vcpu.complete(&mut self.ram, value)?;
         if next.is_some() || !(self.has_outputs() || self.effects.request.is_some()) {
             return Ok(next);
         }
-        Ok(self.vcpu.settle(&mut self.ram)?)
+        Ok(self.vcpu.finish_instruction(&mut self.ram)?)
     }
 
-    /// Makes the position a whole boundary.
-    pub(super) fn settle(&mut self) -> Result<Option<Stop>, MachineError> {
-        while let Some(exit) = self.vcpu.settle(&mut self.ram)? {
+    /// Finishes the present instruction, so that the machine is at an instruction boundary.
+    pub(super) fn reach_boundary(&mut self) -> Result<Option<Stop>, MachineError> {
+        while let Some(exit) = self.vcpu.finish_instruction(&mut self.ram)? {
             let stop = match exit {
                 Exit::Shutdown => Some(Stop::End(End::TripleFault)),
-                exit => self.access(exit)?,
+                exit => self.serve_access(exit)?,
             };
             if stop.is_some() {
                 return Ok(stop);
@@ -55,9 +56,12 @@ impl Machine {
         Ok(None)
     }
 
-    /// Finishes the instruction whose question was answered, so that the machine is at a whole boundary.
-    /// `None`: there is nothing more to tell.
-    pub fn finish(&mut self) -> Result<Option<Stop>, MachineError> {
+    /// Finishes the instruction whose question was answered, so that the machine is at an instruction boundary. Returns `None`
+    /// if there is nothing more to report.
+    ///
+    /// # Errors
+    /// Those of the engine.
+    pub fn finish_instruction(&mut self) -> Result<Option<Stop>, MachineError> {
         if let Some(question) = &self.effects.question {
             return Ok(Some(Stop::Question(question.clone())));
         }
@@ -65,10 +69,10 @@ impl Machine {
         let mut stop = match self.complete(value)? {
             None => self.after_access(),
             Some(Exit::Shutdown) => Some(Stop::End(End::TripleFault)),
-            Some(next) => self.access(next)?,
+            Some(next) => self.serve_access(next)?,
         };
         if stop.is_none() {
-            stop = self.settle()?;
+            stop = self.reach_boundary()?;
         }
         self.fire_timers();
         Ok(stop)
@@ -80,17 +84,17 @@ impl Machine {
             Some(request) => {
                 self.flush_console();
                 Some(Stop::End(match request {
-                    Request::PowerOff => End::PowerOff,
-                    Request::Reset => End::Reboot,
+                    PowerRequest::PowerOff => End::PowerOff,
+                    PowerRequest::Reset => End::Reboot,
                 }))
             }
         }
     }
 
-    /// The one dispatch of all exits that ask a device. Nobody there reads as ones.
+    /// The one dispatch of all accesses to devices. An address without a device reads as ones.
     fn dispatch(&mut self, exit: Exit) -> u64 {
         let now_ns = self.clock.time_ns(self.vcpu.position());
-        let mut cx = Context { now_ns, memory: self.ram.memory(), effects: &mut self.effects };
+        let mut cx = DeviceContext { now_ns, memory: self.ram.memory(), effects: &mut self.effects };
         match exit {
             Exit::PioIn { port, size } => {
                 self.counts.pio += 1;
@@ -117,18 +121,18 @@ impl Machine {
             Exit::MmioRead { addr, size } => {
                 self.counts.mmio += 1;
                 match self.memory.find(addr, size.into()) {
-                    Some((Target::Virtio(slot), offset)) => self.devices.read_virtio(slot, offset, size),
+                    Some((BusTarget::Virtio(slot), offset)) => self.devices.read_virtio(slot, offset, size),
                     _ => u64::MAX >> (64 - 8 * size as u32),
                 }
             }
             Exit::MmioWrite { addr, size, value } => {
                 self.counts.mmio += 1;
-                if let Some((Target::Virtio(slot), offset)) = self.memory.find(addr, size.into()) {
+                if let Some((BusTarget::Virtio(slot), offset)) = self.memory.find(addr, size.into()) {
                     self.devices.write_virtio(slot, offset, size, value, &mut cx);
                 }
                 0
             }
-            other => unreachable!("{other:?} asks no device"),
+            other => unreachable!("{other:?} is not an access to a device"),
         }
     }
 }

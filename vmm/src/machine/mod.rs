@@ -1,7 +1,7 @@
-//! The machine: vCPU, RAM, devices and clock. It is run until it stops and says why; it calls nobody.
+//! The machine: vCPU, RAM, devices and clock. It runs until it stops, and returns why; it calls nobody.
 //!
-//! Everything it does is a function of its state, of the inputs given to [`Machine::apply`] and of the positions
-//! at which they are given. A stop that comes from a kick changes nothing, so it may come anywhere.
+//! Everything it does is a function of its state, of the inputs given to [`Machine::apply`], and of the positions at which
+//! they are given. A stop by a kick changes nothing, so it may come anywhere.
 
 mod access;
 mod trapped;
@@ -17,20 +17,22 @@ use crate::boot::{BootError, BootPlan};
 use crate::bus::Bus;
 use crate::clock::Clock;
 use crate::config::{ConfigError, MachineConfig, MachineIdentity};
-use crate::devices::{Context, Devices, Effects};
+use crate::devices::{DeviceContext, Devices, Effects};
+use crate::digest::digest_of;
 use crate::ram::{Ram, RamError};
 use crate::vcpu::landing::Landings;
-use crate::vcpu::{Exit, Kick, Limit, Vcpu, VcpuError};
+use crate::vcpu::{Exit, Kick, Limit, Vcpu, VcpuError, VcpuWarning};
 
-/// Raised whenever the same inputs may give another state or the same state another digest.
+/// Raised whenever the same inputs may lead to another state, or the same state have another digest.
 pub const MACHINE_VERSION: u32 = 2;
 
-/// The most that one `Input::Clock` moves guest time, an hour: more takes several.
+/// The most by which one `Input::Clock` moves guest time: an hour. More takes several.
 pub const CLOCK_STEP_MAX_NS: u64 = 3_600_000_000_000;
-/// Pages that the scrub looks at with each digest: some 20 µs of the 90 ms between two of a pair's, 256 MiB in a minute and a half.
+/// Pages that the scrub checks with each digest. They take some 20 µs of the 90 ms between two digests of a pair; 256 MiB are
+/// checked once in a minute and a half.
 const SCRUB_PAGES: u32 = 64;
 
-/// Why a machine cannot be made or go on.
+/// Why a machine cannot be made or cannot go on.
 #[derive(Debug, thiserror::Error)]
 pub enum MachineError {
     /// The configuration is wrong.
@@ -39,60 +41,60 @@ pub enum MachineError {
     /// The guest cannot be booted.
     #[error(transparent)]
     Boot(#[from] BootError),
-    /// The host has no memory for it.
+    /// The host has no memory for the guest, or the memory is faulty.
     #[error(transparent)]
     Ram(#[from] RamError),
     /// The engine failed.
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
-    /// The answer is of another kind or length than the question.
-    #[error("the answer to {0:?} is of another kind or length")]
+    /// The answer is of another kind or length than the question asks for.
+    #[error("the answer to the guest's question {0:?} is of the wrong kind or length")]
     WrongAnswer(Question),
 }
 
 /// Why [`Machine::run`] returned.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Stop {
-    /// The position asked for is reached.
+    /// The position that was asked for is reached.
     Reached,
-    /// Somebody kicked.
+    /// The machine was kicked.
     Kicked,
-    /// Somebody kicked where the engine has no position: nothing may be done but to run on. [`Stop::Kicked`] follows at
-    /// the next.
+    /// The machine was kicked where the engine has no position: it must not be changed here, only run on. [`Stop::Kicked`]
+    /// follows at the next position.
     Between,
     /// The guest waits for an interrupt. Running it again moves guest time to the next deadline, if there is one.
     Halted,
-    /// There are outputs or disk requests to take.
+    /// There are outputs or disk requests to be taken.
     Outputs,
-    /// The guest asks something; [`Machine::answer`] before it runs again.
+    /// The guest asks a question, to be answered by [`Machine::answer`] before it runs again.
     Question(Question),
-    /// The guest's run is over; after [`End::Reboot`] it goes on by [`Machine::reset`].
+    /// The guest's run is over. After [`End::Reboot`] it goes on by [`Machine::reset`].
     End(End),
 }
 
-/// What happened so far, for summaries. Not state.
+/// Counts of what happened so far, for summaries. They are not part of the state.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Counts {
-    /// Port accesses.
+    /// Number of port accesses.
     pub pio: u64,
-    /// Accesses to memory outside RAM.
+    /// Number of accesses to memory outside RAM.
     pub mmio: u64,
-    /// HLTs.
+    /// Number of HLTs.
     pub halts: u64,
-    /// Interrupts delivered.
+    /// Number of interrupts delivered.
     pub interrupts: u64,
-    /// Kicks that stopped the guest.
+    /// Number of kicks that stopped the guest.
     pub kicks: u64,
     /// Guest time that passed while halted, in ns.
     pub idle_ns: u64,
-    /// Of positions by a branch counter.
+    /// Counts of the landings of an engine with a branch counter.
     pub landings: Landings,
 }
 
-/// Digest of a machine by parts, so that a difference has a place.
+/// Digests of the parts of a machine, so that a difference can be located.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StateDigest {
-    /// Part names with their digests: `vcpu`, `clock`, each device, `ram`.
+    /// Names of the parts with their digests: `vcpu`, `clock`, each device, `ram`.
     pub parts: Vec<(&'static str, Digest)>,
 }
 
@@ -113,7 +115,7 @@ impl StateDigest {
     }
 }
 
-/// See the module.
+/// A machine: see the description of the module.
 pub struct Machine {
     pub(crate) config: MachineConfig,
     pub(crate) plan: BootPlan,
@@ -124,17 +126,20 @@ pub struct Machine {
     ports: Bus,
     memory: Bus,
     effects: Effects,
-    /// An I/O instruction that waits for the answers to its questions, with the value that it will read.
+    /// The value that an I/O instruction will read, once the question that it led to is answered.
     unfinished: Option<u64>,
-    /// The last run stopped at a HLT, and its caller knows.
+    /// The last run stopped at a HLT, and the caller was told.
     halted: bool,
-    /// The last run stopped where there is no position.
+    /// The last run stopped between two positions.
     between: bool,
     counts: Counts,
 }
 
 impl Machine {
     /// A machine at the start of its boot.
+    ///
+    /// # Errors
+    /// The configuration is wrong, or the host cannot provide RAM or the engine.
     pub fn new(config: MachineConfig, plan: BootPlan) -> Result<Machine, MachineError> {
         config.validate()?;
         let mut ram = Ram::new(config.memory_bytes)?;
@@ -160,7 +165,7 @@ impl Machine {
         })
     }
 
-    /// What others must share to run the same machine.
+    /// What a machine must have in common with this one to be the same machine.
     pub fn identity(&self) -> MachineIdentity {
         MachineIdentity {
             machine_version: MACHINE_VERSION,
@@ -174,7 +179,7 @@ impl Machine {
         self.config.engine.unit()
     }
 
-    /// Where the guest is.
+    /// Position of the guest.
     pub fn position(&self) -> Position {
         self.vcpu.position()
     }
@@ -184,42 +189,47 @@ impl Machine {
         self.clock.time_ns(self.position())
     }
 
-    /// Guest time of the next thing that a timer does.
+    /// Guest time in ns at which the next timer is due.
     pub fn deadline_ns(&self) -> Option<u64> {
         self.devices.deadline_ns()
     }
 
-    /// The last run stopped at a HLT and nothing was run since.
+    /// Whether the last run stopped at a HLT.
     pub fn is_halted(&self) -> bool {
         self.halted
     }
 
-    /// The last run stopped between two positions: the state is that of none.
-    pub fn is_between(&self) -> bool {
+    /// Whether the last run stopped between two positions: the state belongs to neither.
+    pub fn is_between_positions(&self) -> bool {
         self.between
     }
 
-    /// A check word for each synchronous exit since the last call, where those are positions.
-    pub fn take_exits(&mut self) -> Vec<u16> {
-        self.vcpu.take_exits()
+    /// A check word for each synchronous exit since the last call, on engines whose positions are these exits.
+    pub fn take_exit_checks(&mut self) -> Vec<u16> {
+        self.vcpu.take_exit_checks()
     }
 
-    /// What happened so far.
+    /// Counts of what happened so far.
     pub fn counts(&self) -> Counts {
         Counts { landings: self.vcpu.landings(), ..self.counts }
     }
 
-    /// What of the kernel was rewritten, if its code was looked through.
+    /// What the user should be told about this machine's engine, once.
+    pub fn engine_warning(&self) -> Option<&VcpuWarning> {
+        self.vcpu.warning()
+    }
+
+    /// Which instructions of the kernel were rewritten; `None` if its code was not searched.
     pub fn rewritten(&self) -> Option<&Rewritten> {
         self.plan.rewritten()
     }
 
-    /// Stops [`Machine::run`] from another thread.
+    /// A handle that stops [`Machine::run`] from another thread.
     pub fn kicker(&self) -> Arc<dyn Kick> {
         self.vcpu.kicker()
     }
 
-    /// What has left the machine since the last call, in order.
+    /// The outputs since the last call, in order.
     pub fn take_outputs(&mut self) -> Vec<Output> {
         std::mem::take(&mut self.effects.outputs)
     }
@@ -229,13 +239,16 @@ impl Machine {
         std::mem::take(&mut self.effects.disk)
     }
 
-    /// Runs the guest until there is something to tell, or exactly to `until`.
+    /// Runs the guest until something is to be reported, or exactly to `until`.
     ///
-    /// At a position where it stops the machine is in one state, whatever stopped it: timers that are due have fired,
-    /// and the engine lets a kick stop it nowhere between a skip of time, or the delivery of an interrupt, and the next
+    /// At each position at which it stops, the machine is in the same state whatever stopped it: timers that are due have
+    /// fired, and a kick does not stop the engine between a skip of time, or the delivery of an interrupt, and the next
     /// instruction. So an input that was applied there in a recording meets the same state in a replay.
+    ///
+    /// # Errors
+    /// Those of the engine.
     pub fn run(&mut self, until: Option<Position>) -> Result<Stop, MachineError> {
-        if let Some(stop) = self.finish()? {
+        if let Some(stop) = self.finish_instruction()? {
             return Ok(stop);
         }
         let stop = self.run_guest(until)?;
@@ -249,13 +262,13 @@ impl Machine {
         loop {
             self.fire_timers();
             if self.has_outputs() || until.is_some_and(|until| self.position() >= until) {
-                if let Some(stop) = self.settle()? {
+                if let Some(stop) = self.reach_boundary()? {
                     return Ok(stop);
                 }
                 self.halted = halt_is_known;
                 return Ok(if self.has_outputs() { Stop::Outputs } else { Stop::Reached });
             }
-            let limit = self.limit(until);
+            let limit = self.run_limit(until);
             match self.vcpu.run(&mut self.ram, &limit)? {
                 Exit::Reached => {}
                 Exit::Kicked => {
@@ -280,7 +293,7 @@ impl Machine {
                 }
                 Exit::Shutdown => return Ok(Stop::End(End::TripleFault)),
                 exit => {
-                    if let Some(stop) = self.access(exit)? {
+                    if let Some(stop) = self.serve_access(exit)? {
                         return Ok(stop);
                     }
                 }
@@ -288,8 +301,8 @@ impl Machine {
         }
     }
 
-    /// How far the engine may go now: to the caller's limit or the next deadline, where running moves time.
-    fn limit(&self, until: Option<Position>) -> Limit {
+    /// How far the engine may run now: to the caller's limit, or to the next deadline if running moves time.
+    fn run_limit(&self, until: Option<Position>) -> Limit {
         let deadline = self.devices.deadline_ns().and_then(|ns| self.clock.position_of(ns));
         Limit {
             until: until.into_iter().chain(deadline).min(),
@@ -302,7 +315,7 @@ impl Machine {
         !self.effects.outputs.is_empty() || !self.effects.disk.is_empty()
     }
 
-    /// What timers do now. Nothing is touched before a deadline, so how often this is called leaves no trace.
+    /// Lets the timers fire that are due. Changes nothing before a deadline, so it does not matter how often it is called.
     fn fire_timers(&mut self) {
         let now_ns = self.time_ns();
         if self.devices.deadline_ns().is_some_and(|deadline| deadline <= now_ns) {
@@ -311,13 +324,13 @@ impl Machine {
         }
     }
 
-    /// Lines of the console leave whole, what is left of one at the next tick or HLT: moments that are the same
-    /// in every run.
+    /// Outputs what was printed of an incomplete console line. Complete lines leave at once, the rest at the next tick or
+    /// HLT: moments that are the same in every run.
     fn flush_console(&mut self) {
         self.devices.flush_console(&mut self.effects);
     }
 
-    /// Moves a halted guest's time to the next deadline. False: there is none.
+    /// Moves a halted guest's time to the next deadline. Returns `false` if there is none.
     fn skip_to_deadline(&mut self) -> bool {
         let Some(deadline) = self.devices.deadline_ns() else { return false };
         let at = self.position();
@@ -326,10 +339,10 @@ impl Machine {
         true
     }
 
-    /// Whether the machine has room for an input now. What is applied without room is lost, in the same way on
+    /// Whether the machine has room for an input now. An input that is applied without room is lost, in the same way on
     /// every side.
-    pub fn takes(&self, input: &Input) -> bool {
-        self.devices.takes(input, self.ram.memory())
+    pub fn has_room_for(&self, input: &Input) -> bool {
+        self.devices.has_room_for(input, self.ram.memory())
     }
 
     /// Applies an input at the present position.
@@ -338,21 +351,21 @@ impl Machine {
         if let Input::Clock { time_ns } = input {
             return self.raise_time(time_ns);
         }
-        // It may wake a halted guest: nobody may wait for the next deadline first.
+        // The input may wake a halted guest, so time must not skip to the next deadline first.
         self.halted = false;
         let now_ns = self.clock.time_ns(at);
-        let mut cx = Context { now_ns, memory: self.ram.memory(), effects: &mut self.effects };
+        let mut cx = DeviceContext { now_ns, memory: self.ram.memory(), effects: &mut self.effects };
         self.devices.apply(input, &mut cx);
     }
 
-    /// Moves guest time on, at most by [`CLOCK_STEP_MAX_NS`].
+    /// Moves guest time forward, at most by [`CLOCK_STEP_MAX_NS`].
     fn raise_time(&mut self, time_ns: u64) {
         let (at, now_ns) = (self.position(), self.time_ns());
         let time_ns = time_ns.min(now_ns.saturating_add(CLOCK_STEP_MAX_NS));
         if self.halted {
             self.counts.idle_ns += time_ns.saturating_sub(now_ns);
         }
-        // Each deadline on the way happens at its own time, as when a halted guest skips to it.
+        // Each timer on the way fires at its own time, as when a halted guest skips to its deadline.
         while let Some(deadline) = self.devices.deadline_ns().filter(|deadline| *deadline <= time_ns) {
             self.clock.raise(at, deadline);
             self.fire_timers();
@@ -361,20 +374,26 @@ impl Machine {
     }
 
     /// Answers the question of [`Stop::Question`].
+    ///
+    /// # Errors
+    /// The answer does not fit the question, or the engine failed.
     pub fn answer(&mut self, answer: Answer) -> Result<(), MachineError> {
         let Some(question) = self.effects.question.take() else { return Ok(()) };
         if let (Question::Time { .. } | Question::Random, Answer::Value(value)) = (&question, &answer) {
-            return self.instead(question, *value);
+            return self.emulate(question, *value);
         }
         let now_ns = self.time_ns();
-        let mut cx = Context { now_ns, memory: self.ram.memory(), effects: &mut self.effects };
+        let mut cx = DeviceContext { now_ns, memory: self.ram.memory(), effects: &mut self.effects };
         match self.devices.answer(&question, answer, &mut cx) {
             true => Ok(()),
             false => Err(MachineError::WrongAnswer(question)),
         }
     }
 
-    /// A reset: RAM as booted, devices as powered on; position and guest time go on.
+    /// Resets the machine: RAM is as booted and devices are as powered on, while position and guest time go on.
+    ///
+    /// # Errors
+    /// RAM cannot be cleared, or the engine failed.
     pub fn reset(&mut self) -> Result<(), MachineError> {
         self.ram.clear()?;
         self.vcpu.reset(&self.plan.load(&mut self.ram)?)?;
@@ -384,8 +403,8 @@ impl Machine {
         Ok(())
     }
 
-    /// Takes over the part of a saved state that is neither RAM nor vCPU.
-    pub(crate) fn adopt(&mut self, clock: Clock, devices: Devices) {
+    /// Takes over those parts of a saved state that are neither RAM nor vCPU.
+    pub(crate) fn replace_devices(&mut self, clock: Clock, devices: Devices) {
         self.clock = clock;
         self.devices = devices;
         self.effects = Effects::default();
@@ -393,13 +412,13 @@ impl Machine {
         self.halted = false;
     }
 
-    /// Digest of the whole state. RAM costs what was written since the last one, and a few pages more, in turn, that are looked
-    /// at for a change that nobody has reported: the digest would not tell of it.
+    /// Digest of the whole state. Of RAM it hashes the pages written since the last digest, and a few more in turn, to find a
+    /// change that nobody reported and that the digest would not show.
     ///
-    /// To be called at a whole boundary: not while a question waits.
+    /// To be called at an instruction boundary, not while a question is open.
     ///
     /// # Errors
-    /// The engine's, or RAM was changed behind the machine's back.
+    /// Those of the engine, or RAM was changed by something other than the machine.
     pub fn digest(&mut self) -> Result<StateDigest, MachineError> {
         self.vcpu.report_written(&mut self.ram)?;
         let ram = self.ram.digest();
@@ -407,7 +426,11 @@ impl Machine {
         self.digest_with(ram)
     }
 
-    /// The same digest, RAM read whole. Equal to [`Machine::digest`] unless RAM was changed behind the machine's back.
+    /// The same digest, with all of RAM hashed. Equal to [`Machine::digest`] unless RAM was changed by something other than the
+    /// machine.
+    ///
+    /// # Errors
+    /// Those of the engine.
     pub fn full_digest(&mut self) -> Result<StateDigest, MachineError> {
         let ram = self.ram.full_digest();
         self.digest_with(ram)
@@ -420,24 +443,21 @@ impl Machine {
         Ok(StateDigest { parts })
     }
 
-    /// Disk requests that were asked for and are not done: to be issued again after a restore or at go-live.
+    /// Disk requests that were made and are not completed: to be issued again after a restore and when going live.
     pub fn unfinished_disk_requests(&self) -> Vec<DiskRequest> {
         self.devices.virtio.iter().flat_map(|device| device.unfinished()).collect()
     }
 
-    /// RAM, to compare pages.
+    /// RAM, to compare its pages.
     pub fn ram(&mut self) -> &mut Ram {
         &mut self.ram
     }
 
-    /// The vCPU's state, to compare registers.
+    /// The vCPU's state, to compare its registers.
+    ///
+    /// # Errors
+    /// Those of the engine.
     pub fn vcpu_state(&self) -> Result<crate::vcpu::VcpuState, MachineError> {
         Ok(self.vcpu.save()?)
     }
-}
-
-/// Digest of a value's serialised form.
-pub(crate) fn digest_of(value: &impl Serialize) -> Digest {
-    let bytes = postcard::to_stdvec(value).unwrap_or_else(|error| unreachable!("plain data: {error}"));
-    Digest(XxHash3_128::oneshot(&bytes))
 }

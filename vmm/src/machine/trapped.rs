@@ -1,4 +1,4 @@
-//! What the machine does where an instruction of the kernel was made an exit ([`crate::boot::rewrite`]).
+//! What the machine does at an instruction of the kernel that was rewritten to be an exit ([`crate::boot::rewrite`]).
 
 use entry::{End, Question};
 
@@ -7,13 +7,13 @@ use crate::boot::rewrite::{self, Site};
 use crate::vcpu::Exit;
 
 impl Machine {
-    /// The guest leaves where an instruction may have been that tells the time or chance. What its OUT asks next, or the
-    /// question in its place.
-    pub(super) fn trapped(&mut self) -> Result<(Option<Exit>, Option<Stop>), MachineError> {
+    /// Serves an OUT to the port of rewritten instructions. Returns the next exit of that OUT, if it makes one, and otherwise the
+    /// question that the rewritten instruction asks, if there was one at that address.
+    pub(super) fn rewritten_exit(&mut self) -> Result<(Option<Exit>, Option<Stop>), MachineError> {
         self.counts.pio += 1;
         let mut next = self.vcpu.complete(&mut self.ram, 0)?;
         if next.is_none() {
-            next = self.vcpu.settle(&mut self.ram)?;
+            next = self.vcpu.finish_instruction(&mut self.ram)?;
         }
         if let Some(Exit::Shutdown) = next {
             return Ok((None, Some(Stop::End(End::TripleFault))));
@@ -24,7 +24,7 @@ impl Machine {
         Ok((next, question.map(Stop::Question)))
     }
 
-    /// The instruction whose OUT was executed last.
+    /// The rewritten instruction whose OUT was executed last.
     fn site(&mut self) -> Result<Option<Site>, MachineError> {
         let Some(rewritten) = self.plan.rewritten() else { return Ok(None) };
         let mut rip = 0;
@@ -32,8 +32,8 @@ impl Machine {
         Ok(rewritten.sites.at(rip.wrapping_sub(rewrite::OUT)))
     }
 
-    /// Does what the instruction would have done whose question has this answer.
-    pub(super) fn instead(&mut self, question: Question, mut value: u64) -> Result<(), MachineError> {
+    /// Does what the rewritten instruction would have done, with the answer to its question as its value.
+    pub(super) fn emulate(&mut self, question: Question, mut value: u64) -> Result<(), MachineError> {
         let Some(site) = self.site()? else { return Err(MachineError::WrongAnswer(question)) };
         if let Question::Time { .. } = question {
             self.raise_time(value);

@@ -1,8 +1,8 @@
 //! The virtual CPU as the machine sees it: a trait of few methods, exits as data.
 //!
-//! An engine executes guest instructions until something must be told, says what it is in an [`Exit`], and calls
-//! nobody. `soft` is the software CPU, `kvm` the host's own behind `/dev/kvm`; `landing` makes an engine with counted
-//! branches as positions of either.
+//! An engine executes guest instructions until the machine has to do something, and returns what that is as an [`Exit`]; it
+//! never calls out. `soft` is the software CPU and `kvm` the host's own CPU behind `/dev/kvm`; `landing` turns either into an
+//! engine whose positions are counted branches.
 
 use std::sync::Arc;
 
@@ -10,9 +10,9 @@ use entry::{Position, PositionUnit};
 use serde::{Deserialize, Serialize};
 use soft_cpu::CpuState;
 
-use crate::machine::digest_of;
+use crate::digest::digest_of;
 use crate::ram::Ram;
-use landing::{CountedState, Landings};
+use landing::{CountingState, Landings};
 
 mod kvm;
 pub mod landing;
@@ -20,7 +20,7 @@ pub mod perf;
 pub mod simulated;
 mod soft;
 
-pub use kvm::{KvmState, KvmVcpu, Positions};
+pub use kvm::{KvmPositions, KvmState, KvmVcpu};
 use simulated::SimulatedVcpu;
 pub use soft::SoftVcpu;
 use soft::start_state;
@@ -28,66 +28,66 @@ use soft::start_state;
 /// Why the guest stopped. Sizes are in bytes, values are zero-extended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exit {
-    /// [`Limit::until`] is the position now.
+    /// The guest has reached [`Limit::until`].
     Reached,
-    /// A [`Kick`] came. The position is a whole boundary at which an input may be applied: an instruction has retired
-    /// since the last fault or interrupt was delivered, so that the position was not reached before.
+    /// A [`Kick`] came. The guest is at an instruction boundary at which an input may be applied: an instruction has retired
+    /// since the last fault or interrupt was delivered, so that the guest was not at this position before.
     Kicked,
-    /// A [`Kick`] came where this engine has no position: nothing may be done to the machine but to run it on. The
-    /// next position will be [`Exit::Kicked`].
+    /// A [`Kick`] came where this engine has no position. The machine may only be run on; at the next position the engine
+    /// will return [`Exit::Kicked`].
     Between,
-    /// [`Limit::interrupt_window`] was set and the guest takes interrupts now: [`Vcpu::inject`] is allowed.
+    /// [`Limit::interrupt_window`] was set and the guest can take an interrupt now: [`Vcpu::inject`] is allowed.
     InterruptWindow,
-    /// The guest waits for an interrupt. A halted guest that is run again says so again at once.
+    /// The guest waits for an interrupt. A halted guest that is run again returns this again at once.
     Halted,
-    /// A port is read. Answer by [`Vcpu::complete`].
+    /// The guest reads a port. Answer with [`Vcpu::complete`].
     PioIn {
         /// Port number.
         port: u16,
         /// 1, 2 or 4.
         size: u8,
     },
-    /// A port is written. Acknowledge by [`Vcpu::complete`].
+    /// The guest writes to a port. Acknowledge with [`Vcpu::complete`].
     PioOut {
         /// Port number.
         port: u16,
         /// 1, 2 or 4.
         size: u8,
-        /// What is written.
+        /// The value written.
         value: u32,
     },
-    /// Memory outside RAM is read. Answer by [`Vcpu::complete`].
+    /// The guest reads memory outside RAM. Answer with [`Vcpu::complete`].
     MmioRead {
         /// Guest-physical address.
         addr: u64,
         /// 1, 2, 4 or 8.
         size: u8,
     },
-    /// Memory outside RAM is written. Acknowledge by [`Vcpu::complete`].
+    /// The guest writes to memory outside RAM. Acknowledge with [`Vcpu::complete`].
     MmioWrite {
         /// Guest-physical address.
         addr: u64,
         /// 1, 2, 4 or 8.
         size: u8,
-        /// What is written.
+        /// The value written.
         value: u64,
     },
     /// Triple fault.
     Shutdown,
 }
 
-/// How far and how a [`Vcpu::run`] goes.
+/// How far [`Vcpu::run`] runs the guest, and at which guest time.
 #[derive(Clone, Copy, Debug)]
 pub struct Limit {
-    /// Stop exactly here, `None`: run until something happens.
+    /// Stop exactly at this position; `None`: at the next exit only.
     pub until: Option<Position>,
-    /// Stop as soon as the guest takes interrupts.
+    /// Stop as soon as the guest can take an interrupt.
     pub interrupt_window: bool,
-    /// Guest time minus what the engine itself adds (instructions, where the unit is that), in ns.
+    /// Guest time in ns, minus what the engine adds to it (a nanosecond for each instruction, where it counts them).
     pub time_offset_ns: u64,
 }
 
-/// State of the boot protocol's 64-bit entry, for any engine. Flat segments, paging on, interrupts off.
+/// Where a boot starts, by the 64-bit boot protocol: flat segments, paging on, interrupts off.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Start {
     /// RIP.
@@ -100,37 +100,37 @@ pub struct Start {
     pub gdt: u64,
 }
 
-/// Whole state of a vCPU, by engine.
+/// The whole state of a vCPU, by engine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum VcpuState {
-    /// Of the software CPU.
+    /// State of the software CPU.
     Soft(Box<CpuState>),
-    /// Of the engine on KVM.
+    /// State of the engine on KVM.
     Kvm(Box<KvmState>),
-    /// Of an engine whose positions are counted branches.
-    Counted(Box<CountedState>),
+    /// State of an engine whose positions are counted branches.
+    Counting(Box<CountingState>),
 }
 
-/// Names of the general registers, in their encoding's order.
+/// Names of the general registers, in the order of their encoding.
 const GENERAL: [&str; 16] = [
     "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14",
     "r15",
 ];
 
 impl VcpuState {
-    /// The registers. `retired` is the position's count, and engines without a TLB of their own leave it empty.
+    /// The registers. `retired` is the position's count; `tlb` is empty for engines that have no TLB of their own.
     pub fn cpu(&self) -> &CpuState {
         match self {
             VcpuState::Soft(cpu) => cpu,
             VcpuState::Kvm(kvm) => &kvm.cpu,
-            VcpuState::Counted(counted) => counted.engine.cpu(),
+            VcpuState::Counting(counted) => counted.engine.cpu(),
         }
     }
 
-    /// Registers by name, to say what differs between two states. What is too large to show is a digest of it.
+    /// Registers by name, to report what differs between two states. Those that are too large to show are digests.
     pub fn registers(&self) -> Vec<(&'static str, u128)> {
-        if let VcpuState::Counted(counted) = self {
-            let [exits, branches, ..] = counted.at;
+        if let VcpuState::Counting(counted) = self {
+            let [exits, branches, ..] = counted.position;
             let position = [("exits", exits.into()), ("branches", branches.into())];
             return [counted.engine.registers(), position.to_vec()].concat();
         }
@@ -171,77 +171,95 @@ impl VcpuState {
     }
 }
 
-/// An engine failed: the host is out of the pair.
+/// An engine failed: this host cannot run the guest any further.
 #[derive(Debug, thiserror::Error)]
 pub enum VcpuError {
     /// The state was saved by another engine; use that one.
-    #[error("the saved vCPU is of another engine than the {0} that should go on with it")]
+    #[error("the vCPU's state was saved by another engine than {0}; use the engine that saved it")]
     OtherEngine(&'static str),
-    /// The position cannot be landed on by this engine.
-    #[error("the {engine} engine is past {target:?} already, at {now:?}")]
+    /// The engine has run past the position at which it should have stopped.
+    #[error("the {engine} engine cannot stop at {target:?}: it is already past it, at {now:?}")]
     Overshot {
-        /// Which engine.
+        /// The engine's name.
         engine: &'static str,
-        /// Where it should have stopped.
+        /// The position at which it should have stopped.
         target: Position,
-        /// Where it is.
+        /// The position at which it is.
         now: Position,
     },
-    /// Landing by a counter failed for another reason.
+    /// The engine could not stop at a position by the branch counter, for another reason.
     #[error(transparent)]
     Landing(#[from] landing::LandingError),
     /// A call of KVM failed; the host's kernel log may say more.
-    #[error("KVM: {what}: {source}")]
+    #[error("KVM: {what} failed: {source}")]
     Kvm {
-        /// Which call.
+        /// What the call was to do.
         what: &'static str,
         /// The host's error.
         source: kvm_ioctls::Error,
     },
-    /// The host's KVM cannot do what the engine needs; use the soft engine.
-    #[error("this host's KVM has not what the engine needs: {0}")]
+    /// The host's KVM cannot do what the engine needs; use the software CPU.
+    #[error("this host's KVM lacks {0}; use --cpu soft")]
     KvmLacks(&'static str),
-    /// Which counter would be exact on this CPU is not known; use other positions (see `vmft doctor`).
-    #[error("this host's CPU ({0}) is not in the table of exact branch counters")]
+    /// It is not known which counter would be exact on this CPU; use other positions (see `vmft doctor`).
+    #[error("this host's CPU ({0}) is not in the table of CPUs whose branch counter is known to be exact")]
     UnknownCounter(String),
-    /// The host's CPU is too old; use the soft engine.
-    #[error("the host's CPU lacks features of CPUID {place}: {missing:#x}")]
+    /// The host's CPU is too old; use the software CPU.
+    #[error(
+        "the host's CPU lacks features that guests on KVM need (CPUID {place}, bits {missing:#x}); use --cpu soft"
+    )]
     CpuLacks {
-        /// Leaf and register.
+        /// Leaf and register of CPUID.
         place: &'static str,
-        /// The bits.
+        /// The missing bits.
         missing: u32,
     },
-    /// The state was saved on a host with another CPU model or KVM; go on with it on an equal one.
-    #[error("the vCPU was saved on a host whose CPU or KVM differs")]
+    /// The state was saved on a host with another CPU model or KVM; restore it on an equal one.
+    #[error(
+        "the vCPU's state was saved on a host with another CPU model or KVM; restore it on an equal host"
+    )]
     OtherCpu,
-    /// KVM cannot execute an instruction of this guest; use the soft engine, or a host that does not emulate ring 0.
-    #[error("KVM cannot execute the instruction at {rip:#x} (suberror {suberror}): {bytes:02x?}")]
+    /// KVM cannot execute an instruction of this guest; use the software CPU, or a host that does not emulate ring 0.
+    #[error(
+        "KVM cannot execute the guest's instruction at {rip:#x} (suberror {suberror}): {bytes:02x?}; use --cpu soft"
+    )]
     CannotExecute {
-        /// Where.
+        /// The address of the guest's instruction.
         rip: u64,
         /// KVM's reason.
         suberror: u32,
-        /// The instruction, if KVM says it.
+        /// The bytes of the instruction, if KVM reports them.
         bytes: Vec<u8>,
     },
-    /// KVM returned for a reason that this engine does not know.
-    #[error("KVM stopped at {rip:#x} for the unknown reason {reason}")]
+    /// KVM returned an exit that this engine does not know.
+    #[error("KVM stopped the guest at {rip:#x} with the unknown exit reason {reason}")]
     UnknownExit {
-        /// Where.
+        /// The address of the guest's instruction.
         rip: u64,
         /// KVM_EXIT_*.
         reason: u32,
     },
     /// The guest debugs itself and is in the middle of an exception; save a little later.
-    #[error("exception {0} is on its way: this is no boundary to save the vCPU at")]
+    #[error(
+        "the vCPU cannot be saved while exception {0} is being delivered to the guest; try again a little later"
+    )]
     ExceptionPending(u8),
 }
 
-/// Registers that a program computes with.
+/// What is not as it should be with an engine that works.
+#[derive(Debug, thiserror::Error)]
+pub enum VcpuWarning {
+    /// The host allows no memory for translated code.
+    #[error(
+        "no memory for translated code ({0}): the software CPU interprets the guest's code, which is slower"
+    )]
+    NoTranslatedCode(#[source] std::io::Error),
+}
+
+/// The general registers, RIP and RFLAGS.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct General {
-    /// RAX to R15 in their encoding's order.
+pub struct GeneralRegisters {
+    /// RAX to R15 in the order of their encoding.
     pub gpr: [u64; 16],
     /// RIP.
     pub rip: u64,
@@ -251,55 +269,61 @@ pub struct General {
 
 /// Makes a running vCPU return [`Exit::Kicked`], from any thread.
 pub trait Kick: Send + Sync {
-    /// Asks for it. A kick of a vCPU that is not running takes effect at its next run.
+    /// Asks the vCPU to stop. A kick of a vCPU that is not running takes effect at its next run.
     fn kick(&self);
 }
 
-/// An engine. Its caller owns RAM, devices and time; it owns registers.
+/// An engine. It owns the registers; its caller owns RAM, devices and time.
 pub trait Vcpu: Send {
-    /// Runs the guest until something is to be told. Pages that [`Ram::take_changed`] lists are taken note of first.
+    /// Runs the guest to its next exit. First drops what the engine has derived from the pages in [`Ram::take_changed`].
     fn run(&mut self, ram: &mut Ram, limit: &Limit) -> Result<Exit, VcpuError>;
 
-    /// Answers the last exit with the value read (ignored for writes). `None`: run on, or [`Vcpu::settle`] for a whole
-    /// boundary; else the next thing that the instruction asks.
+    /// Answers the last exit with the value read (ignored for writes). `Some`: the next access of the same instruction.
+    /// `None`: run on, or call [`Vcpu::finish_instruction`] to get to an instruction boundary.
     fn complete(&mut self, ram: &mut Ram, value: u64) -> Result<Option<Exit>, VcpuError>;
 
-    /// Makes the position a whole boundary after [`Vcpu::complete`], which may leave it to the next run to finish the
-    /// instruction. `None`: it is one; else the next thing that the instruction asks.
-    fn settle(&mut self, _ram: &mut Ram) -> Result<Option<Exit>, VcpuError> {
+    /// Finishes the instruction after [`Vcpu::complete`], which may leave that to the next run. `None`: the guest is at an
+    /// instruction boundary. `Some`: the next access of the same instruction.
+    fn finish_instruction(&mut self, _ram: &mut Ram) -> Result<Option<Exit>, VcpuError> {
         Ok(None)
     }
 
-    /// Where the guest is.
+    /// The guest's position.
     fn position(&self) -> Position;
 
     /// Delivers an external interrupt before the next instruction. Only after [`Exit::InterruptWindow`].
     fn inject(&mut self, vector: u8) -> Result<(), VcpuError>;
 
-    /// The state at a whole boundary.
+    /// Saves the state. To be called at an instruction boundary.
     fn save(&self) -> Result<VcpuState, VcpuError>;
 
-    /// Takes over a saved state, position included, and forgets all that was derived from RAM.
+    /// Restores a saved state, position included, and drops all that was derived from RAM.
     fn restore(&mut self, state: &VcpuState) -> Result<(), VcpuError>;
 
-    /// Puts the CPU at the start of a boot. The position goes on.
+    /// Puts the CPU at the start of a boot. The position goes on counting.
     fn reset(&mut self, start: &Start) -> Result<(), VcpuError>;
 
     /// A handle that stops the CPU from other threads.
     fn kicker(&self) -> Arc<dyn Kick>;
 
-    /// Reports all pages that the guest wrote since the last call by [`Ram::note_written`].
+    /// Reports to `ram` all pages that the guest has written since the last call.
     fn report_written(&mut self, ram: &mut Ram) -> Result<(), VcpuError>;
 
-    /// Changes registers at a whole boundary.
-    fn change_registers(&mut self, change: &mut dyn FnMut(&mut General)) -> Result<(), VcpuError>;
+    /// Changes registers. To be called at an instruction boundary.
+    fn change_registers(&mut self, change: &mut dyn FnMut(&mut GeneralRegisters)) -> Result<(), VcpuError>;
 
-    /// A check word for each synchronous exit since the last call, where exits are positions: equal for equal guests.
-    fn take_exits(&mut self) -> Vec<u16> {
+    /// Takes the check words of the synchronous exits since the last call, one for each, where exits are positions. Equal
+    /// guests have equal words.
+    fn take_exit_checks(&mut self) -> Vec<u16> {
         Vec::new()
     }
 
-    /// What became of positions that had to be landed on, for engines that count branches.
+    /// What its user should be told about this vCPU, once.
+    fn warning(&self) -> Option<&VcpuWarning> {
+        None
+    }
+
+    /// Statistics of landings, for engines that count branches.
     fn landings(&self) -> Landings {
         Landings::default()
     }
@@ -311,11 +335,11 @@ pub trait Vcpu: Send {
 pub enum Engine {
     /// The software CPU.
     Soft,
-    /// The host's CPU behind KVM; positions are synchronous exits.
+    /// The host's CPU through KVM; positions are synchronous exits.
     KvmSync,
-    /// The same, a position an instruction: for tests, thousands of times slower.
+    /// The same with a position at each instruction: for tests, thousands of times slower.
     KvmStep,
-    /// The host's CPU behind KVM; positions are branches that its counter counts.
+    /// The host's CPU through KVM; positions are branches, counted by the CPU's counter.
     KvmCounter,
     /// The same with a counter that is simulated by single steps: for tests.
     KvmStepCounter,
@@ -326,7 +350,7 @@ pub enum Engine {
 }
 
 impl Engine {
-    /// All of them.
+    /// All engines.
     pub const ALL: [Engine; 7] = [
         Engine::Soft,
         Engine::KvmSync,
@@ -337,7 +361,7 @@ impl Engine {
         Engine::Interpreter,
     ];
 
-    /// Its name in identities: the same for those that rebuild each other's machines.
+    /// Its name in a log's identity. Engines that can rebuild each other's machines have the same name.
     pub fn name(self) -> &'static str {
         match self {
             Engine::Soft | Engine::Interpreter => "soft",
@@ -349,12 +373,12 @@ impl Engine {
         }
     }
 
-    /// The engine of a name.
+    /// The engine with this name.
     pub fn named(name: &str) -> Option<Engine> {
         Engine::ALL.into_iter().find(|engine| engine.name() == name)
     }
 
-    /// What the engine counts.
+    /// What the engine's positions count.
     pub fn unit(self) -> PositionUnit {
         match self {
             Engine::Soft | Engine::Interpreter => PositionUnit::Instructions,
@@ -364,20 +388,20 @@ impl Engine {
         }
     }
 
-    /// The host's CPU executes the guest, which cannot trap all that tells the time or chance.
+    /// Whether the host's CPU executes the guest. It cannot trap every instruction that reads the time or random numbers.
     pub fn is_kvm(self) -> bool {
         !matches!(self, Engine::Soft | Engine::Interpreter | Engine::SoftCounter)
     }
 
-    /// Makes a vCPU for that RAM.
+    /// Makes a vCPU for `ram`.
     pub fn vcpu(self, ram: &Ram) -> Result<Box<dyn Vcpu>, VcpuError> {
         match self {
             Engine::Soft => Ok(Box::new(SoftVcpu::translating(ram.len()))),
             Engine::Interpreter => Ok(Box::new(SoftVcpu::new(ram.len()))),
-            Engine::KvmSync => Ok(Box::new(KvmVcpu::new(ram, Positions::Exits)?)),
-            Engine::KvmStep => Ok(Box::new(KvmVcpu::new(ram, Positions::Steps)?)),
-            Engine::KvmCounter => kvm::counted(ram),
-            Engine::KvmStepCounter => kvm::counted_by_steps(ram),
+            Engine::KvmSync => Ok(Box::new(KvmVcpu::new(ram, KvmPositions::Exits)?)),
+            Engine::KvmStep => Ok(Box::new(KvmVcpu::new(ram, KvmPositions::Steps)?)),
+            Engine::KvmCounter => kvm::counting_vcpu(ram),
+            Engine::KvmStepCounter => kvm::step_counting_vcpu(ram),
             Engine::SoftCounter => Ok(Box::new(SimulatedVcpu::for_tests(ram.len()))),
         }
     }

@@ -5,20 +5,22 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use entry::Position;
 use soft_cpu::state::{Registers, Segment, TableRegister, seg};
-use soft_cpu::{CpuState, Exit as SoftExit, RunLimit, SoftCpu};
+use soft_cpu::{CpuExit as SoftExit, CpuState, RunLimit, SoftCpu};
 
-use super::{Exit, General, Kick, Limit, Start, Vcpu, VcpuError, VcpuState};
+use super::{Exit, GeneralRegisters, Kick, Limit, Start, Vcpu, VcpuError, VcpuState, VcpuWarning};
 use crate::ram::Ram;
 
-/// Runs of a block before it is translated: what runs less often is not worth the time.
-const HOT: u8 = 60;
+/// How often a block has to run before it is translated: for others translation would not pay.
+const RUNS_BEFORE_TRANSLATION: u8 = 60;
 
-/// See the module.
+/// A vCPU that is the software CPU.
 pub struct SoftVcpu {
     cpu: SoftCpu,
     kick: Arc<AtomicBool>,
+    warning: Option<VcpuWarning>,
 }
 
+/// Kicks a vCPU by a flag that it looks at.
 pub(super) struct SoftKick(pub(super) Arc<AtomicBool>);
 
 impl Kick for SoftKick {
@@ -28,25 +30,24 @@ impl Kick for SoftKick {
 }
 
 impl SoftVcpu {
-    /// A CPU that interprets, for `ram_len` bytes of RAM, to be given a state by [`Vcpu::reset`] or [`Vcpu::restore`].
+    /// An interpreting CPU for `ram_len` bytes of RAM. Its state has to be set by [`Vcpu::reset`] or [`Vcpu::restore`].
     pub fn new(ram_len: u64) -> SoftVcpu {
         let cpu = SoftCpu::new(ram_len);
-        SoftVcpu { kick: cpu.kicker(), cpu }
+        SoftVcpu { kick: cpu.kicker(), cpu, warning: None }
     }
 
-    /// The same, with translated code for what runs often. A host that allows none has the interpreter do it all, and says so.
+    /// The same with translated code for blocks that run often. On a host that allows none, the interpreter executes
+    /// everything, and [`Vcpu::warning`] says so.
     pub fn translating(ram_len: u64) -> SoftVcpu {
         let mut vcpu = SoftVcpu::new(ram_len);
-        match translator::Native::new() {
-            Ok(native) => vcpu.cpu.set_translator(Box::new(native), HOT),
-            Err(e) => {
-                eprintln!("no memory for translated code ({e}): the software CPU interprets, which is slower")
-            }
+        match translator::NativeTranslator::new() {
+            Ok(native) => vcpu.cpu.set_translator(Box::new(native), RUNS_BEFORE_TRANSLATION),
+            Err(e) => vcpu.warning = Some(VcpuWarning::NoTranslatedCode(e)),
         }
         vcpu
     }
 
-    /// The CPU itself, for who simulates an engine with it.
+    /// The CPU itself, for a simulated engine that is made of it.
     pub(super) fn cpu(&self) -> &SoftCpu {
         &self.cpu
     }
@@ -56,7 +57,7 @@ impl SoftVcpu {
         &mut self.cpu
     }
 
-    /// What precedes a run.
+    /// Prepares a run: drops what was derived from changed pages, and sets the guest's time.
     pub(super) fn prepare(&mut self, ram: &mut Ram, time_offset_ns: u64) {
         self.take_changed(ram);
         self.cpu.set_tsc_offset(time_offset_ns);
@@ -66,14 +67,15 @@ impl SoftVcpu {
         ram.take_changed(|page| self.cpu.ram_changed(page));
     }
 
-    /// After a kick: a fault or interrupt that is delivered does not move the position, so a kick may stop where
-    /// the position was reached before. Going on to the next retired instruction makes it one that can be landed on.
-    fn land(&mut self, ram: &mut Ram, window: bool) -> SoftExit {
+    /// Runs a kicked guest on until its next instruction has retired. The delivery of a fault or interrupt does not move the
+    /// position, so the kick may have stopped the guest at a position where it was before; after an instruction it is at a
+    /// new one, at which a replay can stop.
+    fn run_to_next_instruction(&mut self, ram: &mut Ram, window: bool) -> SoftExit {
         let limit = RunLimit { until: self.cpu.retired() + 1, interrupt_window: window };
         loop {
             match self.cpu.run(ram.as_mut_slice(), &limit) {
                 SoftExit::Reached => return SoftExit::Kicked,
-                // Kicked once more before the instruction: still no place to stop.
+                // Kicked again before the instruction has retired: go on.
                 SoftExit::Kicked => {}
                 other => {
                     self.kick.store(true, Ordering::Release);
@@ -97,7 +99,7 @@ impl Vcpu for SoftVcpu {
         }
         let limit = RunLimit { until, interrupt_window: limit.interrupt_window };
         let exit = match self.cpu.run(ram.as_mut_slice(), &limit) {
-            SoftExit::Kicked => self.land(ram, limit.interrupt_window),
+            SoftExit::Kicked => self.run_to_next_instruction(ram, limit.interrupt_window),
             exit => exit,
         };
         Ok(exit.into())
@@ -118,7 +120,7 @@ impl Vcpu for SoftVcpu {
     }
 
     fn save(&self) -> Result<VcpuState, VcpuError> {
-        // The offset belongs to the machine's clock, which sets it anew for every run.
+        // The offset belongs to the machine's clock, which sets it for every run.
         let state = CpuState { tsc_offset: 0, ..self.cpu.save() };
         Ok(VcpuState::Soft(Box::new(state)))
     }
@@ -138,13 +140,17 @@ impl Vcpu for SoftVcpu {
         Arc::new(SoftKick(self.kick.clone()))
     }
 
-    fn change_registers(&mut self, change: &mut dyn FnMut(&mut General)) -> Result<(), VcpuError> {
+    fn change_registers(&mut self, change: &mut dyn FnMut(&mut GeneralRegisters)) -> Result<(), VcpuError> {
         let mut state = self.cpu.save();
-        let mut general = General { gpr: state.gpr, rip: state.rip, rflags: state.rflags };
+        let mut general = GeneralRegisters { gpr: state.gpr, rip: state.rip, rflags: state.rflags };
         change(&mut general);
-        General { gpr: state.gpr, rip: state.rip, rflags: state.rflags } = general;
+        GeneralRegisters { gpr: state.gpr, rip: state.rip, rflags: state.rflags } = general;
         self.cpu.restore(&state);
         Ok(())
+    }
+
+    fn warning(&self) -> Option<&VcpuWarning> {
+        self.warning.as_ref()
     }
 
     fn report_written(&mut self, ram: &mut Ram) -> Result<(), VcpuError> {
@@ -169,7 +175,7 @@ impl From<SoftExit> for Exit {
     }
 }
 
-/// Registers at the 64-bit entry (Documentation/x86/boot.rst, "64-bit Boot Protocol").
+/// The CPU's state at the 64-bit entry (Documentation/x86/boot.rst, "64-bit Boot Protocol").
 pub fn start_state(start: &Start, retired: u64) -> CpuState {
     // Access rights as in SDM 3C table 24-2: present, DPL 0, accessed; code is 64-bit, data 32-bit; 4 KiB units.
     let code = Segment { selector: 0x10, attr: 0xa09b, limit: u32::MAX, base: 0 };
@@ -198,7 +204,7 @@ pub fn start_state(start: &Start, retired: u64) -> CpuState {
             ..Registers::default()
         },
         retired,
-        // What is left is as after power-on.
+        // All others are as after power-on.
         ..SoftCpu::new(crate::ram::PAGE as u64).save()
     }
 }

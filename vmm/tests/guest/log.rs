@@ -5,13 +5,13 @@ use std::convert::Infallible;
 use entry::log::Record;
 use entry::{DiskRequest, DiskResult, Output, Position};
 
-use super::{GuestLoop, Log, Machine, Records, Replayer, Standby};
+use super::{GuestLoop, Machine, RecordSink, Records, Replayer, Standby};
 
 /// A log in memory.
 #[derive(Default)]
-pub struct Kept(pub Vec<Record>);
+pub struct MemoryLog(pub Vec<Record>);
 
-impl Log for Kept {
+impl RecordSink for MemoryLog {
     type Error = Infallible;
 
     fn append(&mut self, record: &Record) -> Result<(), Infallible> {
@@ -19,15 +19,15 @@ impl Log for Kept {
         Ok(())
     }
 
-    fn look(&mut self, _at: Position) -> Result<(), Infallible> {
+    fn on_turn(&mut self, _at: Position) -> Result<(), Infallible> {
         Ok(())
     }
 }
 
 /// The records of a log in memory.
-pub struct Played(pub std::vec::IntoIter<Record>);
+pub struct MemoryRecords(pub std::vec::IntoIter<Record>);
 
-impl Records for Played {
+impl Records for MemoryRecords {
     type Error = Infallible;
 
     fn next(&mut self) -> Result<Option<Record>, Infallible> {
@@ -55,6 +55,6 @@ impl Standby for NoDisk {
 }
 
 /// A replay of these records.
-pub fn replay(machine: Machine, log: Vec<Record>) -> GuestLoop<Replayer<Played, NoDisk>> {
-    GuestLoop { machine, source: Replayer::new(Played(log.into_iter()), NoDisk) }
+pub fn replay(machine: Machine, log: Vec<Record>) -> GuestLoop<Replayer<MemoryRecords, NoDisk>> {
+    GuestLoop { machine, source: Replayer::new(MemoryRecords(log.into_iter()), NoDisk) }
 }

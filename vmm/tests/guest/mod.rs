@@ -7,9 +7,9 @@ pub mod world;
 use entry::Digest;
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
-use vmft_vmm::record::Log;
-use vmft_vmm::replay::{Records, Replayer, Standby};
-use vmft_vmm::{BootFile, BootFiles, BootPlan, Engine, GuestLoop, Machine, MachineConfig, Slot};
+use vmm::record::RecordSink;
+use vmm::replay::{Records, Replayer, Standby};
+use vmm::{BootFile, BootFiles, BootPlan, Engine, GuestLoop, Machine, MachineConfig, Slot};
 
 pub const BASE: u64 = 0x20_0000;
 const TICK: u64 = BASE + 0x400;

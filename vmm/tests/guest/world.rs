@@ -5,9 +5,9 @@ use std::convert::Infallible;
 use std::sync::Arc;
 
 use entry::{Answer, Console, DiskRequest, Input, Output, Position, Question};
-use vmft_vmm::machine::StateDigest;
-use vmft_vmm::source::Outside;
-use vmft_vmm::vcpu::Kick;
+use vmm::machine::StateDigest;
+use vmm::source::Outside;
+use vmm::vcpu::Kick;
 
 /// A world that types and whose clock moves on each time it is looked at.
 #[derive(Clone, Default)]

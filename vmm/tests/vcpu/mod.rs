@@ -4,18 +4,18 @@
 pub mod programs;
 
 use vm_memory::{Bytes, GuestAddress};
-use vmft_vmm::Engine;
-use vmft_vmm::ram::Ram;
-use vmft_vmm::vcpu::perf::events::{Core, CpuModel, event};
-use vmft_vmm::vcpu::perf::{Counting, PerfCounter};
-use vmft_vmm::vcpu::{Exit, Limit, Start, Vcpu, VcpuState};
+use vmm::Engine;
+use vmm::ram::Ram;
+use vmm::vcpu::perf::events::{Core, CpuModel, branch_event};
+use vmm::vcpu::perf::{CounterConfig, PerfCounter};
+use vmm::vcpu::{Exit, Limit, Start, Vcpu, VcpuState};
 
 use entry::{Digest, Position};
 use programs::{CODE, DATA, GDT, IDT, PAGE_TABLES, Program};
 use soft_cpu::CpuState;
 use soft_cpu::state::{Segment, X87};
 
-/// Says that a test cannot run here; `scripts/test` counts the lines.
+/// Reports that a test cannot run here; `scripts/test` counts the lines.
 pub fn skip(test: &str, reason: &str) {
     use std::io::Write;
     eprintln!("SKIPPED {test}: {reason}");
@@ -25,7 +25,7 @@ pub fn skip(test: &str, reason: &str) {
         .expect("the list of skipped tests is not writable");
 }
 
-/// Skips the test without `/dev/kvm`. `true`: go on.
+/// Whether `/dev/kvm` can be opened. `false`: the test was reported as skipped.
 pub fn has_kvm(test: &str) -> bool {
     let open = std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm");
     match open {
@@ -43,13 +43,13 @@ pub fn emulates_ring_0() -> bool {
     std::path::Path::new("/sys/module/kvm_pvm").exists()
 }
 
-/// Skips the test on a host without a branch counter that counts in guests. `true`: go on.
+/// Whether this host has a branch counter that counts in guests. `false`: the test was reported as skipped.
 pub fn has_counter(test: &str) -> bool {
     let model = CpuModel::host();
     let signal = libc::SIGRTMIN() + 3;
-    let found = match event(&model, Core::Big) {
+    let found = match branch_event(&model, Core::Big) {
         None => Err(format!("the CPU ({model}) is not in the table of exact branch counters")),
-        Some(event) => PerfCounter::open(Counting::guest(event.config), signal)
+        Some(event) => PerfCounter::open(CounterConfig::guest(event.config), signal)
             .map(|_| ())
             .map_err(|e| format!("perf_event_open: {e}")),
     };
@@ -59,7 +59,7 @@ pub fn has_counter(test: &str) -> bool {
     found.is_ok() && has_kvm(test)
 }
 
-/// An exit as it was answered, and the registers behind it.
+/// An exit, its answer, and the registers after it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Seen {
     pub exit: Exit,
@@ -72,12 +72,12 @@ pub struct Seen {
 pub struct Guest {
     pub ram: Ram,
     pub vcpu: Box<dyn Vcpu>,
-    /// Interrupts that wait: at a HLT the next one comes.
+    /// Interrupts that are still to be delivered, one at each HLT.
     pub interrupts: Vec<u8>,
     pub seen: Vec<Seen>,
-    /// Only what the guest asks is noted: a whole boundary is there where the engine needs one.
+    /// Only the guest's exits are kept, so that the engine finishes an instruction only where it has to.
     pub lazy: bool,
-    /// Where kicks have stopped it between two exits.
+    /// Where kicks have stopped the guest between two exits.
     pub stops: Vec<(Position, CpuState)>,
 }
 
@@ -118,7 +118,7 @@ impl Guest {
     pub fn run(&mut self, until: Option<Position>) -> bool {
         loop {
             if until.is_some_and(|until| self.vcpu.position() >= until) {
-                match self.vcpu.settle(&mut self.ram).unwrap() {
+                match self.vcpu.finish_instruction(&mut self.ram).unwrap() {
                     None => return false,
                     Some(exit) => self.access(exit),
                 }
@@ -165,7 +165,7 @@ impl Guest {
             let next = self.vcpu.complete(&mut self.ram, answer).unwrap();
             match next {
                 None if self.lazy => return self.note(exit, answer),
-                None => match self.vcpu.settle(&mut self.ram).unwrap() {
+                None => match self.vcpu.finish_instruction(&mut self.ram).unwrap() {
                     None => return self.note(exit, answer),
                     Some(next) => {
                         self.seen.push(Seen { exit, answer, registers: [0; 18] });

@@ -1,10 +1,10 @@
-//! What must hold, told by what leaves the hosts.
+//! What must hold, judged by the outputs that leave the hosts.
 
-use vmft_agent::{Rule, Suspicion};
+use agent::{Rule, Suspicion};
 
-use super::guest::Said;
+use super::guest::GuestOutput;
 
-/// A seed that broke an invariant.
+/// A seed whose run broke an invariant.
 #[derive(Clone, Debug)]
 pub struct Failure {
     pub seed: u64,
@@ -19,7 +19,7 @@ impl std::fmt::Display for Failure {
         write!(
             f,
             "seed {} at {} us: {}\n  again, with a trace: \
-             cargo run --release -p vmft-agent --example simulate -- --seed {}{without} --trace",
+             cargo run --release -p agent --example simulate -- --seed {}{without} --trace",
             self.seed,
             self.at_ns / 1000,
             self.what,
@@ -28,7 +28,7 @@ impl std::fmt::Display for Failure {
     }
 }
 
-/// What has happened in a run, to show that it covered something.
+/// Counts of what has happened in a run, to show what it covered.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
     pub runs: u64,
@@ -69,70 +69,73 @@ impl Counts {
     }
 }
 
-/// A backup closed its receiver.
+/// A backup has closed its receiver.
 #[derive(Clone, Copy, Debug)]
-struct Closed {
+struct BackupClosed {
     at: u64,
-    /// By the clock: then the primary's gate was shut before.
+    /// Because of a timeout; in that case the primary's gate must have been shut before.
     by_clock: bool,
-    /// Outputs whose records it had.
+    /// Outputs whose records it had received.
     outputs: u64,
 }
 
-/// Who emits something.
+/// The side that emits an output.
 #[derive(Clone, Copy, Debug)]
 pub struct Emitter {
     pub is_primary: bool,
     pub is_alone: bool,
     pub is_protected: bool,
-    /// When its gate let the output go; the write may be much later.
+    /// When its gate let the output out; the write may be much later.
     pub decided_at: u64,
 }
 
-/// What was seen so far.
+/// What the client has seen so far.
 #[derive(Debug, Default)]
 pub struct Checker {
-    said: Vec<Said>,
-    closed: Option<Closed>,
+    seen: Vec<GuestOutput>,
+    closed: Option<BackupClosed>,
     pub counts: Counts,
 }
 
 impl Checker {
-    /// Whether anything was seen at all.
+    /// Whether the client has seen anything at all.
     pub fn saw_something(&self) -> bool {
-        !self.said.is_empty()
+        !self.seen.is_empty()
     }
 
-    /// The backup suspects its primary.
+    /// The backup suspects its primary, or goes live.
     pub fn backup_closed(&mut self, at: u64, suspicion: Option<&Suspicion>, outputs: u64) {
         let by_clock = matches!(suspicion, Some(Suspicion::Silent(_) | Suspicion::NoProgress(_)));
-        self.closed.get_or_insert(Closed { at, by_clock, outputs });
+        self.closed.get_or_insert(BackupClosed { at, by_clock, outputs });
     }
 
     /// An output is on the wire.
-    pub fn emitted(&mut self, said: Said, by: Emitter) -> Result<(), String> {
+    ///
+    /// # Errors
+    /// It must not be there.
+    pub fn emitted(&mut self, output: GuestOutput, by: Emitter) -> Result<(), String> {
         self.counts.outputs += 1;
-        match self.said.get(said.number as usize) {
-            Some(before) if *before == said => self.counts.repeated += 1,
-            Some(before) => return Err(format!("a contradiction: {before:?} was seen, now {said:?}")),
-            None if said.number == self.said.len() as u64 => self.said.push(said),
-            None => return Err(format!("outputs are lost: {said:?} follows {:?}", self.said.last())),
+        match self.seen.get(output.number as usize) {
+            Some(before) if *before == output => self.counts.repeated += 1,
+            Some(before) => return Err(format!("contradiction: the client saw {before:?}, now {output:?}")),
+            None if output.number == self.seen.len() as u64 => self.seen.push(output),
+            None => return Err(format!("outputs are lost: {output:?} follows {:?}", self.seen.last())),
         }
         if by.is_alone {
             return Ok(());
         }
         if !by.is_primary {
-            return Err(format!("a backup emits {said:?}"));
+            return Err(format!("a backup emits {output:?}"));
         }
         if !by.is_protected {
-            return Err(format!("a replica that is not sure to live emits {said:?}"));
+            return Err(format!("a replica that may lose the verdict emits {output:?}"));
         }
         match self.closed {
-            Some(closed) if said.number >= closed.outputs => {
-                Err(format!("a loser emits {said:?}, which its survivor had not acknowledged: {closed:?}"))
+            Some(closed) if output.number >= closed.outputs => {
+                Err(format!("a loser emits {output:?}, which the survivor had not acknowledged: {closed:?}"))
             }
             Some(closed) if closed.by_clock && by.decided_at > closed.at => Err(format!(
-                "a loser releases {said:?} at {} after its survivor closed: {closed:?}",
+                "a loser releases {output:?} at {} after the survivor closed its receiver: {closed:?}",
                 by.decided_at
             )),
             _ => Ok(()),

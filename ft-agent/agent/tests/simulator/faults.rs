@@ -1,26 +1,28 @@
-//! What goes wrong, and when.
+//! Faults, and when they happen.
 
+use super::MS;
 use super::rng::Rng;
-use super::world::MS;
 
-/// Something that goes wrong with a host (0: primary, 1: backup) or between hosts.
+/// Something that goes wrong in a host (0: primary, 1: backup) or between the hosts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
     /// `kill -9`: the kernel closes its connections.
     Kill { host: usize },
-    /// The machine loses its power: nobody is told.
+    /// The host loses its power: its peer is not notified.
     PowerLoss { host: usize },
-    /// It dies just before its n-th next effect on the world: a write to the socket or the tap, a question to the store.
+    /// It dies just before its n-th next effect on the world: a write to the socket or the tap, a question to
+    /// the store.
     KillAtEffect { host: usize, effects: u64 },
-    /// As SIGSTOP: time passes, its sockets fill.
+    /// Like SIGSTOP: time passes, and its sockets fill.
     Pause { host: usize, ns: u64 },
-    /// It is stopped just before its n-th next effect: between the gate's decision and the write, for one.
+    /// It is stopped just before its n-th next effect, for instance between the gate's decision and the
+    /// write.
     PauseAtEffect { host: usize, effects: u64, ns: u64 },
-    /// Killed, and started again by a supervisor.
+    /// It is killed, and started again by a supervisor.
     Restart { host: usize, after_ns: u64 },
     /// Bytes to these hosts wait.
     Cut { to: [bool; 2], ns: u64 },
-    /// The connection is gone, as these hosts learn.
+    /// The connection is gone, and the hosts that are `told` learn of it.
     Reset { told: [bool; 2] },
     /// A host does not reach the store.
     CutStore { host: usize, ns: u64 },
@@ -28,9 +30,9 @@ pub enum Fault {
     NoQuorum { ns: u64 },
     /// A host's clock jumps forward.
     ClockJump { host: usize, ns: u64 },
-    /// The guest's loop stands still, the rest of the process lives.
+    /// The guest loop stands still, while the rest of the process lives.
     Wedge { host: usize, ns: u64 },
-    /// The replay goes slowly.
+    /// The replay is slow.
     SlowReplay { ns: u64 },
     /// A bit flips in the backup's guest.
     Diverge,
@@ -38,30 +40,30 @@ pub enum Fault {
     DiskFails { host: usize },
     /// The guest is asked to switch itself off.
     PowerOff,
-    /// Planned: a primary hands over, a backup leaves.
+    /// PlannedFault: a primary hands over, a backup leaves.
     HandOver { host: usize },
     /// The client sends as fast as it can.
     Flood { ns: u64 },
 }
 
-/// A fault and its time.
-pub type Planned = (u64, Fault);
+/// A fault and when it happens.
+pub type PlannedFault = (u64, Fault);
 
-/// What goes wrong in a run.
-pub fn plan(rng: &mut Rng) -> Vec<Planned> {
+/// Chooses the faults of a run.
+pub fn plan_faults(rng: &mut Rng) -> Vec<PlannedFault> {
     let from = if rng.chance(150) { 0 } else { 15 * MS };
-    let mut faults: Vec<Planned> = Vec::new();
+    let mut faults: Vec<PlannedFault> = Vec::new();
     for _ in 0..rng.between(0, 4) {
         let at = rng.between(from, 200 * MS);
         let fault = fault(rng);
         faults.push((at, fault));
-        // Much goes wrong only when two things happen together.
+        // Much goes wrong only when two faults happen together.
         if rng.chance(400) {
             faults.push((at + rng.between(0, 30 * MS), self::fault(rng)));
         }
     }
     if rng.chance(40) {
-        // Suspected just before the log flows again, with a verdict that takes its time.
+        // The peer is suspected just before the log flows again, and the verdict takes long.
         let at = rng.between(from, 200 * MS);
         let to = [[false, true], [true, false]][(rng.next() & 1) as usize];
         faults.push((at, Fault::Cut { to, ns: rng.between(40 * MS, 60 * MS) }));

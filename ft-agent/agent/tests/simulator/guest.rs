@@ -1,7 +1,7 @@
-//! The guest: a machine whose next state is a function of its state and its inputs at their positions. It counts a
-//! client's requests, some of which need its disk first, and says something of its own now and then.
+//! The guest: a machine whose next state is a function of its state and its inputs at their positions. It
+//! counts a client's requests, some of which need its disk first, and says something of its own now and then.
 
-use entry::log::{LoggedOutput, OutputTo, StateDigest};
+use entry::log::{LoggedOutput, OutputTo, StateCheck};
 use entry::{Digest, DiskResult, Input, Output, Position};
 
 use super::rng::mix;
@@ -18,18 +18,18 @@ pub struct Guest {
     /// The request that waits for the disk, and the disk request's id.
     pub disk: Option<(u64, u64)>,
     disks: u64,
-    /// To be answered by the next step.
+    /// The request that the next step answers.
     answer: Option<u64>,
     outputs: u64,
     pub is_off: bool,
 }
 
-/// What an output says.
+/// The content of one of the guest's outputs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Said {
-    /// Which of the guest's outputs this is.
+pub struct GuestOutput {
+    /// The output's number in the guest's history.
     pub number: u64,
-    /// Hash of everything that led to it.
+    /// Hash of everything that happened before it.
     pub hash: u64,
     /// The request that it answers, or 0.
     pub answers: u64,
@@ -40,16 +40,16 @@ impl Guest {
         Position::exact(self.count)
     }
 
-    fn stir(&mut self, v: u64) {
+    fn mix_in(&mut self, v: u64) {
         self.hash = mix(self.hash ^ v.wrapping_mul(0x9e37_79b9_7f4a_7c15));
     }
 
     pub fn apply(&mut self, input: &Input) {
-        self.stir(self.count ^ 0x5555);
+        self.mix_in(self.count ^ 0x5555);
         match input {
             Input::Frame { bytes, .. } => {
                 let request = number(bytes, 14);
-                self.stir(request);
+                self.mix_in(request);
                 if request == POWER_OFF {
                     self.is_off = true;
                 } else if request <= self.done {
@@ -64,7 +64,7 @@ impl Guest {
             Input::DiskDone { id, .. } => {
                 let (request, expected) = self.disk.take().expect("a disk request is open");
                 assert_eq!(*id, expected, "another disk request");
-                self.stir(*id);
+                self.mix_in(*id);
                 self.finish(request);
             }
             Input::Console { .. } | Input::Clock { .. } => {}
@@ -81,43 +81,39 @@ impl Guest {
     /// One instruction.
     pub fn step(&mut self) -> Option<Output> {
         self.count += 1;
-        self.stir(self.count);
+        self.mix_in(self.count);
         let answers = match self.answer.take() {
             Some(request) => request,
             None if self.hash.is_multiple_of(97) => 0,
             None => return None,
         };
-        let said = Said { number: self.outputs, hash: self.hash, answers };
+        let said = GuestOutput { number: self.outputs, hash: self.hash, answers };
         self.outputs += 1;
         Some(said.output())
     }
 
-    pub fn digest(&self) -> StateDigest {
+    pub fn digest(&self) -> StateCheck {
         let vcpu = Digest((self.hash ^ self.outputs) as u128).into();
-        StateDigest {
-            vcpu,
-            devices: Digest(self.count as u128).into(),
-            ram: Digest(self.done as u128).into(),
-        }
+        StateCheck { vcpu, devices: Digest(self.count as u128).into(), ram: Digest(self.done as u128).into() }
     }
 }
 
-impl Said {
+impl GuestOutput {
     fn output(self) -> Output {
         let mut bytes = vec![0; 14];
         [self.number, self.hash, self.answers].into_iter().for_each(|v| bytes.extend(v.to_le_bytes()));
         Output::Frame { slot: 0, bytes }
     }
 
-    pub fn of(output: &Output) -> Said {
+    pub fn of(output: &Output) -> GuestOutput {
         let Output::Frame { bytes, .. } = output else { panic!("the guest has no console") };
-        Said { number: number(bytes, 14), hash: number(bytes, 22), answers: number(bytes, 30) }
+        GuestOutput { number: number(bytes, 14), hash: number(bytes, 22), answers: number(bytes, 30) }
     }
 }
 
-/// What the log says of an output.
+/// An output as it is logged.
 pub fn logged(output: &Output) -> LoggedOutput {
-    let said = Said::of(output);
+    let said = GuestOutput::of(output);
     let digest = Digest(said.number as u128 ^ (said.hash as u128) << 64 ^ (said.answers as u128) << 32);
     LoggedOutput { to: OutputTo::Net(0), len: 38, digest }
 }

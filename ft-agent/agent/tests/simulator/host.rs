@@ -1,132 +1,29 @@
-//! A host's process: what a runtime does around the agent, and no more.
+//! What a host's process does around the agent.
 
-use std::collections::VecDeque;
-
-use entry::identity::Identity;
+use agent::{Action, Event, GuestPace, NextRecord, Outcome, Phase, Suspicion};
 use entry::log::{DiskStatus, EndReason, Entry, LoggedInput, Record};
-use entry::{End, Input, Output, PositionUnit};
-use store_rule::names::{Generation, Incarnation};
-use store_rule::record::{Command, Member};
-use vmft_agent::{
-    Action, Agent, Buffers, Config, Event, Exit, NextRecord, Pace, Phase, Role, Rule, Suspicion, Timing,
-};
-use vmm::gate::Gate;
+use entry::{End, Input};
+use store_rule::record::Command;
 
+use super::MS;
 use super::checker::Emitter;
-use super::guest::{Guest, Said, disk_done, logged};
-use super::world::{Happening, MS, Result, World};
-
-pub const TIMING: Timing =
-    Timing { timeout_ns: 40 * MS, beat_interval_ns: 5 * MS, progress_timeout_ns: 120 * MS, retry_ns: 5 * MS };
-
-/// A replica's process.
-pub struct Process {
-    pub id: u64,
-    pub agent: Agent,
-    pub gate: Gate,
-    pub guest: Guest,
-    pub inputs: VecDeque<Input>,
-    /// The pair has started: a primary runs, a backup replays.
-    started: bool,
-    /// Alone.
-    live: bool,
-    paused: bool,
-    end_told: bool,
-    /// The record that is replayed next, and how many were.
-    front: Option<Record>,
-    applied: u64,
-    /// Outputs of the replay that are not compared yet.
-    made: VecDeque<Output>,
-    turns: u64,
-    /// Decided and not written: the process was stopped in between.
-    decided: Option<(Output, u64)>,
-    /// Effects on the world until it dies or stops.
-    pub kill_in: Option<u64>,
-    pub pause_in: Option<(u64, u64)>,
-}
-
-/// A host.
-pub struct Host {
-    pub process: Option<Process>,
-    /// Its clock: so much ahead, so many parts in a thousand fast or slow.
-    pub ahead_ns: u64,
-    pub rate_per_mille: u64,
-    pub paused_until: u64,
-    pub wedged_until: u64,
-    pub exit: Option<Exit>,
-    /// The first process's own part in the pair was lost with it, or it gave up by itself.
-    pub is_lost: bool,
-}
-
-impl Host {
-    pub fn clock(&self, now: u64) -> u64 {
-        self.ahead_ns + now / 1000 * self.rate_per_mille
-    }
-}
-
-impl Process {
-    pub fn new(
-        id: u64,
-        host: usize,
-        incarnation: u64,
-        clock: u64,
-        buffer: u64,
-        without: Option<Rule>,
-    ) -> Process {
-        let incarnation = Incarnation::try_from(incarnation as u128).expect("not zero");
-        let config = Config {
-            role: if host == 0 { Role::Primary } else { Role::Backup },
-            vm: "simulated".parse().expect("a name"),
-            me: Member::new(incarnation),
-            identity: Identity::new(PositionUnit::Instructions).field("guest", "simulated"),
-            generation: Generation::FIRST,
-            unprotected: false,
-            timing: TIMING,
-            buffers: Buffers { buffer_bytes: buffer, lag_ns_max: 50 * MS, batch_ns: MS, spacing_ns: MS / 4 },
-            without,
-        };
-        Process {
-            id,
-            agent: Agent::new(config, clock),
-            gate: Gate::default(),
-            guest: Guest::default(),
-            inputs: VecDeque::new(),
-            started: false,
-            live: false,
-            paused: false,
-            end_told: false,
-            front: None,
-            applied: 0,
-            made: VecDeque::new(),
-            turns: 0,
-            decided: None,
-            kill_in: None,
-            pause_in: None,
-        }
-    }
-
-    /// Takes inputs from outside.
-    pub fn is_live(&self, host: usize) -> bool {
-        self.live || host == 0 && self.started
-    }
-
-    fn disk_request(&self) -> Option<u64> {
-        self.guest.disk.map(|(_, id)| id)
-    }
-}
+use super::guest::{GuestOutput, disk_done, logged};
+use super::process::Process;
+use super::sim_event::{SimEvent, SimResult};
+use super::world::World;
 
 impl World {
-    /// Tells the agent, and does what it wants.
-    pub fn tell(&mut self, host: usize, event: Event<'_>) -> Result {
+    /// Passes an event to the agent, and does what the agent wants.
+    pub fn handle_event(&mut self, host: usize, event: Event<'_>) -> SimResult {
         let clock = self.clock(host);
         if let Some(process) = &mut self.hosts[host].process {
             process.agent.handle(clock, event);
         }
-        self.act(host)
+        self.do_actions(host)
     }
 
-    /// Does what the agent wants, and writes what it has.
-    pub fn act(&mut self, host: usize) -> Result {
+    /// Does the agent's actions, and writes its bytes.
+    pub fn do_actions(&mut self, host: usize) -> SimResult {
         loop {
             let Some(process) = &mut self.hosts[host].process else { return Ok(()) };
             let Some(action) = process.agent.next_action() else { break };
@@ -137,7 +34,7 @@ impl World {
         Ok(())
     }
 
-    fn perform(&mut self, host: usize, action: Action) -> Result {
+    fn perform(&mut self, host: usize, action: Action) -> SimResult {
         let Some(process) = &mut self.hosts[host].process else { return Ok(()) };
         let received = process.agent.status(0).cursors.outputs_recorded;
         match action {
@@ -146,9 +43,11 @@ impl World {
                 self.close(host);
             }
             Action::Refused(_) => {}
-            Action::Open { generation, members } => self.ask(host, Command::Open { generation, members }),
-            Action::Take { generation, who } => self.ask(host, Command::Take { generation, who }),
-            Action::Forget { generation } => self.ask(host, Command::Forget { generation }),
+            Action::Open { generation, members } => {
+                self.ask_store(host, Command::Open { generation, members })
+            }
+            Action::Take { generation, who } => self.ask_store(host, Command::Take { generation, who }),
+            Action::Forget { generation } => self.ask_store(host, Command::Forget { generation }),
             Action::Start { .. } => process.started = true,
             Action::Release => self.release(host)?,
             Action::Drop => while process.gate.release(process.agent.drop_limit()).is_some() {},
@@ -167,7 +66,7 @@ impl World {
         }
     }
 
-    fn go_live(&mut self, host: usize, received: u64) -> Result {
+    fn go_live(&mut self, host: usize, received: u64) -> SimResult {
         if host == 1 {
             self.checker.backup_closed(self.now, None, received);
             self.checker.counts.won_by_backup += 1;
@@ -176,36 +75,37 @@ impl World {
         }
         let alone = |p: &Process| p.agent.status(0).phase == Phase::Alone;
         if self.hosts[1 - host].process.as_ref().is_some_and(alone) {
-            return Err("two live".into());
+            return Err("both sides live".into());
         }
         let Some(process) = &mut self.hosts[host].process else { return Ok(()) };
         (process.live, process.paused) = (true, false);
         let id = process.id;
         // Unfinished disk requests are issued again (rule 9).
         if let (Some(request), 1) = (process.disk_request(), host) {
-            self.after(MS, Happening::DiskDone { host, id, request });
+            self.schedule_after(MS, SimEvent::DiskDone { host, id, request });
         }
         self.release(host)
     }
 
-    /// A process ends by itself.
-    fn halt(&mut self, host: usize, exit: Exit) {
+    /// A process exits.
+    fn halt(&mut self, host: usize, exit: Outcome) {
         self.write(host);
         self.close(host);
         let counts = &mut self.checker.counts;
         match exit {
-            Exit::Ended(_) => counts.ended += 1,
-            Exit::HandedOver => counts.handed_over += 1,
-            Exit::Fenced(_) => counts.fenced += 1,
-            Exit::Failed(_) | Exit::Stopped => counts.failed += 1,
-            Exit::NotOpened | Exit::NotStarted(_) => {}
+            Outcome::Ended(_) => counts.ended += 1,
+            Outcome::HandedOver => counts.handed_over += 1,
+            Outcome::Fenced(_) => counts.fenced += 1,
+            Outcome::Failed(_) | Outcome::Stopped => counts.failed += 1,
+            Outcome::NotOpened | Outcome::NotStarted(_) => {}
         }
         self.hosts[host].process = None;
-        self.hosts[host].is_lost |= matches!(exit, Exit::Failed(_) | Exit::Stopped | Exit::NotStarted(_));
+        self.hosts[host].is_lost |=
+            matches!(exit, Outcome::Failed(_) | Outcome::Stopped | Outcome::NotStarted(_));
         self.hosts[host].exit = Some(exit);
     }
 
-    /// Whether a process still runs just before an effect on the world: faults may have it die or stop here.
+    /// Whether a process still runs just before an effect on the world. Faults may kill or stop it here.
     fn may_take_effect(&mut self, host: usize) -> bool {
         let now = self.now;
         let h = &mut self.hosts[host];
@@ -235,7 +135,7 @@ impl World {
         true
     }
 
-    /// Writes to the socket what it takes.
+    /// Writes the agent's bytes, as many as the socket takes.
     pub fn write(&mut self, host: usize) {
         loop {
             let waiting = self.hosts[host].process.as_ref().is_some_and(|p| !p.agent.outgoing().is_empty());
@@ -251,21 +151,21 @@ impl World {
             let written = connection.write(host, process.agent.outgoing(), self.now, &mut self.rng);
             let Some((n, arrives)) = written else { return };
             process.agent.wrote(n);
-            let happening = Happening::Arrive { connection: *id, to: 1 - host };
-            self.at(arrives, happening);
+            let event = SimEvent::Arrive { connection: *id, to: 1 - host };
+            self.schedule_at(arrives, event);
         }
     }
 
-    fn ask(&mut self, host: usize, command: Command) {
+    fn ask_store(&mut self, host: usize, command: Command) {
         if self.may_take_effect(host) || self.hosts[host].process.is_some() {
             let wait = self.hosts[host].paused_until.saturating_sub(self.now);
             let id = self.hosts[host].process.as_ref().map_or(0, |p| p.id);
-            self.after(wait, Happening::Ask { host, id, command });
+            self.schedule_after(wait, SimEvent::Ask { host, id, command });
         }
     }
 
-    /// Lets outputs out of the gate, each after a look at whether it may.
-    pub fn release(&mut self, host: usize) -> Result {
+    /// Lets outputs out of the gate, asking the agent again before each.
+    pub fn release(&mut self, host: usize) -> SimResult {
         loop {
             let clock = self.clock(host);
             let Some(process) = &mut self.hosts[host].process else { return Ok(()) };
@@ -282,8 +182,8 @@ impl World {
         }
     }
 
-    /// Writes what was decided.
-    pub fn emit(&mut self, host: usize) -> Result {
+    /// Writes the output that was let out of the gate.
+    pub fn emit(&mut self, host: usize) -> SimResult {
         let clock = self.clock(host);
         let Some(process) = &mut self.hosts[host].process else { return Ok(()) };
         let Some((output, decided_at)) = process.decided.take() else { return Ok(()) };
@@ -294,8 +194,8 @@ impl World {
             is_protected: matches!(phase, Phase::Protected | Phase::Ending),
             decided_at,
         };
-        process.agent.released(clock, process.gate.released());
-        let said = Said::of(&output);
+        process.agent.released(process.gate.released());
+        let said = GuestOutput::of(&output);
         self.trace(host, &said);
         self.checker.emitted(said, emitter)?;
         self.send_to_client(said);
@@ -303,28 +203,28 @@ impl World {
     }
 
     /// A turn of the guest's loop.
-    pub fn turn(&mut self, host: usize) -> Result {
+    pub fn guest_loop_turn(&mut self, host: usize) -> SimResult {
         let clock = self.clock(host);
         let Some(process) = &mut self.hosts[host].process else { return Ok(()) };
         process.turns += 1;
-        process.agent.turn(clock, process.guest.position());
+        process.agent.guest_loop_turned(clock, process.guest.position());
         if process.is_live(host) {
             self.run_live(host)?;
         } else if process.started {
             self.replay(host)?;
         }
-        self.act(host)
+        self.do_actions(host)
     }
 
-    fn run_live(&mut self, host: usize) -> Result {
+    fn run_live(&mut self, host: usize) -> SimResult {
         let clock = self.clock(host);
         let (steps, share) = (self.rng.between(1, 12), self.rng.between(1, 999));
         let rests = self.rng.chance(500);
         let Some(process) = &mut self.hosts[host].process else { return Ok(()) };
         let may_run = match process.agent.pace(clock) {
-            Pace::Free => true,
-            Pace::Share(part) => share <= part,
-            Pace::Stop => false,
+            GuestPace::Free => true,
+            GuestPace::Share(part) => share <= part,
+            GuestPace::Stop => false,
         };
         if !may_run || process.paused || process.end_told {
             return Ok(());
@@ -352,10 +252,10 @@ impl World {
                 let Some(process) = &mut self.hosts[host].process else { return Ok(()) };
                 process.gate.hold(output);
                 if rests {
-                    process.agent.rest(clock);
+                    process.agent.guest_loop_waits(clock);
                 }
                 self.write(host);
-                self.act(host)?;
+                self.do_actions(host)?;
                 if self.is_live_alone(host) {
                     self.release(host)?;
                 }
@@ -368,13 +268,13 @@ impl World {
         self.hosts[host].process.as_ref().is_some_and(|p| p.live)
     }
 
-    fn guest_ended(&mut self, host: usize) -> Result {
+    fn guest_ended(&mut self, host: usize) -> SimResult {
         let reason = EndReason::Guest(End::PowerOff);
         self.append(host, Entry::End(reason));
         let Some(process) = &mut self.hosts[host].process else { return Ok(()) };
         process.end_told = true;
         self.guest_is_off = true;
-        self.tell(host, Event::GuestEnded(reason))
+        self.handle_event(host, Event::GuestEnded(reason))
     }
 
     fn append(&mut self, host: usize, entry: Entry) {
@@ -392,11 +292,11 @@ impl World {
         process.guest.apply(input);
         let (id, live) = (process.id, process.is_live(host));
         if let Some(request) = process.disk_request().filter(|r| Some(*r) != before && live) {
-            self.after(delay, Happening::DiskDone { host, id, request });
+            self.schedule_after(delay, SimEvent::DiskDone { host, id, request });
         }
     }
 
-    /// The disk has done a request, on the side that lives.
+    /// The disk of the side that runs the guest has done a request.
     pub fn disk_done(&mut self, host: usize, request: u64) {
         let Some(process) = &mut self.hosts[host].process else { return };
         let done = disk_done(request);
@@ -405,7 +305,7 @@ impl World {
         }
     }
 
-    fn replay(&mut self, host: usize) -> Result {
+    fn replay(&mut self, host: usize) -> SimResult {
         let mut budget =
             if self.now < self.slow_until { self.rng.between(0, 3) } else { self.rng.between(8, 60) };
         while budget > 0 {
@@ -419,7 +319,7 @@ impl World {
             let Some(record) = process.front.clone() else { break };
             budget -= 1;
             if process.guest.count < record.position.count {
-                // An output is held by the gate, and compared when its record is in front.
+                // The gate holds an output. It is compared when its record is the next.
                 if let Some(output) = process.guest.step() {
                     process.gate.hold(output.clone());
                     process.made.push_back(output);
@@ -427,7 +327,7 @@ impl World {
                 continue;
             }
             if let Err(what) = self.replay_record(host, &record) {
-                return self.tell(host, Event::HostFailed(&what));
+                return self.handle_event(host, Event::HostFailed(&what));
             }
             let Some(process) = &mut self.hosts[host].process else { return Ok(()) };
             process.front = None;
@@ -435,11 +335,11 @@ impl World {
         }
         let Some(process) = &mut self.hosts[host].process else { return Ok(()) };
         let (records, position) = (process.applied, process.guest.position());
-        self.tell(host, Event::Replayed { records, position })
+        self.handle_event(host, Event::Replayed { records, position })
     }
 
-    /// Compares or applies a record at its position; an error is a divergence.
-    fn replay_record(&mut self, host: usize, record: &Record) -> std::result::Result<(), String> {
+    /// Compares or applies a record at its position. An error is a divergence.
+    fn replay_record(&mut self, host: usize, record: &Record) -> Result<(), String> {
         let Some(process) = &mut self.hosts[host].process else { return Ok(()) };
         match &record.entry {
             Entry::Input(LoggedInput::Frame { slot, bytes }) => {
@@ -448,18 +348,18 @@ impl World {
             }
             Entry::Input(LoggedInput::DiskDone { id, .. }) => {
                 if process.disk_request() != Some(*id) {
-                    return Err("divergence: there is no such disk request".into());
+                    return Err("divergence: no such disk request is open".into());
                 }
                 self.apply(host, &disk_done(*id));
             }
             Entry::Output(expected) => {
                 let made = process.made.pop_front();
                 if made.as_ref().map(logged) != Some(*expected) {
-                    return Err(format!("divergence: another output: {made:?}"));
+                    return Err(format!("divergence: the replay made another output: {made:?}"));
                 }
             }
             Entry::State(digest) if *digest != process.guest.digest() => {
-                return Err("divergence: another state".into());
+                return Err("divergence: the replay is in another state".into());
             }
             _ => {}
         }

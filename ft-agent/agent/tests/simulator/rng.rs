@@ -1,4 +1,4 @@
-//! SplitMix64: the same numbers for a seed, for ever.
+//! SplitMix64. A seed gives the same numbers for ever.
 
 #[derive(Clone, Debug)]
 pub struct Rng(u64);
@@ -18,7 +18,7 @@ impl Rng {
         low + self.next() % (high - low + 1)
     }
 
-    /// True in so many of a thousand cases.
+    /// True in `per_mille` of a thousand cases.
     pub fn chance(&mut self, per_mille: u64) -> bool {
         self.next() % 1000 < per_mille
     }

@@ -1,151 +1,80 @@
-//! One side of a pair at run time: the agent, its connection, its gate and its way out, under one mutex.
+//! One side of a pair at run time: the agent, its connection, its gate and its outlet, under one mutex.
 //!
-//! Three threads meet here. The guest's appends records and holds outputs, and writes to the socket itself, so that no
-//! thread is between an output and the wire. The pump reads the socket and lets outputs go when the backup has acknowledged
-//! them; in a bulk transfer the guest's thread does that too ([`polling`]). The store's answers come on a thread of its
-//! client. Each tells the agent what has happened and does what it asks for, in order, before it lets go of the mutex.
+//! Three threads meet here. The guest's thread appends records, holds outputs, and writes to the socket
+//! itself, so that no other thread is between an output and the wire. The pump reads the socket, and releases
+//! outputs when the backup has acknowledged them; during a bulk transfer the guest's thread does that too
+//! ([`socket_owner`]). The store's answers come on a thread of the store's client. Each thread tells the
+//! agent what has happened, and carries out the agent's actions, in order, before it unlocks the mutex.
 
+mod clock;
 mod guest_side;
 mod operator;
-mod polling;
 mod pump;
+mod socket_owner;
+mod state;
 
+pub use clock::now_ns;
 pub use guest_side::Duty;
-use polling::Polling;
 
-use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
-use agent::{Action, Agent, Event, Exit, Hello, Opened, Refusal, Role, Verdict};
-use entry::Output;
+use agent::{Action, Agent, Event, Hello, Role};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use nix::time::{ClockId, clock_gettime};
-use test_and_set::blocking::Blocking;
-use test_and_set::names::{Generation, VmName};
-use test_and_set::store::{Outcome, StoreError, chain};
+use test_and_set::blocking::BlockingStore;
+use test_and_set::names::{Generation, Incarnation, VmName};
+use test_and_set::record::Verdict;
+use test_and_set::store::{StoreError, chain};
 use tracing::{debug, info, warn};
-use vmm::gate::Gate;
-use vmm::inbox::InboxSender;
 
 use super::announce::Announcer;
-use super::errands::Errands;
 use super::hook::Hook;
-use super::link::Link;
-use super::spent::Spent;
-use super::story::Story;
+use super::link::PeerLink;
+use super::time_accounting::TimeAccounting;
 use crate::error::Error;
-use crate::failpoint;
 use crate::outside::Outlet;
+use state::{ReplicaState, StateGuard};
 
-/// How long a question to the store may take before it counts as not answered.
+/// How long the store may take to answer; after that the answer counts as unknown.
 const STORE_PATIENCE: Duration = Duration::from_secs(1);
-/// A guest's thread that waits makes a turn at least so often, so that its peer sees it alive.
+/// A guest's thread that waits reports at least this often that it is alive.
 pub const TURN_INTERVAL: Duration = Duration::from_millis(50);
 
-/// See the module.
+/// One side of a pair.
 pub struct Replica {
     vm: VmName,
-    store: Blocking,
-    state: Mutex<State>,
-    /// Something that a waiting thread may have waited for.
+    store: BlockingStore,
+    state: Mutex<ReplicaState>,
+    /// Notified when something has changed that a thread may wait for.
     changed: Condvar,
     /// Wakes the pump.
     wake: EventFd,
-    /// There is a [`Duty`] other than to run.
+    /// The guest's thread has a [`Duty`] other than to run the guest.
     attention: AtomicBool,
-    /// When the primary's guest is due to be looked at.
-    look_at: AtomicU64,
-    /// Where the time goes.
-    pub spent: Arc<Spent>,
-}
-
-struct State {
-    agent: Agent,
-    link: Option<Link>,
-    gate: Gate,
-    outlet: Outlet,
-    announcer: Announcer,
-    hook: Option<Hook>,
-    /// Wakes the guest's thread out of the guest.
-    guest: Option<InboxSender>,
-    started: Option<Generation>,
-    alone: bool,
-    paused: bool,
-    stop: bool,
-    hand_over: bool,
-    exit: Option<Exit>,
-    /// The guest's thread has seen the exit, or there is none.
-    finished: bool,
-    refused: Option<Refusal>,
-    /// The first failure of this host's own.
-    failed: Option<Error>,
-    /// Until when the pump sleeps, unless it is woken.
-    sleeps_until: u64,
-    polling: Polling,
-    /// Threads that wait for a change.
-    waiting: usize,
-    /// What takes long, and needs a thread that may do more than the guest's.
-    errands: Option<Errands>,
-    /// When the primary's guest was last looked at, or had waited: near enough the time of what it appends.
-    looked_at: u64,
-    /// Records appended.
-    appended: u64,
-    story: Story,
-    spent: Arc<Spent>,
-}
-
-type Guard<'a> = MutexGuard<'a, State>;
-
-/// ns of a clock that goes on while the host sleeps.
-pub fn now_ns() -> u64 {
-    let now = clock_gettime(ClockId::CLOCK_BOOTTIME).unwrap_or_else(|e| unreachable!("CLOCK_BOOTTIME: {e}"));
-    now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64
+    /// When the primary's guest has to be paced next, ns.
+    pace_due: AtomicU64,
+    /// Where the time of the guest's thread goes.
+    pub times: Arc<TimeAccounting>,
 }
 
 impl Replica {
-    /// A replica that waits for its peer.
+    /// Makes a replica that waits for its peer, and starts its threads.
     ///
     /// # Errors
-    /// This host has no descriptor left.
+    /// A thread or an eventfd cannot be created.
     pub fn new(
         vm: VmName,
-        store: Blocking,
+        store: BlockingStore,
         agent: Agent,
         outlet: Outlet,
         announcer: Announcer,
         hook: Option<Hook>,
     ) -> Result<Arc<Replica>, Error> {
         let wake = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC);
-        let wake = wake.map_err(|e| Error::host("eventfd")(e.into()))?;
-        let spent = Arc::new(Spent::default());
-        let state = State {
-            agent,
-            link: None,
-            gate: Gate::default(),
-            outlet,
-            announcer,
-            hook,
-            guest: None,
-            started: None,
-            alone: false,
-            paused: false,
-            stop: false,
-            hand_over: false,
-            exit: None,
-            finished: false,
-            refused: None,
-            failed: None,
-            sleeps_until: 0,
-            polling: Polling::default(),
-            waiting: 0,
-            errands: Some(Errands::start()?),
-            looked_at: now_ns(),
-            appended: 0,
-            story: Story::default(),
-            spent: spent.clone(),
-        };
+        let wake = wake.map_err(|e| Error::host("cannot create an eventfd")(e.into()))?;
+        let times = Arc::new(TimeAccounting::default());
+        let state = ReplicaState::new(agent, outlet, announcer, hook, times.clone())?;
         let replica = Arc::new(Replica {
             vm,
             store,
@@ -153,85 +82,85 @@ impl Replica {
             changed: Condvar::new(),
             wake,
             attention: false.into(),
-            look_at: 0.into(),
-            spent,
+            pace_due: 0.into(),
+            times,
         });
         let pump = replica.clone();
         std::thread::Builder::new()
             .name("pump".into())
             .spawn(move || pump.pump())
-            .map_err(Error::host("thread"))?;
-        // An unprotected primary asks the store at once.
-        replica.settle(&mut replica.lock());
+            .map_err(Error::host("cannot start the pump thread"))?;
+        // The agent of an unprotected primary asks the store at once.
+        replica.process_actions(&mut replica.lock());
         Ok(replica)
     }
 
-    fn lock(&self) -> Guard<'_> {
+    fn lock(&self) -> StateGuard<'_> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Tells the agent what has happened, and does what follows.
+    /// Tells the agent what has happened, and carries out its actions.
     pub fn handle(self: &Arc<Self>, event: Event<'_>) {
         let mut state = self.lock();
         state.agent.handle(now_ns(), event);
-        self.settle(&mut state);
+        self.process_actions(&mut state);
     }
 
-    /// A connection to the peer, with the bytes that were read from it already.
-    pub fn connected(self: &Arc<Self>, link: Link, bytes: &[u8]) {
+    /// A connection to the peer has come up; `bytes` were read from it already.
+    pub fn connected(self: &Arc<Self>, link: PeerLink, bytes: &[u8]) {
         let mut state = self.lock();
         if let Err(e) = link.set_nonblocking() {
-            return warn!("connection: {e}");
+            return warn!("cannot use the connection to the peer: {e}");
         }
         (state.link, state.refused) = (Some(link), None);
         state.agent.handle(now_ns(), Event::Connected);
         if !bytes.is_empty() {
             state.agent.handle(now_ns(), Event::Received(bytes));
         }
-        self.settle(&mut state);
+        self.process_actions(&mut state);
         self.wake_pump();
     }
 
-    /// There is a connection.
+    /// Whether there is a connection to a peer.
     pub fn is_connected(&self) -> bool {
         self.lock().link.is_some()
     }
 
-    /// Somebody said hello on another connection.
-    pub fn stranger(self: &Arc<Self>, hello: &Hello) {
+    /// Another process has said hello on a second connection.
+    pub fn stranger_called(self: &Arc<Self>, hello: &Hello) {
         self.handle(Event::Stranger(hello));
     }
 
-    /// Does what the agent asks for and writes what it says.
-    fn settle(self: &Arc<Self>, state: &mut State) {
+    /// Carries out the agent's actions, and writes its outgoing bytes.
+    fn process_actions(self: &Arc<Self>, state: &mut ReplicaState) {
         loop {
             while let Some(action) = state.agent.next_action() {
-                self.act(state, action);
+                self.execute(state, action);
             }
-            if state.write().is_ok() {
+            if state.write_link().is_ok() {
                 break;
             }
             state.agent.handle(now_ns(), Event::Disconnected);
         }
-        state.tell_hook();
-        if state.deadline() < state.sleeps_until {
+        state.update_hook();
+        if state.deadline() < state.pump_sleeps_until {
             self.wake_pump();
         }
     }
 
-    fn act(self: &Arc<Self>, state: &mut State, action: Action) {
+    fn execute(self: &Arc<Self>, state: &mut ReplicaState, action: Action) {
         debug!(?action);
         match action {
-            Action::Close => self.close(state),
+            Action::Close => self.close_link(state),
             Action::Refused(refusal) => {
                 warn!("the peer is refused: {refusal}");
                 state.refused = Some(refusal);
             }
             Action::Open { generation, members } => {
                 let (replica, store, vm) = (self.clone(), self.store.clone(), self.vm.clone());
-                state.send(move || {
-                    let opened = opened(store.open(&vm, generation, &members, STORE_PATIENCE));
-                    replica.handle(Event::Opened(opened));
+                state.run_on_worker(move || {
+                    let opened = store.open(&vm, generation, &members, STORE_PATIENCE);
+                    replica.handle(Event::Opened(opened.inspect_err(log_no_answer).ok()));
                 });
             }
             Action::Start { generation } => {
@@ -239,81 +168,96 @@ impl Replica {
                 state.started = Some(generation);
                 // The switches may know the guest's address from an earlier run on another host.
                 if state.agent.status(now_ns()).role == Role::Primary {
-                    state.announce();
+                    state.start_announcing();
                 }
             }
-            Action::Release => state.release(),
-            Action::Drop => state.drop_released(),
+            Action::Release => state.release_outputs(),
+            Action::Drop => state.drop_released_outputs(),
             Action::Suspected(suspicion) => {
                 warn!("the peer is lost: {suspicion}");
-                state.story.lost(now_ns(), suspicion.to_string());
+                state.history.peer_lost(now_ns(), suspicion.to_string());
             }
-            Action::Take { generation, who } => {
-                info!(%generation, "asking the store who lives");
-                state.story.asked(now_ns());
-                let replica = self.clone();
-                let tell = move |v| replica.handle(Event::Verdict(verdict(v)));
-                self.store.begin_take(self.vm.clone(), generation, who, STORE_PATIENCE, tell);
-            }
+            Action::Take { generation, who } => self.take(state, generation, who),
             Action::GoLive => {
-                state.release();
+                state.release_outputs();
                 state.alone = true;
-                state.story.verdict(now_ns());
-                // One that was started without a peer has not lost any.
-                state.story.failovers += u64::from(state.agent.status(now_ns()).peer.is_some());
-                warn!("this side lives, alone: UNPROTECTED");
-                state.announce();
+                state.history.verdict_won(now_ns());
+                // A primary that was started without a backup has not lost one.
+                state.history.failovers += u64::from(state.agent.status(now_ns()).peer.is_some());
+                warn!(
+                    "this side lives and runs the VM alone: UNPROTECTED, it does not survive the loss of this host"
+                );
+                state.start_announcing();
             }
             Action::Pause => state.paused = true,
-            Action::Forget { generation } => {
-                let (replica, store, vm) = (self.clone(), self.store.clone(), self.vm.clone());
-                state.send(move || {
-                    let forgotten = store.forget(&vm, generation, STORE_PATIENCE);
-                    if let Err(e) = &forgotten {
-                        warn!("the store has not forgotten {vm}: {}", chain(e));
-                    }
-                    replica.handle(Event::Forgotten(forgotten.is_ok()));
-                });
-            }
-            Action::Halt(exit) => {
-                info!("out: {exit}");
-                // What is still to be said is said, or the connection is gone.
-                state.write().ok();
-                self.close(state);
-                state.exit = Some(exit);
+            Action::Forget { generation } => self.forget(state, generation),
+            Action::Halt(outcome) => {
+                info!("this side ends: {outcome}");
+                // If this fails, the connection is gone, and with it the use of the last messages.
+                state.write_link().ok();
+                self.close_link(state);
+                state.outcome = Some(outcome);
             }
         }
-        self.announce_change(state);
+        self.notify_waiters(state);
     }
 
-    /// Lets waiting threads, and that of the guest, look.
-    fn announce_change(&self, state: &State) {
-        let State { alone, paused, stop, hand_over, exit, .. } = state;
-        if *alone || *paused || *stop || *hand_over || exit.is_some() {
+    /// Asks the store for a verdict.
+    fn take(self: &Arc<Self>, state: &mut ReplicaState, generation: Generation, who: Incarnation) {
+        info!(%generation, "asking the store which side lives");
+        state.history.store_asked(now_ns());
+        let replica = self.clone();
+        let answer = move |verdict: Verdict<StoreError>| {
+            replica.handle(Event::Verdict(verdict.map_unknown(|e| log_no_answer(&e))));
+        };
+        self.store.begin_take(self.vm.clone(), generation, who, STORE_PATIENCE, answer);
+    }
+
+    /// Asks the store to forget the VM.
+    fn forget(self: &Arc<Self>, state: &ReplicaState, generation: Generation) {
+        let (replica, store, vm) = (self.clone(), self.store.clone(), self.vm.clone());
+        state.run_on_worker(move || {
+            let forgotten = store.forget(&vm, generation, STORE_PATIENCE);
+            if let Err(e) = &forgotten {
+                warn!("the store has not confirmed that VM {vm} has ended: {}", chain(e));
+            }
+            replica.handle(Event::Forgotten(forgotten.is_ok()));
+        });
+    }
+
+    /// Wakes the threads that wait for a change, and gets the guest's thread out of the guest if it has a new
+    /// duty.
+    fn notify_waiters(&self, state: &ReplicaState) {
+        let ReplicaState { alone, paused, stop, hand_over, outcome, .. } = state;
+        if *alone || *paused || *stop || *hand_over || outcome.is_some() {
             self.attention.store(true, Ordering::Release);
             if let Some(guest) = &state.guest {
-                guest.nudge();
+                guest.wake();
             }
         }
         self.changed.notify_all();
     }
 
-    fn close(&self, state: &mut State) {
-        // Broken or not, nothing more is to be had from it.
-        state.write().ok();
+    fn close_link(&self, state: &mut ReplicaState) {
+        // If this fails the connection is broken, and is closed anyway.
+        state.write_link().ok();
         if let Some(link) = state.link.take() {
-            state.send(move || link.close());
+            state.run_on_worker(move || link.close());
         }
     }
 
-    /// Waits for a change, at most so long; the pump reads the socket meanwhile.
-    fn wait<'a>(&'a self, mut state: Guard<'a>, patience: Duration) -> Guard<'a> {
-        self.hand_back(&mut state);
-        self.wait_for(state, patience)
+    /// Waits for a change, for `patience` at most. The pump reads the socket meanwhile.
+    fn release_socket_and_wait<'a>(
+        &'a self,
+        mut state: StateGuard<'a>,
+        patience: Duration,
+    ) -> StateGuard<'a> {
+        self.return_socket_to_pump(&mut state);
+        self.wait_for_change(state, patience)
     }
 
-    /// Waits for a change, at most so long.
-    fn wait_for<'a>(&'a self, mut state: Guard<'a>, patience: Duration) -> Guard<'a> {
+    /// Waits for a change, for `patience` at most.
+    fn wait_for_change<'a>(&'a self, mut state: StateGuard<'a>, patience: Duration) -> StateGuard<'a> {
         state.waiting += 1;
         let waiting = self.changed.wait_timeout(state, patience);
         state = waiting.unwrap_or_else(PoisonError::into_inner).0;
@@ -321,28 +265,28 @@ impl Replica {
         state
     }
 
-    /// The socket is the pump's again, for the guest's thread cannot read it for a while.
-    fn hand_back(&self, state: &mut State) {
-        if state.polling.end(now_ns()) {
+    /// Gives the socket to the pump, because the guest's thread cannot read it for a while.
+    fn return_socket_to_pump(&self, state: &mut ReplicaState) {
+        if state.socket_owner.return_to_pump(now_ns()) {
             self.wake_pump();
         }
     }
 
     fn wake_pump(&self) {
-        // It is full only when the pump has been woken already.
+        // Writing fails only if the counter is full, and then the pump has been woken already.
         self.wake.write(1).ok();
     }
 
-    /// The guest's thread is done. Lets the connections end that were closed.
-    pub fn finish(&self) {
-        let errands = {
+    /// The guest's thread has finished. Waits until the connections that were closed have ended.
+    pub fn guest_thread_done(&self) {
+        let worker = {
             let mut state = self.lock();
             state.finished = true;
             self.changed.notify_all();
-            state.errands.take()
+            state.worker.take()
         };
-        if let Some(errands) = errands {
-            errands.finish();
+        if let Some(worker) = worker {
+            worker.join();
         }
     }
 
@@ -353,143 +297,15 @@ impl Replica {
         self.handle(Event::HostFailed(&reason));
     }
 
-    /// The failure of this host that ended it.
+    /// The first failure of this host, if there was one.
     pub fn take_failure(&self) -> Option<Error> {
         self.lock().failed.take()
     }
 }
 
-impl State {
-    /// Sends somebody on an errand; when the replica has finished, nobody is left to go.
-    fn send(&self, errand: impl FnOnce() + Send + 'static) {
-        if let Some(errands) = &self.errands {
-            errands.send(errand);
-        }
-    }
-
-    /// Reads what has come from the peer, and tells the agent of it. False: nothing has.
-    fn read(&mut self) -> bool {
-        let Some(link) = &mut self.link else { return false };
-        let now = now_ns();
-        self.polling.reads(now);
-        let event = match link.read() {
-            Ok([]) => return false,
-            Ok(bytes) => {
-                self.story.log_bytes += bytes.len() as u64;
-                self.spent.reads.add(1);
-                self.polling.moved(now, bytes.len() as u64);
-                Event::Received(bytes)
-            }
-            Err(e) => {
-                debug!("connection: {e}");
-                self.link = None;
-                Event::Disconnected
-            }
-        };
-        self.agent.handle(now, event);
-        true
-    }
-
-    /// The guest's thread reads, if it is for it to do.
-    fn poll(&mut self, now: u64) {
-        if self.polling.due(now).is_some_and(|due| due <= now) {
-            self.read();
-        }
-    }
-
-    fn write(&mut self) -> io::Result<()> {
-        let Some(link) = &mut self.link else { return Ok(()) };
-        let written = link.write(&mut self.agent).map(|bytes| {
-            // Often there is nothing: this comes after whatever has happened.
-            if bytes > 0 {
-                self.story.log_bytes += bytes;
-                self.polling.moved(now_ns(), bytes);
-                self.spent.writes.add(1);
-            }
-        });
-        if let Err(e) = &written {
-            debug!("connection: {e}");
-            self.link = None;
-        }
-        written
-    }
-
-    /// When the pump has something to do.
-    fn deadline(&self) -> u64 {
-        self.agent.deadline().into_iter().chain(self.announcer.deadline()).min().unwrap_or(u64::MAX)
-    }
-
-    /// Begins to tell the network where the guest is.
-    fn announce(&mut self) {
-        self.announcer.start(now_ns());
-        self.tick_announcer();
-    }
-
-    fn tell_hook(&mut self) {
-        if let Some(hook) = &mut self.hook {
-            hook.note(&self.agent.status(now_ns()));
-        }
-    }
-
-    fn tick_announcer(&mut self) {
-        let now = now_ns();
-        self.announcer.tick(now, || self.agent.may_announce(now));
-    }
-
-    /// Lets out what may leave, asking before each.
-    fn release(&mut self) {
-        loop {
-            failpoint::stop("before-decision");
-            let now = now_ns();
-            let Some(output) = self.gate.release(self.agent.release_limit(now)) else { return };
-            self.spent.held_ns.add(now);
-            failpoint::stop("before-write");
-            if self.alone && matches!(output, Output::Frame { .. }) {
-                self.story.frame(now);
-            }
-            if let Err(e) = self.outlet.send(output) {
-                warn!("an output is lost: {e}");
-            }
-            failpoint::stop("after-write");
-            // Who lives alone has no log that counts them.
-            if !self.alone {
-                self.agent.released(now, self.gate.released());
-            }
-        }
-    }
-
-    /// Backup: what has left over there is of no use here.
-    fn drop_released(&mut self) {
-        let limit = self.agent.drop_limit();
-        if limit > self.gate.released() {
-            let now = now_ns();
-            while self.gate.release(limit).is_some() {
-                self.spent.held_ns.add(now);
-            }
-        }
-    }
-}
-
-fn verdict(verdict: test_and_set::store::Verdict) -> Verdict {
-    use test_and_set::store::Verdict as Told;
-    match verdict {
-        Told::Won => Verdict::Won,
-        Told::Lost(holder) => Verdict::Lost(holder),
-        Told::Stale => Verdict::Stale,
-        Told::Unknown(e) => {
-            warn!("the store does not answer: {}", chain(&e));
-            Verdict::Unknown
-        }
-    }
-}
-
-fn opened(opened: Result<Outcome, StoreError>) -> Opened {
-    match opened {
-        Ok(Outcome::Done) => Opened::Done,
-        Ok(Outcome::Stale) => Opened::Stale,
-        Err(e) => {
-            warn!("the store does not answer: {}", chain(&e));
-            Opened::Unknown
-        }
-    }
+fn log_no_answer(error: &StoreError) {
+    warn!(
+        "the store does not answer: {}; check that a majority of its nodes run and are reachable",
+        chain(error)
+    );
 }

@@ -1,36 +1,36 @@
-//! What an operator asks of a replica, and what it tells of itself.
+//! What an operator can do with a replica, and what it reports.
 
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 
-use agent::{Event, Exit, Phase, Role, Status};
+use agent::{Event, Outcome, Phase, Role, Status};
 use entry::Console;
 
 use super::{Replica, now_ns};
 use crate::outside::ConsoleOut;
-use crate::pair::status::{Report, phase_name, role_name};
+use crate::pair::report::{ReplicaReport, phase_name, role_name};
 
 impl Replica {
-    /// Ends this side before its guest has run, or at once when there is nothing to lose.
-    pub fn leave(&self, exit: Exit) {
+    /// Ends this side at once. Only for a side whose guest has not run.
+    pub fn leave(&self, outcome: Outcome) {
         let mut state = self.lock();
-        self.close(&mut state);
-        state.exit.get_or_insert(exit);
+        self.close_link(&mut state);
+        state.outcome.get_or_insert(outcome);
         state.finished = true;
-        self.announce_change(&state);
+        self.notify_waiters(&state);
         drop(state);
         self.wake_pump();
     }
 
-    /// The user ends the VM's run.
+    /// Ends the VM's run, on both sides.
     pub fn stop(&self) {
         let mut state = self.lock();
         state.stop = true;
-        self.announce_change(&state);
+        self.notify_waiters(&state);
     }
 
-    /// A primary lets the backup go on, as soon as its guest's thread has said in the log how the guest stands; a backup
-    /// leaves.
+    /// Hands over: a primary lets its backup go on, as soon as its guest's thread has appended the guest's
+    /// state to the log; a backup leaves the pair.
     pub fn hand_over(self: &Arc<Self>) {
         let mut state = self.lock();
         if state.agent.status(now_ns()).role == Role::Backup {
@@ -38,22 +38,22 @@ impl Replica {
             return self.handle(Event::HandOver);
         }
         state.hand_over = true;
-        self.announce_change(&state);
+        self.notify_waiters(&state);
     }
 
-    /// What the agent tells of itself.
+    /// The agent's status.
     pub fn status(&self) -> Status {
         self.lock().agent.status(now_ns())
     }
 
     /// What `vmft status` shows.
-    pub fn report(&self) -> Report {
+    pub fn report(&self) -> ReplicaReport {
         let mut state = self.lock();
         let now = now_ns();
         let status = state.agent.status(now);
         let cursors = status.cursors;
-        let log_bytes_per_s = state.story.log_rate(now);
-        Report {
+        let log_bytes_per_s = state.history.log_rate(now);
+        ReplicaReport {
             name: self.vm.to_string(),
             role: role_name(status.role).into(),
             phase: phase_name(status.phase).into(),
@@ -71,21 +71,21 @@ impl Replica {
             lag_ms: status.lag_ns as f64 / 1e6,
             lag_bytes: status.lag_bytes,
             log_bytes_per_s,
-            log_bytes: state.story.log_bytes,
-            spent: self.spent.at(now, state.gate.recorded() - state.gate.released()),
+            log_bytes: state.history.log_bytes,
+            spent: self.times.totals(now, state.gate.recorded() - state.gate.released()),
             position: status.position.count,
             peer_position: status.peer_position.count,
-            failovers: state.story.failovers,
-            failover: state.story.failover.clone(),
+            failovers: state.history.failovers,
+            failover: state.history.failover.clone(),
         }
     }
 
-    /// This side will do nothing any more.
+    /// Whether this side has ended.
     pub fn is_out(&self) -> bool {
-        self.lock().exit.is_some()
+        self.lock().outcome.is_some()
     }
 
-    /// What the guest prints from now on.
+    /// Adds a reader of the guest's console, for what the guest prints from now on.
     pub fn read_console(&self) -> Receiver<Arc<[u8]>> {
         match self.lock().outlet.console() {
             ConsoleOut::Readers(readers) => readers.add(),
@@ -93,18 +93,18 @@ impl Replica {
         }
     }
 
-    /// Types on the guest's console, if it runs here.
+    /// Types on the guest's console, if the guest runs on this side.
     pub fn type_text(&self, console: Console, text: &[u8]) {
         let guest = self.lock().guest.clone();
         if let Some(guest) = guest {
-            // A guest whose run is over takes nothing.
+            // This fails if the guest's run is over.
             guest.type_text(console, text).ok();
         }
     }
 
-    /// Nothing is decided yet: no peer, or none that fits.
+    /// Whether the pair is not open yet: there is no peer, or none that fits.
     pub fn is_starting(&self) -> bool {
         let state = self.lock();
-        state.exit.is_none() && state.started.is_none()
+        state.outcome.is_none() && state.started.is_none()
     }
 }

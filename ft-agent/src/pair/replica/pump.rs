@@ -1,4 +1,4 @@
-//! The thread that reads the socket and lets time pass.
+//! The pump: the thread that reads the socket and tells the agent that time passes.
 
 use std::net::TcpStream;
 use std::os::fd::AsFd;
@@ -10,44 +10,47 @@ use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::time::TimeSpec;
 use tracing::{debug, error};
 
-use super::{Guard, Replica, now_ns};
+use super::state::StateGuard;
+use super::{Replica, now_ns};
 use crate::error::Error;
-use crate::pair::link::Link;
+use crate::pair::link::PeerLink;
 
-/// How long the guest's thread may take to end once its side is out.
+/// How long the guest's thread may take to finish once this side has ended.
 const END_PATIENCE: Duration = Duration::from_secs(10);
 
 impl Replica {
-    /// Reads the socket and lets time pass, until the replica is out.
+    /// Reads the socket and tells the agent that time passes, until this side has ended.
     pub(super) fn pump(self: Arc<Self>) {
-        // An output waits for this thread, maybe on the guest's CPU.
-        if let Err(e) = test_and_set::slice::shorten() {
-            debug!("slower on a busy machine, without a short time slice: {e}");
+        // Outputs wait for this thread, and it may share a CPU with the guest's.
+        if let Err(e) = test_and_set::time_slice::shorten() {
+            debug!(
+                "cannot shorten the time slice of the pump thread, so that outputs wait longer on a busy host: {e}"
+            );
         }
         loop {
             let (socket, wants_write, sleep) = {
                 let mut state = self.lock();
-                if state.exit.is_some() {
+                if state.outcome.is_some() {
                     return self.end_if_stuck(state);
                 }
                 let now = now_ns();
-                let polled = state.polling.until(now);
+                let polled = state.socket_owner.guest_owns_until(now);
                 let deadline = state.deadline().min(polled.unwrap_or(u64::MAX));
-                state.sleeps_until = deadline;
+                state.pump_sleeps_until = deadline;
                 let link = state.link.as_ref().filter(|_| polled.is_none());
-                let wants_write = link.is_some_and(Link::wants_write);
+                let wants_write = link.is_some_and(PeerLink::wants_write);
                 let sleep = Duration::from_nanos(deadline.saturating_sub(now));
                 (link.map(|l| l.socket().clone()), wants_write, sleep.min(Duration::from_secs(1)))
             };
             let readable = self.sleep(socket.as_deref(), wants_write, sleep);
             let mut state = self.lock();
-            if !(readable && state.read()) {
+            if !(readable && state.read_link()) {
                 state.agent.handle(now_ns(), Event::Tick);
             }
-            state.tick_announcer();
-            self.settle(&mut state);
+            state.send_announcements();
+            self.process_actions(&mut state);
             let waited_for = state.waiting > 0;
-            // Who is woken needs the mutex.
+            // The threads that are woken need the mutex.
             drop(state);
             if waited_for {
                 self.changed.notify_all();
@@ -55,26 +58,30 @@ impl Replica {
         }
     }
 
-    /// A guest's thread that is stuck must not keep what is another's to use now: the tap, the disks, the sockets.
-    fn end_if_stuck(&self, state: Guard<'_>) {
+    /// Ends the process if the guest's thread is stuck: it must not keep the tap, the disks and the sockets
+    /// from whoever uses them next.
+    fn end_if_stuck(&self, state: StateGuard<'_>) {
         let waiting = self.changed.wait_timeout_while(state, END_PATIENCE, |state| !state.finished);
         let (state, waited) = waiting.unwrap_or_else(PoisonError::into_inner);
-        if let Some(exit) = &state.exit
+        if let Some(outcome) = &state.outcome
             && waited.timed_out()
         {
-            let out = Error::Out(exit.clone());
-            error!("{out}; the guest's thread is stuck, and is left behind");
+            let out = Error::Out(outcome.clone());
+            error!(
+                "{out}; this process exits although its guest's thread is stuck and did not finish in {END_PATIENCE:?}"
+            );
             std::process::exit(out.code().into());
         }
     }
 
-    /// Sleeps until there is something to do; whether there is something to read.
+    /// Sleeps until there is something to do, for `time` at most. Returns whether the socket has become
+    /// readable or writable.
     fn sleep(&self, socket: Option<&TcpStream>, wants_write: bool, time: Duration) -> bool {
         let flags = if wants_write { PollFlags::POLLIN | PollFlags::POLLOUT } else { PollFlags::POLLIN };
         let wake = PollFd::new(self.wake.as_fd(), PollFlags::POLLIN);
         let socket = socket.map(|s| PollFd::new(s.as_fd(), flags));
         let mut fds: Vec<_> = std::iter::once(wake).chain(socket).collect();
-        // A signal ends it early, as does a wake-up: both are looked at by the caller.
+        // A signal or a wake-up ends it early: the caller checks what there is to do in any case.
         if ppoll(&mut fds, Some(TimeSpec::from_duration(time)), None).is_err() {
             return false;
         }

@@ -10,30 +10,30 @@ use openraft::storage::{LogFlushed, RaftLogStorage};
 use openraft::{LogId, LogState, OptionalSend, RaftLogReader, StorageIOError, Vote};
 use serde::de::DeserializeOwned;
 
-use super::{Entry, Failed, Types, decode, encode, reading, writing};
-use crate::server::disk::Disk;
-use crate::server::log::Log;
+use super::types::{RaftEntry, RaftStorageError, Types, decode, encode, reading, writing};
+use crate::server::disk::MemberDisk;
+use crate::server::raft_log::RaftLog;
 use crate::wire::NodeId;
 
 /// The log and the vote of this member.
 #[derive(Clone)]
 pub struct LogStore {
     pub id: NodeId,
-    pub log: Arc<Log>,
-    pub disk: Arc<Disk>,
+    pub log: Arc<RaftLog>,
+    pub disk: Arc<MemberDisk>,
     /// Whether the vote is that of a leader, this member.
     pub leads: Arc<AtomicBool>,
 }
 
 impl LogStore {
-    fn read<T: DeserializeOwned>(&self, name: &'static str) -> Result<Option<T>, Failed> {
+    fn read<T: DeserializeOwned>(&self, name: &'static str) -> Result<Option<T>, RaftStorageError> {
         let bytes = self.disk.get(name).map_err(reading)?;
         bytes.map(|bytes| decode(name, &bytes)).transpose().map_err(reading)
     }
 }
 
 impl RaftLogReader<Types> for LogStore {
-    async fn try_get_log_entries<B>(&mut self, range: B) -> Result<Vec<Entry>, Failed>
+    async fn try_get_log_entries<B>(&mut self, range: B) -> Result<Vec<RaftEntry>, RaftStorageError>
     where
         B: RangeBounds<u64> + Clone + Debug + OptionalSend,
     {
@@ -45,10 +45,11 @@ impl RaftLogReader<Types> for LogStore {
 impl RaftLogStorage<Types> for LogStore {
     type LogReader = Self;
 
-    async fn get_log_state(&mut self) -> Result<LogState<Types>, Failed> {
+    async fn get_log_state(&mut self) -> Result<LogState<Types>, RaftStorageError> {
         let last_purged_log_id = self.read("purged")?;
         let last = self.disk.last().map_err(reading)?;
-        let last: Option<Entry> = last.map(|bytes| decode("entry", &bytes)).transpose().map_err(reading)?;
+        let last: Option<RaftEntry> =
+            last.map(|bytes| decode("entry", &bytes)).transpose().map_err(reading)?;
         Ok(LogState {
             last_purged_log_id,
             last_log_id: last.map(|entry| entry.log_id).or(last_purged_log_id),
@@ -59,8 +60,8 @@ impl RaftLogStorage<Types> for LogStore {
         self.clone()
     }
 
-    async fn save_vote(&mut self, vote: &Vote<NodeId>) -> Result<(), Failed> {
-        let save = async { self.log.settle().await?.put("vote", &encode(vote)?) };
+    async fn save_vote(&mut self, vote: &Vote<NodeId>) -> Result<(), RaftStorageError> {
+        let save = async { self.log.flushed_disk().await?.put("vote", &encode(vote)?) };
         save.await.map_err(|error| StorageIOError::write_vote(&error))?;
         self.leads.store(vote.committed && vote.leader_id.voted_for() == Some(self.id), Relaxed);
         Ok(())
@@ -69,7 +70,7 @@ impl RaftLogStorage<Types> for LogStore {
     /// A leader's vote is read as a candidate's. openraft 0.9 would resume the leadership of a member that restarts within its
     /// term, and then answer reads from the first entry of that term on, before it has applied the later ones that it
     /// acknowledged. A candidate has to be elected anew, and its first entry comes behind all of them.
-    async fn read_vote(&mut self) -> Result<Option<Vote<NodeId>>, Failed> {
+    async fn read_vote(&mut self) -> Result<Option<Vote<NodeId>>, RaftStorageError> {
         let vote: Option<Vote<NodeId>> = self.read("vote")?;
         Ok(vote.map(|vote| Vote {
             committed: vote.committed && vote.leader_id.voted_for() != Some(self.id),
@@ -79,15 +80,15 @@ impl RaftLogStorage<Types> for LogStore {
 
     // The committed index is not saved: at start the snapshot is applied, and the rest of the log once it is known to be committed.
 
-    async fn append<I>(&mut self, entries: I, flushed: LogFlushed<Types>) -> Result<(), Failed>
+    async fn append<I>(&mut self, entries: I, flushed: LogFlushed<Types>) -> Result<(), RaftStorageError>
     where
-        I: IntoIterator<Item = Entry> + OptionalSend,
+        I: IntoIterator<Item = RaftEntry> + OptionalSend,
         I::IntoIter: OptionalSend,
     {
         let encoded = entries.into_iter().map(|entry| Ok((entry.log_id.index, encode(&entry)?)));
         let encoded = encoded.collect::<Result<Vec<_>, _>>().map_err(writing)?;
         let written = if self.leads.load(Relaxed) {
-            self.log.append_soon(encoded)
+            self.log.append_unflushed(encoded)
         } else {
             self.log.append(encoded).await
         };
@@ -95,12 +96,12 @@ impl RaftLogStorage<Types> for LogStore {
         Ok(())
     }
 
-    async fn truncate(&mut self, log_id: LogId<NodeId>) -> Result<(), Failed> {
-        self.log.settle().await.and_then(|disk| disk.truncate(log_id.index)).map_err(writing)
+    async fn truncate(&mut self, log_id: LogId<NodeId>) -> Result<(), RaftStorageError> {
+        self.log.flushed_disk().await.and_then(|disk| disk.truncate(log_id.index)).map_err(writing)
     }
 
-    async fn purge(&mut self, log_id: LogId<NodeId>) -> Result<(), Failed> {
-        let purge = async { self.log.settle().await?.purge(log_id.index, &encode(&log_id)?) };
+    async fn purge(&mut self, log_id: LogId<NodeId>) -> Result<(), RaftStorageError> {
+        let purge = async { self.log.flushed_disk().await?.purge(log_id.index, &encode(&log_id)?) };
         purge.await.map_err(writing)
     }
 }

@@ -1,14 +1,15 @@
 //! The only place that names openraft: our types in its traits, and a small handle that hides it again.
 //!
 //! The entries, votes and messages of openraft are bytes to all other modules. What Raft needs on the disk is there before its
-//! call returns, but for what a leader appends: see [`crate::server::log`].
+//! call returns, but for what a leader appends: see [`crate::server::raft_log`].
 #![allow(clippy::result_large_err, reason = "openraft's errors are what they are")]
 
 mod log_store;
-mod machine;
 mod network;
+mod state_machine;
 #[cfg(test)]
 pub mod testing;
+mod types;
 
 use std::collections::BTreeMap;
 use std::io::Cursor;
@@ -16,42 +17,23 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use openraft::error::{
-    ChangeMembershipError, CheckIsLeaderError, ClientWriteError, ForwardToLeader, RaftError,
+    ChangeMembershipError, CheckIsLeaderError, ClientWriteError, Fatal, ForwardToLeader, RaftError,
 };
-use openraft::{
-    BasicNode, ChangeMembers, Config, ServerState, SnapshotMeta, SnapshotPolicy, StorageError,
-    StorageIOError, StoredMembership,
-};
+use openraft::raft::AppendEntriesRequest;
+use openraft::{BasicNode, ChangeMembers, Config, ServerState, Snapshot, SnapshotPolicy};
+use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
 
 use self::log_store::LogStore;
-use self::machine::Machine;
-use self::network::Callers;
+use self::network::PeerClients;
+use self::state_machine::StoreMachine;
+use self::types::{LoggedCommand, RaftWriteError, Types};
 use crate::names::VmName;
-use crate::record::{Command, Reply, State};
-use crate::server::disk::{Disk, DiskError};
-use crate::server::log::Log;
-use crate::server::peers::Peers;
-use crate::wire::{Failure, MemberStatus, NodeId};
-
-/// One command in the log.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Write {
-    vm: VmName,
-    command: Command,
-}
-
-openraft::declare_raft_types!(
-    /// Our types in openraft's.
-    Types: D = Write, R = Reply, Node = BasicNode
-);
-
-type Entry = openraft::Entry<Types>;
-type Membership = StoredMembership<NodeId, BasicNode>;
-type Meta = SnapshotMeta<NodeId, BasicNode>;
-type Failed = StorageError<NodeId>;
-type WriteError = RaftError<NodeId, ClientWriteError<NodeId, BasicNode>>;
+use crate::record::{Command, CommandReply, StoreState};
+use crate::server::disk::{DiskError, MemberDisk};
+use crate::server::peers::OtherMembers;
+use crate::server::raft_log::RaftLog;
+use crate::wire::{self, MemberStatus, NodeId, PeerRequest, PeerResponse, RequestFailure};
 
 /// How long the leader waits for a majority before it says that there is none.
 const QUORUM_PATIENCE: Duration = Duration::from_millis(350);
@@ -60,36 +42,20 @@ const MEMBERS_PATIENCE: Duration = Duration::from_secs(20);
 /// Pause before a change of members is tried again while another is under way.
 const MEMBERS_PAUSE: Duration = Duration::from_millis(50);
 
-fn encode(value: &impl Serialize) -> Result<Vec<u8>, DiskError> {
-    postcard::to_stdvec(value).map_err(|source| DiskError::Decode { what: "value", source })
-}
-
-fn decode<T: DeserializeOwned>(what: &'static str, bytes: &[u8]) -> Result<T, DiskError> {
-    postcard::from_bytes(bytes).map_err(|source| DiskError::Decode { what, source })
-}
-
-fn reading(error: DiskError) -> Failed {
-    StorageIOError::read(&error).into()
-}
-
-fn writing(error: DiskError) -> Failed {
-    StorageIOError::write(&error).into()
-}
-
-fn elsewhere(to: ForwardToLeader<NodeId, BasicNode>) -> Failure {
-    Failure::NotLeader(to.leader_node.map(|node| node.addr))
+fn not_leader(to: ForwardToLeader<NodeId, BasicNode>) -> RequestFailure {
+    RequestFailure::NotLeader(to.leader_node.map(|node| node.addr))
 }
 
 /// When to suspect the leader, and when to compact the log.
 #[derive(Debug, Clone, Copy)]
-pub struct Timing {
+pub struct RaftTiming {
     /// The leader is heard at least so often, in milliseconds. It is suspected after 7.5 to 10 of these intervals.
     pub heartbeat_ms: u64,
     /// Commands between two snapshots.
     pub snapshot_every: u64,
 }
 
-impl Default for Timing {
+impl Default for RaftTiming {
     fn default() -> Self {
         Self { heartbeat_ms: 40, snapshot_every: 10_000 }
     }
@@ -102,13 +68,13 @@ const LOG_KEPT: u64 = 1000;
 #[derive(Clone)]
 pub struct Raft {
     raft: openraft::Raft<Types>,
-    machine: Machine,
-    disk: Arc<Disk>,
+    machine: StoreMachine,
+    disk: Arc<MemberDisk>,
 }
 
 /// How a member cannot start.
 #[derive(Debug, thiserror::Error)]
-pub enum StartError {
+pub enum RaftStartError {
     /// Its data cannot be read.
     #[error(transparent)]
     Disk(#[from] DiskError),
@@ -121,10 +87,10 @@ impl Raft {
     /// Starts the member with what its disk holds.
     pub async fn start(
         id: NodeId,
-        disk: Arc<Disk>,
-        peers: Arc<Peers>,
-        timing: Timing,
-    ) -> Result<Self, StartError> {
+        disk: Arc<MemberDisk>,
+        peers: Arc<OtherMembers>,
+        timing: RaftTiming,
+    ) -> Result<Self, RaftStartError> {
         let config = Config {
             cluster_name: "vmft".into(),
             heartbeat_interval: timing.heartbeat_ms,
@@ -135,17 +101,17 @@ impl Raft {
             max_in_snapshot_log_to_keep: LOG_KEPT.min(timing.snapshot_every),
             ..Config::default()
         };
-        let config = Arc::new(config.validate().map_err(|e| StartError::Raft(e.to_string()))?);
-        let log = Arc::new(Log::new(disk.clone())?);
-        let machine = Machine::load(log.clone(), disk.clone(), peers.clone())?;
+        let config = Arc::new(config.validate().map_err(|e| RaftStartError::Raft(e.to_string()))?);
+        let log = Arc::new(RaftLog::new(disk.clone())?);
+        let machine = StoreMachine::load(log.clone(), disk.clone(), peers.clone())?;
         let store = LogStore { id, log: log.clone(), disk: disk.clone(), leads: Arc::default() };
-        let raft = openraft::Raft::new(id, config, Callers { peers, log }, store, machine.clone()).await;
-        Ok(Self { raft: raft.map_err(|e| StartError::Raft(e.to_string()))?, machine, disk })
+        let raft = openraft::Raft::new(id, config, PeerClients { peers, log }, store, machine.clone()).await;
+        Ok(Self { raft: raft.map_err(|e| RaftStartError::Raft(e.to_string()))?, machine, disk })
     }
 
     /// Forms the cluster, unless this member is in one already. Every first member does so, with the same list.
-    pub async fn form(&self, members: &BTreeMap<NodeId, String>) -> Result<(), StartError> {
-        let failed = |e: String| StartError::Raft(e);
+    pub async fn initialize(&self, members: &BTreeMap<NodeId, String>) -> Result<(), RaftStartError> {
+        let failed = |e: String| RaftStartError::Raft(e);
         if self.raft.is_initialized().await.map_err(|e| failed(e.to_string()))? {
             return Ok(());
         }
@@ -159,44 +125,46 @@ impl Raft {
     }
 
     /// Applies a command, if this member leads and reaches a majority.
-    pub async fn command(&self, vm: VmName, command: Command) -> Result<Reply, Failure> {
+    pub async fn command(&self, vm: VmName, command: Command) -> Result<CommandReply, RequestFailure> {
         if self.disk.is_full() {
-            return Err(Failure::DiskFull);
+            return Err(RequestFailure::DiskFull);
         }
-        match tokio::time::timeout(QUORUM_PATIENCE, self.raft.client_write(Write { vm, command })).await {
-            Err(_) => Err(Failure::NoQuorum),
-            Ok(written) => written.map(|response| response.data).map_err(|e| self.not_written(e)),
+        match tokio::time::timeout(QUORUM_PATIENCE, self.raft.client_write(LoggedCommand { vm, command }))
+            .await
+        {
+            Err(_) => Err(RequestFailure::NoQuorum),
+            Ok(written) => written.map(|response| response.data).map_err(|e| self.write_failure(e)),
         }
     }
 
     /// Looks at the state as it is now: everything answered before the call is in it.
-    pub async fn look<T>(&self, look: impl FnOnce(&State) -> T) -> Result<T, Failure> {
+    pub async fn read<T>(&self, look: impl FnOnce(&StoreState) -> T) -> Result<T, RequestFailure> {
         match tokio::time::timeout(QUORUM_PATIENCE, self.raft.ensure_linearizable()).await {
             Ok(Ok(_)) => Ok(look(&self.machine.applied().state)),
             Err(_) | Ok(Err(RaftError::APIError(CheckIsLeaderError::QuorumNotEnough(_)))) => {
-                Err(Failure::NoQuorum)
+                Err(RequestFailure::NoQuorum)
             }
-            Ok(Err(RaftError::APIError(CheckIsLeaderError::ForwardToLeader(to)))) => Err(elsewhere(to)),
-            Ok(Err(RaftError::Fatal(_))) => Err(self.why_stopped()),
+            Ok(Err(RaftError::APIError(CheckIsLeaderError::ForwardToLeader(to)))) => Err(not_leader(to)),
+            Ok(Err(RaftError::Fatal(_))) => Err(self.stop_failure()),
         }
     }
 
-    fn not_written(&self, error: WriteError) -> Failure {
+    fn write_failure(&self, error: RaftWriteError) -> RequestFailure {
         match error {
-            RaftError::APIError(ClientWriteError::ForwardToLeader(to)) => elsewhere(to),
+            RaftError::APIError(ClientWriteError::ForwardToLeader(to)) => not_leader(to),
             RaftError::APIError(ClientWriteError::ChangeMembershipError(e)) => {
-                Failure::Members(e.to_string())
+                RequestFailure::Members(e.to_string())
             }
-            RaftError::Fatal(_) => self.why_stopped(),
+            RaftError::Fatal(_) => self.stop_failure(),
         }
     }
 
-    fn why_stopped(&self) -> Failure {
-        if self.disk.is_full() { Failure::DiskFull } else { Failure::Stopped }
+    fn stop_failure(&self) -> RequestFailure {
+        if self.disk.is_full() { RequestFailure::DiskFull } else { RequestFailure::Stopped }
     }
 
     /// Adds a member, first as a learner until it has caught up.
-    pub async fn add_member(&self, id: NodeId, address: String) -> Result<(), Failure> {
+    pub async fn add_member(&self, id: NodeId, address: String) -> Result<(), RequestFailure> {
         let address = &address;
         self.change_members(|| async move {
             self.raft.add_learner(id, BasicNode::new(address.clone()), true).await?;
@@ -206,10 +174,10 @@ impl Raft {
     }
 
     /// Removes a member.
-    pub async fn remove_member(&self, id: NodeId) -> Result<(), Failure> {
+    pub async fn remove_member(&self, id: NodeId) -> Result<(), RequestFailure> {
         let members = self.raft.metrics().borrow().membership_config.clone();
         if members.membership().get_node(&id).is_none() {
-            return Err(Failure::Members(format!("{id} is not a member")));
+            return Err(RequestFailure::Members(format!("{id} is not a member")));
         }
         let is_voter = members.membership().voter_ids().any(|voter| voter == id);
         let change = match is_voter {
@@ -220,9 +188,9 @@ impl Raft {
     }
 
     /// Does a change, which may be asked for while an earlier one still ends: its last entry need not be committed.
-    async fn change_members<T, F>(&self, change: impl Fn() -> F) -> Result<(), Failure>
+    async fn change_members<T, F>(&self, change: impl Fn() -> F) -> Result<(), RequestFailure>
     where
-        F: Future<Output = Result<T, WriteError>>,
+        F: Future<Output = Result<T, RaftWriteError>>,
     {
         let in_its_turn = async {
             loop {
@@ -235,15 +203,15 @@ impl Raft {
             }
         };
         match tokio::time::timeout(MEMBERS_PATIENCE, in_its_turn).await {
-            Err(_) => {
-                Err(Failure::Members(format!("not done within {MEMBERS_PATIENCE:?}; ask for the status")))
-            }
-            Ok(changed) => changed.map(drop).map_err(|e| self.not_written(e)),
+            Err(_) => Err(RequestFailure::Members(format!(
+                "not done within {MEMBERS_PATIENCE:?}; ask for the status"
+            ))),
+            Ok(changed) => changed.map(drop).map_err(|e| self.write_failure(e)),
         }
     }
 
     /// What Raft knows now.
-    pub fn view(&self) -> View {
+    pub fn view(&self) -> RaftView {
         let metrics = self.raft.metrics();
         let metrics = metrics.borrow();
         let config = metrics.membership_config.membership();
@@ -260,7 +228,7 @@ impl Raft {
             ServerState::Leader => "leader",
             ServerState::Shutdown => "stopped",
         };
-        View {
+        RaftView {
             role,
             term: metrics.current_term,
             leader: metrics.current_leader,
@@ -302,10 +270,62 @@ impl Raft {
     }
 }
 
-/// What Raft knows at one moment; the fields are those of [`crate::wire::Status`].
+impl Raft {
+    /// Answers another member. `snapshot` collects the parts of a snapshot of one connection.
+    pub async fn answer(&self, ask: PeerRequest, snapshot: &tokio::sync::Mutex<Vec<u8>>) -> PeerResponse {
+        self.try_answer(ask, snapshot).await.map_or_else(PeerResponse::Failed, PeerResponse::Done)
+    }
+
+    async fn try_answer(
+        &self,
+        ask: PeerRequest,
+        snapshot: &tokio::sync::Mutex<Vec<u8>>,
+    ) -> Result<Vec<u8>, RequestFailure> {
+        match ask {
+            PeerRequest::Append(bytes) => {
+                let rpc: AppendEntriesRequest<Types> = decode_rpc(&bytes)?;
+                if !rpc.entries.is_empty() && self.disk.is_full() {
+                    return Err(RequestFailure::DiskFull);
+                }
+                self.encode_answer(self.raft.append_entries(rpc).await)
+            }
+            PeerRequest::Vote(bytes) => self.encode_answer(self.raft.vote(decode_rpc(&bytes)?).await),
+            PeerRequest::Snapshot { offset, bytes, finish } => {
+                let mut parts = snapshot.lock().await;
+                if offset == 0 {
+                    parts.clear();
+                }
+                if parts.len() as u64 != offset || self.disk.is_full() {
+                    return Err(if self.disk.is_full() {
+                        RequestFailure::DiskFull
+                    } else {
+                        RequestFailure::Stopped
+                    });
+                }
+                parts.extend(bytes);
+                let Some(finish) = finish else { return self.encode_answer::<_, Fatal<NodeId>>(Ok(())) };
+                let (vote, meta) = decode_rpc(&finish)?;
+                let snapshot =
+                    Snapshot { meta, snapshot: Box::new(Cursor::new(std::mem::take(&mut *parts))) };
+                self.encode_answer(self.raft.install_full_snapshot(vote, snapshot).await)
+            }
+        }
+    }
+
+    fn encode_answer<T: Serialize, E>(&self, answer: Result<T, E>) -> Result<Vec<u8>, RequestFailure> {
+        let answer = answer.map_err(|_| self.stop_failure())?;
+        wire::encode(&answer).map_err(|_| RequestFailure::Stopped)
+    }
+}
+
+fn decode_rpc<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, RequestFailure> {
+    wire::decode(bytes).map_err(|_| RequestFailure::Stopped)
+}
+
+/// What Raft knows at one moment; the fields are those of [`crate::wire::NodeStatus`].
 #[derive(Debug)]
-#[expect(missing_docs, reason = "described in wire::Status")]
-pub struct View {
+#[expect(missing_docs, reason = "described in wire::NodeStatus")]
+pub struct RaftView {
     pub role: &'static str,
     pub term: u64,
     pub leader: Option<NodeId>,

@@ -1,6 +1,5 @@
 //! What members say to each other: this one asks, and answers when it is asked.
 
-use std::io::Cursor;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,11 +13,11 @@ use openraft::{BasicNode, LogId, OptionalSend, RaftNetwork, RaftNetworkFactory, 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::{Raft, Types};
-use crate::link::LinkError;
-use crate::server::log::Log;
-use crate::server::peers::{Peer, Peers};
-use crate::wire::{self, CHUNK_BYTES, Failure, NodeId, PeerAnswer, PeerAsk};
+use super::types::Types;
+use crate::connection::ConnectionError;
+use crate::server::peers::{OtherMember, OtherMembers};
+use crate::server::raft_log::RaftLog;
+use crate::wire::{self, CHUNK_BYTES, NodeId, PeerRequest, PeerResponse};
 
 type CallError = RPCError<NodeId, BasicNode, RaftError<NodeId>>;
 
@@ -28,39 +27,43 @@ const CHUNK_PATIENCE: Duration = Duration::from_secs(10);
 const UNREACHABLE_PAUSE: Duration = Duration::from_millis(60);
 
 /// Makes the callers for other members.
-pub struct Callers {
-    pub peers: Arc<Peers>,
-    pub log: Arc<Log>,
+pub struct PeerClients {
+    pub peers: Arc<OtherMembers>,
+    pub log: Arc<RaftLog>,
 }
 
 /// Calls one other member.
-pub struct Caller {
-    peers: Arc<Peers>,
-    peer: Arc<Peer>,
-    log: Arc<Log>,
+pub struct PeerClient {
+    peers: Arc<OtherMembers>,
+    peer: Arc<OtherMember>,
+    log: Arc<RaftLog>,
     /// The last committed id that the member was told.
     told: Option<LogId<NodeId>>,
     /// When the member last confirmed that its log is this leader's, and up to which entry.
     confirmed: Option<(Instant, Option<LogId<NodeId>>)>,
 }
 
-impl RaftNetworkFactory<Types> for Callers {
-    type Network = Caller;
+impl RaftNetworkFactory<Types> for PeerClients {
+    type Network = PeerClient;
 
-    async fn new_client(&mut self, to: NodeId, node: &BasicNode) -> Caller {
+    async fn new_client(&mut self, to: NodeId, node: &BasicNode) -> PeerClient {
         let (peers, log) = (self.peers.clone(), self.log.clone());
-        Caller { peer: self.peers.get(to, &node.addr), peers, log, told: None, confirmed: None }
+        PeerClient { peer: self.peers.get(to, &node.addr), peers, log, told: None, confirmed: None }
     }
 }
 
-impl Caller {
+impl PeerClient {
     /// Every failure is "unreachable": the pause that openraft makes then is right for all of them.
-    async fn call<T: DeserializeOwned>(&self, ask: &PeerAsk, patience: Duration) -> Result<T, Unreachable> {
+    async fn call<T: DeserializeOwned>(
+        &self,
+        ask: &PeerRequest,
+        patience: Duration,
+    ) -> Result<T, Unreachable> {
         match self.peers.ask(&self.peer, ask, patience).await.map_err(|e| Unreachable::new(&e))? {
-            PeerAnswer::Done(bytes) => {
-                wire::decode(&bytes).map_err(|e| Unreachable::new(&LinkError::from(e)))
+            PeerResponse::Done(bytes) => {
+                wire::decode(&bytes).map_err(|e| Unreachable::new(&ConnectionError::from(e)))
             }
-            PeerAnswer::Failed(failure) => Err(Unreachable::new(&failure)),
+            PeerResponse::Failed(failure) => Err(Unreachable::new(&failure)),
         }
     }
 }
@@ -69,7 +72,7 @@ fn bytes_for(body: &impl Serialize) -> Result<Vec<u8>, Unreachable> {
     wire::encode(body).map_err(|e| Unreachable::new(&e))
 }
 
-impl RaftNetwork<Types> for Caller {
+impl RaftNetwork<Types> for PeerClient {
     async fn append_entries(
         &mut self,
         mut rpc: AppendEntriesRequest<Types>,
@@ -90,7 +93,7 @@ impl RaftNetwork<Types> for Caller {
         rpc.leader_commit = self.told;
         // openraft gives up at its own time, in which case this call's end is never seen: so it ends a little before.
         let patience = option.hard_ttl().mul_f64(0.9);
-        let answer = self.call(&PeerAsk::Append(bytes_for(&rpc)?), patience).await?;
+        let answer = self.call(&PeerRequest::Append(bytes_for(&rpc)?), patience).await?;
         let upto = rpc.entries.last().map_or(rpc.prev_log_id, |entry| Some(entry.log_id));
         self.confirmed = matches!(answer, AppendEntriesResponse::Success).then(|| (Instant::now(), upto));
         Ok(answer)
@@ -101,7 +104,7 @@ impl RaftNetwork<Types> for Caller {
         rpc: VoteRequest<NodeId>,
         option: RPCOption,
     ) -> Result<VoteResponse<NodeId>, CallError> {
-        Ok(self.call(&PeerAsk::Vote(bytes_for(&rpc)?), option.hard_ttl().mul_f64(0.9)).await?)
+        Ok(self.call(&PeerRequest::Vote(bytes_for(&rpc)?), option.hard_ttl().mul_f64(0.9)).await?)
     }
 
     async fn install_snapshot(
@@ -113,7 +116,7 @@ impl RaftNetwork<Types> for Caller {
         RPCError<NodeId, BasicNode, RaftError<NodeId, openraft::error::InstallSnapshotError>>,
     > {
         // `full_snapshot` below takes its place.
-        Err(Unreachable::new(&LinkError::Ended).into())
+        Err(Unreachable::new(&ConnectionError::Ended).into())
     }
 
     async fn full_snapshot(
@@ -128,11 +131,11 @@ impl RaftNetwork<Types> for Caller {
             let whole = state.len() / CHUNK_BYTES * CHUNK_BYTES;
             for offset in (0..whole).step_by(CHUNK_BYTES) {
                 let bytes = state[offset..offset + CHUNK_BYTES].to_vec();
-                let part = PeerAsk::Snapshot { offset: offset as u64, bytes, finish: None };
+                let part = PeerRequest::Snapshot { offset: offset as u64, bytes, finish: None };
                 self.call::<()>(&part, CHUNK_PATIENCE).await?;
             }
             let finish = Some(bytes_for(&(&vote, &snapshot.meta))?);
-            let last = PeerAsk::Snapshot { offset: whole as u64, bytes: state[whole..].to_vec(), finish };
+            let last = PeerRequest::Snapshot { offset: whole as u64, bytes: state[whole..].to_vec(), finish };
             Ok(self.call(&last, CHUNK_PATIENCE).await?)
         };
         tokio::select! {
@@ -144,52 +147,4 @@ impl RaftNetwork<Types> for Caller {
     fn backoff(&self) -> Backoff {
         Backoff::new(std::iter::repeat(UNREACHABLE_PAUSE))
     }
-}
-
-impl Raft {
-    /// Answers another member. `snapshot` collects the parts of a snapshot of one connection.
-    pub async fn answer(&self, ask: PeerAsk, snapshot: &tokio::sync::Mutex<Vec<u8>>) -> PeerAnswer {
-        self.try_answer(ask, snapshot).await.map_or_else(PeerAnswer::Failed, PeerAnswer::Done)
-    }
-
-    async fn try_answer(
-        &self,
-        ask: PeerAsk,
-        snapshot: &tokio::sync::Mutex<Vec<u8>>,
-    ) -> Result<Vec<u8>, Failure> {
-        match ask {
-            PeerAsk::Append(bytes) => {
-                let rpc: AppendEntriesRequest<Types> = decode_rpc(&bytes)?;
-                if !rpc.entries.is_empty() && self.disk.is_full() {
-                    return Err(Failure::DiskFull);
-                }
-                self.encode_answer(self.raft.append_entries(rpc).await)
-            }
-            PeerAsk::Vote(bytes) => self.encode_answer(self.raft.vote(decode_rpc(&bytes)?).await),
-            PeerAsk::Snapshot { offset, bytes, finish } => {
-                let mut parts = snapshot.lock().await;
-                if offset == 0 {
-                    parts.clear();
-                }
-                if parts.len() as u64 != offset || self.disk.is_full() {
-                    return Err(if self.disk.is_full() { Failure::DiskFull } else { Failure::Stopped });
-                }
-                parts.extend(bytes);
-                let Some(finish) = finish else { return self.encode_answer::<_, Fatal<NodeId>>(Ok(())) };
-                let (vote, meta) = decode_rpc(&finish)?;
-                let snapshot =
-                    Snapshot { meta, snapshot: Box::new(Cursor::new(std::mem::take(&mut *parts))) };
-                self.encode_answer(self.raft.install_full_snapshot(vote, snapshot).await)
-            }
-        }
-    }
-
-    fn encode_answer<T: Serialize, E>(&self, answer: Result<T, E>) -> Result<Vec<u8>, Failure> {
-        let answer = answer.map_err(|_| self.why_stopped())?;
-        wire::encode(&answer).map_err(|_| Failure::Stopped)
-    }
-}
-
-fn decode_rpc<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Failure> {
-    wire::decode(bytes).map_err(|_| Failure::Stopped)
 }

@@ -3,14 +3,15 @@
 use openraft::raft::{AppendEntriesRequest, VoteRequest, VoteResponse};
 use openraft::{EntryPayload, LogId, Vote};
 
-use super::{Entry, Raft, Types, Write};
+use super::Raft;
+use super::types::{LoggedCommand, RaftEntry, Types};
 use crate::names::VmName;
 use crate::record::Command;
-use crate::wire::{self, NodeId, PeerAsk};
+use crate::wire::{self, NodeId, PeerRequest};
 
 impl Raft {
     /// The member stays what it is.
-    pub fn never_elect(&self) {
+    pub fn disable_elections(&self) {
         self.raft.runtime_config().elect(false);
     }
 }
@@ -20,9 +21,9 @@ fn at(term: u64, leader: NodeId, index: u64) -> LogId<NodeId> {
 }
 
 /// A candidate that has a log up to this index asks for a vote.
-pub fn vote_ask(term: u64, candidate: NodeId, index: u64) -> PeerAsk {
+pub fn vote_ask(term: u64, candidate: NodeId, index: u64) -> PeerRequest {
     let rpc = VoteRequest::new(Vote::new(term, candidate), Some(at(term - 1, candidate, index)));
-    PeerAsk::Vote(wire::encode(&rpc).unwrap())
+    PeerRequest::Vote(wire::encode(&rpc).unwrap())
 }
 
 /// Whether an answer to [`vote_ask`] grants the vote.
@@ -31,10 +32,12 @@ pub fn is_granted(answer: &[u8]) -> bool {
 }
 
 /// A leader sends the entry of this index, at most 1 behind the last; the first follows the cluster's own at 0.
-pub fn append_ask(term: u64, leader: NodeId, index: u64, (vm, command): (VmName, Command)) -> PeerAsk {
+pub fn append_ask(term: u64, leader: NodeId, index: u64, (vm, command): (VmName, Command)) -> PeerRequest {
     let previous = if index == 1 { LogId::default() } else { at(term, leader, index - 1) };
-    let entry =
-        Entry { log_id: at(term, leader, index), payload: EntryPayload::Normal(Write { vm, command }) };
+    let entry = RaftEntry {
+        log_id: at(term, leader, index),
+        payload: EntryPayload::Normal(LoggedCommand { vm, command }),
+    };
     let vote = Vote::new_committed(term, leader);
     let rpc = AppendEntriesRequest::<Types> {
         vote,
@@ -42,5 +45,5 @@ pub fn append_ask(term: u64, leader: NodeId, index: u64, (vm, command): (VmName,
         entries: vec![entry],
         leader_commit: None,
     };
-    PeerAsk::Append(wire::encode(&rpc).unwrap())
+    PeerRequest::Append(wire::encode(&rpc).unwrap())
 }

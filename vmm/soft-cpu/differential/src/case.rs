@@ -1,25 +1,25 @@
-//! A case: instructions in a form from which some can be left out, and the state that they start in.
+//! A case: instructions, in a form that allows leaving out some of them, and the state that they start in.
 
 use iced_x86::{Encoder, Instruction};
 
 use crate::flow::{self, Flow, Reject};
 use crate::layout::{CODE, CODE_LEN};
-use crate::state::{CODE_MAX, PLANTED_MAX, Planted, Start};
+use crate::state::{CODE_MAX, CaseStart, PLANTED_MAX, Planted};
 
 /// One instruction of a case.
 #[derive(Clone, Debug)]
 pub struct Item {
-    /// Prefixes before what the encoder makes: redundant, contradictory or illegal ones.
+    /// Prefixes before the encoder's output: redundant, contradictory or illegal ones.
     pub prefixes: Vec<u8>,
     /// The instruction.
     pub ins: Instruction,
     /// The number of the item that a near branch goes to; the number of items means the end.
     pub target: Option<usize>,
-    /// A byte of the encoding that is changed, and how (exclusive or).
+    /// The index of a byte of the encoding that is changed, and the value it is XORed with.
     pub mutation: Option<(u8, u8)>,
 }
 
-/// A value of the start that is the address of an item.
+/// A value in the start state that is the address of an item.
 #[derive(Clone, Copy, Debug)]
 pub enum Pointer {
     /// In a general register.
@@ -31,35 +31,36 @@ pub enum Pointer {
 /// Where the code goes.
 #[derive(Clone, Copy, Debug)]
 pub enum Placement {
-    /// So many bytes into the first page.
+    /// At this offset in the first page.
     At(u64),
-    /// With so many bytes before the page's end.
+    /// Across the boundary of the two pages, with this many bytes before it.
     Across(u64),
-    /// With its end so many bytes before the end of all code pages; what is negative is cut off.
+    /// With its end this many bytes before the end of all code pages; with a negative number the rest is cut
+    /// off.
     Before(i64),
 }
 
 /// A case, as generated from its seed.
 #[derive(Clone, Debug)]
 pub struct Case {
-    /// What it was made from.
+    /// The seed that it was generated from.
     pub seed: u64,
-    /// The items, with their numbers: those left out are missing.
+    /// The items, with their numbers; items that were left out are missing.
     pub items: Vec<(usize, Item)>,
-    /// Item addresses that the start holds.
+    /// Values in the start state that are addresses of items.
     pub pointers: Vec<(Pointer, usize)>,
     /// Where the code goes.
     pub placement: Placement,
-    /// The state, without code.
-    pub start: Start,
+    /// The start state, without code.
+    pub start: CaseStart,
 }
 
 /// A case ready to run.
 #[derive(Clone, Debug)]
 pub struct Built {
-    /// What runs.
-    pub start: Start,
-    /// What it can do.
+    /// The start state, with code.
+    pub start: CaseStart,
+    /// The instructions that it can reach.
     pub flow: Flow,
 }
 
@@ -70,7 +71,7 @@ impl Case {
         let at = match self.placement {
             Placement::At(offset) => CODE + offset,
             Placement::Across(before) => CODE + CODE_LEN / 2 - before.min(length),
-            // At least one byte stays.
+            // At least one byte of code stays.
             Placement::Before(gap) => CODE + CODE_LEN - length.saturating_add_signed(gap).max(1),
         };
         let pieces = self.assemble(at)?;
@@ -80,7 +81,7 @@ impl Case {
         if code.len() > CODE_MAX {
             return Err(Reject::NotEncodable);
         }
-        let mut start = Start { rip: at, code, ..self.start.clone() };
+        let mut start = CaseStart { rip: at, code, ..self.start.clone() };
         let mut roots = vec![at];
         for (pointer, target) in &self.pointers {
             let address = self.address(&starts, *target);
@@ -101,9 +102,9 @@ impl Case {
         Ok(Built { start, flow })
     }
 
-    /// The bytes of each item when the first lies at `at`.
+    /// The bytes of each item if the first is at `at`.
     fn assemble(&self, at: u64) -> Result<Vec<Vec<u8>>, Reject> {
-        // Targets do not change lengths, so a first round gives all addresses.
+        // Branch targets do not change lengths, so that a first pass gives all addresses.
         let first = self.encode_all(at, None)?;
         let starts = addresses(at, &first);
         self.encode_all(at, Some(&starts))
@@ -137,14 +138,14 @@ impl Case {
         Ok(bytes)
     }
 
-    /// The address of item `number`, or of the next one that is left.
+    /// The address of item `number` or, if that was left out, of the next one.
     fn address(&self, starts: &[u64], number: usize) -> u64 {
         let index = self.items.iter().position(|(n, _)| *n >= number).unwrap_or(self.items.len());
         starts[index]
     }
 }
 
-/// Where each piece begins, and where the last ends.
+/// The address of each piece, and of the end of the last.
 fn addresses(at: u64, pieces: &[Vec<u8>]) -> Vec<u64> {
     let mut starts = vec![at];
     starts.extend(pieces.iter().scan(at, |ip, p| {

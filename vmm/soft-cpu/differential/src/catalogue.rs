@@ -1,4 +1,4 @@
-//! Which instructions are tried, and which the comparison leaves out, with the reason.
+//! The instructions that are compared, and those that are not, with the reason.
 
 use std::sync::OnceLock;
 
@@ -7,7 +7,7 @@ use soft_cpu::exec::cpuid::cpuid;
 
 /// The register file that an instruction mainly works on; cases prefer to stay within one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum Class {
+pub enum RegisterFile {
     /// General registers.
     Integer,
     /// x87.
@@ -18,8 +18,8 @@ pub enum Class {
     Sse,
 }
 
-/// What every x86-64 CPU has. The last line are hints in the space of NOPs (0F 0D and 0F 18 to 0F 1F), which
-/// run everywhere.
+/// Features that every x86-64 CPU has. From PREFETCHW on they are hints in the encoding space of NOPs (0F 0D
+/// and 0F 18 to 0F 1F), which run everywhere.
 const BASE: &[CpuidFeature] = &[
     CpuidFeature::INTEL8086,
     CpuidFeature::INTEL186,
@@ -39,7 +39,7 @@ const BASE: &[CpuidFeature] = &[
     CpuidFeature::PREFETCHITI,
 ];
 
-/// EAX to EDX, as CPUID gives them.
+/// A register of CPUID's result, as an index into EAX to EDX.
 #[derive(Clone, Copy)]
 enum Word {
     B = 1,
@@ -47,7 +47,7 @@ enum Word {
     D = 3,
 }
 
-/// Where CPUID says that a feature is there: leaf, register, bit.
+/// Where CPUID reports a feature: leaf, register, bit.
 const OPTIONAL: &[(CpuidFeature, u32, Word, u32)] = &[
     (CpuidFeature::FPU, 1, Word::D, 0),
     (CpuidFeature::TSC, 1, Word::D, 4),
@@ -79,7 +79,7 @@ const OPTIONAL: &[(CpuidFeature, u32, Word, u32)] = &[
     (CpuidFeature::SHA, 7, Word::B, 29),
 ];
 
-/// What the soft CPU's CPUID offers.
+/// The features in the soft CPU's CPUID.
 fn offered() -> &'static [CpuidFeature] {
     static OFFERED: OnceLock<Vec<CpuidFeature>> = OnceLock::new();
     OFFERED.get_or_init(|| {
@@ -89,7 +89,7 @@ fn offered() -> &'static [CpuidFeature] {
     })
 }
 
-/// Features that this host lacks of those offered: cases with their instructions cannot be compared.
+/// Features of the soft CPU that this host lacks: cases with their instructions cannot be compared.
 pub fn missing_on_host() -> Vec<CpuidFeature> {
     let host = |leaf, word| {
         let r = std::arch::x86_64::__cpuid_count(leaf, 0);
@@ -104,15 +104,16 @@ pub fn missing_on_host() -> Vec<CpuidFeature> {
 /// Why an instruction is not compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Excluded {
-    /// The soft CPU's CPUID does not offer it: it is #UD there, and this host may execute it.
+    /// It is not in the soft CPU's CPUID, and so #UD there; this host may execute it.
     NotOffered,
-    /// It answers with this host's identity, time or configuration.
+    /// Its result depends on this host's identity, time or configuration.
     HostSpecific,
-    /// It shows or uses descriptor tables, which are not the host's; privileged behaviour has its own suite.
+    /// It shows or uses descriptor tables, in which the soft CPU differs from the host; privileged behaviour
+    /// has its own tests.
     Descriptors,
     /// It enters the host's kernel.
     SystemCall,
-    /// Its result is an approximation; ours is defined by golden vectors (float module).
+    /// Its result is an approximation; the soft CPU's is defined by golden vectors (`soft_cpu::float`).
     Approximate,
 }
 
@@ -160,7 +161,7 @@ pub const EXCLUDED: &[(Excluded, &[Mnemonic])] = &[
     ),
 ];
 
-/// Single encodings of mnemonics that are otherwise compared.
+/// Encodings that are not compared, of mnemonics that otherwise are.
 const EXCLUDED_CODES: &[(Excluded, &[Code])] = &[(
     Excluded::Descriptors,
     &[
@@ -182,14 +183,17 @@ const EXCLUDED_CODES: &[(Excluded, &[Code])] = &[(
 
 /// An encoding that the generator can choose.
 #[derive(Clone, Copy, Debug)]
-pub struct Entry {
+pub struct CatalogueEntry {
     /// The encoding.
     pub code: Code,
-    /// Its register file.
-    pub class: Class,
+    /// The register file that it mainly works on.
+    pub class: RegisterFile,
 }
 
-/// Is this instruction compared?
+/// Checks that this instruction is compared.
+///
+/// # Errors
+/// The reason why it is not.
 pub fn vet(ins: &Instruction) -> Result<(), Excluded> {
     vet_code(ins.code())?;
     if ins.mnemonic() == Mnemonic::Int && ins.immediate8() == 0x80 {
@@ -208,16 +212,17 @@ fn vet_code(code: Code) -> Result<(), Excluded> {
     excluded.map_or(Ok(()), Err)
 }
 
-/// All encodings of 64-bit mode that are compared, but MPX, which is NOPs with operands of its own.
-pub fn entries() -> Vec<Entry> {
+/// All encodings of 64-bit mode that are compared, except MPX: NOPs whose operands the generator does not
+/// know.
+pub fn entries() -> Vec<CatalogueEntry> {
     all_codes()
         .filter(|c| !c.cpuid_features().contains(&CpuidFeature::MPX))
         .filter(|c| vet_code(*c).is_ok())
-        .map(|code| Entry { code, class: class(code) })
+        .map(|code| CatalogueEntry { code, class: class(code) })
         .collect()
 }
 
-/// All encodings of 64-bit mode that the soft CPU offers and the comparison leaves out.
+/// All encodings of 64-bit mode that the soft CPU has and that are not compared.
 pub fn excluded() -> Vec<(Code, Excluded)> {
     all_codes()
         .filter_map(|c| vet_code(c).err().map(|why| (c, why)))
@@ -229,12 +234,12 @@ fn all_codes() -> impl Iterator<Item = Code> {
     Code::values().filter(|c| {
         let op = c.op_code();
         let real = op.is_instruction() && op.encoding() == EncodingKind::Legacy;
-        // Those with a WAIT before them are two instructions.
+        // Mnemonics with a WAIT before them are two instructions.
         real && !op.fwait() && op.mode64() && op.intel_decoder64()
     })
 }
 
-fn class(code: Code) -> Class {
+fn class(code: Code) -> RegisterFile {
     use CpuidFeature::{FPU, FPU287, FPU387, MMX, SSE, SSE2, SSE3, SSE4_1, SSE4_2, SSSE3};
     let features = code.cpuid_features();
     let op = code.op_code();
@@ -243,12 +248,12 @@ fn class(code: Code) -> Class {
         matches!(k, mm_or_mem | mm_reg | mm_rm)
     });
     if features.iter().any(|f| matches!(f, FPU | FPU287 | FPU387)) {
-        Class::X87
+        RegisterFile::X87
     } else if is_mmx || features.contains(&MMX) {
-        Class::Mmx
+        RegisterFile::Mmx
     } else if features.iter().any(|f| matches!(f, SSE | SSE2 | SSE3 | SSSE3 | SSE4_1 | SSE4_2)) {
-        Class::Sse
+        RegisterFile::Sse
     } else {
-        Class::Integer
+        RegisterFile::Integer
     }
 }

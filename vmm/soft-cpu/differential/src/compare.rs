@@ -1,27 +1,29 @@
-//! What must agree between the two outcomes of a case.
+//! Compares the two outcomes of a case.
 
 use crate::flow::Flow;
 use crate::layout::word_address;
-use crate::state::{End, Outcome, Start};
+use crate::state::{CaseEnd, CaseOutcome, CaseStart};
 use crate::vendor::Vendor;
 
-/// What a case has shown.
+/// The result of comparing the outcomes of a case.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Verdict {
+pub enum Comparison {
     /// Both CPUs did the same.
     Same,
     /// It cannot be compared, for this reason.
     Skipped(&'static str),
-    /// They differ; a line for each difference.
+    /// They differ; there is a line for each difference.
     Different(Vec<String>),
 }
 
-/// Set in what a fault pushes, or not, for the sake of debuggers (SDM 3B 18.3.1.1); no result.
+/// RFLAGS.RF, which faults push set or clear for the sake of debuggers (SDM 3B 18.3.1.1): not a result of the
+/// case.
 const RF: u64 = 1 << 16;
 const PAGE_FAULT: u8 = 14;
 const BREAKPOINT: u8 = 3;
 const UNDEFINED: u8 = 6;
-/// Linux shows page faults from here on as protection faults, so that nobody learns what it has mapped.
+/// Linux reports page faults at and above this address as protection faults, so that programs cannot learn
+/// what it has mapped.
 const KERNEL_START: u64 = 0x7fff_ffff_f000;
 
 const NAMES: [&str; 16] = [
@@ -29,15 +31,21 @@ const NAMES: [&str; 16] = [
     "r15",
 ];
 
-/// Compares what the host, a processor of `vendor`, and the soft CPU made of a case.
-pub fn compare(vendor: Vendor, start: &Start, flow: &Flow, native: &Outcome, soft: &Outcome) -> Verdict {
+/// Compares the outcomes of a case on the host, a processor of `vendor`, and on the soft CPU.
+pub fn compare(
+    vendor: Vendor,
+    start: &CaseStart,
+    flow: &Flow,
+    native: &CaseOutcome,
+    soft: &CaseOutcome,
+) -> Comparison {
     match &native.end {
-        End::SystemCall => return Verdict::Skipped("it came upon a system call"),
-        End::Never => return Verdict::Skipped("it did not end"),
+        CaseEnd::SystemCall => return Comparison::Skipped("it made a system call"),
+        CaseEnd::Never => return Comparison::Skipped("it did not end"),
         _ => {}
     }
     let mut lines = Vec::new();
-    if shown(&native.end) != shown(&soft.end) {
+    if comparable(&native.end) != comparable(&soft.end) {
         lines.push(format!("end: native {:x?}, soft {:x?}", native.end, soft.end));
     }
     let mut differ = |name: &str, was: u128, native: u128, soft: u128| {
@@ -49,7 +57,7 @@ pub fn compare(vendor: Vendor, start: &Start, flow: &Flow, native: &Outcome, sof
     for (i, name) in NAMES.iter().enumerate() {
         differ(name, start.gpr[i] as u128, native.gpr[i] as u128, soft.gpr[i] as u128);
     }
-    let trap = matches!(native.end, End::Exception { vector: BREAKPOINT, .. });
+    let trap = matches!(native.end, CaseEnd::Exception { vector: BREAKPOINT, .. });
     let ignore = RF | flow.undefined_at(native.rip, trap);
     differ(
         "rflags (defined)",
@@ -71,29 +79,35 @@ pub fn compare(vendor: Vendor, start: &Start, flow: &Flow, native: &Outcome, sof
     }
     memory(native, soft, |n, s| vendor.same_word(flow, n, s), &mut lines);
     match &soft.end {
-        _ if lines.is_empty() => Verdict::Same,
-        End::Exception { vector: UNDEFINED, .. } if flow.strayed(start, soft.rip) => {
-            Verdict::Skipped("a computed jump led to an instruction that is not offered")
+        _ if lines.is_empty() => Comparison::Same,
+        CaseEnd::Exception { vector: UNDEFINED, .. } if flow.strayed(start, soft.rip) => {
+            Comparison::Skipped("a computed jump led to an instruction that the soft CPU does not have")
         }
-        _ => Verdict::Different(lines),
+        _ => Comparison::Different(lines),
     }
 }
 
-/// How a case ended, without what does not count.
-fn shown(end: &End) -> End {
+/// How a case ended, without the details that are not compared.
+fn comparable(end: &CaseEnd) -> CaseEnd {
     match end {
-        End::Exception { vector: PAGE_FAULT, error, cr2 } if *cr2 >= KERNEL_START => {
-            End::Exception { vector: PAGE_FAULT, error: error | 1, cr2: *cr2 }
+        CaseEnd::Exception { vector: PAGE_FAULT, error, cr2 } if *cr2 >= KERNEL_START => {
+            CaseEnd::Exception { vector: PAGE_FAULT, error: error | 1, cr2: *cr2 }
         }
-        End::Exception { vector, error, .. } if *vector != PAGE_FAULT => {
-            End::Exception { vector: *vector, error: *error, cr2: 0 }
+        CaseEnd::Exception { vector, error, .. } if *vector != PAGE_FAULT => {
+            CaseEnd::Exception { vector: *vector, error: *error, cr2: 0 }
         }
         end => end.clone(),
     }
 }
 
-fn memory(native: &Outcome, soft: &Outcome, same: impl Fn(u64, u64) -> bool, lines: &mut Vec<String>) {
-    let get = |o: &Outcome, i: u32| o.memory.binary_search_by_key(&i, |w| w.0).map(|n| o.memory[n].1).ok();
+fn memory(
+    native: &CaseOutcome,
+    soft: &CaseOutcome,
+    same: impl Fn(u64, u64) -> bool,
+    lines: &mut Vec<String>,
+) {
+    let get =
+        |o: &CaseOutcome, i: u32| o.memory.binary_search_by_key(&i, |w| w.0).map(|n| o.memory[n].1).ok();
     let mut words: Vec<u32> = native.memory.iter().chain(&soft.memory).map(|w| w.0).collect();
     words.sort_unstable();
     words.dedup();

@@ -1,5 +1,5 @@
-//! What can run in a case: every instruction that its bytes can be decoded to along all paths, checked to be one
-//! that is compared, with the flags that are undefined before it.
+//! Control-flow analysis of a case: finds every instruction that can be reached along any path, checks that
+//! it is compared, and computes the flags that are undefined before it.
 
 use std::collections::BTreeMap;
 
@@ -11,17 +11,18 @@ use soft_cpu::decode::LENGTH_MAX;
 
 use crate::catalogue::{self, Excluded};
 use crate::layout::{CODE, CODE_LEN};
-use crate::state::Start;
+use crate::state::CaseStart;
 
 /// The status flags in RFLAGS.
 pub const STATUS: u64 = 0x8d5;
-/// Together with undefined flags: an x87 instruction has run. Which of them leave their address, opcode and
-/// operand behind, and when, differs between models of CPU; ours leave nothing. So nothing may show it.
+/// A bit beside undefined flags: an x87 instruction has run. Which of them update the instruction, opcode and
+/// data pointers, and when, differs between CPU models; the soft CPU never updates them. So no instruction
+/// may show these pointers.
 const POINTERS: u64 = 1 << 63;
 
 /// An instruction that can be reached.
 #[derive(Clone, Debug)]
-pub struct Node {
+pub struct FlowNode {
     /// The instruction.
     pub ins: Instruction,
     /// Bits of RFLAGS that are undefined before it; bit 63 stands for the x87's pointers.
@@ -31,25 +32,25 @@ pub struct Node {
 /// All instructions that can be reached, by address.
 #[derive(Clone, Debug, Default)]
 pub struct Flow {
-    /// By address.
-    pub nodes: BTreeMap<u64, Node>,
+    /// The instructions, by address.
+    pub nodes: BTreeMap<u64, FlowNode>,
 }
 
-/// Why a case is not fit to be compared.
+/// Why a case cannot be compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Reject {
     /// It contains an instruction that is not compared.
     Excluded(Excluded),
-    /// An undefined flag, or the x87's pointers, reach an instruction that depends on them.
+    /// An instruction depends on an undefined flag, or on the x87's pointers.
     UndefinedUsed,
-    /// An undefined instruction reaches the end of all code: how many of its bytes a CPU fetches before #UD is
-    /// its own business, so that it may as well be a page fault.
+    /// An undefined instruction reaches the end of all code. How many of its bytes are fetched before #UD
+    /// depends on the CPU, so that a page fault is allowed as well.
     UndefinedAtTheEnd,
     /// It has no encoding (an operand out of reach, too many bytes).
     NotEncodable,
 }
 
-/// RFLAGS' bits of iced's.
+/// Converts iced's flag bits to those of RFLAGS.
 fn status_bits(iced: u32) -> u64 {
     const PAIRS: [(u32, u64); 6] = [
         (RflagsBits::CF, 1),
@@ -62,7 +63,7 @@ fn status_bits(iced: u32) -> u64 {
     PAIRS.iter().filter(|(bit, _)| iced & bit != 0).map(|(_, bit)| bit).sum()
 }
 
-/// Flags that an instruction leaves undefined, for some of its operands' values at least.
+/// Flags that an instruction leaves undefined, at least for some values of its operands.
 pub fn undefined_flags(ins: &Instruction) -> u64 {
     let iced = status_bits(ins.rflags_undefined()) | if leaves_pointers(ins) { POINTERS } else { 0 };
     let by_cl =
@@ -77,13 +78,13 @@ pub fn undefined_flags(ins: &Instruction) -> u64 {
     }
 }
 
-/// An x87 instruction.
+/// Is it an x87 instruction?
 pub(crate) fn is_x87(ins: &Instruction) -> bool {
     use CpuidFeature::{FPU, FPU287, FPU387};
     ins.cpuid_features().iter().any(|f| matches!(f, FPU | FPU287 | FPU387))
 }
 
-/// x87 instructions but those that control it (SDM 1, 8.1.8).
+/// Does it update the x87's pointers? x87 instructions do, except control instructions (SDM 1, 8.1.8).
 fn leaves_pointers(ins: &Instruction) -> bool {
     let control = shows_pointers(ins)
         || matches!(
@@ -97,17 +98,17 @@ fn leaves_pointers(ins: &Instruction) -> bool {
                 | Mnemonic::Frstor
                 | Mnemonic::Wait
         );
-    // The pointers that FXRSTOR64 loads are made canonical, in 48 or in 57 bits.
+    // The pointers that FXRSTOR64 loads are made canonical, with 48 or 57 bits depending on the CPU.
     is_x87(ins) && !control || ins.mnemonic() == Mnemonic::Fxrstor64
 }
 
-/// Stores the x87's pointers.
+/// Does it store the x87's pointers?
 pub(crate) fn shows_pointers(ins: &Instruction) -> bool {
     use Mnemonic::{Fnsave, Fnstenv, Fxsave, Fxsave64};
     matches!(ins.mnemonic(), Fnsave | Fnstenv | Fxsave | Fxsave64)
 }
 
-/// Flags that an instruction defines whatever its operands are.
+/// Flags that an instruction defines for all values of its operands.
 fn defined_flags(ins: &Instruction) -> u64 {
     let iced = ins.rflags_written() | ins.rflags_cleared() | ins.rflags_set();
     let may_do_nothing = ins.has_rep_prefix()
@@ -128,25 +129,27 @@ fn defined_flags(ins: &Instruction) -> u64 {
     if may_do_nothing { 0 } else { status_bits(iced) & !undefined_flags(ins) }
 }
 
-/// Flags that are undefined after a fault in the middle of an instruction: the SDM has REPE and REPNE restore
-/// them to what they were before the first iteration, but an interrupt between iterations leaves the last
-/// one's, which is also what the soft CPU does, for it must not matter where a run was stopped.
+/// Flags that are undefined after a fault in the middle of an instruction. According to the SDM REPE and
+/// REPNE restore the flags from before the first iteration, but after an interrupt between iterations they
+/// are those of the last one. The soft CPU always leaves those of the last one, because it must not matter
+/// where a run was stopped.
 fn flags_lost_by_fault(ins: &Instruction) -> u64 {
     let compares = ins.is_string_instruction() && ins.rflags_written() != 0;
     if compares && (ins.has_rep_prefix() || ins.has_repne_prefix()) { STATUS } else { 0 }
 }
 
-/// A prefix byte, REX included.
+/// Is it a prefix byte (including REX)?
 pub(crate) fn is_prefix(byte: &u8) -> bool {
     matches!(byte, 0x26 | 0x2e | 0x36 | 0x3e | 0x40..=0x4f | 0x64..=0x67 | 0xf0 | 0xf2 | 0xf3)
 }
 
-/// Is what does not decode a prefix or an opcode of extensions that a host may have (VEX, EVEX, XOP, REX2)?
+/// Are these bytes, which do not decode, perhaps an instruction of an extension that the host may have (VEX,
+/// EVEX, XOP, REX2)?
 fn may_be_an_extension(bytes: &[u8]) -> bool {
     matches!(bytes.iter().find(|b| !is_prefix(b)), Some(0x62 | 0x8f | 0xc4 | 0xc5 | 0xd5))
 }
 
-/// Would what does not decode, and is cut off, still not decode with more bytes?
+/// Are these bytes, which do not decode, cut off, and an undefined instruction whatever follows?
 fn is_cut_and_undefined(bytes: &[u8]) -> bool {
     let mut longer = bytes.to_vec();
     longer.resize(bytes.len().max(LENGTH_MAX), 0);
@@ -154,8 +157,8 @@ fn is_cut_and_undefined(bytes: &[u8]) -> bool {
     !whole && Decoder::new(64, &longer, DecoderOptions::NONE).decode().code() == Code::INVALID
 }
 
-/// Follows all paths from `roots` through `code`, which lies at `at` and is followed by INT3s. `roots` are also
-/// where indirect branches may lead.
+/// Follows all paths from `roots` through `code`, which lies at address `at` and is followed by INT3s. The
+/// `roots` are also the possible targets of indirect branches.
 pub fn analyse(code: &[u8], at: u64, roots: &[u64]) -> Result<Flow, Reject> {
     let mut bytes = code.to_vec();
     let room = (CODE + CODE_LEN - at) as usize;
@@ -173,7 +176,7 @@ pub fn analyse(code: &[u8], at: u64, roots: &[u64]) -> Result<Flow, Reject> {
             None => undefined,
         };
         let ins = Decoder::with_ip(64, rest, ip, DecoderOptions::NONE).decode();
-        flow.nodes.insert(ip, Node { ins, undefined: before });
+        flow.nodes.insert(ip, FlowNode { ins, undefined: before });
         if ins.code() == Code::INVALID {
             if may_be_an_extension(rest) {
                 return Err(Reject::Excluded(Excluded::NotOffered));
@@ -207,9 +210,10 @@ pub fn analyse(code: &[u8], at: u64, roots: &[u64]) -> Result<Flow, Reject> {
 }
 
 impl Flow {
-    /// Whether there is at `rip` an instruction that the soft CPU does not offer, and that the analysis has not seen:
-    /// a branch led into the middle of another one, by a register that had changed.
-    pub fn strayed(&self, start: &Start, rip: u64) -> bool {
+    /// Whether the instruction at `rip` is one that the soft CPU does not have and that the analysis has not
+    /// seen: an indirect branch, by a register that had changed, has led into the middle of another
+    /// instruction.
+    pub fn strayed(&self, start: &CaseStart, rip: u64) -> bool {
         let Some(bytes) = rip.checked_sub(start.rip).and_then(|o| start.code.get(o as usize..)) else {
             return false;
         };
@@ -217,8 +221,9 @@ impl Flow {
         !self.nodes.contains_key(&rip) && catalogue::vet(&ins) == Err(Excluded::NotOffered)
     }
 
-    /// Flags that are undefined when the case ends at `rip`: all that ever are when it ends elsewhere. A trap's
-    /// RIP is behind its instruction, of one byte or two.
+    /// Flags that are undefined when the case ends at `rip`; if the analysis has no instruction there, all
+    /// that are undefined anywhere. The RIP of a trap is the end of its instruction, which has one or two
+    /// bytes.
     pub fn undefined_at(&self, rip: u64, trap: bool) -> u64 {
         let at = if trap { [rip.wrapping_sub(1), rip.wrapping_sub(2)] } else { [rip, rip] };
         let found: Vec<_> = at.iter().filter_map(|a| self.nodes.get(a)).collect();

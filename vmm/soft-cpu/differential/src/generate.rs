@@ -1,54 +1,45 @@
-//! Makes a case from a seed.
+//! Generates a case from a seed.
 
 use iced_x86::{Code, Instruction, Mnemonic, OpCodeOperandKind, Register};
 
 use crate::case::{Built, Case, Item, Placement, Pointer};
-use crate::catalogue::{Class, Entry};
+use crate::catalogue::{CatalogueEntry, RegisterFile};
+use crate::draft::{Draft, location};
 use crate::flow::{Reject, undefined_flags};
-use crate::layout::{self, BEHIND, CODE_LEN, HIGH, HOLE, LOW, PAGE, READ_ONLY};
+use crate::layout::{self, CODE_LEN, LOW, PAGE};
 use crate::operands;
-use crate::rng::Rng;
-use crate::state::{Fx, PLANTED_MAX, Planted, Start};
+use crate::rng::CaseRng;
+use crate::state::{CaseStart, Fx, PLANTED_MAX};
 use crate::values;
 
-/// Most instructions that a case has, without those that give flags a value.
+/// Maximum number of instructions of a case, not counting those that define flags.
 const ITEMS_MAX: u64 = 8;
-/// Draws before a seed is given up; never reached unless the generator is wrong.
+/// Maximum number of draws for a seed; reached only if the generator has an error.
 const ATTEMPTS: u64 = 1000;
 
-/// A case in the making.
-pub(crate) struct Draft<'a> {
-    pub(crate) rng: &'a mut Rng,
-    pub(crate) start: Start,
-    pub(crate) pointers: Vec<(Pointer, usize)>,
-    /// General registers that hold no pointers into the data pages.
-    pub(crate) values: Vec<usize>,
-    /// XMM, MMX or x87 registers that this case prefers.
-    pub(crate) favourites: Vec<u32>,
-}
-
-/// The case of `seed`, and what is wrong with those drawn before one was fit.
-pub fn generate(seed: u64, entries: &[Entry], mut rejected: impl FnMut(Reject)) -> (Case, Built) {
+/// Generates the case of `seed`. Calls `rejected` for each draw that could not be used.
+pub fn generate(seed: u64, entries: &[CatalogueEntry], mut rejected: impl FnMut(Reject)) -> (Case, Built) {
     for attempt in 0..ATTEMPTS {
-        let mut rng = Rng::new(seed ^ attempt.wrapping_mul(0xd1b5_4a32_d192_ed03));
+        let mut rng = CaseRng::new(seed ^ attempt.wrapping_mul(0xd1b5_4a32_d192_ed03));
         let case = draw(seed, &mut rng, entries, attempt > 0);
         match case.build() {
             Ok(built) => return (case, built),
             Err(why) => rejected(why),
         }
     }
-    panic!("no case came out of seed {seed:#x} in {ATTEMPTS} draws");
+    panic!("{ATTEMPTS} draws for seed {seed:#x} gave no case that can be compared");
 }
 
-fn draw(seed: u64, rng: &mut Rng, entries: &[Entry], define_flags: bool) -> Case {
+fn draw(seed: u64, rng: &mut CaseRng, entries: &[CatalogueEntry], define_flags: bool) -> Case {
     let theme = match rng.below(100) {
         0..30 => None,
-        30..55 => Some(Class::Integer),
-        55..72 => Some(Class::X87),
-        72..80 => Some(Class::Mmx),
-        _ => Some(Class::Sse),
+        30..55 => Some(RegisterFile::Integer),
+        55..72 => Some(RegisterFile::X87),
+        72..80 => Some(RegisterFile::Mmx),
+        _ => Some(RegisterFile::Sse),
     };
-    let mut choice: Vec<&Entry> = entries.iter().filter(|e| theme.is_none_or(|t| t == e.class)).collect();
+    let mut choice: Vec<&CatalogueEntry> =
+        entries.iter().filter(|e| theme.is_none_or(|t| t == e.class)).collect();
     if choice.is_empty() {
         choice.extend(entries);
     }
@@ -66,7 +57,7 @@ fn draw(seed: u64, rng: &mut Rng, entries: &[Entry], define_flags: bool) -> Case
             items.push(draft.compare());
         }
     }
-    // Targets are drawn before it is known how many items there are.
+    // Targets are drawn before the number of items is known.
     let end = items.len();
     items.iter_mut().for_each(|i| i.target = i.target.map(|t| t.min(end)));
     let placement = match draft.rng.below(100) {
@@ -78,7 +69,7 @@ fn draw(seed: u64, rng: &mut Rng, entries: &[Entry], define_flags: bool) -> Case
     Case { seed, items: items.into_iter().enumerate().collect(), pointers, placement, start }
 }
 
-fn draw_start(rng: &mut Rng) -> (Start, Vec<usize>) {
+fn draw_start(rng: &mut CaseRng) -> (CaseStart, Vec<usize>) {
     let mut gpr = [0; 16];
     let mut no_pointers = Vec::new();
     for (r, v) in gpr.iter_mut().enumerate() {
@@ -97,20 +88,20 @@ fn draw_start(rng: &mut Rng) -> (Start, Vec<usize>) {
     if rng.chance(15) {
         rflags |= 0x400;
     }
-    // TF, and AC, which has unaligned accesses fault.
+    // TF, or AC, which makes unaligned accesses fault.
     if rng.chance(1) {
         rflags |= rng.pick(&[0x100, 0x4_0000]);
     }
     let fx = draw_fx(rng);
-    (Start { gpr, rflags, fx, rip: 0, code: Vec::new(), planted: Vec::new() }, no_pointers)
+    (CaseStart { gpr, rflags, fx, rip: 0, code: Vec::new(), planted: Vec::new() }, no_pointers)
 }
 
-fn draw_fx(rng: &mut Rng) -> Fx {
+fn draw_fx(rng: &mut CaseRng) -> Fx {
     let masks: u16 = if rng.chance(75) { 0x3f } else { rng.below(64) as u16 };
     let fcw = 0x40 | masks | rng.pick(&[0u16, 0x200, 0x300, 0x300]) | (rng.below(4) << 10) as u16;
     let flags = if rng.chance(25) { (rng.bits() & rng.bits()) as u16 & 0x7f } else { 0 };
     let mut fsw = flags | rng.bits() as u16 & 0x7f00;
-    // ES and B say that an exception is pending which is not masked.
+    // ES and B are set if and only if an unmasked exception is pending.
     if flags & !masks & 0x3f != 0 {
         if rng.chance(50) {
             fsw |= 0x8080;
@@ -145,50 +136,8 @@ fn draw_fx(rng: &mut Rng) -> Fx {
     }
 }
 
-/// A linear address for `size` bytes: mostly one that can be read and written. `far` allows what 32 bits and
-/// RIP-relative operands cannot reach.
-pub(crate) fn location(rng: &mut Rng, size: u64, far: bool) -> u64 {
-    let size = size.clamp(1, 512);
-    let part = 1 + rng.below(size);
-    let align = size.next_power_of_two().min(16);
-    let unaligned = rng.chance(20);
-    match rng.below(200) {
-        0..4 => READ_ONLY + rng.below(PAGE - size),
-        4..12 => LOW + PAGE - part,
-        12..14 => READ_ONLY - part,
-        14..16 => HOLE - part,
-        16..18 => HOLE + rng.below(PAGE),
-        18..20 => BEHIND - part,
-        20..22 => BEHIND + PAGE - part,
-        22..24 => LOW - part,
-        24 => layout::CODE + rng.below(CODE_LEN),
-        25 if far => 0x8000_0000_0000 + rng.below(4096),
-        26 if far => 0x8000_0000_0000 - part,
-        27 if far => 0xffff_8000_0000_0000 + rng.below(4096),
-        28 if far => HIGH + PAGE - part,
-        n => {
-            let page = match n % 8 {
-                0 => LOW + PAGE,
-                1 => BEHIND,
-                2 if far => HIGH,
-                _ => LOW,
-            };
-            // A few places are shared by many operands.
-            let within = if n % 3 == 0 { 0x800 + rng.below(64) } else { rng.below(PAGE - size) };
-            page + if unaligned { within } else { within & !(align - 1) }
-        }
-    }
-}
-
 impl Draft<'_> {
-    /// A value for a data page, if the place is one and there is room.
-    pub(crate) fn plant(&mut self, at: u64, len: u8, bytes: [u8; 16]) {
-        if layout::plantable(at, len as u64) && self.start.planted.len() + self.pointers.len() < PLANTED_MAX {
-            self.start.planted.push(Planted { at, len, bytes });
-        }
-    }
-
-    /// An instruction with this encoding, `None` when its operands cannot be drawn (or not this time).
+    /// An instruction with this encoding, or `None` if its operands cannot be drawn (perhaps only this time).
     fn item(&mut self, code: Code, number: usize) -> Option<Item> {
         let mut ins = Instruction::default();
         ins.set_code(code);
@@ -221,13 +170,13 @@ impl Draft<'_> {
         match code {
             Code::Retnq | Code::Retnq_imm16 if sane => {
                 let rsp = self.start.gpr[4];
-                self.point(Pointer::Memory(rsp), later);
+                self.add_pointer(Pointer::Memory(rsp), later);
             }
             Code::Jmp_rm64 | Code::Call_rm64 if sane => {
                 if ins.op0_register() != Register::None {
-                    self.point(Pointer::Register(ins.op0_register().number()), later);
+                    self.add_pointer(Pointer::Register(ins.op0_register().number()), later);
                 } else if let Some(at) = self.operand_address(ins) {
-                    self.point(Pointer::Memory(at), later);
+                    self.add_pointer(Pointer::Memory(at), later);
                 }
             }
             _ => {}
@@ -236,7 +185,8 @@ impl Draft<'_> {
         near.then_some(later)
     }
 
-    fn point(&mut self, pointer: Pointer, target: usize) {
+    /// Adds a pointer to item `target`.
+    fn add_pointer(&mut self, pointer: Pointer, target: usize) {
         let fits = match pointer {
             Pointer::Register(_) => true,
             Pointer::Memory(at) => {
@@ -248,7 +198,7 @@ impl Draft<'_> {
         }
     }
 
-    /// The linear address of the memory operand, were it executed first.
+    /// The linear address of the memory operand if the instruction were executed first.
     fn operand_address(&self, ins: &Instruction) -> Option<u64> {
         ins.virtual_address(0, 0, |register, _, _| match register {
             Register::FS => Some(layout::FS_BASE),
@@ -260,7 +210,7 @@ impl Draft<'_> {
         })
     }
 
-    /// Gives CMPXCHG's memory operand the value that it compares with.
+    /// Plants the value that CMPXCHG compares with as its memory operand.
     fn make_equal(&mut self, ins: &Instruction) {
         if self.rng.chance(50)
             && let Some(at) = self.operand_address(ins)

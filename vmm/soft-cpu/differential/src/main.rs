@@ -1,4 +1,4 @@
-//! Compares the soft CPU with the host's on as many random cases as one likes.
+//! Compares the soft CPU with the host's CPU on any number of random cases.
 
 use std::error::Error;
 use std::io::{self, Write};
@@ -7,33 +7,33 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use clap::Parser;
-use vmft_cpu_differential::catalogue::{self, Class};
-use vmft_cpu_differential::compare::Verdict;
-use vmft_cpu_differential::report::Summary;
-use vmft_cpu_differential::run::{Plan, run, run_one};
+use differential::catalogue::{self, RegisterFile};
+use differential::compare::Comparison;
+use differential::report::RunSummary;
+use differential::run::{RunPlan, run, run_one};
 
-/// Compares vmft's software CPU with the host's on random instruction sequences.
+/// Compare vmft's software CPU with the host's CPU on random instruction sequences.
 #[derive(Parser)]
-struct Options {
-    /// How many cases.
+struct DifferentialArgs {
+    /// Number of cases.
     #[arg(long, default_value_t = 100_000)]
     cases: u64,
-    /// Seed of the run [default: from the clock].
+    /// Seed of the run [default: taken from the clock].
     #[arg(long, value_parser = number)]
     seed: Option<u64>,
-    /// Threads.
+    /// Number of threads.
     #[arg(long, default_value_t = 1)]
     jobs: usize,
-    /// Runs only the case with this seed, as a mismatch printed it (with the same --class).
+    /// Run only the case with this seed, as printed for a mismatch (use the same --class).
     #[arg(long, value_parser = number, conflicts_with_all = ["cases", "jobs"])]
     case: Option<u64>,
-    /// Only instructions that mainly work on these registers.
+    /// Use only instructions that mainly work on these registers.
     #[arg(long, value_enum)]
-    class: Option<Class>,
-    /// Prints how often each encoding was executed.
+    class: Option<RegisterFile>,
+    /// Print how often each encoding was executed.
     #[arg(long)]
     coverage: bool,
-    /// Prints only so many mismatches in full.
+    /// Print at most this many mismatches in full.
     #[arg(long, default_value_t = 30)]
     show: usize,
 }
@@ -43,27 +43,27 @@ fn number(text: &str) -> Result<u64, String> {
         Some(hex) => u64::from_str_radix(hex, 16),
         None => text.parse(),
     };
-    parsed.map_err(|e| format!("{e}: wants a number, or hexadecimal after 0x"))
+    parsed.map_err(|e| format!("{e}: give a decimal number, or a hexadecimal one that begins with 0x"))
 }
 
 fn main() -> Result<ExitCode, Box<dyn Error>> {
-    let options = Options::parse();
+    let options = DifferentialArgs::parse();
     let missing = catalogue::missing_on_host();
     if !missing.is_empty() {
-        println!("skipped: this host's CPU lacks {missing:?}");
+        println!("skipped: this host's CPU lacks features that the soft CPU has: {missing:?}");
         return Ok(ExitCode::SUCCESS);
     }
     if let Some(seed) = options.case {
-        let (text, verdict) = run_one(seed, options.class)?;
+        let (text, comparison) = run_one(seed, options.class)?;
         println!("{text}");
-        match &verdict {
-            Verdict::Different(lines) => println!("differs:\n    {}", lines.join("\n    ")),
+        match &comparison {
+            Comparison::Different(lines) => println!("differs:\n    {}", lines.join("\n    ")),
             other => println!("{other:?}"),
         }
-        return Ok(ExitCode::from(matches!(verdict, Verdict::Different(_)) as u8));
+        return Ok(ExitCode::from(matches!(comparison, Comparison::Different(_)) as u8));
     }
     let clock = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64);
-    let plan = Plan {
+    let plan = RunPlan {
         seed: options.seed.unwrap_or(clock),
         cases: options.cases,
         jobs: options.jobs,
@@ -71,11 +71,11 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
     };
     println!("{} cases, --seed {:#x}, --jobs {}", plan.cases, plan.seed, plan.jobs);
     let begun = Instant::now();
-    let said = Mutex::new(begun);
+    let last_print = Mutex::new(begun);
     let summary = run(&plan, |cases, different| {
-        let mut said = said.lock().expect("printing does not panic");
-        if said.elapsed() > Duration::from_secs(5) {
-            *said = Instant::now();
+        let mut last_print = last_print.lock().expect("printing does not panic");
+        if last_print.elapsed() > Duration::from_secs(5) {
+            *last_print = Instant::now();
             let rate = cases as f64 / begun.elapsed().as_secs_f64();
             eprintln!("{cases} of {} cases, {rate:.0}/s, {different} differ", plan.cases);
         }
@@ -85,7 +85,7 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
     Ok(ExitCode::from((summary.different() != 0) as u8))
 }
 
-fn print(summary: &Summary, options: &Options) -> io::Result<()> {
+fn print(summary: &RunSummary, options: &DifferentialArgs) -> io::Result<()> {
     let mut out = io::stdout().lock();
     for mismatch in summary.mismatches.iter().take(options.show) {
         writeln!(out, "{}", mismatch.text)?;
@@ -103,11 +103,11 @@ fn print(summary: &Summary, options: &Options) -> io::Result<()> {
     let never: Vec<_> = counts.iter().filter(|(n, _)| *n == 0).map(|(_, c)| *c).collect();
     writeln!(out, "{} encodings, {} never executed: {never:?}", counts.len(), never.len())?;
     let least: Vec<_> = counts.iter().filter(|(n, _)| *n > 0).take(5).collect();
-    writeln!(out, "least often: {least:?}")?;
+    writeln!(out, "executed least often: {least:?}")?;
     for why in catalogue::EXCLUDED.iter().map(|(why, _)| why) {
         let codes: Vec<_> =
             catalogue::excluded().into_iter().filter(|(_, w)| w == why).map(|(c, _)| c).collect();
-        writeln!(out, "left out, {why:?}: {codes:?}")?;
+        writeln!(out, "not compared, {why:?}: {codes:?}")?;
     }
     Ok(())
 }

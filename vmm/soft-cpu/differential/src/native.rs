@@ -1,9 +1,10 @@
 //! Runs cases on the host's own CPU, in a forked child.
 //!
-//! The child maps the [`layout`] at its fixed addresses and makes everything a signal: a handler on its own stack
-//! takes the case's registers from the signal frame, compares memory with what it was, puts the next case's
-//! registers into the frame and returns, so that the kernel's `sigreturn` loads all of them, RIP included. One
-//! signal is one case. A BPF filter turns system calls of cases into a signal as well.
+//! The child maps the [`layout`] at its fixed addresses, and every case ends with a signal. The signal
+//! handler, on its own stack, takes the case's registers from the signal frame, compares memory with what it
+//! was before, puts the next case's registers into the frame and returns, so that the kernel's `sigreturn`
+//! loads all of them, including RIP. One signal is one case. A BPF filter turns system calls of cases into a
+//! signal as well.
 //!
 //! After `fork` the child touches neither the heap nor thread-local storage: FS belongs to the cases.
 #![allow(unsafe_code)]
@@ -17,24 +18,25 @@ use libc::{c_int, c_void, siginfo_t, ucontext_t};
 use thiserror::Error;
 
 use crate::layout::{self, DATA, PAGE, WORDS};
-use crate::state::{CODE_MAX, End, FX_LEN, Fx, Outcome, PLANTED_MAX, Planted, Start};
+use crate::state::{CODE_MAX, CaseEnd, CaseOutcome, CaseStart, FX_LEN, Fx, PLANTED_MAX, Planted};
 
 /// Cases in a batch.
 pub const BATCH: usize = 512;
-/// Changed words of memory that all cases of one child may report together.
+/// Changed words of memory that all cases of one child together may report.
 const CHANGES: usize = 1 << 18;
-/// CPU time after which a case that is still running is given up, once or twice over.
+/// Period of the timer, in CPU time: a case is given up if it is still running after one to two periods.
 const TICK_US: i64 = 50_000;
 /// Bit 8 of XCR0-style masks: x87 and SSE state.
 const XSTATE_X87_SSE: u64 = 3;
 /// Offset of XSTATE_BV from the start of an XSAVE area.
 const XSTATE_BV: usize = 512;
-/// `FP_XSTATE_MAGIC1` at offset 464 of a signal frame's FXSAVE image says that an XSAVE area it is.
+/// `FP_XSTATE_MAGIC1`, at offset 464 of a signal frame's FXSAVE image: the image is an XSAVE area.
 const XSTATE_MAGIC: u32 = 0x4650_5853;
 
+/// A case, for the child.
 #[derive(Clone, Copy)]
 #[repr(C)]
-struct Input {
+struct NativeInput {
     gpr: [u64; 16],
     rip: u64,
     rflags: u64,
@@ -45,9 +47,10 @@ struct Input {
     planted_len: usize,
 }
 
+/// The outcome of a case, from the child.
 #[derive(Clone, Copy)]
 #[repr(C)]
-struct Output {
+struct NativeOutput {
     gpr: [u64; 16],
     rip: u64,
     rflags: u64,
@@ -60,25 +63,26 @@ struct Output {
     changes: usize,
 }
 
+/// The memory that parent and child share.
 #[repr(C)]
-struct Shared {
+struct SharedBatch {
     count: usize,
     /// Cases that have an output.
     done: usize,
     /// Entries of `changes` in use.
     changed: usize,
-    inputs: [Input; BATCH],
-    outputs: [Output; BATCH],
+    inputs: [NativeInput; BATCH],
+    outputs: [NativeOutput; BATCH],
     changes: [(u32, u64); CHANGES],
 }
 
 /// The child's own variables; the handler finds them through [`CHILD`].
 struct Child {
-    shared: *mut Shared,
+    shared: *mut SharedBatch,
     background: *const u64,
-    /// The code pages where they may be written.
+    /// The writable mapping of the code pages.
     code: *mut u8,
-    /// A case is running.
+    /// Whether a case is running.
     running: bool,
     /// `done` at the last tick of the timer.
     ticked: usize,
@@ -86,13 +90,14 @@ struct Child {
 
 static CHILD: AtomicPtr<Child> = AtomicPtr::new(ptr::null_mut());
 
-/// Why a batch has no outcomes.
+/// Why the outcomes of a batch are missing.
 #[derive(Debug, Error)]
 pub enum NativeError {
     /// The host refused a system call.
-    #[error("running cases on the host's CPU: {0}")]
+    #[error("cannot run cases on the host's CPU: {0}")]
     Host(#[from] io::Error),
-    /// A case escaped from its child: the harness is wrong. Codes below 20 are those of its `require` calls.
+    /// The child died, which is an error in the harness. Exit codes below 20 are those of its `require`
+    /// calls.
     #[error("the native child ended with wait status {status:#x} at case {case} of its batch")]
     Died {
         /// Index in the batch.
@@ -103,27 +108,28 @@ pub enum NativeError {
 }
 
 /// Runs batches of cases natively, each batch in children of its own.
-pub struct Native {
-    shared: *mut Shared,
+pub struct NativeCpu {
+    shared: *mut SharedBatch,
     background: Vec<u64>,
 }
 
-/// A batch that runs.
+/// A batch that is running.
 pub struct Batch<'a> {
-    native: &'a mut Native,
+    native: &'a mut NativeCpu,
     child: libc::pid_t,
-    outcomes: Vec<Outcome>,
+    outcomes: Vec<CaseOutcome>,
     count: usize,
 }
 
-impl Native {
+impl NativeCpu {
     /// Sets up the memory shared with children.
-    pub fn new() -> io::Result<Native> {
-        // SAFETY: an anonymous mapping at an address of the kernel's choice; all-zero bytes are a valid `Shared`.
+    pub fn new() -> io::Result<NativeCpu> {
+        // SAFETY: an anonymous mapping at an address of the kernel's choice; all-zero bytes are a valid
+        // `SharedBatch`.
         let at = unsafe {
             libc::mmap(
                 ptr::null_mut(),
-                size_of::<Shared>(),
+                size_of::<SharedBatch>(),
                 libc::PROT_READ | libc::PROT_WRITE,
                 libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
                 -1,
@@ -133,11 +139,14 @@ impl Native {
         if at == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        Ok(Native { shared: at.cast(), background: layout::background() })
+        Ok(NativeCpu { shared: at.cast(), background: layout::background() })
     }
 
     /// Starts running `starts`, at most [`BATCH`].
-    pub fn start<'a>(&mut self, starts: impl ExactSizeIterator<Item = &'a Start>) -> io::Result<Batch<'_>> {
+    pub fn start<'a>(
+        &mut self,
+        starts: impl ExactSizeIterator<Item = &'a CaseStart>,
+    ) -> io::Result<Batch<'_>> {
         let count = starts.len();
         assert!(count <= BATCH, "{count} cases are more than a batch");
         // SAFETY: no child runs, so nothing else uses the memory.
@@ -157,23 +166,23 @@ impl Native {
         // SAFETY: the child calls nothing but async-signal-safe functions, then `_exit`s.
         match unsafe { libc::fork() } {
             -1 => Err(io::Error::last_os_error()),
-            // SAFETY: as above; `child` wants to be called once in a fresh process.
+            // SAFETY: as above; `child` is called once, in a process of its own.
             0 => unsafe { child(self.shared, &self.background) },
             pid => Ok(pid),
         }
     }
 }
 
-impl Drop for Native {
+impl Drop for NativeCpu {
     fn drop(&mut self) {
         // SAFETY: made by `new` with this size; no `Batch` borrows it any more.
-        unsafe { libc::munmap(self.shared.cast(), size_of::<Shared>()) };
+        unsafe { libc::munmap(self.shared.cast(), size_of::<SharedBatch>()) };
     }
 }
 
 impl Batch<'_> {
-    /// Waits for the batch and gives the outcomes in the order of the cases.
-    pub fn finish(mut self) -> Result<Vec<Outcome>, NativeError> {
+    /// Waits for the batch; returns the outcomes in the order of the cases.
+    pub fn finish(mut self) -> Result<Vec<CaseOutcome>, NativeError> {
         loop {
             let mut status = 0;
             let child = std::mem::replace(&mut self.child, 0);
@@ -192,7 +201,7 @@ impl Batch<'_> {
             if self.outcomes.len() == self.count {
                 return Ok(std::mem::take(&mut self.outcomes));
             }
-            // The child ran out of room for changes of memory: another goes on.
+            // The child had no more room for changes of memory: another one continues.
             self.child = self.native.fork()?;
         }
     }
@@ -210,7 +219,7 @@ impl Drop for Batch<'_> {
     }
 }
 
-fn fill(input: &mut Input, start: &Start) {
+fn fill(input: &mut NativeInput, start: &CaseStart) {
     input.gpr = start.gpr;
     input.rip = start.rip;
     input.rflags = start.rflags;
@@ -223,17 +232,17 @@ fn fill(input: &mut Input, start: &Start) {
     input.planted_len = start.planted.len();
 }
 
-fn outcome(o: &Output, shared: &Shared) -> Outcome {
+fn outcome(o: &NativeOutput, shared: &SharedBatch) -> CaseOutcome {
     let end = match o.signal {
-        libc::SIGSYS => End::SystemCall,
-        libc::SIGPROF => End::Never,
+        libc::SIGSYS => CaseEnd::SystemCall,
+        libc::SIGPROF => CaseEnd::Never,
         _ => {
             let vector = o.vector as u8;
             let error = if matches!(vector, 8 | 10..=14 | 17) { o.error as u32 } else { 0 };
-            End::Exception { vector, error, cr2: o.cr2 }
+            CaseEnd::Exception { vector, error, cr2: o.cr2 }
         }
     };
-    Outcome {
+    CaseOutcome {
         gpr: o.gpr,
         rip: o.rip,
         rflags: o.rflags,
@@ -243,7 +252,7 @@ fn outcome(o: &Output, shared: &Shared) -> Outcome {
     }
 }
 
-/// Ends the child at once, without any of the process' cleanup.
+/// Ends the child at once, without any cleanup.
 fn exit(code: i32) -> ! {
     // SAFETY: a system call that does not return.
     unsafe {
@@ -257,11 +266,11 @@ fn require(ok: bool, code: i32) {
     }
 }
 
-/// The life of a child: sets up its address space, and lets the handler run the cases.
+/// The child's main function: sets up its address space, and lets the signal handler run the cases.
 ///
 /// # Safety
-/// To be called in a process of its own.
-unsafe fn child(shared: *mut Shared, background: &[u64]) -> ! {
+/// Must be called in a process of its own.
+unsafe fn child(shared: *mut SharedBatch, background: &[u64]) -> ! {
     // SAFETY: plain system calls; the mappings are at addresses where nothing else is, as NOREPLACE checks.
     unsafe {
         libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
@@ -296,7 +305,7 @@ unsafe fn map(at: u64, len: u64, prot: c_int, fd: c_int) -> *mut u8 {
     p.cast()
 }
 
-/// Maps the code pages readable and executable, and a second time writable; gives the latter.
+/// Maps the code pages readable and executable, and a second time writable; returns the second mapping.
 unsafe fn map_code() -> *mut u8 {
     // SAFETY: system calls, and writes to the mapping just made.
     unsafe {
@@ -350,7 +359,7 @@ unsafe fn catch_signals() {
     }
 }
 
-/// System calls from below 4 GiB, where only cases run, and 32-bit ones become SIGSYS.
+/// Makes system calls from below 4 GiB, where only cases run, and 32-bit ones raise SIGSYS.
 unsafe fn filter_system_calls() {
     const LOAD: u16 = 0x20;
     const JUMP_IF_EQUAL: u16 = 0x15;
@@ -373,8 +382,8 @@ unsafe fn filter_system_calls() {
     }
 }
 
-/// Where the kernel enters the handler: with AC or NT of the case still set, which compiled code and the next
-/// case would trip over.
+/// Where the kernel enters the signal handler. AC and NT may still be set by the case; they are cleared,
+/// because they would disturb compiled code and the next case.
 #[unsafe(naked)]
 extern "C" fn entry() {
     // ID, AC and NT.
@@ -382,13 +391,13 @@ extern "C" fn entry() {
         keep = const !(1u32 << 21 | 1 << 18 | 1 << 14) as i32, handler = sym handler)
 }
 
-/// Ends the running case and starts the next.
+/// The signal handler: ends the running case and starts the next.
 unsafe extern "C" fn handler(signal: c_int, _: *mut siginfo_t, context: *mut ucontext_t) {
-    // SAFETY: `child` set it up in this process, which has one thread.
+    // SAFETY: the function `child` has set it in this process, which has one thread.
     let child = unsafe { &mut *CHILD.load(Ordering::Relaxed) };
-    // SAFETY: the parent only reads it when this process has ended.
+    // SAFETY: the parent reads it only after this process has ended.
     let shared = unsafe { &mut *child.shared };
-    // SAFETY: the kernel made it.
+    // SAFETY: the kernel passes a valid context.
     let context = unsafe { &mut *context };
     if signal == libc::SIGPROF && child.ticked != shared.done {
         child.ticked = shared.done;
@@ -407,7 +416,7 @@ unsafe extern "C" fn handler(signal: c_int, _: *mut siginfo_t, context: *mut uco
     unsafe { load(child, &shared.inputs[shared.done], context) };
 }
 
-/// Order of RAX to R15 in `gregs`.
+/// The indexes of RAX to R15 in `gregs`.
 const GREGS: [c_int; 16] = [
     libc::REG_RAX,
     libc::REG_RCX,
@@ -427,7 +436,7 @@ const GREGS: [c_int; 16] = [
     libc::REG_R15,
 ];
 
-unsafe fn take_outcome(child: &Child, shared: &mut Shared, signal: c_int, context: &ucontext_t) {
+unsafe fn take_outcome(child: &Child, shared: &mut SharedBatch, signal: c_int, context: &ucontext_t) {
     let output = &mut shared.outputs[shared.done];
     let gregs = &context.uc_mcontext.gregs;
     for (v, r) in output.gpr.iter_mut().zip(GREGS) {
@@ -466,8 +475,8 @@ unsafe fn take_outcome(child: &Child, shared: &mut Shared, signal: c_int, contex
     output.changes = shared.changed - output.first_change;
 }
 
-unsafe fn load(child: &Child, input: &Input, context: &mut ucontext_t) {
-    // SAFETY: code lies within the code pages, planted values within writable ones, as `Start` promises.
+unsafe fn load(child: &Child, input: &NativeInput, context: &mut ucontext_t) {
+    // SAFETY: code lies within the code pages, planted values within writable ones, as `CaseStart` promises.
     unsafe {
         let code = child.code.add((input.rip - layout::CODE) as usize);
         ptr::copy_nonoverlapping(input.code.as_ptr(), code, input.code_len);
@@ -483,7 +492,8 @@ unsafe fn load(child: &Child, input: &Input, context: &mut ucontext_t) {
     gregs[libc::REG_EFL as usize] = input.rflags as i64;
     let frame: *mut u8 = context.uc_mcontext.fpregs.cast();
     const MXCSR_MASK: usize = 28;
-    // SAFETY: an FXSAVE image, and behind it an XSAVE header if the magic says so. The mask stays the host's.
+    // SAFETY: an FXSAVE image, followed by an XSAVE header if the magic number is there. MXCSR_MASK stays the
+    // host's.
     unsafe {
         ptr::copy_nonoverlapping(input.fx.as_ptr(), frame, MXCSR_MASK);
         let rest = MXCSR_MASK + 4;

@@ -1,12 +1,12 @@
-//! Draws operands.
+//! Draws the operands of instructions.
 
 use iced_x86::{Instruction, MemorySize, Mnemonic, OpCodeOperandKind as Kind, OpKind, Register};
 
-use crate::generate::{Draft, location};
+use crate::draft::{Draft, location};
 use crate::layout::{self, FS_BASE, GS_BASE};
-use crate::values::{self, Lane};
+use crate::values::{self, LaneType};
 
-/// Gives operand `n` of `ins` a value of this kind, `None` when that is not possible (or not this time).
+/// Draws operand `n` of `ins`, of this kind. `None` if that is not possible (perhaps only this time).
 pub(crate) fn draw(d: &mut Draft, ins: &mut Instruction, n: u32, kind: Kind) -> Option<()> {
     let memory_or = |d: &mut Draft| d.rng.chance(55);
     match kind {
@@ -71,7 +71,7 @@ fn register(ins: &mut Instruction, n: u32, r: Register) -> Option<()> {
     Some(())
 }
 
-/// Number of a general register: mostly one without a pointer in it.
+/// Number of a general register, usually one that holds no pointer.
 fn general(d: &mut Draft) -> u32 {
     if d.rng.chance(88) { d.rng.pick(&d.values) as u32 } else { d.rng.below(16) as u32 }
 }
@@ -105,7 +105,8 @@ fn fixed(ins: &mut Instruction, n: u32, kind: Kind) -> Option<()> {
     register(ins, n, r)
 }
 
-/// The implicit operands of string instructions, with 64-bit or 32-bit addresses (all alike in one instruction).
+/// The implicit operands of string instructions, with 64-bit or 32-bit addresses (the same for all operands
+/// of one).
 fn string(d: &mut Draft, ins: &mut Instruction, n: u32, kind: Kind) -> Option<()> {
     let narrow = match n {
         0 => d.rng.chance(15),
@@ -199,11 +200,11 @@ fn absolute(d: &mut Draft, ins: &mut Instruction, n: u32) -> Option<()> {
 fn plant(d: &mut Draft, ins: &Instruction, at: u64) {
     let size = ins.memory_size();
     let lane = match size.element_type() {
-        MemorySize::Float32 => Lane::Single,
-        MemorySize::Float64 => Lane::Double,
-        MemorySize::Float80 => Lane::Extended,
-        MemorySize::Bcd => Lane::Bcd,
-        e => Lane::Int((e.size() as u32 * 8).clamp(8, 64)),
+        MemorySize::Float32 => LaneType::Single,
+        MemorySize::Float64 => LaneType::Double,
+        MemorySize::Float80 => LaneType::Extended,
+        MemorySize::Bcd => LaneType::Bcd,
+        e => LaneType::Int((e.size() as u32 * 8).clamp(8, 64)),
     };
     if d.rng.chance(80) {
         let len = size.size().clamp(1, 16) as u8;
@@ -215,14 +216,14 @@ fn plant(d: &mut Draft, ins: &Instruction, at: u64) {
         d.plant(at, len, bytes);
     }
     if matches!(ins.mnemonic(), Mnemonic::Fxrstor | Mnemonic::Fxrstor64) && d.rng.chance(85) {
-        // Reserved bits of MXCSR, at offset 24, are #GP.
+        // Reserved bits of MXCSR, which is at offset 24, would raise #GP.
         let mxcsr = d.rng.below(1 << 16);
         d.plant(at.wrapping_add(24), 8, (mxcsr as u128).to_le_bytes());
     }
 }
 
-/// A memory operand of some shape, whose address is where [`location`] says, as long as the registers in it
-/// still have their first values.
+/// A memory operand of some form, whose address is the one that [`location`] returns, as long as the
+/// registers in it still have their start values.
 fn memory(d: &mut Draft, ins: &mut Instruction, n: u32) -> Option<()> {
     ins.set_op_kind(n, OpKind::Memory);
     let size = ins.memory_size().size().max(1) as u64;
@@ -259,7 +260,7 @@ fn memory(d: &mut Draft, ins: &mut Instruction, n: u32) -> Option<()> {
     }
 }
 
-/// Base, index and displacement of 64 bits: tries a few choices for one whose displacement fits.
+/// 64-bit base, index and displacement: tries a few choices until the displacement fits.
 fn based(d: &mut Draft, ins: &mut Instruction, offset: u64) -> Option<()> {
     for _ in 0..12 {
         let base = d.rng.below(16) as usize;
@@ -288,7 +289,7 @@ fn based(d: &mut Draft, ins: &mut Instruction, offset: u64) -> Option<()> {
     None
 }
 
-/// The same with 32-bit registers, whose sum is cut to 32 bits, so that every displacement fits.
+/// The same with 32-bit registers. The sum is truncated to 32 bits, so that every displacement fits.
 fn narrow(d: &mut Draft, ins: &mut Instruction, offset: u64) -> Option<()> {
     let base = d.rng.below(16) as usize;
     let index = d.rng.below(16) as usize;

@@ -1,4 +1,4 @@
-//! What a run has found: counts, coverage, mismatches.
+//! The results of a run: counts, coverage, mismatches.
 
 use std::collections::BTreeMap;
 use std::fmt::{self, Write};
@@ -7,24 +7,24 @@ use iced_x86::{Code, FlowControl, Formatter, NasmFormatter};
 
 use crate::case::Built;
 use crate::flow::Reject;
-use crate::state::{End, Outcome};
+use crate::state::{CaseEnd, CaseOutcome};
 
-/// Mismatches of one kind that are shown in full.
+/// Mismatches of one culprit that are shown in full.
 const SHOWN: usize = 3;
 
 /// How often an encoding was executed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Count {
-    /// To its end.
+    /// Executions that completed.
     pub completed: u64,
-    /// Up to a fault.
+    /// Executions that faulted.
     pub faulted: u64,
 }
 
 /// A case on which the CPUs differ, after shrinking.
 #[derive(Clone, Debug)]
-pub struct Mismatch {
-    /// Of the whole case.
+pub struct CaseMismatch {
+    /// Seed of the whole case.
     pub seed: u64,
     /// The last instruction of the shrunk case: the likely culprit.
     pub code: Code,
@@ -34,33 +34,34 @@ pub struct Mismatch {
 
 /// The result of a run.
 #[derive(Clone, Debug, Default)]
-pub struct Summary {
-    /// Cases run.
+pub struct RunSummary {
+    /// Number of cases run.
     pub cases: u64,
-    /// Of these, the ones that could not be compared, by reason.
+    /// How many of them could not be compared, by reason.
     pub skipped: BTreeMap<&'static str, u64>,
-    /// Cases skipped for the host's vendor whose other instructions were compared by themselves.
-    pub rests: u64,
-    /// Draws that were not fit to be cases, by reason.
+    /// How many of those, skipped because of one instruction (see [`crate::vendor`]), were compared without
+    /// it.
+    pub compared_in_part: u64,
+    /// Draws that could not be used as cases, by reason.
     pub rejected: BTreeMap<Reject, u64>,
-    /// Endings by vector, of the host.
+    /// How often cases ended with each vector on the host.
     pub endings: BTreeMap<u8, u64>,
-    /// By `Code as usize`; as far as the first branch of a case.
+    /// Executions by encoding (`Code as usize`), up to the first branch of each case.
     pub coverage: BTreeMap<usize, Count>,
-    /// How many cases differ, by culprit.
+    /// Number of cases on which the CPUs differ, by culprit.
     pub culprits: BTreeMap<usize, (Code, u64)>,
-    /// The first few for each culprit.
-    pub mismatches: Vec<Mismatch>,
+    /// The first few mismatches of each culprit.
+    pub mismatches: Vec<CaseMismatch>,
 }
 
-impl Summary {
+impl RunSummary {
     /// Cases on which the CPUs differ.
     pub fn different(&self) -> u64 {
         self.culprits.values().map(|(_, n)| n).sum()
     }
 
-    /// Notes a mismatch.
-    pub fn add(&mut self, mismatch: Mismatch) {
+    /// Adds a mismatch.
+    pub fn add(&mut self, mismatch: CaseMismatch) {
         let count = self.culprits.entry(mismatch.code as usize).or_insert((mismatch.code, 0));
         count.1 += 1;
         if count.1 <= SHOWN as u64 {
@@ -68,9 +69,9 @@ impl Summary {
         }
     }
 
-    /// Counts the instructions that ran before the first branch, and the ending.
-    pub fn cover(&mut self, built: &Built, native: &Outcome) {
-        if let End::Exception { vector, .. } = native.end {
+    /// Counts the instructions that ran before the first branch, and how the case ended.
+    pub fn add_coverage(&mut self, built: &Built, native: &CaseOutcome) {
+        if let CaseEnd::Exception { vector, .. } = native.end {
             *self.endings.entry(vector).or_default() += 1;
         }
         let mut ip = built.start.rip;
@@ -88,13 +89,13 @@ impl Summary {
         }
     }
 
-    /// Takes over another part of the run.
-    pub fn merge(&mut self, other: Summary) {
+    /// Adds the results of another part of the run.
+    pub fn merge(&mut self, other: RunSummary) {
         fn sum<K: Ord>(into: &mut BTreeMap<K, u64>, from: BTreeMap<K, u64>) {
             from.into_iter().for_each(|(k, n)| *into.entry(k).or_default() += n);
         }
         self.cases += other.cases;
-        self.rests += other.rests;
+        self.compared_in_part += other.compared_in_part;
         sum(&mut self.skipped, other.skipped);
         sum(&mut self.rejected, other.rejected);
         sum(&mut self.endings, other.endings);
@@ -109,7 +110,7 @@ impl Summary {
         self.mismatches.extend(other.mismatches);
     }
 
-    /// Executions of an encoding, faulting ones included.
+    /// Executions of an encoding, including those that faulted.
     pub fn executions(&self, code: Code) -> u64 {
         self.coverage.get(&(code as usize)).map_or(0, |n| n.completed + n.faulted)
     }
@@ -120,16 +121,20 @@ fn counts<K: fmt::Debug>(map: &BTreeMap<K, u64>) -> String {
     map.iter().map(|(k, n)| format!("{k:?} {n}")).collect::<Vec<_>>().join(", ")
 }
 
-impl fmt::Display for Summary {
+impl fmt::Display for RunSummary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let skipped: u64 = self.skipped.values().sum();
         let compared = self.cases - skipped;
         writeln!(f, "{} cases, {compared} compared, {} differ", self.cases, self.different())?;
         writeln!(f, "not compared: {skipped} ({})", counts(&self.skipped))?;
-        if self.rests != 0 {
-            writeln!(f, "of these, compared without the instruction to blame: {}", self.rests)?;
+        if self.compared_in_part != 0 {
+            writeln!(
+                f,
+                "of these, compared without the instruction that differs: {}",
+                self.compared_in_part
+            )?;
         }
-        writeln!(f, "drawn anew: {}", counts(&self.rejected))?;
+        writeln!(f, "drawn again: {}", counts(&self.rejected))?;
         writeln!(f, "ended by vector: {}", counts(&self.endings))?;
         let mut culprits: Vec<_> = self.culprits.values().collect();
         culprits.sort_by_key(|(_, n)| std::cmp::Reverse(*n));

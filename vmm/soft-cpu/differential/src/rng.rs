@@ -1,13 +1,13 @@
-//! The generator's source of chance: SplitMix64, so that a seed means the same case for ever.
+//! The generator's random numbers: SplitMix64, so that a seed always gives the same case.
 
-/// A stream of random numbers that its seed determines.
+/// A stream of random numbers that is determined by its seed.
 #[derive(Clone, Debug)]
-pub struct Rng(u64);
+pub struct CaseRng(u64);
 
-impl Rng {
-    /// The stream of `seed`.
-    pub fn new(seed: u64) -> Rng {
-        Rng(seed)
+impl CaseRng {
+    /// The stream for `seed`.
+    pub fn new(seed: u64) -> CaseRng {
+        CaseRng(seed)
     }
 
     /// 64 random bits.
@@ -19,17 +19,17 @@ impl Rng {
         z ^ z >> 31
     }
 
-    /// Less than `n`, which is not 0.
+    /// A random number less than `n`, which must not be 0.
     pub fn below(&mut self, n: u64) -> u64 {
         self.bits() % n
     }
 
-    /// True in `percent` of 100 cases.
+    /// True with a probability of `percent` percent.
     pub fn chance(&mut self, percent: u64) -> bool {
         self.below(100) < percent
     }
 
-    /// One of `items`, which are not empty.
+    /// One of `items`, which must not be empty.
     pub fn pick<T: Copy>(&mut self, items: &[T]) -> T {
         items[self.below(items.len() as u64) as usize]
     }

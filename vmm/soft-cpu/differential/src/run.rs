@@ -6,48 +6,48 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use iced_x86::Instruction;
 
 use crate::case::{Built, Case};
-use crate::catalogue::{self, Class, Entry};
-use crate::compare::Verdict;
+use crate::catalogue::{self, CatalogueEntry, RegisterFile};
+use crate::compare::Comparison;
 use crate::generate::generate;
-use crate::native::{BATCH, Native, NativeError};
-use crate::report::{Mismatch, Summary, describe};
-use crate::rng::Rng;
-use crate::shrink::{judge, shrink, verdict, without};
+use crate::native::{BATCH, NativeCpu, NativeError};
+use crate::report::{CaseMismatch, RunSummary, describe};
+use crate::rng::CaseRng;
+use crate::shrink::{compare_outcomes, run_and_compare, shrink, without_instruction};
 use crate::soft::Soft;
-use crate::state::Outcome;
+use crate::state::CaseOutcome;
 
-/// One case in so many also runs an instruction at a time on the soft CPU.
+/// One case in this many also runs in single steps on the soft CPU.
 const STEPPED: u64 = 8;
-/// Mismatches of a thread that are shrunk; with more, something is wrong altogether.
+/// Most mismatches of a batch that are shrunk; if there are more, something is fundamentally wrong.
 const SHRUNK_MAX: u64 = 2000;
 
 /// What to run.
 #[derive(Clone, Copy, Debug)]
-pub struct Plan {
+pub struct RunPlan {
     /// Seed of the whole run.
     pub seed: u64,
-    /// How many cases.
+    /// Number of cases.
     pub cases: u64,
-    /// On how many threads.
+    /// Number of threads.
     pub jobs: usize,
-    /// Only instructions of this class (which makes other cases of the same seeds).
-    pub class: Option<Class>,
+    /// Use only instructions of this class (the same seeds then give other cases).
+    pub class: Option<RegisterFile>,
 }
 
 /// The seed of case `index` of a run.
 pub fn case_seed(seed: u64, index: u64) -> u64 {
-    Rng::new(seed.rotate_left(32) ^ index).bits()
+    CaseRng::new(seed.rotate_left(32) ^ index).bits()
 }
 
-/// Runs a plan. `progress` hears the number of cases done and of mismatches, from any thread.
-pub fn run(plan: &Plan, progress: impl Fn(u64, u64) + Sync) -> Result<Summary, NativeError> {
+/// Runs a plan. `progress` is called from any thread with the number of cases done and of mismatches.
+pub fn run(plan: &RunPlan, progress: impl Fn(u64, u64) + Sync) -> Result<RunSummary, NativeError> {
     let entries = entries(plan.class);
     let next = AtomicU64::new(0);
-    let total = Mutex::new((Summary::default(), 0));
+    let total = Mutex::new((RunSummary::default(), 0));
     std::thread::scope(|scope| {
         let worker = || -> Result<(), NativeError> {
-            let mut pair = Pair {
-                native: Native::new()?,
+            let mut pair = CpuPair {
+                native: NativeCpu::new()?,
                 soft: Soft::new(),
                 translated: Soft::translated(),
                 entries: &entries,
@@ -70,41 +70,43 @@ pub fn run(plan: &Plan, progress: impl Fn(u64, u64) + Sync) -> Result<Summary, N
     Ok(total.into_inner().expect("no thread panics with the lock").0)
 }
 
-fn entries(class: Option<Class>) -> Vec<Entry> {
+fn entries(class: Option<RegisterFile>) -> Vec<CatalogueEntry> {
     let mut entries = catalogue::entries();
     entries.retain(|e| class.is_none_or(|c| c == e.class));
     entries
 }
 
-/// Runs the one case of `seed` in a run of `class`, and says all about it.
-pub fn run_one(seed: u64, class: Option<Class>) -> Result<(String, Verdict), NativeError> {
+/// Runs the case of `seed` in a run of `class`; returns its description and the result.
+pub fn run_one(seed: u64, class: Option<RegisterFile>) -> Result<(String, Comparison), NativeError> {
     let entries = entries(class);
-    let (mut native, mut soft) = (Native::new()?, Soft::new());
+    let (mut native, mut soft) = (NativeCpu::new()?, Soft::new());
     let (case, built) = generate(seed, &entries, |_| ());
-    let verdict = judge(&mut native, &mut soft, &built)?;
+    let comparison = run_and_compare(&mut native, &mut soft, &built)?;
     let mut text = describe(&built);
     if let Some(mismatch) = shrink(&mut native, &mut soft, &case)? {
         text += "\nreduced:\n";
         text += &mismatch.text;
     }
-    Ok((text, verdict))
+    Ok((text, comparison))
 }
 
-struct Pair<'a> {
-    native: Native,
+/// The CPUs that a thread compares.
+struct CpuPair<'a> {
+    native: NativeCpu,
     soft: Soft,
     translated: Soft,
-    entries: &'a [Entry],
+    entries: &'a [CatalogueEntry],
 }
 
-impl Pair<'_> {
-    fn batch(&mut self, seeds: impl Iterator<Item = u64>) -> Result<Summary, NativeError> {
-        let mut summary = Summary::default();
+impl CpuPair<'_> {
+    fn batch(&mut self, seeds: impl Iterator<Item = u64>) -> Result<RunSummary, NativeError> {
+        let mut summary = RunSummary::default();
         let cases: Vec<(Case, Built)> = seeds
             .map(|seed| generate(seed, self.entries, |why| *summary.rejected.entry(why).or_default() += 1))
             .collect();
         let batch = self.native.start(cases.iter().map(|(_, built)| &built.start))?;
-        let ours: Vec<Outcome> = cases.iter().map(|(_, built)| self.soft.run(&built.start, false)).collect();
+        let ours: Vec<CaseOutcome> =
+            cases.iter().map(|(_, built)| self.soft.run(&built.start, false)).collect();
         let theirs = batch.finish().inspect_err(|e| {
             if let NativeError::Died { case, .. } = e {
                 eprintln!(
@@ -116,32 +118,38 @@ impl Pair<'_> {
         })?;
         for (((case, built), ours), theirs) in cases.iter().zip(&ours).zip(&theirs) {
             summary.cases += 1;
-            summary.cover(built, theirs);
-            self.again(case, built, ours, &mut summary);
-            match verdict(&mut self.soft, built, theirs, ours) {
-                (Verdict::Same, _) => {}
-                (Verdict::Skipped(why), culprit) => {
+            summary.add_coverage(built, theirs);
+            self.check_other_ways(case, built, ours, &mut summary);
+            match compare_outcomes(&mut self.soft, built, theirs, ours) {
+                (Comparison::Same, _) => {}
+                (Comparison::Skipped(why), culprit) => {
                     *summary.skipped.entry(why).or_default() += 1;
                     if let Some(ins) = culprit {
-                        self.rest(case, ins, &mut summary)?;
+                        self.compare_without(case, ins, &mut summary)?;
                     }
                 }
-                (Verdict::Different(lines), _) => self.differs(case, built, &lines, &mut summary)?,
+                (Comparison::Different(lines), _) => self.add_mismatch(case, built, &lines, &mut summary)?,
             }
         }
         Ok(summary)
     }
 
-    /// The soft CPU must do the same with translated code, and when it is stopped after each instruction.
-    fn again(&mut self, case: &Case, built: &Built, whole: &Outcome, summary: &mut Summary) {
-        let mut differs = |how: &str, again: Outcome| {
+    /// Checks that the soft CPU does the same with translated code, and in single steps.
+    fn check_other_ways(
+        &mut self,
+        case: &Case,
+        built: &Built,
+        whole: &CaseOutcome,
+        summary: &mut RunSummary,
+    ) {
+        let mut differs = |how: &str, again: CaseOutcome| {
             if again != *whole {
                 let text = format!(
                     "seed {:#x}: the soft CPU {how} differs from itself\n{}    whole {whole:x?}\n    again {again:x?}\n",
                     case.seed,
                     describe(built)
                 );
-                summary.add(Mismatch { seed: case.seed, code: iced_x86::Code::INVALID, text });
+                summary.add(CaseMismatch { seed: case.seed, code: iced_x86::Code::INVALID, text });
             }
         };
         differs("with translated code", self.translated.run(&built.start, false));
@@ -150,22 +158,28 @@ impl Pair<'_> {
         }
     }
 
-    /// Compares what is left of a case without an instruction that the host's vendor does differently.
-    fn rest(&mut self, case: &Case, ins: Instruction, summary: &mut Summary) -> Result<(), NativeError> {
-        let Some((rest, built)) = without(case, &ins) else { return Ok(()) };
-        summary.rests += 1;
-        match judge(&mut self.native, &mut self.soft, &built)? {
-            Verdict::Different(lines) => self.differs(&rest, &built, &lines, summary),
+    /// Compares the rest of a case, without an instruction that the host's vendor implements differently.
+    fn compare_without(
+        &mut self,
+        case: &Case,
+        ins: Instruction,
+        summary: &mut RunSummary,
+    ) -> Result<(), NativeError> {
+        let Some((rest, built)) = without_instruction(case, &ins) else { return Ok(()) };
+        summary.compared_in_part += 1;
+        match run_and_compare(&mut self.native, &mut self.soft, &built)? {
+            Comparison::Different(lines) => self.add_mismatch(&rest, &built, &lines, summary),
             _ => Ok(()),
         }
     }
 
-    fn differs(
+    /// Adds a mismatch to the summary.
+    fn add_mismatch(
         &mut self,
         case: &Case,
         built: &Built,
         lines: &[String],
-        summary: &mut Summary,
+        summary: &mut RunSummary,
     ) -> Result<(), NativeError> {
         let mismatch = self.reduce(case, built, lines, summary.different() < SHRUNK_MAX)?;
         summary.add(mismatch);
@@ -178,12 +192,12 @@ impl Pair<'_> {
         built: &Built,
         lines: &[String],
         shrink_it: bool,
-    ) -> Result<Mismatch, NativeError> {
+    ) -> Result<CaseMismatch, NativeError> {
         if shrink_it && let Some(mismatch) = shrink(&mut self.native, &mut self.soft, case)? {
             return Ok(mismatch);
         }
         let text =
             format!("seed {:#x} (not reduced)\n{}    {}\n", case.seed, describe(built), lines.join("\n    "));
-        Ok(Mismatch { seed: case.seed, code: iced_x86::Code::INVALID, text })
+        Ok(CaseMismatch { seed: case.seed, code: iced_x86::Code::INVALID, text })
     }
 }

@@ -1,13 +1,14 @@
-//! Runs cases on the soft CPU: the [`layout`] through real page tables, ring 3, and an IDT whose handlers halt.
+//! Runs cases on the soft CPU: the [`layout`] through real page tables, ring 3, and an IDT whose handlers
+//! halt.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use soft_cpu::state::{Registers, Segment, Shadow, TableRegister, X87, seg};
 use soft_cpu::tlb::TlbState;
-use soft_cpu::{CpuState, Exit, RunLimit, SoftCpu};
+use soft_cpu::{CpuExit, CpuState, RunLimit, SoftCpu};
 
 use crate::layout::{self, CODE_LEN, DATA, PAGE};
-use crate::state::{End, Fx, Outcome, Start};
+use crate::state::{CaseEnd, CaseOutcome, CaseStart, Fx};
 
 const RAM: usize = 64 * PAGE as usize;
 /// Instructions that a case may retire; more than the longest REP can before it faults.
@@ -25,7 +26,7 @@ const CODE: usize = 0x4000;
 const DATA_START: usize = CODE + CODE_LEN as usize;
 const TABLES: usize = 0x10000;
 
-/// As Linux numbers them, for instructions that show selectors.
+/// Selectors, as Linux has them, for instructions that show them.
 const KERNEL_CS: u16 = 0x10;
 const USER_CS: u16 = 0x33;
 const USER_SS: u16 = 0x2b;
@@ -34,9 +35,9 @@ const TR: u16 = 0x40;
 /// How a case is run.
 enum Way<'a> {
     Whole,
-    /// An instruction at a time.
+    /// In single steps.
     Steps,
-    /// The same, telling the state before and after each, for as long as it is wanted.
+    /// In single steps, passing the state before and after each to a function, as long as that returns true.
     Observed(&'a mut dyn FnMut(&CpuState, &CpuState) -> bool),
 }
 
@@ -95,7 +96,7 @@ fn put(ram: &mut [u8], at: usize, v: u64) {
 }
 
 impl Soft {
-    /// A CPU in its world.
+    /// A CPU in the layout's address space.
     pub fn new() -> Soft {
         let background = layout::background();
         let mut ram = vec![0; RAM];
@@ -113,7 +114,7 @@ impl Soft {
         ram[TSS + 0x66] = 0x68;
         for vector in 0..256 {
             let handler = KERNEL + HANDLERS as u64 + vector as u64 * 16;
-            // Linux lets ring 3 use INT 3 and INT 4.
+            // Linux allows ring 3 to use INT 3 and INT 4.
             let dpl = if matches!(vector, 3 | 4) { 3 } else { 0 };
             let gate = handler & 0xffff | (KERNEL_CS as u64) << 16 | (0x8e | dpl << 5) << 40;
             put(&mut ram, IDT + vector * 16, gate | (handler >> 16 & 0xffff) << 48);
@@ -129,7 +130,8 @@ impl Soft {
             gdtr: TableRegister { base: KERNEL + GDT as u64, limit: 0xff },
             idtr: TableRegister { base: KERNEL + IDT as u64, limit: 0xfff },
             tr: Segment { selector: TR, attr: 0x8b, limit: 0x67, base: tss },
-            // PG, AM, WP, NE, ET, MP, PE; PGE, OSXMMEXCPT, OSFXSR, PAE; NXE, LMA, LME, SCE: as Linux has them.
+            // PG, AM, WP, NE, ET, MP, PE; PGE, OSXMMEXCPT, OSFXSR, PAE; NXE, LMA, LME, SCE: as Linux has
+            // them.
             cr0: 0x8005_0033,
             cr3: TABLES as u64,
             cr4: 0x6a0,
@@ -141,16 +143,17 @@ impl Soft {
         Soft { cpu: SoftCpu::new(RAM as u64), translates: false, ram, background, system }
     }
 
-    /// The same, where every block is translated before it runs.
+    /// The same, but every block is translated before it runs.
     pub fn translated() -> Soft {
         let mut soft = Soft { translates: true, ..Soft::new() };
-        let native = translator::Native::new().expect("memory for translated code");
+        let native = translator::NativeTranslator::new()
+            .expect("the host allows executable memory for translated code");
         soft.cpu.set_translator(Box::new(native), 1);
         soft
     }
 
-    /// Runs a case to its end. With `step` it is run one instruction at a time.
-    pub fn run(&mut self, start: &Start, step: bool) -> Outcome {
+    /// Runs a case to its end; with `step`, in single steps.
+    pub fn run(&mut self, start: &CaseStart, step: bool) -> CaseOutcome {
         match catch_unwind(AssertUnwindSafe(|| {
             self.run_case(start, if step { Way::Steps } else { Way::Whole })
         })) {
@@ -164,13 +167,13 @@ impl Soft {
         }
     }
 
-    /// Runs a case one instruction at a time, as long as `each` wants to see the state before and after the next.
-    /// The case must be one that has been run, and not been broken.
-    pub fn trace(&mut self, start: &Start, mut each: impl FnMut(&CpuState, &CpuState) -> bool) {
+    /// Runs a case in single steps and calls `each` with the state before and after each instruction, as long
+    /// as it returns true. The case must have been run before, and must not end as [`CaseEnd::Broken`].
+    pub fn trace(&mut self, start: &CaseStart, mut each: impl FnMut(&CpuState, &CpuState) -> bool) {
         self.run_case(start, Way::Observed(&mut each));
     }
 
-    fn run_case(&mut self, start: &Start, way: Way<'_>) -> Outcome {
+    fn run_case(&mut self, start: &CaseStart, way: Way<'_>) -> CaseOutcome {
         let code = CODE + (start.rip - layout::CODE) as usize;
         self.ram[code..code + start.code.len()].copy_from_slice(&start.code);
         for p in &start.planted {
@@ -194,33 +197,33 @@ impl Soft {
             }
         };
         let outcome = match exit {
-            Exit::Hlt => self.outcome(),
-            Exit::Reached => Outcome { end: End::Never, ..broken(start, String::new()) },
+            CpuExit::Hlt => self.outcome(),
+            CpuExit::Reached => CaseOutcome { end: CaseEnd::Never, ..broken(start, String::new()) },
             exit => broken(start, format!("exit {exit:?}")),
         };
-        let outcome = Outcome { memory: self.take_changes(), ..outcome };
+        let outcome = CaseOutcome { memory: self.take_changes(), ..outcome };
         self.ram[code..code + start.code.len()].fill(0xcc);
         outcome
     }
 
-    fn run_to(&mut self, until: u64) -> Exit {
+    fn run_to(&mut self, until: u64) -> CpuExit {
         self.cpu.run(&mut self.ram, &RunLimit { until, interrupt_window: false })
     }
 
-    /// Runs an instruction at a time as long as `on` says so.
-    fn steps(&mut self, on: &mut dyn FnMut(&SoftCpu) -> bool) -> Exit {
-        let mut exit = Exit::Reached;
+    /// Runs in single steps as long as `on` returns true.
+    fn steps(&mut self, on: &mut dyn FnMut(&SoftCpu) -> bool) -> CpuExit {
+        let mut exit = CpuExit::Reached;
         for until in 1..=BUDGET {
             exit = self.run_to(until);
-            // One that faults does not retire: its exit is the handler's.
-            if !on(&self.cpu) || !matches!(exit, Exit::Reached) {
+            // An instruction that faults does not retire: the exit is then that of the handler.
+            if !on(&self.cpu) || !matches!(exit, CpuExit::Reached) {
                 break;
             }
         }
         exit
     }
 
-    fn initial(&self, start: &Start) -> CpuState {
+    fn initial(&self, start: &CaseStart) -> CpuState {
         let fx = &start.fx;
         let mut x87 = X87 {
             control: fx.fcw,
@@ -253,8 +256,8 @@ impl Soft {
         }
     }
 
-    /// The case's state, from the handler's registers and stack.
-    fn outcome(&self) -> Outcome {
+    /// The outcome of the case, from the registers and the stack of the handler.
+    fn outcome(&self) -> CaseOutcome {
         let s = self.cpu.save();
         let vector = (s.rip.wrapping_sub(KERNEL + HANDLERS as u64) / 16) as u8;
         let mut frame = s.gpr[4].wrapping_sub(KERNEL) as usize;
@@ -275,17 +278,17 @@ impl Soft {
             }),
             xmm: s.xmm,
         };
-        Outcome {
+        CaseOutcome {
             gpr,
             rip: get(&self.ram, frame),
             rflags: get(&self.ram, frame + 16),
             fx,
-            end: End::Exception { vector, error, cr2: s.sys.cr2 },
+            end: CaseEnd::Exception { vector, error, cr2: s.sys.cr2 },
             memory: Vec::new(),
         }
     }
 
-    /// What has changed in memory; puts it back.
+    /// Returns the words of memory that have changed, and restores them.
     fn take_changes(&mut self) -> Vec<(u32, u64)> {
         let mut changes = Vec::new();
         for (i, was) in self.background.iter().enumerate() {
@@ -315,19 +318,20 @@ fn map_all(ram: &mut [u8]) {
     }
 }
 
-/// Where a byte of a data page is in RAM.
+/// RAM offset of a byte of a data page.
 fn physical(addr: u64) -> usize {
     let page = DATA.iter().position(|p| p.at == addr & !(PAGE - 1)).expect("a data page");
     DATA_START + page * PAGE as usize + (addr % PAGE) as usize
 }
 
-fn broken(start: &Start, why: String) -> Outcome {
-    Outcome {
+/// The outcome of a case that did not end with an exception.
+fn broken(start: &CaseStart, why: String) -> CaseOutcome {
+    CaseOutcome {
         gpr: start.gpr,
         rip: start.rip,
         rflags: start.rflags,
         fx: start.fx,
-        end: End::Broken(why),
+        end: CaseEnd::Broken(why),
         memory: Vec::new(),
     }
 }

@@ -1,4 +1,4 @@
-//! What a case starts from and what it ends in.
+//! The start state and the outcome of a case.
 
 /// Bytes of an FXSAVE image that hold state: header, ST0 to ST7, XMM0 to XMM15.
 pub const FX_LEN: usize = 416;
@@ -66,38 +66,38 @@ impl Fx {
 pub struct Planted {
     /// Linear address; all bytes are within writable data pages.
     pub at: u64,
-    /// How many of `bytes` count.
+    /// How many of `bytes` are planted.
     pub len: u8,
     /// The bytes.
     pub bytes: [u8; 16],
 }
 
-/// Most bytes of code that a case has.
+/// Maximum size of a case's code in bytes.
 pub const CODE_MAX: usize = 256;
-/// Most values that a case plants in memory.
+/// Maximum number of values that a case plants in memory.
 pub const PLANTED_MAX: usize = 32;
 
-/// All that decides what a case does.
+/// The start state of a case, which determines everything that it does.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Start {
+pub struct CaseStart {
     /// RAX to R15.
     pub gpr: [u64; 16],
     /// RFLAGS.
     pub rflags: u64,
     /// x87 and SSE state.
     pub fx: Fx,
-    /// Where the code begins, and RIP.
+    /// The address of the code, and RIP.
     pub rip: u64,
     /// The code, at most [`CODE_MAX`] bytes, within the code pages.
     pub code: Vec<u8>,
-    /// Memory, at most [`PLANTED_MAX`] values.
+    /// Values in memory, at most [`PLANTED_MAX`].
     pub planted: Vec<Planted>,
 }
 
 /// How a case ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum End {
-    /// With an exception; INT3 is the ordinary end.
+pub enum CaseEnd {
+    /// With an exception; the ordinary end is INT3.
     Exception {
         /// Vector, 0 to 31.
         vector: u8,
@@ -106,17 +106,17 @@ pub enum End {
         /// CR2; meaningful for page faults.
         cr2: u64,
     },
-    /// With a system call, which is no business of a case.
+    /// With a system call, which a case should not make.
     SystemCall,
-    /// Not within the time or number of instructions allowed.
+    /// It did not end within the allowed time or number of instructions.
     Never,
-    /// In a way that no CPU may end: a panic, a triple fault, an exit to the machine.
+    /// In a way that is an error of the soft CPU: a panic, a triple fault, an exit to the machine.
     Broken(String),
 }
 
 /// The state that a case ended in.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Outcome {
+pub struct CaseOutcome {
     /// RAX to R15.
     pub gpr: [u64; 16],
     /// RIP as the exception reported it.
@@ -126,7 +126,7 @@ pub struct Outcome {
     /// x87 and SSE state.
     pub fx: Fx,
     /// How it ended.
-    pub end: End,
-    /// Words of memory that are not as in [`crate::layout::background`]: index and value, ascending.
+    pub end: CaseEnd,
+    /// Words of memory that differ from [`crate::layout::background`]: index and value, in ascending order.
     pub memory: Vec<(u32, u64)>,
 }

@@ -1,9 +1,9 @@
 //! Values that instructions are likely to get wrong.
 
-use crate::rng::Rng;
+use crate::rng::CaseRng;
 
 /// An integer of `bits` bits (zero-extended): edges of its range, bit patterns, small and random numbers.
-pub fn int(rng: &mut Rng, bits: u32) -> u64 {
+pub fn int(rng: &mut CaseRng, bits: u32) -> u64 {
     let mask = u64::MAX >> (64 - bits);
     let top = 1u64 << (bits - 1);
     let v = match rng.below(14) {
@@ -27,20 +27,19 @@ pub fn int(rng: &mut Rng, bits: u32) -> u64 {
     v & mask
 }
 
-/// The shape of a binary floating-point format, and a value in it: significand bits behind the point, exponent
-/// bits. With `x87` the integer bit is explicit, so that significands have 64 bits.
+/// A binary floating-point format: the number of fraction bits and of exponent bits.
 #[derive(Clone, Copy)]
-struct Format {
+struct BinaryFormat {
     fraction: u32,
     exponent: u32,
 }
 
-const SINGLE: Format = Format { fraction: 23, exponent: 8 };
-const DOUBLE: Format = Format { fraction: 52, exponent: 11 };
-const EXTENDED: Format = Format { fraction: 63, exponent: 15 };
+const SINGLE: BinaryFormat = BinaryFormat { fraction: 23, exponent: 8 };
+const DOUBLE: BinaryFormat = BinaryFormat { fraction: 52, exponent: 11 };
+const EXTENDED: BinaryFormat = BinaryFormat { fraction: 63, exponent: 15 };
 
-/// Sign, biased exponent, fraction without integer bit.
-fn float(rng: &mut Rng, f: Format) -> (bool, u64, u64) {
+/// Draws a value: sign, biased exponent, fraction without integer bit.
+fn float(rng: &mut CaseRng, f: BinaryFormat) -> (bool, u64, u64) {
     let ones = u64::MAX >> (64 - f.fraction);
     let quiet = 1u64 << (f.fraction - 1);
     let special = (1u64 << f.exponent) - 1;
@@ -75,20 +74,20 @@ fn float(rng: &mut Rng, f: Format) -> (bool, u64, u64) {
 }
 
 /// A single-precision value's bits.
-pub fn single(rng: &mut Rng) -> u32 {
+pub fn single(rng: &mut CaseRng) -> u32 {
     let (sign, exponent, fraction) = float(rng, SINGLE);
     (sign as u32) << 31 | (exponent as u32) << 23 | fraction as u32
 }
 
 /// A double-precision value's bits.
-pub fn double(rng: &mut Rng) -> u64 {
+pub fn double(rng: &mut CaseRng) -> u64 {
     let (sign, exponent, fraction) = float(rng, DOUBLE);
     (sign as u64) << 63 | exponent << 52 | fraction
 }
 
-/// An 80-bit value: significand, sign and exponent. One in ten is of a kind that no operation gives
+/// An 80-bit value: significand, sign and exponent. One in ten is of a kind that no operation returns
 /// (pseudo-denormal, unnormal, pseudo-infinity, pseudo-NaN).
-pub fn extended(rng: &mut Rng) -> (u64, u16) {
+pub fn extended(rng: &mut CaseRng) -> (u64, u16) {
     let (sign, exponent, fraction) = float(rng, EXTENDED);
     let mut integer = (exponent != 0) as u64;
     if rng.chance(10) {
@@ -97,37 +96,37 @@ pub fn extended(rng: &mut Rng) -> (u64, u16) {
     (integer << 63 | fraction, (sign as u16) << 15 | exponent as u16)
 }
 
-/// What a vector's or an operand's lanes are.
+/// The type of the lanes of a vector or an operand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Lane {
-    /// Integers of so many bits.
+pub enum LaneType {
+    /// Integers of this many bits.
     Int(u32),
     /// Single precision.
     Single,
     /// Double precision.
     Double,
-    /// 80 bits, in 10 bytes.
+    /// Double extended precision: 80 bits, in 10 bytes.
     Extended,
     /// 18 decimal digits and a sign, in 10 bytes.
     Bcd,
 }
 
 /// 16 bytes of lanes.
-pub fn lanes(rng: &mut Rng, lane: Lane) -> [u8; 16] {
+pub fn lanes(rng: &mut CaseRng, lane: LaneType) -> [u8; 16] {
     let mut b = [0; 16];
     match lane {
-        Lane::Int(bits) => {
+        LaneType::Int(bits) => {
             let n = (bits / 8).clamp(1, 8) as usize;
             b.chunks_mut(n).for_each(|c| c.copy_from_slice(&int(rng, bits.min(64)).to_le_bytes()[..n]));
         }
-        Lane::Single => b.chunks_mut(4).for_each(|c| c.copy_from_slice(&single(rng).to_le_bytes())),
-        Lane::Double => b.chunks_mut(8).for_each(|c| c.copy_from_slice(&double(rng).to_le_bytes())),
-        Lane::Extended => {
+        LaneType::Single => b.chunks_mut(4).for_each(|c| c.copy_from_slice(&single(rng).to_le_bytes())),
+        LaneType::Double => b.chunks_mut(8).for_each(|c| c.copy_from_slice(&double(rng).to_le_bytes())),
+        LaneType::Extended => {
             let (significand, sign_exponent) = extended(rng);
             b[..8].copy_from_slice(&significand.to_le_bytes());
             b[8..10].copy_from_slice(&sign_exponent.to_le_bytes());
         }
-        Lane::Bcd => {
+        LaneType::Bcd => {
             b[..9].fill_with(|| (rng.below(10) << 4 | rng.below(10)) as u8);
             b[9] = rng.pick(&[0, 0x80]);
         }
@@ -136,16 +135,16 @@ pub fn lanes(rng: &mut Rng, lane: Lane) -> [u8; 16] {
 }
 
 /// 16 bytes for an XMM register.
-pub fn vector(rng: &mut Rng) -> u128 {
+pub fn vector(rng: &mut CaseRng) -> u128 {
     let lane = rng.pick(&[
-        Lane::Single,
-        Lane::Single,
-        Lane::Double,
-        Lane::Double,
-        Lane::Int(8),
-        Lane::Int(16),
-        Lane::Int(32),
-        Lane::Int(64),
+        LaneType::Single,
+        LaneType::Single,
+        LaneType::Double,
+        LaneType::Double,
+        LaneType::Int(8),
+        LaneType::Int(16),
+        LaneType::Int(32),
+        LaneType::Int(64),
     ]);
     u128::from_le_bytes(lanes(rng, lane))
 }

@@ -1,10 +1,11 @@
-//! Where processors of different vendors legitimately differ.
+//! Legitimate differences between processors of different vendors.
 //!
-//! The soft CPU does what Intel's processors do, on every host: that is its definition. On a host of another vendor
-//! a case may therefore end differently although both are right, because the manuals leave something open (SDM 3A
-//! 6.9: the order of exceptions within a class "may vary from processor to processor") or because the two vendors'
-//! manuals say different things. [`explain`] finds the instruction of a case that is to blame; such a case counts as
-//! not compared, for the reason that [`Quirk::reason`] gives. Nothing is explained away on Intel's processors.
+//! The soft CPU is defined to do what Intel's processors do, on every host. On a host of another vendor a
+//! case may therefore end differently although both are right, because the manuals leave something open (SDM
+//! 3A 6.9: the order of exceptions within a class "may vary from processor to processor") or because the
+//! manuals of the two vendors define different things. [`explain`] finds the instruction that causes the
+//! difference. Such a case counts as not compared, for the reason that [`Quirk::reason`] returns. On Intel's
+//! processors every difference counts.
 
 use iced_x86::{Code, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
 use soft_cpu::CpuState;
@@ -13,19 +14,19 @@ use crate::case::Built;
 use crate::flow::{Flow, is_prefix, is_x87, shows_pointers};
 use crate::layout::{CODE, CODE_LEN};
 use crate::soft::Soft;
-use crate::state::{End, Outcome, Start};
+use crate::state::{CaseEnd, CaseOutcome, CaseStart};
 
-/// Whose processor runs the native half of a case.
+/// The vendor of the host's processor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Vendor {
-    /// Intel; and whoever is not known to differ from it.
+    /// Intel, and vendors that are not known to differ from it.
     Intel,
-    /// AMD, and Hygon, which builds AMD's.
+    /// AMD, and Hygon, whose processors are AMD's.
     Amd,
 }
 
 impl Vendor {
-    /// This host's.
+    /// The vendor of this host's processor.
     pub fn host() -> Vendor {
         let leaf = std::arch::x86_64::__cpuid(0);
         let name: Vec<u8> = [leaf.ebx, leaf.edx, leaf.ecx].iter().flat_map(|r| r.to_le_bytes()).collect();
@@ -35,8 +36,8 @@ impl Vendor {
         }
     }
 
-    /// Whether a word of memory is the same: FXSAVE stores MXCSR_MASK, in which AMD's processors have MM (bit 17,
-    /// misaligned accesses), a feature of their own.
+    /// Whether a word of memory counts as equal: FXSAVE stores MXCSR_MASK, in which AMD's processors have MM
+    /// (bit 17, misaligned accesses), a feature that only they have.
     pub fn same_word(self, flow: &Flow, native: u64, soft: u64) -> bool {
         const MXCSR_MASK: u64 = 0xffff;
         const MM: u64 = 1 << 17;
@@ -49,23 +50,23 @@ impl Vendor {
     }
 }
 
-/// What AMD's processors do in another way than Intel's and the soft CPU.
+/// A difference of AMD's processors from Intel's and from the soft CPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Quirk {
-    /// AMD obeys an operand-size prefix before a near branch in 64-bit mode (16-bit displacement and RIP), Intel
-    /// ignores it (SDM 2, "near branches"; APM 3, 1.2.5).
+    /// AMD obeys an operand-size prefix before a near branch in 64-bit mode (16-bit displacement and RIP),
+    /// Intel ignores it (SDM 2, "near branches"; APM 3, 1.2.5).
     ShortBranch,
-    /// A repeat prefix before LOOPE or LOOPNE, where its effect is unpredictable (APM 3, 1.2.6): AMD takes its
-    /// condition in place of the opcode's.
+    /// A repeat prefix before LOOPE or LOOPNE, where its effect is unpredictable (APM 3, 1.2.6): AMD uses the
+    /// condition of the prefix instead of the opcode's.
     RepeatedLoop,
-    /// PAUSE with REX.B: for AMD an exchange of RAX and R8, whose repeat prefix has no effect.
+    /// PAUSE with REX.B: on AMD it exchanges RAX and R8, and the repeat prefix has no effect.
     PauseExchange,
     /// MXCSR's bit 17, MM, which only AMD's processors have: #GP on Intel's.
     MisalignedMode,
-    /// 0F 0D with a register: AMD's PREFETCHW, #UD (APM 3); a NOP for Intel.
+    /// 0F 0D with a register: on AMD PREFETCHW, which is then #UD (APM 3); on Intel a NOP.
     PrefetchRegister,
-    /// INT1's #DB is a trap for both; but under AMD's virtualization the host's KVM hands it on with the RIP of the
-    /// instruction itself, which SVM does not advance.
+    /// The #DB of INT1 is a trap on both; but under AMD's virtualization the host's KVM delivers it with the
+    /// RIP of the instruction itself, which SVM does not advance.
     Int1,
     /// MOVSXD with an operand size of 16 bits: Intel reads 16 bits, AMD 32.
     NarrowMovsxd,
@@ -74,47 +75,52 @@ pub enum Quirk {
     X87Pointers,
     /// SHLD or SHRD of 16 bits by more than 16: result and flags are undefined (SDM 2, APM 3).
     DoubleShiftBeyond,
-    /// RCL or RCR of 8 or 16 bits by a whole turn, which is not a count of zero: OF is undefined (SDM 2, APM 3).
+    /// RCL or RCR of 8 or 16 bits by a whole turn, which is not a count of zero: OF is undefined (SDM 2, APM
+    /// 3).
     WholeTurn,
-    /// DPPS or DPPD with several NaNs: which of them comes out depends on the order of additions, which is open.
+    /// DPPS or DPPD with several NaNs: which of them is the result depends on the order of additions, which
+    /// is open.
     DotProductNan,
-    /// An unmasked underflow in FSCALE, FPREM or FPREM1 of a denormal that stays what it is: AMD reports it, with the
-    /// wrapped exponent; Intel hands the operand through.
+    /// An unmasked underflow in FSCALE, FPREM or FPREM1 of a denormal that does not change: AMD reports it,
+    /// with the wrapped exponent; on Intel the operand is the result.
     TinyUnchanged,
-    /// A near CALL to a non-canonical address is #GP for both, RSP unchanged; Intel has by then written the return
-    /// address below it.
+    /// A near CALL to a non-canonical address is #GP on both, with RSP unchanged; Intel has already written
+    /// the return address to the stack.
     CallFault,
-    /// An MMX instruction with a fault: Intel has by then emptied the x87's tags and reset TOP.
+    /// An MMX instruction that faults: Intel has already changed the x87's tags and reset TOP.
     MmxFault,
-    /// An x87 store with an unmasked exception, to where it may not write: the order of the two is open; AMD's page
-    /// fault comes first.
+    /// An x87 store with an unmasked exception, to an address that may not be written: the order of the two
+    /// exceptions is open; on AMD the page fault comes first.
     X87StoreFault,
-    /// A store of the x87's state or of ten bytes that faults in its later part: Intel has by then written the earlier.
+    /// A store of the x87's state or of ten bytes that faults in its later part: Intel has already written
+    /// the earlier part.
     TornStore,
-    /// FS or GS with an offset that is not canonical, though the linear address is: #GP on AMD.
+    /// FS or GS with an offset that is not canonical, although the linear address is: #GP on AMD.
     SegmentOffset,
-    /// LOCK MOV CR0: for AMD another way to write MOV CR8 (APM 3, "MOV CRn"), and privileged; #UD for Intel.
+    /// LOCK MOV CR0: on AMD another encoding of MOV CR8 (APM 3, "MOV CRn"), and privileged; on Intel #UD.
     LockMovCr,
-    /// FXSAVE stores MXCSR_MASK, and something has used it (by itself it is no difference: [`Vendor::same_word`]).
+    /// FXSAVE stores MXCSR_MASK, and the case has used it (stored alone, it does not count:
+    /// [`Vendor::same_word`]).
     MxcsrMask,
-    /// A repeated string instruction with 32-bit addresses that stops, or never begins: when the upper halves of
-    /// RCX, RSI and RDI are cleared is open.
+    /// A repeated string instruction with 32-bit addresses that stops early, or does no iteration: it is open
+    /// when the upper halves of RCX, RSI and RDI are cleared.
     NarrowString,
-    /// A string instruction with two memory operands that both fault: which one is told is open.
+    /// A string instruction with two memory operands that both fault: it is open which of them is reported.
     StringFault,
-    /// MASKMOVDQU or MASKMOVQ with a fault: which of the bytes CR2 names, and whether bytes that the mask leaves out
-    /// fault, is open (SDM 2).
+    /// MASKMOVDQU or MASKMOVQ with a fault: it is open which of the bytes is in CR2, and whether bytes that
+    /// the mask does not select fault (SDM 2).
     MaskedStoreFault,
-    /// An undefined instruction that reaches the end of all code: how many of its bytes are fetched before #UD is the
-    /// processor's own business (AMD's UD0 and UD1 have no ModRM byte).
+    /// An undefined instruction that reaches the end of all code: it is open how many of its bytes are
+    /// fetched before #UD (AMD's UD0 and UD1 have no ModRM byte).
     UndefinedFetch,
-    /// An alignment check and a page fault of one access: their order is open. And whether instructions that take 16
-    /// bytes from anywhere (MOVUPS, LDDQU, PCMPESTRI) check alignment at all (SDM 3A, interrupt 17).
+    /// An alignment check and a page fault of one access: their order is open. It is also open whether
+    /// instructions with unaligned 16-byte operands (MOVUPS, LDDQU, PCMPESTRI) check alignment at all (SDM
+    /// 3A, interrupt 17).
     AlignmentFault,
 }
 
 impl Quirk {
-    /// For the list of cases that were not compared.
+    /// The reason in the list of cases that were not compared.
     pub fn reason(self) -> &'static str {
         match self {
             Quirk::ShortBranch => "AMD: operand-size prefix on a near branch",
@@ -145,10 +151,10 @@ impl Quirk {
     }
 }
 
-/// One instruction of a case as the soft CPU executes it.
-struct Step<'a> {
+/// One instruction of a case, as executed by the soft CPU.
+struct CaseStep<'a> {
     /// The case.
-    start: &'a Start,
+    start: &'a CaseStart,
     /// The instruction.
     ins: &'a Instruction,
     /// The state before it.
@@ -156,10 +162,10 @@ struct Step<'a> {
     /// The state after it.
     after: &'a CpuState,
     /// How the host ended the case.
-    native: &'a Outcome,
+    native: &'a CaseOutcome,
     /// How the soft CPU ended it.
-    soft: &'a Outcome,
-    /// x87 pointers have been loaded before.
+    soft: &'a CaseOutcome,
+    /// Whether x87 pointers have been loaded before.
     pointers_loaded: bool,
 }
 
@@ -168,13 +174,13 @@ const STACK: u8 = 12;
 const GENERAL: u8 = 13;
 const PAGE_FAULT: u8 = 14;
 const ALIGNMENT: u8 = 17;
-/// Of RFLAGS.
+/// RFLAGS.AC.
 const AC: u64 = 1 << 18;
-/// The x87 control word's mask of underflow.
+/// The underflow mask in the x87 control word.
 const UNDERFLOW: u16 = 1 << 4;
 
-impl Step<'_> {
-    /// What AMD's processors do differently here, if anything.
+impl CaseStep<'_> {
+    /// The difference of AMD's processors for this instruction, if there is one.
     fn quirk(&self) -> Option<Quirk> {
         use Quirk::*;
         let all = [
@@ -238,7 +244,7 @@ impl Step<'_> {
         self.ins.code() == Code::Pause && self.has_prefix(&REX_B)
     }
 
-    /// The soft CPU refuses what the host takes.
+    /// The soft CPU raises #GP for an MXCSR that the host accepts.
     fn is_misaligned_mode(&self) -> bool {
         use Mnemonic::{Fxrstor, Fxrstor64, Ldmxcsr};
         let loads = matches!(self.ins.mnemonic(), Ldmxcsr | Fxrstor | Fxrstor64);
@@ -259,7 +265,8 @@ impl Step<'_> {
         near && self.has_prefix(&[0x66])
     }
 
-    /// JMP, CALL or Jcc with a displacement that goes on in a page that is not there: for AMD it is shorter and does not.
+    /// Is it a JMP, CALL or Jcc whose displacement continues in an unmapped page? On AMD the instruction is
+    /// shorter and does not.
     fn begins_branch(&self) -> bool {
         let mut opcode = self.bytes().iter().skip_while(|b| is_prefix(b));
         match opcode.next() {
@@ -377,7 +384,7 @@ impl Step<'_> {
     }
 
     fn is_undefined_fetch(&self) -> bool {
-        let fetch = |o: &Outcome| matches!(o.end, End::Exception { vector: PAGE_FAULT, cr2, .. } if cr2 == CODE + CODE_LEN);
+        let fetch = |o: &CaseOutcome| matches!(o.end, CaseEnd::Exception { vector: PAGE_FAULT, cr2, .. } if cr2 == CODE + CODE_LEN);
         self.native.rip == self.ins.ip()
             && vector(self.native) == UNDEFINED
             && self.soft_faults()
@@ -391,16 +398,17 @@ impl Step<'_> {
     }
 }
 
-/// The exception that ended a case; 0 for other ends, for no quirk is about #DE.
-fn vector(outcome: &Outcome) -> u8 {
+/// The vector of the exception that ended a case; 0 for other ends (no quirk is about #DE, which is vector
+/// 0).
+fn vector(outcome: &CaseOutcome) -> u8 {
     match outcome.end {
-        End::Exception { vector, .. } => vector,
+        CaseEnd::Exception { vector, .. } => vector,
         _ => 0,
     }
 }
 
-/// A fault of an access to memory.
-fn memory_fault(outcome: &Outcome) -> bool {
+/// Whether the case ended with a fault of a memory access.
+fn memory_fault(outcome: &CaseOutcome) -> bool {
     matches!(vector(outcome), STACK | GENERAL | PAGE_FAULT | ALIGNMENT)
 }
 
@@ -415,13 +423,14 @@ fn loads_pointers(ins: &Instruction) -> bool {
     matches!(ins.mnemonic(), Fldenv | Frstor | Fxrstor | Fxrstor64)
 }
 
-/// The first instruction, as the soft CPU executes the case, that `vendor`'s processors do differently, and how.
+/// Runs the case on the soft CPU and returns the first instruction that `vendor`'s processors execute
+/// differently, with the difference.
 pub fn explain(
     vendor: Vendor,
     cpu: &mut Soft,
     built: &Built,
-    native: &Outcome,
-    soft: &Outcome,
+    native: &CaseOutcome,
+    soft: &CaseOutcome,
 ) -> Option<(Quirk, Instruction)> {
     if vendor == Vendor::Intel {
         return None;
@@ -429,7 +438,8 @@ pub fn explain(
     let (mut found, mut pointers_loaded) = (None, false);
     cpu.trace(&built.start, |before, after| {
         let Some(node) = built.flow.nodes.get(&before.rip) else { return true };
-        let step = Step { start: &built.start, ins: &node.ins, before, after, native, soft, pointers_loaded };
+        let step =
+            CaseStep { start: &built.start, ins: &node.ins, before, after, native, soft, pointers_loaded };
         found = step.quirk().map(|quirk| (quirk, node.ins));
         pointers_loaded |= loads_pointers(&node.ins);
         found.is_none()

@@ -1,11 +1,11 @@
-//! A hundred thousand cases, always the same; more with `cargo run --release -p vmft-cpu-differential`.
+//! A hundred thousand cases, always the same; more with `cargo run --release -p differential`.
 
 use std::fs::OpenOptions;
 use std::io::Write;
 use std::thread::available_parallelism;
 
-use vmft_cpu_differential::catalogue;
-use vmft_cpu_differential::run::{Plan, run};
+use differential::catalogue;
+use differential::run::{RunPlan, run};
 
 const CASES: u64 = 100_000;
 const SEED: u64 = 1;
@@ -19,8 +19,12 @@ fn the_soft_cpu_does_what_the_hosts_does() {
         skip(&format!("all {CASES} cases of the CPU's differential test: this host's CPU lacks {missing:?}"));
         return;
     }
-    let plan =
-        Plan { seed: SEED, cases: CASES, jobs: available_parallelism().map_or(1, |n| n.get()), class: None };
+    let plan = RunPlan {
+        seed: SEED,
+        cases: CASES,
+        jobs: available_parallelism().map_or(1, |n| n.get()),
+        class: None,
+    };
     println!("seed {SEED:#x}");
     let summary = run(&plan, |_, _| ()).expect("the harness works on this host");
     let texts: Vec<_> = summary.mismatches.iter().take(20).map(|m| m.text.as_str()).collect();

@@ -1,16 +1,16 @@
-//! ADD, OR, ADC, SBB, AND, SUB, XOR, CMP.
+//! ADD, OR, ADC, SBB, AND, SUB, XOR, CMP, TEST.
 
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
-use super::operand::{Mem, Near, Quick, Target, is_near, log_size, widths};
-use crate::decode::Place;
-use crate::exit::Stop;
+use super::operand::{DestinationOperand, Mem, Near, Quick, is_near, log_size, widths};
+use crate::exit::CpuStop;
 use crate::flags::Flags;
-use crate::insn::{Handler, Insn, Int};
+use crate::insn::{Handler, Insn, PlaceInBlock};
+use crate::int::Int;
 use crate::state::Cpu;
 
-/// A two-operand operation: its result, after setting the flags. `STORES` is false for CMP and TEST.
-trait Op {
+/// A two-operand operation: sets the flags and returns the result. `STORES` is false for CMP and TEST.
+trait AluOp {
     const STORES: bool = true;
     fn run<T: Int>(flags: &mut Flags, a: T, b: T) -> T;
 }
@@ -30,7 +30,7 @@ fn borrows<T: Int>(a: T, b: T, r: T) -> T {
 macro_rules! op {
     ($name:ident, $stores:expr, |$f:ident, $a:ident, $b:ident| $body:expr) => {
         struct $name;
-        impl Op for $name {
+        impl AluOp for $name {
             const STORES: bool = $stores;
             #[inline(always)]
             fn run<T: Int>($f: &mut Flags, $a: T, $b: T) -> T {
@@ -78,19 +78,19 @@ op!(Xor, true, |f, a, b| {
 });
 op!(Test, false, |f, a, b| And::run(f, a, b));
 
-/// `a + b`, with its flags.
+/// Returns `a + b` and sets the flags.
 #[inline(always)]
 pub(super) fn add<T: Int>(flags: &mut Flags, a: T, b: T) -> T {
     Add::run(flags, a, b)
 }
 
-/// `a - b`, with its flags.
+/// Returns `a - b` and sets the flags.
 #[inline(always)]
 pub(super) fn sub<T: Int>(flags: &mut Flags, a: T, b: T) -> T {
     Sub::run(flags, a, b)
 }
 
-fn reg_reg<O: Op, T: Int>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn reg_reg<O: AluOp, T: Int>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     let (a, b) = (cpu.reg::<T>(i.dst), cpu.reg::<T>(i.src));
     let r = O::run(&mut cpu.flags, a, b);
     if O::STORES {
@@ -99,7 +99,7 @@ fn reg_reg<O: Op, T: Int>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), S
     Ok(())
 }
 
-fn reg_imm<O: Op, T: Int>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn reg_imm<O: AluOp, T: Int>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     let a = cpu.reg::<T>(i.dst);
     let r = O::run(&mut cpu.flags, a, T::from_u64(i.imm));
     if O::STORES {
@@ -108,7 +108,11 @@ fn reg_imm<O: Op, T: Int>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), S
     Ok(())
 }
 
-fn reg_mem<O: Op, M: Target, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn reg_mem<O: AluOp, M: DestinationOperand, T: Int>(
+    cpu: &mut Cpu,
+    ram: &mut [u8],
+    i: &Insn,
+) -> Result<(), CpuStop> {
     let b = M::load::<T>(cpu, ram, i)?;
     let a = cpu.reg::<T>(i.dst);
     let r = O::run(&mut cpu.flags, a, b);
@@ -118,17 +122,30 @@ fn reg_mem<O: Op, M: Target, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) ->
     Ok(())
 }
 
-fn mem_reg<O: Op, M: Target, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn mem_reg<O: AluOp, M: DestinationOperand, T: Int>(
+    cpu: &mut Cpu,
+    ram: &mut [u8],
+    i: &Insn,
+) -> Result<(), CpuStop> {
     let b = cpu.reg::<T>(i.src);
     mem_value::<O, M, T>(cpu, ram, i, b)
 }
 
-fn mem_imm<O: Op, M: Target, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn mem_imm<O: AluOp, M: DestinationOperand, T: Int>(
+    cpu: &mut Cpu,
+    ram: &mut [u8],
+    i: &Insn,
+) -> Result<(), CpuStop> {
     mem_value::<O, M, T>(cpu, ram, i, T::from_u64(i.imm))
 }
 
 #[inline(always)]
-fn mem_value<O: Op, M: Target, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, b: T) -> Result<(), Stop> {
+fn mem_value<O: AluOp, M: DestinationOperand, T: Int>(
+    cpu: &mut Cpu,
+    ram: &mut [u8],
+    i: &Insn,
+    b: T,
+) -> Result<(), CpuStop> {
     if !O::STORES {
         let a = M::load::<T>(cpu, ram, i)?;
         O::run(&mut cpu.flags, a, b);
@@ -142,7 +159,7 @@ fn mem_value<O: Op, M: Target, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, 
 }
 
 /// The handler of `O` for the operand kinds and width of `ins`.
-fn form<O: Op>(ins: &Instruction, insn: &Insn) -> Option<Handler> {
+fn form<O: AluOp>(ins: &Instruction, insn: &Insn) -> Option<Handler> {
     use OpKind::{Memory as M, Register as R};
     let near = is_near(insn);
     let table = match (ins.op0_kind(), ins.op1_kind()) {
@@ -160,7 +177,7 @@ fn form<O: Op>(ins: &Instruction, insn: &Insn) -> Option<Handler> {
 }
 
 /// Handlers of this family.
-pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
+pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<PlaceInBlock> {
     insn.exec = match ins.mnemonic() {
         Mnemonic::Add => form::<Add>(ins, insn)?,
         Mnemonic::Or => form::<Or>(ins, insn)?,
@@ -173,5 +190,5 @@ pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
         Mnemonic::Test => form::<Test>(ins, insn)?,
         _ => return None,
     };
-    Some(Place::Middle)
+    Some(PlaceInBlock::Middle)
 }

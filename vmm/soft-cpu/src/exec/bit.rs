@@ -1,20 +1,21 @@
 //! BT, BTS, BTR, BTC, BSF, BSR, POPCNT.
 //!
-//! What the SDM leaves undefined is as on current Intel processors: the bit tests leave all flags but CF; BSF and
-//! BSR of 0 leave the destination, and set PF by the index found (0 if none) and clear SF, AF, CF and OF. TZCNT
-//! and LZCNT are not in our CPUID, so their encodings are BSF and BSR.
+//! What the SDM leaves undefined behaves as on current Intel processors: the bit tests leave all flags except
+//! CF unchanged; BSF and BSR of 0 leave the destination unchanged, set PF from the index found (0 if none)
+//! and clear SF, AF, CF and OF. This CPU's CPUID does not have TZCNT and LZCNT, so their encodings are BSF
+//! and BSR.
 
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
-use super::operand::{Dst, Imm, Mem, Source, Src, Target, is_memory, log_size, widths};
-use crate::decode::Place;
-use crate::exit::Stop;
+use super::operand::{DestinationOperand, Dst, Imm, Mem, SourceOperand, Src, is_memory, log_size, widths};
+use crate::exit::CpuStop;
 use crate::flags::Flags;
-use crate::insn::{ADDR32, Handler, Insn, Int};
+use crate::insn::{ADDR32, Handler, Insn, PlaceInBlock};
+use crate::int::Int;
 use crate::state::Cpu;
 
-/// What happens to the bit.
-trait Op {
+/// What the instruction does with the bit.
+trait BitOp {
     const STORES: bool = true;
     fn run<T: Int>(v: T, mask: T) -> T;
 }
@@ -22,25 +23,25 @@ struct Test;
 struct Set;
 struct Reset;
 struct Complement;
-impl Op for Test {
+impl BitOp for Test {
     const STORES: bool = false;
     fn run<T: Int>(v: T, _: T) -> T {
         v
     }
 }
-impl Op for Set {
+impl BitOp for Set {
     #[inline(always)]
     fn run<T: Int>(v: T, mask: T) -> T {
         v | mask
     }
 }
-impl Op for Reset {
+impl BitOp for Reset {
     #[inline(always)]
     fn run<T: Int>(v: T, mask: T) -> T {
         v & !mask
     }
 }
-impl Op for Complement {
+impl BitOp for Complement {
     #[inline(always)]
     fn run<T: Int>(v: T, mask: T) -> T {
         v ^ mask
@@ -48,14 +49,18 @@ impl Op for Complement {
 }
 
 #[inline(always)]
-fn apply<O: Op, T: Int>(flags: &mut Flags, v: T, bit: u64) -> T {
+fn apply<O: BitOp, T: Int>(flags: &mut Flags, v: T, bit: u64) -> T {
     let mask = T::from_u64(1 << (bit & (T::BITS as u64 - 1)));
     flags.set_cf(v & mask != T::from_u64(0));
     O::run(v, mask)
 }
 
-/// The bit is within the operand: everything but a memory operand with the bit in a register.
-fn within<O: Op, D: Target, S: Source, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+/// The forms whose bit is within the operand: all except a memory operand with the bit offset in a register.
+fn bit_in_operand<O: BitOp, D: DestinationOperand, S: SourceOperand, T: Int>(
+    cpu: &mut Cpu,
+    ram: &mut [u8],
+    i: &Insn,
+) -> Result<(), CpuStop> {
     let bit = S::load::<T>(cpu, ram, i)?.to_u64();
     if !O::STORES {
         let v = D::load::<T>(cpu, ram, i)?;
@@ -69,8 +74,8 @@ fn within<O: Op, D: Target, S: Source, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i:
     })
 }
 
-/// A memory operand is a string of bits, and the register counts from its start, with a sign.
-fn string<O: Op, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+/// The form with a memory operand and the bit offset in a register: a bit string, with a signed offset.
+fn bit_string<O: BitOp, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     let bit = cpu.reg::<T>(i.src).sext();
     let unit = (bit as i64 >> T::BITS.trailing_zeros()) * T::SIZE as i64;
     let mut offset = cpu.ea_offset(i).wrapping_add(unit as u64);
@@ -93,12 +98,12 @@ fn string<O: Op, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), 
 }
 
 #[inline(always)]
-fn scan<S: Source, T: Int>(
+fn scan<S: SourceOperand, T: Int>(
     cpu: &mut Cpu,
     ram: &mut [u8],
     i: &Insn,
     position: impl Fn(u64) -> u32,
-) -> Result<(), Stop> {
+) -> Result<(), CpuStop> {
     let v = S::load::<T>(cpu, ram, i)?;
     let found = v != T::from_u64(0);
     let index = if found { position(v.to_u64()) } else { 0 };
@@ -110,15 +115,15 @@ fn scan<S: Source, T: Int>(
     Ok(())
 }
 
-fn bsf<S: Source, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn bsf<S: SourceOperand, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     scan::<S, T>(cpu, ram, i, u64::trailing_zeros)
 }
 
-fn bsr<S: Source, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn bsr<S: SourceOperand, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     scan::<S, T>(cpu, ram, i, |v| 63 - v.leading_zeros())
 }
 
-fn popcnt<S: Source, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn popcnt<S: SourceOperand, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     let v = S::load::<T>(cpu, ram, i)?;
     cpu.set_reg(i.dst, T::from_u64(v.to_u64().count_ones() as u64));
     cpu.flags.set_status(0);
@@ -126,19 +131,19 @@ fn popcnt<S: Source, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<
     Ok(())
 }
 
-fn form<O: Op>(ins: &Instruction) -> Handler {
+fn form<O: BitOp>(ins: &Instruction) -> Handler {
     let by_register = ins.op1_kind() == OpKind::Register;
     let table = match (is_memory(ins, 0), by_register) {
-        (false, true) => widths!(within, O, Dst, Src),
-        (false, false) => widths!(within, O, Dst, Imm),
-        (true, true) => widths!(string, O),
-        (true, false) => widths!(within, O, Mem, Imm),
+        (false, true) => widths!(bit_in_operand, O, Dst, Src),
+        (false, false) => widths!(bit_in_operand, O, Dst, Imm),
+        (true, true) => widths!(bit_string, O),
+        (true, false) => widths!(bit_in_operand, O, Mem, Imm),
     };
     table[log_size(ins, 0)]
 }
 
 /// Handlers of this family.
-pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
+pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<PlaceInBlock> {
     macro_rules! to_register {
         ($f:ident) => {
             (if is_memory(ins, 1) { widths!($f, Mem) } else { widths!($f, Src) })[log_size(ins, 0)]
@@ -154,5 +159,5 @@ pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
         Mnemonic::Popcnt => to_register!(popcnt),
         _ => return None,
     };
-    Some(Place::Middle)
+    Some(PlaceInBlock::Middle)
 }

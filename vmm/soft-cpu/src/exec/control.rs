@@ -1,14 +1,14 @@
 //! MOV to and from control and debug registers.
 //!
-//! 64-bit mode cannot be left: clearing CR0.PG or CR4.PAE is #GP as on hardware (SDM 3A 2.5, 4.1.1).
+//! The guest cannot leave 64-bit mode: clearing CR0.PG or CR4.PAE raises #GP, as on hardware (SDM 3A 2.5,
+//! 4.1.1).
 
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 use crate::debug::{DEBUG_REGISTER, GENERAL_DETECT};
-use crate::decode::Place;
-use crate::exit::Stop;
+use crate::exit::CpuStop;
 use crate::flags::bits;
-use crate::insn::{Handler, Insn, threaded};
+use crate::insn::{Handler, Insn, PlaceInBlock, threaded};
 use crate::paging::PHYSICAL_BITS;
 use crate::state::Cpu;
 
@@ -27,12 +27,13 @@ mod cr4 {
     pub const PSE: u64 = 1 << 4;
     pub const PAE: u64 = 1 << 5;
     pub const PGE: u64 = 1 << 7;
-    /// TSD, DE, PSE, PAE, PGE, PCE, OSFXSR, OSXMMEXCPT: what CPUID has a feature for (PCE has no effect).
+    /// TSD, DE, PSE, PAE, PGE, PCE, OSFXSR, OSXMMEXCPT: the bits whose features are in CPUID (PCE has no
+    /// effect).
     pub const DEFINED: u64 = 1 << 2 | 1 << 3 | PSE | PAE | PGE | 1 << 8 | 1 << 9 | 1 << 10;
 }
 
 impl Cpu {
-    fn set_cr0(&mut self, v: u64) -> Result<(), Stop> {
+    fn set_cr0(&mut self, v: u64) -> Result<(), CpuStop> {
         let has = |bit| v & bit != 0;
         if v >> 32 != 0 || !has(cr0::PG) || !has(cr0::PE) || has(cr0::NW) && !has(cr0::CD) {
             return self.general_protection(0);
@@ -45,7 +46,7 @@ impl Cpu {
         Ok(())
     }
 
-    fn set_cr3(&mut self, v: u64) -> Result<(), Stop> {
+    fn set_cr3(&mut self, v: u64) -> Result<(), CpuStop> {
         if v >> PHYSICAL_BITS != 0 {
             return self.general_protection(0);
         }
@@ -54,7 +55,7 @@ impl Cpu {
         Ok(())
     }
 
-    fn set_cr4(&mut self, v: u64) -> Result<(), Stop> {
+    fn set_cr4(&mut self, v: u64) -> Result<(), CpuStop> {
         if v & !cr4::DEFINED != 0 || v & cr4::PAE == 0 {
             return self.general_protection(0);
         }
@@ -65,7 +66,7 @@ impl Cpu {
         Ok(())
     }
 
-    fn set_cr8(&mut self, v: u64) -> Result<(), Stop> {
+    fn set_cr8(&mut self, v: u64) -> Result<(), CpuStop> {
         if v > 15 {
             return self.general_protection(0);
         }
@@ -74,7 +75,7 @@ impl Cpu {
     }
 }
 
-fn write_cr(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn write_cr(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     cpu.privileged()?;
     let v = cpu.reg(i.src);
     match i.dst {
@@ -89,7 +90,7 @@ fn write_cr(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
     }
 }
 
-fn read_cr(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn read_cr(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     cpu.privileged()?;
     let s = &cpu.sys;
     let v = match i.src {
@@ -111,22 +112,23 @@ const DR6_DEFINED: u64 = 0xe00f;
 /// Everything but bits 10 to 12, 14 and 15.
 const DR7_DEFINED: u64 = 0xffff_23ff;
 
-/// Checks of both directions; gives the register meant, with DR4 and DR5 as DR6 and DR7.
-fn debug_register(cpu: &mut Cpu, n: u8) -> Result<u8, Stop> {
+/// The checks of reads and writes. Returns the number of the register; DR4 and DR5 are aliases of DR6 and
+/// DR7.
+fn debug_register(cpu: &mut Cpu, n: u8) -> Result<u8, CpuStop> {
     let aliased = n == 4 || n == 5;
     if aliased && cpu.sys.cr4 & 1 << 3 != 0 {
         return cpu.undefined();
     }
     cpu.privileged()?;
     if cpu.sys.dr7 & GENERAL_DETECT != 0 {
-        // A fault that is no instruction breakpoint pushes RF=1.
-        cpu.flags.update_rest(0, bits::RF);
+        // A fault other than an instruction breakpoint pushes RF=1.
+        cpu.flags.update_non_status(0, bits::RF);
         return cpu.debug_exception(DEBUG_REGISTER);
     }
     Ok(if aliased { n + 2 } else { n })
 }
 
-fn write_dr(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn write_dr(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     let n = debug_register(cpu, i.dst)?;
     let v: u64 = cpu.reg(i.src);
     match n {
@@ -138,7 +140,7 @@ fn write_dr(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
     Ok(())
 }
 
-fn read_dr(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn read_dr(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     let n = debug_register(cpu, i.src)?;
     let v = match n {
         0..4 => cpu.sys.dr[n as usize],
@@ -150,7 +152,7 @@ fn read_dr(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
 }
 
 /// Handlers of this family.
-pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
+pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<PlaceInBlock> {
     if ins.mnemonic() != Mnemonic::Mov || ins.op1_kind() != OpKind::Register {
         return None;
     }
@@ -164,5 +166,5 @@ pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
         _ => return None,
     };
     insn.exec = exec;
-    Some(Place::Last)
+    Some(PlaceInBlock::Last)
 }

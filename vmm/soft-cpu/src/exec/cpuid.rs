@@ -1,14 +1,13 @@
-//! CPUID: what this CPU has, and nothing more.
+//! CPUID: exactly the features that this CPU has.
 //!
-//! It calls itself GenuineIntel, because Linux takes the frequency of the time-stamp counter from leaves 15h and
-//! 16h only then and calibrates against a timer otherwise; and family 6 model 28, an in-order core that kernels know
-//! to be free of the speculation bugs for which they would pay with mitigations.
+//! The vendor is GenuineIntel, because only then does Linux take the frequency of the time-stamp counter from
+//! leaves 15h and 16h; otherwise it calibrates against a timer. The model is family 6 model 28, an in-order
+//! core that kernels know to be free of speculation bugs, so that they do without costly mitigations.
 
 use iced_x86::{Instruction, Mnemonic};
 
-use crate::decode::Place;
-use crate::exit::Stop;
-use crate::insn::{Insn, threaded};
+use crate::exit::CpuStop;
+use crate::insn::{Insn, PlaceInBlock, threaded};
 use crate::paging::PHYSICAL_BITS;
 use crate::state::{Cpu, reg};
 
@@ -47,7 +46,7 @@ const LEAF7_EBX: u32 = 1 << 1;
 const EXTENDED_ECX: u32 = 1 << 0;
 /// SYSCALL, NX, 1 GiB pages, RDTSCP, long mode.
 const EXTENDED_EDX: u32 = 1 << 11 | 1 << 20 | 1 << 26 | 1 << 27 | 1 << 29;
-/// The TSC runs at a constant rate, and does not stop.
+/// The TSC runs at a constant rate and never stops.
 const INVARIANT_TSC: u32 = 1 << 8;
 
 const BRAND: &[u8; 48] = b"vmft deterministic x86-64 CPU\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
@@ -57,7 +56,7 @@ pub fn cpuid(leaf: u32, subleaf: u32) -> [u32; 4] {
     match leaf {
         0 => named(BASIC_MAX, *b"GenuntelineI"),
         1 => [SIGNATURE, LEAF1_EBX, LEAF1_ECX, LEAF1_EDX],
-        // Read the caches from leaf 4.
+        // Descriptor FFh: the caches are in leaf 4.
         2 => [0x00ff_0001, 0, 0, 0],
         4 => cache(subleaf),
         7 if subleaf == 0 => [0, LEAF7_EBX, 0, 0],
@@ -89,7 +88,8 @@ fn named(eax: u32, name: [u8; 12]) -> [u32; 4] {
     [eax, word(&name), word(&name[4..]), word(&name[8..])]
 }
 
-/// Caches there are none, but C libraries size their copying loops by them: 32 KiB data and code, 2 MiB unified.
+/// Cache parameters: 32 KiB each for data and code, 2 MiB unified. There are no caches, but C libraries
+/// choose their copying loops by these sizes.
 fn cache(subleaf: u32) -> [u32; 4] {
     let (kind, level, sets) = match subleaf {
         0 => (1, 1, 64),
@@ -101,7 +101,7 @@ fn cache(subleaf: u32) -> [u32; 4] {
     [kind | level << 5 | 1 << 8, (ways - 1) << 22 | (line - 1), sets - 1, 0]
 }
 
-fn run(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
+fn run(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), CpuStop> {
     let values = cpuid(cpu.reg(reg::RAX), cpu.reg(reg::RCX));
     for (r, v) in [reg::RAX, reg::RBX, reg::RCX, reg::RDX].into_iter().zip(values) {
         cpu.set_reg(r, v);
@@ -110,10 +110,10 @@ fn run(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
 }
 
 /// Handlers of this family.
-pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
+pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<PlaceInBlock> {
     if ins.mnemonic() != Mnemonic::Cpuid {
         return None;
     }
     insn.exec = threaded!(run);
-    Some(Place::Middle)
+    Some(PlaceInBlock::Middle)
 }

@@ -3,14 +3,14 @@
 use iced_x86::{Instruction, Mnemonic};
 
 use super::alu;
-use super::operand::{Dst, Mem, Target, is_memory, log_size, widths};
-use crate::decode::Place;
-use crate::exit::Stop;
+use super::operand::{DestinationOperand, Dst, Mem, is_memory, log_size, widths};
+use crate::exit::CpuStop;
 use crate::flags::Flags;
-use crate::insn::{Insn, Int, threaded};
+use crate::insn::{Insn, PlaceInBlock, threaded};
+use crate::int::Int;
 use crate::state::{Cpu, reg};
 
-fn xchg<D: Target, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn xchg<D: DestinationOperand, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     let mut old = T::from_u64(0);
     D::modify::<T>(cpu, ram, i, |cpu, v| {
         old = v;
@@ -20,16 +20,16 @@ fn xchg<D: Target, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<()
     Ok(())
 }
 
-fn xadd_reg<T: Int>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn xadd_reg<T: Int>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     let (a, b) = (cpu.reg::<T>(i.dst), cpu.reg::<T>(i.src));
     let sum = alu::add(&mut cpu.flags, a, b);
-    // The sum last: it is what remains when both are one register.
+    // The sum is written last, so that it remains if both operands are the same register.
     cpu.set_reg(i.src, a);
     cpu.set_reg(i.dst, sum);
     Ok(())
 }
 
-fn xadd_mem<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn xadd_mem<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     let mut old = T::from_u64(0);
     cpu.modify_operand::<T>(ram, i, |cpu, v| {
         old = v;
@@ -41,8 +41,8 @@ fn xadd_mem<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop>
     Ok(())
 }
 
-/// Memory is written in either case. Only where the comparison fails is the accumulator.
-fn cmpxchg_mem<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+/// Memory is always written; the accumulator only if the comparison fails.
+fn cmpxchg_mem<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     let accumulator = cpu.reg::<T>(reg::RAX);
     let mut old = accumulator;
     cpu.modify_operand::<T>(ram, i, |cpu, v| {
@@ -57,7 +57,7 @@ fn cmpxchg_mem<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), St
     Ok(())
 }
 
-fn cmpxchg_reg<T: Int>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn cmpxchg_reg<T: Int>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     let (accumulator, old) = (cpu.reg::<T>(reg::RAX), cpu.reg::<T>(i.dst));
     alu::sub(&mut cpu.flags, accumulator, old);
     if old == accumulator {
@@ -69,12 +69,13 @@ fn cmpxchg_reg<T: Int>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop
     Ok(())
 }
 
-/// The pair EDX:EAX or RDX:RAX, and the like.
+/// The value of a register pair such as EDX:EAX or RDX:RAX.
 fn pair<T: Int>(cpu: &Cpu, high: u8, low: u8) -> u128 {
     (cpu.reg::<T>(high).to_u64() as u128) << T::BITS | cpu.reg::<T>(low).to_u64() as u128
 }
 
-/// ZF says whether the pairs were equal; no other flag changes.
+/// The new value of the memory operand, and the flags: ZF is set if the pairs are equal; no other flag
+/// changes.
 fn compare_pair<T: Int>(cpu: &mut Cpu, old: u128) -> (u128, Flags) {
     let equal = old == pair::<T>(cpu, reg::RDX, reg::RAX);
     let mut flags = cpu.flags;
@@ -82,25 +83,26 @@ fn compare_pair<T: Int>(cpu: &mut Cpu, old: u128) -> (u128, Flags) {
     (if equal { pair::<T>(cpu, reg::RCX, reg::RBX) } else { old }, flags)
 }
 
-fn pair_compared<T: Int>(cpu: &mut Cpu, old: u128) {
+/// If the pairs were not equal, loads the old value into the accumulator pair.
+fn load_unless_equal<T: Int>(cpu: &mut Cpu, old: u128) {
     if !cpu.flags.zf() {
         cpu.set_reg(reg::RAX, T::from_u64(old as u64));
         cpu.set_reg(reg::RDX, T::from_u64((old >> T::BITS) as u64));
     }
 }
 
-fn cmpxchg8b(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn cmpxchg8b(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     let mut old = 0;
     cpu.modify_operand::<u64>(ram, i, |cpu, v| {
         old = v as u128;
         let (new, flags) = compare_pair::<u32>(cpu, old);
         (new as u64, flags)
     })?;
-    pair_compared::<u32>(cpu, old);
+    load_unless_equal::<u32>(cpu, old);
     Ok(())
 }
 
-fn cmpxchg16b(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn cmpxchg16b(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     let addr = cpu.ea(i);
     if !addr.is_multiple_of(16) {
         return cpu.general_protection(0);
@@ -111,12 +113,12 @@ fn cmpxchg16b(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
     let (new, flags) = compare_pair::<u64>(cpu, old);
     cpu.store_u128(ram, addr, new)?;
     cpu.flags = flags;
-    pair_compared::<u64>(cpu, old);
+    load_unless_equal::<u64>(cpu, old);
     Ok(())
 }
 
 /// Handlers of this family.
-pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
+pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<PlaceInBlock> {
     macro_rules! form {
         ($reg:ident, $mem:ident) => {
             (if is_memory(ins, 0) { widths!($mem) } else { widths!($reg) })[log_size(ins, 0)]
@@ -133,5 +135,5 @@ pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
         Mnemonic::Cmpxchg16b => threaded!(cmpxchg16b),
         _ => return None,
     };
-    Some(Place::Middle)
+    Some(PlaceInBlock::Middle)
 }

@@ -1,16 +1,16 @@
-//! Ways to another code segment: far JMP, CALL and RET, INT, IRET, SYSCALL, SYSENTER and their ways back.
+//! Transfers to another code segment: far JMP, CALL and RET, INT, IRET, SYSCALL, SYSENTER, SYSRET, SYSEXIT.
 //!
-//! Only 64-bit code segments exist for this CPU: a transfer to compatibility mode is #GP with its selector, as to
-//! a segment of the wrong type; and so are call gates and task gates.
+//! This CPU knows only 64-bit code segments: a transfer to compatibility mode raises #GP with the selector,
+//! as for a segment of the wrong type; so do call gates and task gates.
 
 use iced_x86::{Code, Instruction};
 
 use crate::debug::SINGLE_STEP;
-use crate::decode::Place;
-use crate::exception::Source;
-use crate::exit::{Fault, Stop};
+use crate::exception::InterruptSource;
+use crate::exit::{CpuStop, Exception};
 use crate::flags::{Flags, bits};
-use crate::insn::{Handler, Insn, Int, threaded};
+use crate::insn::{Handler, Insn, PlaceInBlock, threaded};
+use crate::int::Int;
 use crate::paging::is_canonical;
 use crate::segment::attr;
 use crate::state::{Cpu, Segment, reg, seg};
@@ -20,7 +20,7 @@ use super::segment::selector_error;
 
 const NOT_PRESENT: u8 = 11;
 
-/// Flat segments as SYSCALL and its like load them: code of ring 0 and 3, data of ring 0 and 3.
+/// Access rights of the flat segments that SYSCALL, SYSRET, SYSENTER and SYSEXIT load; the DPL is added.
 const CODE_ATTR: u16 = 0xa09b;
 const DATA_ATTR: u16 = 0xc093;
 
@@ -35,7 +35,7 @@ fn flat(selector: u16, attr: u16, cpl: u8) -> Segment {
 
 impl Cpu {
     /// The code segment of a far JMP or CALL.
-    fn jump_target(&mut self, ram: &mut [u8], selector: u16) -> Result<Segment, Stop> {
+    fn jump_target(&mut self, ram: &mut [u8], selector: u16) -> Result<Segment, CpuStop> {
         let cpl = self.cpl();
         self.code_segment(ram, selector, |s| match s.is_conforming() {
             true => s.dpl() <= cpl,
@@ -44,7 +44,7 @@ impl Cpu {
     }
 
     /// The code segment of a far RET or IRET; its RPL is the new privilege level.
-    fn return_target(&mut self, ram: &mut [u8], selector: u16) -> Result<Segment, Stop> {
+    fn return_target(&mut self, ram: &mut [u8], selector: u16) -> Result<Segment, CpuStop> {
         let cpl = self.cpl();
         self.code_segment(ram, selector, |s| {
             let level = if s.is_conforming() { s.dpl() <= s.rpl() } else { s.dpl() == s.rpl() };
@@ -57,7 +57,7 @@ impl Cpu {
         ram: &mut [u8],
         selector: u16,
         allowed: impl FnOnce(&Segment) -> bool,
-    ) -> Result<Segment, Stop> {
+    ) -> Result<Segment, CpuStop> {
         if selector & !3 == 0 {
             return self.general_protection(0);
         }
@@ -73,15 +73,15 @@ impl Cpu {
         Ok(s)
     }
 
-    fn stack_load<T: Int>(&mut self, ram: &mut [u8], addr: u64) -> Result<u64, Stop> {
+    fn stack_load<T: Int>(&mut self, ram: &mut [u8], addr: u64) -> Result<u64, CpuStop> {
         match self.load::<T>(ram, addr) {
             Ok(v) => Ok(v.to_u64()),
             Err(stop) => Err(self.stack_fault(stop)),
         }
     }
 
-    /// Goes back to a privilege level that may be an outer one. On an error nothing has changed.
-    fn go_back(&mut self, ram: &mut [u8], to: &Return) -> Result<(), Stop> {
+    /// Returns to the same or an outer privilege level. On an error nothing has changed.
+    fn far_return(&mut self, ram: &mut [u8], to: &Return) -> Result<(), CpuStop> {
         let old = self.cpl();
         let code = self.return_target(ram, to.cs)?;
         let cpl = code.rpl();
@@ -100,13 +100,13 @@ impl Cpu {
         }
         self.set_cpl(cpl);
         if cpl > old {
-            self.drop_inner_segments();
+            self.clear_inner_segments();
         }
         Ok(())
     }
 
-    /// Data segments that the new privilege level may not use become null. Bases of FS and GS stay.
-    fn drop_inner_segments(&mut self) {
+    /// Makes the data segments null that the new privilege level may not use. The bases of FS and GS stay.
+    fn clear_inner_segments(&mut self) {
         let cpl = self.cpl();
         for n in [seg::ES, seg::DS, seg::FS, seg::GS] {
             let s = &mut self.sys.seg[n];
@@ -116,13 +116,13 @@ impl Cpu {
         }
     }
 
-    /// To be called when the flags of an instruction's end, not of its start, say whether TF traps.
-    fn forget_single_step(&mut self) {
+    /// Suppresses the single-step trap after this instruction, although TF was set at its start.
+    fn suppress_single_step(&mut self) {
         self.single_step = false;
     }
 }
 
-/// Where a far return leads.
+/// The destination of a far return.
 struct Return {
     cs: u16,
     rip: u64,
@@ -130,8 +130,8 @@ struct Return {
     stack: Option<(u16, u64)>,
 }
 
-/// The far pointer in memory: offset of width `T`, behind it the selector.
-fn far_pointer<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(u64, u16), Stop> {
+/// Reads the far pointer in memory: the offset, of width `T`, followed by the selector.
+fn far_pointer<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(u64, u16), CpuStop> {
     let addr = cpu.ea(i);
     let mut read = || {
         let offset = cpu.load::<T>(ram, addr)?.to_u64();
@@ -147,7 +147,7 @@ fn enter_code(cpu: &mut Cpu, code: Segment, rip: u64) {
     cpu.rip = rip;
 }
 
-fn jmp<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn jmp<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     let (rip, selector) = far_pointer::<T>(cpu, ram, i)?;
     let code = cpu.jump_target(ram, selector)?;
     if !is_canonical(rip) {
@@ -157,7 +157,7 @@ fn jmp<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
     Ok(())
 }
 
-fn call<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn call<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     let (rip, selector) = far_pointer::<T>(cpu, ram, i)?;
     let code = cpu.jump_target(ram, selector)?;
     let size = T::SIZE as u64;
@@ -175,25 +175,25 @@ fn call<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
     Ok(())
 }
 
-fn ret<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn ret<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     let size = T::SIZE as u64;
     let rsp = cpu.regs[reg::RSP as usize];
     let released = i.imm as u16 as u64;
     let rip = cpu.stack_load::<T>(ram, rsp)?;
     let cs = cpu.stack_load::<T>(ram, rsp.wrapping_add(size))? as u16;
-    let behind = rsp.wrapping_add(2 * size).wrapping_add(released);
+    let new_rsp = rsp.wrapping_add(2 * size).wrapping_add(released);
     if cs as u8 & 3 <= cpu.cpl() {
-        cpu.go_back(ram, &Return { cs, rip, stack: None })?;
-        cpu.regs[reg::RSP as usize] = behind;
+        cpu.far_return(ram, &Return { cs, rip, stack: None })?;
+        cpu.regs[reg::RSP as usize] = new_rsp;
         return Ok(());
     }
-    let outer = cpu.stack_load::<T>(ram, behind)?;
-    let ss = cpu.stack_load::<T>(ram, behind.wrapping_add(size))? as u16;
-    cpu.go_back(ram, &Return { cs, rip, stack: Some((ss, outer.wrapping_add(released))) })
+    let outer = cpu.stack_load::<T>(ram, new_rsp)?;
+    let ss = cpu.stack_load::<T>(ram, new_rsp.wrapping_add(size))? as u16;
+    cpu.far_return(ram, &Return { cs, rip, stack: Some((ss, outer.wrapping_add(released))) })
 }
 
-fn iret<T: Int>(cpu: &mut Cpu, ram: &mut [u8], _: &Insn) -> Result<(), Stop> {
-    if cpu.flags.rest() & bits::NT != 0 {
+fn iret<T: Int>(cpu: &mut Cpu, ram: &mut [u8], _: &Insn) -> Result<(), CpuStop> {
+    if cpu.flags.non_status() & bits::NT != 0 {
         return cpu.general_protection(0);
     }
     let rsp = cpu.regs[reg::RSP as usize];
@@ -203,7 +203,7 @@ fn iret<T: Int>(cpu: &mut Cpu, ram: &mut [u8], _: &Insn) -> Result<(), Stop> {
     }
     let [rip, cs, flags, new_rsp, ss] = frame;
     let (cpl, io) = (cpu.cpl(), cpu.io_privileged());
-    cpu.go_back(ram, &Return { cs: cs as u16, rip, stack: Some((ss as u16, new_rsp)) })?;
+    cpu.far_return(ram, &Return { cs: cs as u16, rip, stack: Some((ss as u16, new_rsp)) })?;
     let mut loaded = bits::STATUS | bits::TF | bits::DF | bits::NT;
     if T::SIZE > 2 {
         loaded |= bits::RF | bits::AC | bits::ID;
@@ -218,21 +218,21 @@ fn iret<T: Int>(cpu: &mut Cpu, ram: &mut [u8], _: &Insn) -> Result<(), Stop> {
     Ok(())
 }
 
-/// INT n and INT3. A fault on the way is one of this instruction.
-fn int(cpu: &mut Cpu, ram: &mut [u8], vector: u8) -> Result<(), Stop> {
-    cpu.enter(ram, Fault { vector, error: None }, Source::Software)?;
-    cpu.forget_single_step();
+/// INT n and INT3. A fault during delivery counts as a fault of this instruction.
+fn int(cpu: &mut Cpu, ram: &mut [u8], vector: u8) -> Result<(), CpuStop> {
+    cpu.enter(ram, Exception { vector, error: None }, InterruptSource::Software)?;
+    cpu.suppress_single_step();
     Ok(())
 }
 
-/// INT1 is a trap of its own, whatever the gate's DPL.
-fn int1(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
-    cpu.forget_single_step();
-    cpu.fault = Fault { vector: 1, error: None };
-    Err(Stop::Trap)
+/// INT1 raises #DB as a trap, whatever the DPL of the gate is.
+fn int1(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), CpuStop> {
+    cpu.suppress_single_step();
+    cpu.exception = Exception { vector: 1, error: None };
+    Err(CpuStop::Trap)
 }
 
-fn syscall(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
+fn syscall(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), CpuStop> {
     if cpu.sys.efer & efer::SCE == 0 {
         return cpu.undefined();
     }
@@ -243,13 +243,13 @@ fn syscall(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
     cpu.flags = Flags::from_bits(flags & !cpu.sys.fmask);
     let selector = (cpu.sys.star >> 32) as u16;
     cpu.enter_flat(selector & !3, (selector & !3).wrapping_add(8), 0);
-    if cpu.flags.rest() & bits::TF == 0 {
-        cpu.forget_single_step();
+    if cpu.flags.non_status() & bits::TF == 0 {
+        cpu.suppress_single_step();
     }
     Ok(())
 }
 
-fn sysret(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
+fn sysret(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), CpuStop> {
     if cpu.sys.efer & efer::SCE == 0 {
         return cpu.undefined();
     }
@@ -264,31 +264,31 @@ fn sysret(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
     cpu.rip = rip;
     let selector = (cpu.sys.star >> 48) as u16;
     cpu.enter_flat(selector.wrapping_add(16), selector.wrapping_add(8), 3);
-    if cpu.flags.rest() & bits::TF == 0 {
-        cpu.forget_single_step();
+    if cpu.flags.non_status() & bits::TF == 0 {
+        cpu.suppress_single_step();
         return Ok(());
     }
     // Unlike IRET, SYSRET traps at once when it sets TF.
-    cpu.forget_single_step();
+    cpu.suppress_single_step();
     cpu.set_debug_status(SINGLE_STEP);
-    cpu.fault = Fault { vector: 1, error: None };
-    Err(Stop::Trap)
+    cpu.exception = Exception { vector: 1, error: None };
+    Err(CpuStop::Trap)
 }
 
-fn sysenter(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
+fn sysenter(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), CpuStop> {
     let [selector, rsp, rip] = cpu.sys.sysenter;
     let selector = selector as u16 & !3;
     if selector == 0 {
         return cpu.general_protection(0);
     }
-    cpu.flags.update_rest(bits::IF | bits::VM | bits::RF, 0);
+    cpu.flags.update_non_status(bits::IF | bits::VM | bits::RF, 0);
     cpu.regs[reg::RSP as usize] = rsp;
     cpu.rip = rip;
     cpu.enter_flat(selector, selector.wrapping_add(8), 0);
     Ok(())
 }
 
-fn sysexit(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
+fn sysexit(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), CpuStop> {
     let selector = cpu.sys.sysenter[0] as u16 & !3;
     if selector == 0 {
         return cpu.general_protection(0);
@@ -304,8 +304,8 @@ fn sysexit(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
     Ok(())
 }
 
-/// SYSRET and SYSEXIT without REX.W lead to compatibility mode.
-fn to_32_bit(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
+/// SYSRET and SYSEXIT without REX.W would enter compatibility mode.
+fn to_32_bit(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), CpuStop> {
     cpu.general_protection(0)
 }
 
@@ -318,7 +318,7 @@ impl Cpu {
 }
 
 /// Handlers of this family.
-pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
+pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<PlaceInBlock> {
     let exec: Handler = match ins.code() {
         Code::Jmp_m1616 => threaded!(jmp::<u16>),
         Code::Jmp_m1632 => threaded!(jmp::<u32>),
@@ -343,5 +343,5 @@ pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
         _ => return None,
     };
     insn.exec = exec;
-    Some(Place::Last)
+    Some(PlaceInBlock::Last)
 }

@@ -2,10 +2,10 @@
 
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
-use crate::decode::Place;
-use crate::exit::{Exit, Stop};
+use crate::exit::{CpuExit, CpuStop};
 use crate::flags::bits;
-use crate::insn::{Handler, Insn, Int, flag, threaded};
+use crate::insn::{Handler, Insn, PlaceInBlock, flag, threaded};
+use crate::int::Int;
 use crate::state::{Cpu, reg};
 
 /// Where the 64-bit TSS has the offset of its I/O permission bitmap.
@@ -13,7 +13,7 @@ const BITMAP_OFFSET: u64 = 0x66;
 
 impl Cpu {
     /// #GP(0) unless IOPL or the TSS' bitmap allows `size` ports from `port` on (SDM 1, 19.5.2).
-    fn may_use_ports(&mut self, ram: &mut [u8], port: u16, size: u8) -> Result<(), Stop> {
+    fn may_use_ports(&mut self, ram: &mut [u8], port: u16, size: u8) -> Result<(), CpuStop> {
         if !self.io_privileged() {
             let (base, limit) = (self.sys.tr.base, self.sys.tr.limit as u64);
             if BITMAP_OFFSET + 1 > limit {
@@ -33,20 +33,21 @@ impl Cpu {
         Ok(())
     }
 
-    fn check_ports(&mut self, ram: &mut [u8], port: u16, size: u8) -> Result<(), Stop> {
+    /// Checks the permission and notes port breakpoints.
+    fn check_ports(&mut self, ram: &mut [u8], port: u16, size: u8) -> Result<(), CpuStop> {
         self.may_use_ports(ram, port, size)?;
-        self.meet_port_breakpoints(port, size);
+        self.note_port_breakpoints(port, size);
         Ok(())
     }
 
-    fn port_in<T: Int>(&mut self, ram: &mut [u8], port: u16) -> Result<T, Stop> {
+    fn port_in<T: Int>(&mut self, ram: &mut [u8], port: u16) -> Result<T, CpuStop> {
         self.check_ports(ram, port, T::SIZE as u8)?;
-        Ok(T::from_u64(self.ask(Exit::PioIn { port, size: T::SIZE as u8 })?))
+        Ok(T::from_u64(self.ask(CpuExit::PioIn { port, size: T::SIZE as u8 })?))
     }
 
-    fn port_out<T: Int>(&mut self, ram: &mut [u8], port: u16, v: T) -> Result<(), Stop> {
+    fn port_out<T: Int>(&mut self, ram: &mut [u8], port: u16, v: T) -> Result<(), CpuStop> {
         self.check_ports(ram, port, T::SIZE as u8)?;
-        self.ask(Exit::PioOut { port, size: T::SIZE as u8, value: v.to_u64() as u32 })?;
+        self.ask(CpuExit::PioOut { port, size: T::SIZE as u8, value: v.to_u64() as u32 })?;
         Ok(())
     }
 
@@ -55,29 +56,29 @@ impl Cpu {
     }
 }
 
-fn input<T: Int, const DX: bool>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn input<T: Int, const DX: bool>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     let port = cpu.port(i, DX);
     let v: T = cpu.port_in(ram, port)?;
     cpu.set_reg(reg::RAX, v);
     Ok(())
 }
 
-fn output<T: Int, const DX: bool>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn output<T: Int, const DX: bool>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     let port = cpu.port(i, DX);
     let v = cpu.reg::<T>(reg::RAX);
     cpu.port_out(ram, port, v)
 }
 
-/// Runs one iteration of a string instruction that moves RSI or RDI by an element, and has REP come again for
-/// the next: every iteration leaves the CPU anyway. The port's permission comes before anything else, the
-/// count included.
+/// Runs one iteration of INS or OUTS, and moves RSI or RDI (`pointer`) by one element. With REP the
+/// instruction then runs again for the next iteration, as every iteration leaves the CPU anyway. The port's
+/// permission is checked before anything else, even before the count.
 fn iterate<T: Int>(
     cpu: &mut Cpu,
     ram: &mut [u8],
     i: &Insn,
     pointer: u8,
-    element: impl FnOnce(&mut Cpu, &mut [u8], u64) -> Result<(), Stop>,
-) -> Result<(), Stop> {
+    element: impl FnOnce(&mut Cpu, &mut [u8], u64) -> Result<(), CpuStop>,
+) -> Result<(), CpuStop> {
     let port = cpu.reg(reg::RDX);
     cpu.may_use_ports(ram, port, T::SIZE as u8)?;
     let mask = if i.flags & flag::ADDR32 != 0 { u32::MAX as u64 } else { u64::MAX };
@@ -89,7 +90,8 @@ fn iterate<T: Int>(
     let at = cpu.regs[pointer as usize] & mask;
     element(cpu, ram, at)?;
     let size = T::SIZE as u64;
-    let next = if cpu.flags.rest() & bits::DF != 0 { at.wrapping_sub(size) } else { at.wrapping_add(size) };
+    let next =
+        if cpu.flags.non_status() & bits::DF != 0 { at.wrapping_sub(size) } else { at.wrapping_add(size) };
     cpu.regs[pointer as usize] = next & mask;
     if !repeated {
         return Ok(());
@@ -99,12 +101,12 @@ fn iterate<T: Int>(
         return Ok(());
     }
     cpu.retired += 1;
-    Err(Stop::Again)
+    Err(CpuStop::RepSuspended)
 }
 
-fn ins<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn ins<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     iterate::<T>(cpu, ram, i, reg::RDI, |cpu, ram, at| {
-        // The device must not be read for nothing.
+        // The device must not be read if the store would fault: reading may change its state.
         cpu.probe_write(ram, at, T::SIZE)?;
         let port = cpu.reg(reg::RDX);
         let v: T = cpu.port_in(ram, port)?;
@@ -112,7 +114,7 @@ fn ins<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
     })
 }
 
-fn outs<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn outs<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     let base = cpu.regs[i.seg as usize];
     iterate::<T>(cpu, ram, i, reg::RSI, |cpu, ram, at| {
         let port = cpu.reg(reg::RDX);
@@ -122,7 +124,7 @@ fn outs<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
 }
 
 /// Handlers of this family.
-pub fn select(ins_: &Instruction, insn: &mut Insn) -> Option<Place> {
+pub fn select(ins_: &Instruction, insn: &mut Insn) -> Option<PlaceInBlock> {
     macro_rules! widths {
         ($width:expr, $f:ident $(, $dx:literal)?) => {
             match $width {
@@ -142,5 +144,5 @@ pub fn select(ins_: &Instruction, insn: &mut Insn) -> Option<Place> {
         Mnemonic::Outsb | Mnemonic::Outsw | Mnemonic::Outsd => widths!(ins_.memory_size().size(), outs),
         _ => return None,
     };
-    Some(Place::Alone)
+    Some(PlaceInBlock::Alone)
 }

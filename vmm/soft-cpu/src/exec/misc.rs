@@ -1,60 +1,60 @@
-//! LAHF, SAHF, CLC, STC, CMC, CLD, STD, and everything that does nothing: NOP, PAUSE, prefetches, fences.
+//! LAHF, SAHF, CLC, STC, CMC, CLD, STD, and instructions that do nothing: NOP, PAUSE, fences.
 
 use iced_x86::{Instruction, Mnemonic};
 
-use crate::decode::Place;
-use crate::exit::Stop;
+use crate::exit::CpuStop;
 use crate::flags::bits;
-use crate::insn::{HIGH_BYTE, Insn, threaded};
+use crate::insn::{Insn, PlaceInBlock, threaded};
+use crate::int::HIGH_BYTE;
 use crate::state::{Cpu, reg};
 
 const AH: u8 = reg::RAX | HIGH_BYTE;
 
-fn lahf(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
+fn lahf(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), CpuStop> {
     let v = (cpu.flags.status() & !bits::OF | bits::FIXED) as u8;
     cpu.set_reg(AH, v);
     Ok(())
 }
 
-fn sahf(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
+fn sahf(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), CpuStop> {
     let of = if cpu.flags.of() { bits::OF } else { 0 };
     let v = cpu.reg::<u8>(AH) as u64;
     cpu.flags.set_status(v | of);
     Ok(())
 }
 
-fn clc(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
+fn clc(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), CpuStop> {
     cpu.flags.set_cf(false);
     Ok(())
 }
 
-fn stc(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
+fn stc(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), CpuStop> {
     cpu.flags.set_cf(true);
     Ok(())
 }
 
-fn cmc(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
+fn cmc(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), CpuStop> {
     let cf = cpu.flags.cf();
     cpu.flags.set_cf(!cf);
     Ok(())
 }
 
-fn cld(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
-    cpu.flags.update_rest(bits::DF, 0);
+fn cld(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), CpuStop> {
+    cpu.flags.update_non_status(bits::DF, 0);
     Ok(())
 }
 
-fn std(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
-    cpu.flags.update_rest(0, bits::DF);
+fn std(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), CpuStop> {
+    cpu.flags.update_non_status(0, bits::DF);
     Ok(())
 }
 
-fn nop(_: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
+fn nop(_: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), CpuStop> {
     Ok(())
 }
 
 /// Handlers of this family.
-pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
+pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<PlaceInBlock> {
     insn.exec = match ins.mnemonic() {
         Mnemonic::Lahf => threaded!(lahf),
         Mnemonic::Sahf => threaded!(sahf),
@@ -63,7 +63,7 @@ pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
         Mnemonic::Cmc => threaded!(cmc),
         Mnemonic::Cld => threaded!(cld),
         Mnemonic::Std => threaded!(std),
-        // One thread, and a memory that is always up to date: there is nothing to order or to fetch.
+        // With one thread and a memory that is always up to date there is nothing to order.
         Mnemonic::Nop
         | Mnemonic::Reservednop
         | Mnemonic::Pause
@@ -72,5 +72,5 @@ pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
         | Mnemonic::Sfence => threaded!(nop),
         _ => return None,
     };
-    Some(Place::Middle)
+    Some(PlaceInBlock::Middle)
 }

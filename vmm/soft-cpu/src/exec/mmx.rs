@@ -1,30 +1,30 @@
-//! The MM registers, which are the significands of the x87's, and EMMS. Operations on them are in [`super::sse`].
+//! The MM registers, which are the significands of the x87 registers, and EMMS. Operations on them are in
+//! [`super::sse`].
 //!
-//! Every MMX instruction but EMMS makes TOP zero and all registers in use, and a register written gets all ones as its
-//! sign and exponent (SDM 1, 9.5).
+//! Every MMX instruction except EMMS sets TOP to zero and marks all registers as in use; a register that is
+//! written gets all ones as its sign and exponent (SDM 1, 9.5).
 
 use iced_x86::{Instruction, Mnemonic};
 
 use super::sse::{CR0_EM, CR0_TS};
-use crate::decode::Place;
-use crate::exit::Stop;
-use crate::insn::{Insn, threaded};
+use crate::exit::CpuStop;
+use crate::insn::{Insn, PlaceInBlock, threaded};
 use crate::state::Cpu;
 
 /// x87 status: an unmasked exception is pending.
 const STATUS_ES: u16 = 1 << 7;
 
-/// #UD, #NM and #MF (SDM 3A, table 13-1); then the registers are MM registers.
+/// Raises #UD, #NM or #MF (SDM 3A, table 13-1); otherwise the x87 registers become MM registers.
 #[inline]
-pub(super) fn guard(cpu: &mut Cpu) -> Result<(), Stop> {
+pub(super) fn guard(cpu: &mut Cpu) -> Result<(), CpuStop> {
     check(cpu)?;
     enter(cpu);
     Ok(())
 }
 
-/// #UD, #NM and #MF, but no change to the x87's state.
+/// Raises #UD, #NM or #MF; does not change the x87 state.
 #[inline]
-pub(super) fn check(cpu: &mut Cpu) -> Result<(), Stop> {
+pub(super) fn check(cpu: &mut Cpu) -> Result<(), CpuStop> {
     if cpu.sys.cr0 & CR0_EM != 0 {
         return cpu.undefined();
     }
@@ -37,7 +37,7 @@ pub(super) fn check(cpu: &mut Cpu) -> Result<(), Stop> {
     Ok(())
 }
 
-/// What every MMX instruction does to the x87's stack.
+/// Does what every MMX instruction does to the x87 stack.
 #[inline]
 pub(super) fn enter(cpu: &mut Cpu) {
     cpu.x87.top = 0;
@@ -57,7 +57,7 @@ pub(super) fn set(cpu: &mut Cpu, r: u8, value: u64) {
     cpu.x87.sign_exponent[r as usize & 7] = 0xffff;
 }
 
-fn emms(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
+fn emms(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), CpuStop> {
     check(cpu)?;
     cpu.x87.top = 0;
     cpu.x87.in_use = 0;
@@ -65,10 +65,10 @@ fn emms(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
 }
 
 /// Handlers of this family.
-pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
+pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<PlaceInBlock> {
     if ins.mnemonic() != Mnemonic::Emms {
         return None;
     }
     insn.exec = threaded!(emms);
-    Some(Place::Middle)
+    Some(PlaceInBlock::Middle)
 }

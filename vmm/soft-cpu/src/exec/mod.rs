@@ -1,8 +1,9 @@
-//! What each instruction does: one function for each form, chosen at decode time.
+//! The handlers of instructions: one function for each form, chosen at decode time.
 //!
-//! A family of instructions is a module with a function `select(&Instruction, &mut Insn) -> Option<Place>` that
-//! sets [`Insn::exec`] (and adjusts operands where the general rules of [`crate::decode`] do not fit) for the
-//! instructions that it implements. An instruction that no family claims is #UD.
+//! A family of instructions is a module with a function `select(&Instruction, &mut Insn) ->
+//! Option<PlaceInBlock>`. For the instructions that it implements it sets [`Insn::exec`], and adjusts
+//! operands where the general rules of [`crate::decode`] do not fit. An instruction that no family implements
+//! is #UD.
 
 pub mod alu;
 pub mod bit;
@@ -29,11 +30,10 @@ pub mod x87;
 
 use iced_x86::Instruction;
 
-use crate::decode::Place;
-use crate::insn::Insn;
+use crate::insn::{Insn, PlaceInBlock};
 
 /// Chooses the handler of an instruction, `None` when it is not implemented.
-pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
+pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<PlaceInBlock> {
     let families = [
         control::select,
         segment::select,

@@ -1,48 +1,64 @@
-//! MOV between registers and memory, MOVZX, MOVSX, MOVSXD, LEA, CMOVcc, SETcc, BSWAP, XLAT, and the conversions
-//! of the accumulator.
+//! MOV between registers and memory, MOVZX, MOVSX, MOVSXD, LEA, CMOVcc, SETcc, BSWAP, XLAT, and the sign
+//! extensions of the accumulator (CBW, CWD and so on).
 
 use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 
 use super::operand::{
-    Dst, Imm, Mem, Moffs, Near, Quick, Source, Src, Target, condition, conditions, is_memory, is_near,
-    log_size, widths,
+    DestinationOperand, Dst, Imm, Mem, Moffs, Near, Quick, SourceOperand, Src, condition, conditions,
+    is_memory, is_near, log_size, widths,
 };
-use crate::decode::Place;
-use crate::exit::Stop;
-use crate::insn::{ADDR32, Handler, Insn, Int, threaded};
+use crate::exit::CpuStop;
+use crate::insn::{ADDR32, Handler, Insn, PlaceInBlock, threaded};
+use crate::int::Int;
 use crate::state::{Cpu, ZERO, reg};
 
-fn mov<D: Target, S: Source, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn mov<D: DestinationOperand, S: SourceOperand, T: Int>(
+    cpu: &mut Cpu,
+    ram: &mut [u8],
+    i: &Insn,
+) -> Result<(), CpuStop> {
     let v = S::load::<T>(cpu, ram, i)?;
     D::store(cpu, ram, i, v)
 }
 
-fn store_moffs<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn store_moffs<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     let addr = cpu.reg::<u64>(i.seg).wrapping_add(i.imm);
     let v = cpu.reg::<T>(reg::RAX);
     cpu.store(ram, addr, v)
 }
 
-fn zero_extend<S: Source, F: Int, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn zero_extend<S: SourceOperand, F: Int, T: Int>(
+    cpu: &mut Cpu,
+    ram: &mut [u8],
+    i: &Insn,
+) -> Result<(), CpuStop> {
     let v = S::load::<F>(cpu, ram, i)?;
     cpu.set_reg(i.dst, T::from_u64(v.to_u64()));
     Ok(())
 }
 
-fn sign_extend<S: Source, F: Int, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn sign_extend<S: SourceOperand, F: Int, T: Int>(
+    cpu: &mut Cpu,
+    ram: &mut [u8],
+    i: &Insn,
+) -> Result<(), CpuStop> {
     let v = S::load::<F>(cpu, ram, i)?;
     cpu.set_reg(i.dst, T::from_u64(v.sext()));
     Ok(())
 }
 
-fn lea<T: Int>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn lea<T: Int>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     let v = T::from_u64(cpu.ea_offset(i));
     cpu.set_reg(i.dst, v);
     Ok(())
 }
 
-/// The source is read, and a 32-bit destination zero-extended, whatever the condition says.
-fn cmov<S: Source, T: Int, const CC: u8>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+/// The source is read, and a 32-bit destination zero-extended, whether the condition holds or not.
+fn cmov<S: SourceOperand, T: Int, const CC: u8>(
+    cpu: &mut Cpu,
+    ram: &mut [u8],
+    i: &Insn,
+) -> Result<(), CpuStop> {
     let new = S::load::<T>(cpu, ram, i)?;
     let old = cpu.reg::<T>(i.dst);
     let v = if cpu.flags.condition::<CC>() { new } else { old };
@@ -50,20 +66,20 @@ fn cmov<S: Source, T: Int, const CC: u8>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn
     Ok(())
 }
 
-fn set<D: Target, const CC: u8>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn set<D: DestinationOperand, const CC: u8>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     let v = cpu.flags.condition::<CC>() as u8;
     D::store(cpu, ram, i, v)
 }
 
-/// For 16 bits, which the SDM leaves undefined, the result is 0, as current processors have it.
-fn bswap<T: Int>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+/// For 16 bits, which the SDM leaves undefined, the result is 0, as on current processors.
+fn bswap<T: Int>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     let v = cpu.reg::<T>(i.dst).to_u64();
     let swapped = if T::BITS == 16 { 0 } else { v.swap_bytes() >> (64 - T::BITS) };
     cpu.set_reg(i.dst, T::from_u64(swapped));
     Ok(())
 }
 
-fn xlat(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn xlat(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     let mut offset = cpu.reg::<u64>(reg::RBX).wrapping_add(cpu.reg::<u8>(reg::RAX) as u64);
     if i.scale & ADDR32 != 0 {
         offset = offset as u32 as u64;
@@ -74,15 +90,15 @@ fn xlat(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
     Ok(())
 }
 
-/// CBW, CWDE, CDQE: the accumulator from its lower half.
-fn widen<F: Int, T: Int>(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
+/// CBW, CWDE, CDQE: sign-extends the lower half of the accumulator.
+fn widen<F: Int, T: Int>(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), CpuStop> {
     let v = cpu.reg::<F>(reg::RAX).sext();
     cpu.set_reg(reg::RAX, T::from_u64(v));
     Ok(())
 }
 
-/// CWD, CDQ, CQO: RDX from the accumulator's sign.
-fn sign_to_rdx<T: Int>(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
+/// CWD, CDQ, CQO: fills RDX with the sign of the accumulator.
+fn sign_to_rdx<T: Int>(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), CpuStop> {
     let v = (cpu.reg::<T>(reg::RAX).sext() as i64 >> 63) as u64;
     cpu.set_reg(reg::RDX, T::from_u64(v));
     Ok(())
@@ -91,13 +107,13 @@ fn sign_to_rdx<T: Int>(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop
 fn select_mov(ins: &Instruction, insn: &Insn) -> Option<Handler> {
     use OpKind::{Memory as M, Register as R};
     let (a, b) = (ins.op0_kind(), ins.op1_kind());
-    // Segment, control and debug registers are another family's.
+    // Segment, control and debug registers belong to other families.
     for (n, kind) in [(0, a), (1, b)] {
         if kind == R && !ins.op_register(n).is_gpr() {
             return None;
         }
     }
-    // With 32-bit addresses the general rule for memory operands fits moffs, too.
+    // The general rule for memory operands also fits moffs with 32-bit addresses.
     let long = ins.memory_displ_size() == 8;
     let table = match ins.code() {
         Code::Mov_AL_moffs8 | Code::Mov_AX_moffs16 | Code::Mov_EAX_moffs32 | Code::Mov_RAX_moffs64
@@ -158,7 +174,7 @@ fn select_conditional(ins: &Instruction) -> Option<Handler> {
 }
 
 /// Handlers of this family.
-pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
+pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<PlaceInBlock> {
     insn.exec = match ins.mnemonic() {
         Mnemonic::Mov => select_mov(ins, insn)?,
         Mnemonic::Movzx => select_extend(ins, false),
@@ -178,7 +194,7 @@ pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
         m if is_conditional(m) => select_conditional(ins)?,
         _ => return None,
     };
-    Some(Place::Middle)
+    Some(PlaceInBlock::Middle)
 }
 
 fn is_conditional(m: Mnemonic) -> bool {

@@ -1,10 +1,9 @@
-//! RDMSR and WRMSR. A register that is not here is #GP, in both directions.
+//! RDMSR and WRMSR. Registers that are not listed here raise #GP, for reads and writes.
 
 use iced_x86::{Instruction, Mnemonic};
 
-use crate::decode::Place;
-use crate::exit::Stop;
-use crate::insn::{Handler, Insn, threaded};
+use crate::exit::CpuStop;
+use crate::insn::{Handler, Insn, PlaceInBlock, threaded};
 use crate::paging::is_canonical;
 use crate::state::{Cpu, FS_BASE, GS_BASE, reg};
 
@@ -43,7 +42,7 @@ pub(crate) mod efer {
 const MISC_ENABLE: u64 = 1 << 0 | 1 << 11 | 1 << 12;
 
 impl Cpu {
-    /// `None` for a register that does not exist.
+    /// The value of a register, or `None` if it does not exist.
     fn read_msr(&self, n: u32) -> Option<u64> {
         let s = &self.sys;
         Some(match n {
@@ -66,7 +65,7 @@ impl Cpu {
         })
     }
 
-    /// `None` for a register that does not exist or a value that it cannot have.
+    /// Writes a register; `None` if it does not exist or cannot have the value.
     fn write_msr(&mut self, n: u32, v: u64) -> Option<()> {
         let address = || is_canonical(v).then_some(v);
         let low = || (v >> 32 == 0).then_some(v);
@@ -97,7 +96,7 @@ impl Cpu {
         Some(())
     }
 
-    /// LME cannot change while paging is on, LMA never by a write.
+    /// LME cannot change while paging is on; a write never changes LMA.
     fn write_efer(&mut self, v: u64) -> Option<()> {
         let old = self.sys.efer;
         if v & !(efer::SCE | efer::LME | efer::LMA | efer::NXE) != 0 || (v ^ old) & efer::LME != 0 {
@@ -111,7 +110,7 @@ impl Cpu {
     }
 }
 
-fn rdmsr(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
+fn rdmsr(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), CpuStop> {
     cpu.privileged()?;
     let n = cpu.reg(reg::RCX);
     let Some(v) = cpu.read_msr(n) else { return cpu.general_protection(0) };
@@ -120,7 +119,7 @@ fn rdmsr(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
     Ok(())
 }
 
-fn wrmsr(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
+fn wrmsr(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), CpuStop> {
     cpu.privileged()?;
     let v = cpu.reg::<u32>(reg::RAX) as u64 | (cpu.reg::<u32>(reg::RDX) as u64) << 32;
     let n = cpu.reg(reg::RCX);
@@ -131,12 +130,12 @@ fn wrmsr(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
 }
 
 /// Handlers of this family.
-pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
+pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<PlaceInBlock> {
     let exec: Handler = match ins.mnemonic() {
         Mnemonic::Rdmsr => threaded!(rdmsr),
         Mnemonic::Wrmsr => threaded!(wrmsr),
         _ => return None,
     };
     insn.exec = exec;
-    Some(Place::Alone)
+    Some(PlaceInBlock::Alone)
 }

@@ -1,40 +1,41 @@
 //! MUL, IMUL, DIV, IDIV.
 //!
-//! What the SDM leaves undefined is as on current Intel processors: a multiplication sets SF and PF by the lower
-//! half of the product and clears ZF and AF; a division leaves all flags.
+//! What the SDM leaves undefined behaves as on current Intel processors: a multiplication sets SF and PF from
+//! the lower half of the product and clears ZF and AF; a division leaves all flags unchanged.
 
 use iced_x86::{Instruction, Mnemonic};
 
-use super::operand::{Dst, Imm, Mem, Source, Src, is_memory, log_size, widths};
-use crate::decode::Place;
-use crate::exit::Stop;
+use super::operand::{Dst, Imm, Mem, SourceOperand, Src, is_memory, log_size, widths};
+use crate::exit::CpuStop;
 use crate::flags::Flags;
-use crate::insn::{HIGH_BYTE, Handler, Insn, Int};
+use crate::insn::{Handler, Insn, PlaceInBlock};
+use crate::int::{HIGH_BYTE, Int};
 use crate::state::{Cpu, reg};
 
 const DIVIDE_ERROR: u8 = 0;
 const AH: u8 = reg::RAX | HIGH_BYTE;
 
-/// Where the upper half of a double-width value is: AH for bytes, else RDX.
+/// The register that has the upper half of a double-width value: AH for bytes, else RDX.
 #[inline(always)]
 fn upper<T: Int>() -> u8 {
     if T::BITS == 8 { AH } else { reg::RDX }
 }
 
+/// Sets the flags after a multiplication.
 #[inline(always)]
-fn multiplied<T: Int>(flags: &mut Flags, low: T, overflow: bool) {
+fn set_product_flags<T: Int>(flags: &mut Flags, low: T, overflow: bool) {
     flags.set_result(low);
     flags.set_zf(false);
     flags.set_carries(overflow, overflow, false);
 }
 
-fn mul<S: Source, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn mul<S: SourceOperand, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     let b = S::load::<T>(cpu, ram, i)?;
     let product = cpu.reg::<T>(reg::RAX).to_u64() as u128 * b.to_u64() as u128;
     let (low, high) = (T::from_u64(product as u64), T::from_u64((product >> T::BITS) as u64));
     cpu.set_reg(reg::RAX, low);
     cpu.set_reg(upper::<T>(), high);
-    multiplied(&mut cpu.flags, low, high != T::from_u64(0));
+    set_product_flags(&mut cpu.flags, low, high != T::from_u64(0));
     Ok(())
 }
 
@@ -45,28 +46,33 @@ fn signed_product<T: Int>(a: T, b: T) -> (i128, bool) {
     (product, product != T::from_u64(product as u64).sext() as i64 as i128)
 }
 
-fn imul<S: Source, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn imul<S: SourceOperand, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     let b = S::load::<T>(cpu, ram, i)?;
     let (product, overflow) = signed_product(cpu.reg::<T>(reg::RAX), b);
     let low = T::from_u64(product as u64);
     cpu.set_reg(reg::RAX, low);
     cpu.set_reg(upper::<T>(), T::from_u64((product >> T::BITS) as u64));
-    multiplied(&mut cpu.flags, low, overflow);
+    set_product_flags(&mut cpu.flags, low, overflow);
     Ok(())
 }
 
-/// `A` and `B` are the factors of the forms with two and three operands.
-fn imul_to<A: Source, B: Source, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+/// The forms with two and three operands; `A` and `B` are the factors.
+fn imul_to<A: SourceOperand, B: SourceOperand, T: Int>(
+    cpu: &mut Cpu,
+    ram: &mut [u8],
+    i: &Insn,
+) -> Result<(), CpuStop> {
     let a = A::load::<T>(cpu, ram, i)?;
     let b = B::load::<T>(cpu, ram, i)?;
     let (product, overflow) = signed_product(a, b);
     let low = T::from_u64(product as u64);
     cpu.set_reg(i.dst, low);
-    multiplied(&mut cpu.flags, low, overflow);
+    set_product_flags(&mut cpu.flags, low, overflow);
     Ok(())
 }
 
-/// Quotient and remainder of `high:low / d`; `None` when `d` is 0 or the quotient needs more bits than `T` has.
+/// Quotient and remainder of `high:low / d`; `None` when `d` is 0 or the quotient needs more bits than `T`
+/// has.
 #[inline(always)]
 fn divide<T: Int>(high: T, low: T, d: T) -> Option<(T, T)> {
     let (h, l, d) = (high.to_u64(), low.to_u64(), d.to_u64());
@@ -74,7 +80,7 @@ fn divide<T: Int>(high: T, low: T, d: T) -> Option<(T, T)> {
         return None;
     }
     if T::BITS < 64 || h == 0 {
-        // Below 64 bits both halves fit one word.
+        // Below 64 bits both halves fit into one word.
         let n = if T::BITS < 64 { h << (T::BITS & 63) | l } else { l };
         return Some((T::from_u64(n / d), T::from_u64(n % d)));
     }
@@ -82,7 +88,8 @@ fn divide<T: Int>(high: T, low: T, d: T) -> Option<(T, T)> {
     Some((T::from_u64((n / d) as u64), T::from_u64((n % d) as u64)))
 }
 
-/// As [`divide`], signed: the quotient is cut towards zero, the remainder has the dividend's sign.
+/// As [`divide`], but signed: the quotient is truncated towards zero, the remainder has the sign of the
+/// dividend.
 #[inline(always)]
 fn divide_signed<T: Int>(high: T, low: T, d: T) -> Option<(T, T)> {
     let d = d.sext() as i64;
@@ -98,8 +105,9 @@ fn divide_signed<T: Int>(high: T, low: T, d: T) -> Option<(T, T)> {
     (quotient.sext() as i64 == q).then_some((quotient, T::from_u64(r as u64)))
 }
 
+/// Writes quotient and remainder, or raises #DE.
 #[inline(always)]
-fn divided<T: Int>(cpu: &mut Cpu, result: Option<(T, T)>) -> Result<(), Stop> {
+fn finish_division<T: Int>(cpu: &mut Cpu, result: Option<(T, T)>) -> Result<(), CpuStop> {
     let Some((quotient, remainder)) = result else {
         return cpu.raise(DIVIDE_ERROR, None);
     };
@@ -108,16 +116,16 @@ fn divided<T: Int>(cpu: &mut Cpu, result: Option<(T, T)>) -> Result<(), Stop> {
     Ok(())
 }
 
-fn div<S: Source, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn div<S: SourceOperand, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     let d = S::load::<T>(cpu, ram, i)?;
     let result = divide(cpu.reg(upper::<T>()), cpu.reg(reg::RAX), d);
-    divided(cpu, result)
+    finish_division(cpu, result)
 }
 
-fn idiv<S: Source, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn idiv<S: SourceOperand, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     let d = S::load::<T>(cpu, ram, i)?;
     let result = divide_signed(cpu.reg(upper::<T>()), cpu.reg(reg::RAX), d);
-    divided(cpu, result)
+    finish_division(cpu, result)
 }
 
 fn select_imul(ins: &Instruction) -> Handler {
@@ -133,7 +141,7 @@ fn select_imul(ins: &Instruction) -> Handler {
 }
 
 /// Handlers of this family.
-pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
+pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<PlaceInBlock> {
     macro_rules! one_operand {
         ($f:ident) => {
             (if is_memory(ins, 0) { widths!($f, Mem) } else { widths!($f, Dst) })[log_size(ins, 0)]
@@ -146,5 +154,5 @@ pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
         Mnemonic::Idiv => one_operand!(idiv),
         _ => return None,
     };
-    Some(Place::Middle)
+    Some(PlaceInBlock::Middle)
 }

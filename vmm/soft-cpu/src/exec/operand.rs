@@ -1,29 +1,30 @@
-//! Where an instruction's operands are, as types: handlers are generic over them.
+//! Operand kinds as types, over which handlers are generic.
 
 use iced_x86::{Instruction, OpKind};
 
-use crate::exit::Stop;
+use crate::exit::CpuStop;
 use crate::flags::Flags;
-use crate::insn::{ADDR32, Insn, Int};
+use crate::insn::{ADDR32, Insn};
+use crate::int::Int;
 use crate::state::{Cpu, ZERO};
 
 /// An operand that can be read.
-pub(super) trait Source {
-    fn load<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<T, Stop>;
+pub(super) trait SourceOperand {
+    fn load<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<T, CpuStop>;
 }
 
 /// An operand that can be written.
-pub(super) trait Target: Source {
-    fn store<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, value: T) -> Result<(), Stop>;
+pub(super) trait DestinationOperand: SourceOperand {
+    fn store<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, value: T) -> Result<(), CpuStop>;
 
-    /// Replaces the operand by what `f` makes of it and the flags by what `f` gives. `f` must change nothing in
-    /// the CPU: the write may still fail.
+    /// Replaces the operand, and the flags, by what `f` returns for it. `f` must not change the CPU, as the
+    /// write may still fail.
     fn modify<T: Int>(
         cpu: &mut Cpu,
         ram: &mut [u8],
         i: &Insn,
         f: impl FnOnce(&mut Cpu, T) -> (T, Flags),
-    ) -> Result<(), Stop>;
+    ) -> Result<(), CpuStop>;
 }
 
 /// Operand 0, a register.
@@ -32,25 +33,26 @@ pub(super) struct Dst;
 pub(super) struct Src;
 /// The memory operand.
 pub(super) struct Mem;
-/// The memory operand in a quick handler.
+/// The memory operand, in a quick handler: gives up unless the fast TLB allows the access.
 pub(super) struct Quick;
-/// The same, where it is only a base register and a displacement: the most frequent form has the shortest way.
+/// As [`Quick`], for an operand with only a base register and a displacement: a shorter path for the most
+/// frequent form.
 pub(super) struct Near;
 /// The immediate.
 pub(super) struct Imm;
 /// Memory at the 64-bit address in the immediate (MOV moffs).
 pub(super) struct Moffs;
 
-impl Source for Dst {
+impl SourceOperand for Dst {
     #[inline(always)]
-    fn load<T: Int>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<T, Stop> {
+    fn load<T: Int>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<T, CpuStop> {
         Ok(cpu.reg(i.dst))
     }
 }
 
-impl Target for Dst {
+impl DestinationOperand for Dst {
     #[inline(always)]
-    fn store<T: Int>(cpu: &mut Cpu, _: &mut [u8], i: &Insn, value: T) -> Result<(), Stop> {
+    fn store<T: Int>(cpu: &mut Cpu, _: &mut [u8], i: &Insn, value: T) -> Result<(), CpuStop> {
         cpu.set_reg(i.dst, value);
         Ok(())
     }
@@ -61,7 +63,7 @@ impl Target for Dst {
         _: &mut [u8],
         i: &Insn,
         f: impl FnOnce(&mut Cpu, T) -> (T, Flags),
-    ) -> Result<(), Stop> {
+    ) -> Result<(), CpuStop> {
         let old = cpu.reg(i.dst);
         let (new, flags) = f(cpu, old);
         cpu.set_reg(i.dst, new);
@@ -70,23 +72,23 @@ impl Target for Dst {
     }
 }
 
-impl Source for Src {
+impl SourceOperand for Src {
     #[inline(always)]
-    fn load<T: Int>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<T, Stop> {
+    fn load<T: Int>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<T, CpuStop> {
         Ok(cpu.reg(i.src))
     }
 }
 
-impl Source for Mem {
+impl SourceOperand for Mem {
     #[inline(always)]
-    fn load<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<T, Stop> {
+    fn load<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<T, CpuStop> {
         cpu.load_operand(ram, i)
     }
 }
 
-impl Target for Mem {
+impl DestinationOperand for Mem {
     #[inline(always)]
-    fn store<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, value: T) -> Result<(), Stop> {
+    fn store<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, value: T) -> Result<(), CpuStop> {
         cpu.store_operand(ram, i, value)
     }
 
@@ -96,22 +98,22 @@ impl Target for Mem {
         ram: &mut [u8],
         i: &Insn,
         f: impl FnOnce(&mut Cpu, T) -> (T, Flags),
-    ) -> Result<(), Stop> {
+    ) -> Result<(), CpuStop> {
         cpu.modify_operand(ram, i, f)
     }
 }
 
-impl Source for Quick {
+impl SourceOperand for Quick {
     #[inline(always)]
-    fn load<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<T, Stop> {
-        cpu.load_quick(ram, cpu.ea(i)).ok_or(Stop::Slow)
+    fn load<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<T, CpuStop> {
+        cpu.load_quick(ram, cpu.ea(i)).ok_or(CpuStop::Slow)
     }
 }
 
-impl Target for Quick {
+impl DestinationOperand for Quick {
     #[inline(always)]
-    fn store<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, value: T) -> Result<(), Stop> {
-        cpu.store_quick(ram, cpu.ea(i), value).ok_or(Stop::Slow)
+    fn store<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, value: T) -> Result<(), CpuStop> {
+        cpu.store_quick(ram, cpu.ea(i), value).ok_or(CpuStop::Slow)
     }
 
     #[inline(always)]
@@ -120,22 +122,22 @@ impl Target for Quick {
         ram: &mut [u8],
         i: &Insn,
         f: impl FnOnce(&mut Cpu, T) -> (T, Flags),
-    ) -> Result<(), Stop> {
-        cpu.modify_quick(ram, cpu.ea(i), f).ok_or(Stop::Slow)
+    ) -> Result<(), CpuStop> {
+        cpu.modify_quick(ram, cpu.ea(i), f).ok_or(CpuStop::Slow)
     }
 }
 
-impl Source for Near {
+impl SourceOperand for Near {
     #[inline(always)]
-    fn load<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<T, Stop> {
-        cpu.load_quick(ram, near(cpu, i)).ok_or(Stop::Slow)
+    fn load<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<T, CpuStop> {
+        cpu.load_quick(ram, near(cpu, i)).ok_or(CpuStop::Slow)
     }
 }
 
-impl Target for Near {
+impl DestinationOperand for Near {
     #[inline(always)]
-    fn store<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, value: T) -> Result<(), Stop> {
-        cpu.store_quick(ram, near(cpu, i), value).ok_or(Stop::Slow)
+    fn store<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, value: T) -> Result<(), CpuStop> {
+        cpu.store_quick(ram, near(cpu, i), value).ok_or(CpuStop::Slow)
     }
 
     #[inline(always)]
@@ -144,8 +146,8 @@ impl Target for Near {
         ram: &mut [u8],
         i: &Insn,
         f: impl FnOnce(&mut Cpu, T) -> (T, Flags),
-    ) -> Result<(), Stop> {
-        cpu.modify_quick(ram, near(cpu, i), f).ok_or(Stop::Slow)
+    ) -> Result<(), CpuStop> {
+        cpu.modify_quick(ram, near(cpu, i), f).ok_or(CpuStop::Slow)
     }
 }
 
@@ -160,16 +162,16 @@ pub(super) fn is_near(i: &Insn) -> bool {
     i.index == ZERO && i.seg == ZERO && i.scale & ADDR32 == 0
 }
 
-impl Source for Imm {
+impl SourceOperand for Imm {
     #[inline(always)]
-    fn load<T: Int>(_: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<T, Stop> {
+    fn load<T: Int>(_: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<T, CpuStop> {
         Ok(T::from_u64(i.imm))
     }
 }
 
-impl Source for Moffs {
+impl SourceOperand for Moffs {
     #[inline(always)]
-    fn load<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<T, Stop> {
+    fn load<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<T, CpuStop> {
         let addr = cpu.reg::<u64>(i.seg).wrapping_add(i.imm);
         cpu.load(ram, addr)
     }
@@ -180,14 +182,14 @@ pub(super) fn is_memory(ins: &Instruction, n: u32) -> bool {
     ins.op_kind(n) == OpKind::Memory
 }
 
-/// Binary logarithm of the bytes of operand `n`, a register or memory.
+/// Binary logarithm of the size in bytes of operand `n`, a register or memory.
 pub(super) fn log_size(ins: &Instruction, n: u32) -> usize {
     let bytes = if is_memory(ins, n) { ins.memory_size().size() } else { ins.op_register(n).size() };
     bytes.trailing_zeros() as usize
 }
 
-/// The instance of a handler for each width, by [`log_size`]: `widths!(f, O)` is `[f::<O, u8>, …]`. Quick ones have
-/// their exact ones behind them: `widths!(f, Quick; else Mem)`.
+/// A table of the instances of a handler for each width, indexed by [`log_size`]: `widths!(f, O)` is `[f::<O,
+/// u8>, …]`. For quick handlers the exact one follows: `widths!(f, Quick; else Mem)`.
 macro_rules! widths {
     ($f:ident $(, $t:ty)*) => {
         [
@@ -208,8 +210,8 @@ macro_rules! widths {
 }
 pub(super) use widths;
 
-/// The instance of a handler for each condition: `conditions!(f, T)` is `[f::<T, 0>, …]`, to be indexed by
-/// [`condition`].
+/// A table of the instances of a handler for each condition, indexed by [`condition`]: `conditions!(f, T)` is
+/// `[f::<T, 0>, …]`.
 macro_rules! conditions {
     ($f:ident $(, $t:ty)*) => {
         [

@@ -1,10 +1,10 @@
-//! Segment registers: MOV, PUSH and POP of them, LSS, LFS, LGS, LLDT, LTR and what stores them; LAR, LSL, VERR, VERW.
+//! Segment registers: MOV, PUSH, POP, LSS, LFS, LGS; LLDT, LTR, SLDT, STR; LAR, LSL, VERR, VERW.
 
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
-use crate::decode::{Place, register};
-use crate::exit::Stop;
-use crate::insn::{Handler, Insn, Int, threaded};
+use crate::exit::CpuStop;
+use crate::insn::{Handler, Insn, PlaceInBlock, register_index, threaded};
+use crate::int::Int;
 use crate::paging::is_canonical;
 use crate::segment::{attr, unpack};
 use crate::state::{Cpu, FS_BASE, GS_BASE, Segment, Shadow, reg, seg};
@@ -24,7 +24,7 @@ pub(super) fn selector_error(selector: u16) -> u32 {
 
 impl Cpu {
     /// Loads ES, SS, DS, FS or GS with all checks (SDM 2, MOV).
-    fn load_segment(&mut self, ram: &mut [u8], n: usize, selector: u16) -> Result<(), Stop> {
+    fn load_segment(&mut self, ram: &mut [u8], n: usize, selector: u16) -> Result<(), CpuStop> {
         let segment = match n {
             seg::SS => self.stack_segment(ram, selector, self.cpl())?,
             _ => self.data_segment(ram, selector)?,
@@ -39,8 +39,8 @@ impl Cpu {
         Ok(())
     }
 
-    /// A null selector clears the base of FS and GS, as Intel's CPUs do.
-    fn data_segment(&mut self, ram: &mut [u8], selector: u16) -> Result<Segment, Stop> {
+    /// The segment for ES, DS, FS or GS. A null selector clears the base of FS and GS, as on Intel's CPUs.
+    fn data_segment(&mut self, ram: &mut [u8], selector: u16) -> Result<Segment, CpuStop> {
         if selector & !3 == 0 {
             return Ok(Segment { selector, ..Segment::default() });
         }
@@ -56,8 +56,13 @@ impl Cpu {
         Ok(s)
     }
 
-    /// A segment that can be SS at privilege level `cpl`.
-    pub(super) fn stack_segment(&mut self, ram: &mut [u8], selector: u16, cpl: u8) -> Result<Segment, Stop> {
+    /// The segment for SS at privilege level `cpl`.
+    pub(super) fn stack_segment(
+        &mut self,
+        ram: &mut [u8],
+        selector: u16,
+        cpl: u8,
+    ) -> Result<Segment, CpuStop> {
         let error = selector_error(selector);
         if selector & !3 == 0 {
             if cpl == 3 || selector as u8 & 3 != cpl {
@@ -77,7 +82,7 @@ impl Cpu {
     }
 
     /// Reads a 16-byte system descriptor of the GDT: for LLDT and LTR.
-    fn system_segment(&mut self, ram: &mut [u8], selector: u16, kind: u16) -> Result<Segment, Stop> {
+    fn system_segment(&mut self, ram: &mut [u8], selector: u16, kind: u16) -> Result<Segment, CpuStop> {
         let error = selector_error(selector);
         let at = if selector & 4 != 0 { None } else { self.descriptor_address(selector, 16) };
         let Some(at) = at else { return self.general_protection(error) };
@@ -95,35 +100,35 @@ impl Cpu {
         Ok(s)
     }
 
-    /// A 16-bit operand: register `dst` or memory.
-    fn selector_operand(&mut self, ram: &mut [u8], i: &Insn, is_reg: bool) -> Result<u16, Stop> {
+    /// Reads a 16-bit operand: register `dst` or memory.
+    fn selector_operand(&mut self, ram: &mut [u8], i: &Insn, is_reg: bool) -> Result<u16, CpuStop> {
         if is_reg { Ok(self.reg(i.dst)) } else { self.load_operand(ram, i) }
     }
 }
 
-/// MOV Sreg, r16: the general rules have the segment register as `dst`.
-fn mov_from_reg(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+/// MOV Sreg, r16; `dst` is the segment register.
+fn mov_from_reg(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     let selector = cpu.reg(i.src);
     cpu.load_segment(ram, i.dst as usize, selector)
 }
 
-fn mov_from_mem(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn mov_from_mem(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     let selector = cpu.load_operand(ram, i)?;
     cpu.load_segment(ram, i.dst as usize, selector)
 }
 
-fn mov_to_reg<T: Int>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn mov_to_reg<T: Int>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     let selector = cpu.sys.seg[i.src as usize].selector;
     cpu.set_reg(i.dst, T::from_u64(selector as u64));
     Ok(())
 }
 
-fn mov_to_mem(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn mov_to_mem(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     let selector = cpu.sys.seg[i.src as usize].selector;
     cpu.store_operand(ram, i, selector)
 }
 
-fn push<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn push<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     let selector = cpu.sys.seg[i.dst as usize].selector;
     let at = cpu.regs[reg::RSP as usize].wrapping_sub(T::SIZE as u64);
     cpu.store(ram, at, T::from_u64(selector as u64)).map_err(|stop| cpu.stack_fault(stop))?;
@@ -131,7 +136,7 @@ fn push<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
     Ok(())
 }
 
-fn pop<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn pop<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     let at = cpu.regs[reg::RSP as usize];
     let selector = cpu.load::<T>(ram, at).map_err(|stop| cpu.stack_fault(stop))?.to_u64() as u16;
     cpu.load_segment(ram, i.dst as usize, selector)?;
@@ -139,8 +144,8 @@ fn pop<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
     Ok(())
 }
 
-/// LSS, LFS, LGS: an offset of width `T`, behind it the selector.
-fn load_far<T: Int, const N: usize>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+/// LSS, LFS, LGS: in memory there is an offset of width `T`, followed by the selector.
+fn load_far<T: Int, const N: usize>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     let addr = cpu.ea(i);
     let far = (|| {
         let offset = cpu.load::<T>(ram, addr)?;
@@ -152,7 +157,7 @@ fn load_far<T: Int, const N: usize>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> 
     Ok(())
 }
 
-fn lldt<const REG: bool>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn lldt<const REG: bool>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     cpu.privileged()?;
     let selector = cpu.selector_operand(ram, i, REG)?;
     cpu.sys.ldtr = if selector & !3 == 0 {
@@ -163,7 +168,7 @@ fn lldt<const REG: bool>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), 
     Ok(())
 }
 
-fn ltr<const REG: bool>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn ltr<const REG: bool>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     cpu.privileged()?;
     let selector = cpu.selector_operand(ram, i, REG)?;
     if selector & !3 == 0 {
@@ -179,7 +184,7 @@ fn ltr<const REG: bool>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), S
 }
 
 /// SLDT and STR.
-fn store_selector(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, width: usize, v: u16) -> Result<(), Stop> {
+fn store_selector(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, width: usize, v: u16) -> Result<(), CpuStop> {
     match width {
         0 => return cpu.store_operand(ram, i, v),
         2 => cpu.set_reg(i.dst, v),
@@ -189,18 +194,22 @@ fn store_selector(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, width: usize, v: u16)
     Ok(())
 }
 
-fn sldt<const WIDTH: usize>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn sldt<const WIDTH: usize>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     let v = cpu.sys.ldtr.selector;
     store_selector(cpu, ram, i, WIDTH, v)
 }
 
-fn str<const WIDTH: usize>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn str<const WIDTH: usize>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     let v = cpu.sys.tr.selector;
     store_selector(cpu, ram, i, WIDTH, v)
 }
 
-/// The descriptor of a selector that LAR, LSL, VERR and VERW may look at, with its first 8 bytes.
-fn visible(cpu: &mut Cpu, ram: &mut [u8], selector: u16) -> Result<Option<(Segment, u64)>, Stop> {
+/// The descriptor of a selector, with its first 8 bytes, if LAR, LSL, VERR and VERW may access it.
+fn accessible_descriptor(
+    cpu: &mut Cpu,
+    ram: &mut [u8],
+    selector: u16,
+) -> Result<Option<(Segment, u64)>, CpuStop> {
     if selector & !3 == 0 {
         return Ok(None);
     }
@@ -211,14 +220,14 @@ fn visible(cpu: &mut Cpu, ram: &mut [u8], selector: u16) -> Result<Option<(Segme
     Ok(allowed.then_some((s, d)))
 }
 
-/// LAR and LSL: the selector is operand 1, which `REG` says is a register.
-fn look<T: Int, const REG: bool, const LIMIT: bool>(
+/// LAR and (with `LIMIT`) LSL. The selector is operand 1: a register with `REG`, else memory.
+fn load_rights_or_limit<T: Int, const REG: bool, const LIMIT: bool>(
     cpu: &mut Cpu,
     ram: &mut [u8],
     i: &Insn,
-) -> Result<(), Stop> {
+) -> Result<(), CpuStop> {
     let selector = if REG { cpu.reg(i.src) } else { cpu.load_operand(ram, i)? };
-    let found = visible(cpu, ram, selector)?.filter(|(s, _)| {
+    let found = accessible_descriptor(cpu, ram, selector)?.filter(|(s, _)| {
         let kind = s.attr & attr::TYPE;
         let gate = !LIMIT && kind == TYPE_CALL_GATE;
         s.attr & attr::CODE_OR_DATA != 0 || matches!(kind, TYPE_LDT | TYPE_TSS | TYPE_TSS_BUSY) || gate
@@ -231,61 +240,69 @@ fn look<T: Int, const REG: bool, const LIMIT: bool>(
     Ok(())
 }
 
-fn verify<const REG: bool, const WRITE: bool>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+/// VERR and (with `WRITE`) VERW.
+fn verify<const REG: bool, const WRITE: bool>(
+    cpu: &mut Cpu,
+    ram: &mut [u8],
+    i: &Insn,
+) -> Result<(), CpuStop> {
     let selector = cpu.selector_operand(ram, i, REG)?;
-    let found = visible(cpu, ram, selector)?;
+    let found = accessible_descriptor(cpu, ram, selector)?;
     let fits = |s: &Segment| if WRITE { s.is_writable_data() } else { s.is_readable() };
     cpu.flags.set_zf(found.is_some_and(|(s, _)| fits(&s)));
     Ok(())
 }
 
 /// Handlers of this family.
-pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
+pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<PlaceInBlock> {
     let is_reg = |n| ins.op_kind(n) == OpKind::Register;
     let first = if is_reg(0) { ins.op0_register() } else { Register::None };
-    // Those that load SS throw a shadow, which ends a block.
-    let loads = |r: Register| if r == Register::SS { Place::Last } else { Place::Middle };
-    let (exec, place): (Handler, Place) = match ins.mnemonic() {
+    // An instruction that loads SS inhibits events after it, and so ends its block.
+    let loads = |r: Register| if r == Register::SS { PlaceInBlock::Last } else { PlaceInBlock::Middle };
+    let (exec, place): (Handler, PlaceInBlock) = match ins.mnemonic() {
         Mnemonic::Mov if first == Register::CS => return None,
         Mnemonic::Mov if first.is_segment_register() && is_reg(1) => (threaded!(mov_from_reg), loads(first)),
         Mnemonic::Mov if first.is_segment_register() => (threaded!(mov_from_mem), loads(first)),
         Mnemonic::Mov if is_reg(1) && ins.op1_register().is_segment_register() => {
             let width = first.size();
-            (mov_to(if is_reg(0) { width } else { 0 }), Place::Middle)
+            (select_mov_to(if is_reg(0) { width } else { 0 }), PlaceInBlock::Middle)
         }
         Mnemonic::Push if first.is_segment_register() => (
             if ins.stack_pointer_increment() == -2 { threaded!(push::<u16>) } else { threaded!(push::<u64>) },
-            Place::Middle,
+            PlaceInBlock::Middle,
         ),
         Mnemonic::Pop if first.is_segment_register() => (
             if ins.stack_pointer_increment() == 2 { threaded!(pop::<u16>) } else { threaded!(pop::<u64>) },
-            Place::Middle,
+            PlaceInBlock::Middle,
         ),
-        Mnemonic::Lss => (far_load::<{ seg::SS }>(first), Place::Last),
-        Mnemonic::Lfs => (far_load::<{ seg::FS }>(first), Place::Middle),
-        Mnemonic::Lgs => (far_load::<{ seg::GS }>(first), Place::Middle),
+        Mnemonic::Lss => (select_far_load::<{ seg::SS }>(first), PlaceInBlock::Last),
+        Mnemonic::Lfs => (select_far_load::<{ seg::FS }>(first), PlaceInBlock::Middle),
+        Mnemonic::Lgs => (select_far_load::<{ seg::GS }>(first), PlaceInBlock::Middle),
         Mnemonic::Lldt => {
-            (if is_reg(0) { threaded!(lldt::<true>) } else { threaded!(lldt::<false>) }, Place::Middle)
+            (if is_reg(0) { threaded!(lldt::<true>) } else { threaded!(lldt::<false>) }, PlaceInBlock::Middle)
         }
         Mnemonic::Ltr => {
-            (if is_reg(0) { threaded!(ltr::<true>) } else { threaded!(ltr::<false>) }, Place::Middle)
+            (if is_reg(0) { threaded!(ltr::<true>) } else { threaded!(ltr::<false>) }, PlaceInBlock::Middle)
         }
         Mnemonic::Sldt | Mnemonic::Str => {
-            (stored(ins.mnemonic(), if is_reg(0) { first.size() } else { 0 }), Place::Middle)
+            (select_store(ins.mnemonic(), if is_reg(0) { first.size() } else { 0 }), PlaceInBlock::Middle)
         }
         Mnemonic::Lar | Mnemonic::Lsl => {
             if is_reg(1) {
-                insn.src = register(ins.op1_register());
+                insn.src = register_index(ins.op1_register());
             }
-            (looking(first.size(), is_reg(1), ins.mnemonic() == Mnemonic::Lsl), Place::Middle)
+            (
+                select_rights_or_limit(first.size(), is_reg(1), ins.mnemonic() == Mnemonic::Lsl),
+                PlaceInBlock::Middle,
+            )
         }
         Mnemonic::Verr => (
             if is_reg(0) { threaded!(verify::<true, false>) } else { threaded!(verify::<false, false>) },
-            Place::Middle,
+            PlaceInBlock::Middle,
         ),
         Mnemonic::Verw => (
             if is_reg(0) { threaded!(verify::<true, true>) } else { threaded!(verify::<false, true>) },
-            Place::Middle,
+            PlaceInBlock::Middle,
         ),
         _ => return None,
     };
@@ -293,7 +310,7 @@ pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
     Some(place)
 }
 
-fn mov_to(width: usize) -> Handler {
+fn select_mov_to(width: usize) -> Handler {
     match width {
         0 => threaded!(mov_to_mem),
         2 => threaded!(mov_to_reg::<u16>),
@@ -302,7 +319,7 @@ fn mov_to(width: usize) -> Handler {
     }
 }
 
-fn far_load<const N: usize>(to: Register) -> Handler {
+fn select_far_load<const N: usize>(to: Register) -> Handler {
     match to.size() {
         2 => threaded!(load_far::<u16, N>),
         4 => threaded!(load_far::<u32, N>),
@@ -310,7 +327,7 @@ fn far_load<const N: usize>(to: Register) -> Handler {
     }
 }
 
-fn stored(mnemonic: Mnemonic, width: usize) -> Handler {
+fn select_store(mnemonic: Mnemonic, width: usize) -> Handler {
     match (mnemonic, width) {
         (Mnemonic::Sldt, 0) => threaded!(sldt::<0>),
         (Mnemonic::Sldt, 2) => threaded!(sldt::<2>),
@@ -321,14 +338,14 @@ fn stored(mnemonic: Mnemonic, width: usize) -> Handler {
     }
 }
 
-fn looking(width: usize, is_reg: bool, limit: bool) -> Handler {
+fn select_rights_or_limit(width: usize, is_reg: bool, limit: bool) -> Handler {
     macro_rules! by_source {
         ($t:ty) => {
             match (is_reg, limit) {
-                (true, true) => threaded!(look::<$t, true, true>),
-                (true, false) => threaded!(look::<$t, true, false>),
-                (false, true) => threaded!(look::<$t, false, true>),
-                (false, false) => threaded!(look::<$t, false, false>),
+                (true, true) => threaded!(load_rights_or_limit::<$t, true, true>),
+                (true, false) => threaded!(load_rights_or_limit::<$t, true, false>),
+                (false, true) => threaded!(load_rights_or_limit::<$t, false, true>),
+                (false, false) => threaded!(load_rights_or_limit::<$t, false, false>),
             }
         };
     }

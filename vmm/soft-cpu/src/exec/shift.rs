@@ -1,19 +1,19 @@
 //! SHL, SHR, SAR, ROL, ROR, RCL, RCR, SHLD, SHRD.
 //!
-//! What the SDM leaves undefined is as on current Intel processors: OF is that of a shift by one bit whatever the
-//! count, AF is cleared, and the 16-bit double shifts by more than 16 bits shift the 48 bits destination, source,
-//! destination.
+//! What the SDM leaves undefined behaves as on current Intel processors: OF is set as for a shift by one bit
+//! whatever the count is, AF is cleared, and a 16-bit double shift by more than 16 bits shifts the 48 bits
+//! destination, source, destination.
 
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
-use super::operand::{Dst, Imm, Mem, Source, Target, is_memory, log_size, widths};
-use crate::decode::Place;
-use crate::exit::Stop;
+use super::operand::{DestinationOperand, Dst, Imm, Mem, SourceOperand, is_memory, log_size, widths};
+use crate::exit::CpuStop;
 use crate::flags::Flags;
-use crate::insn::{Handler, Insn, Int};
+use crate::insn::{Handler, Insn, PlaceInBlock};
+use crate::int::Int;
 use crate::state::{Cpu, reg};
 
-/// A shift of `a` by `count`, which is at least 1 and below 32, or 64 for 64-bit operands.
+/// A shift of `a` by `count`, which is at least 1 and below 32 (below 64 for 64-bit operands).
 trait Shift {
     fn run<T: Int>(flags: &mut Flags, a: T, count: u32) -> T;
 }
@@ -25,9 +25,9 @@ trait DoubleShift {
 
 /// CL as the count.
 struct Cl;
-impl Source for Cl {
+impl SourceOperand for Cl {
     #[inline(always)]
-    fn load<T: Int>(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<T, Stop> {
+    fn load<T: Int>(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<T, CpuStop> {
         Ok(cpu.reg(reg::RCX))
     }
 }
@@ -43,12 +43,13 @@ fn msb<T: Int>(v: T) -> bool {
     bit(v, T::BITS - 1)
 }
 
-/// Do the top two bits differ? A shift to the left then changes the sign.
+/// Do the top two bits differ, so that a shift to the left changes the sign?
 #[inline(always)]
 fn top_two_differ<T: Int>(v: T) -> bool {
     msb(v) != bit(v, T::BITS - 2)
 }
 
+/// Sets the flags after a shift; returns its result.
 #[inline(always)]
 fn shifted<T: Int>(flags: &mut Flags, r: T, cf: bool, of: bool) -> T {
     flags.set_result(r);
@@ -89,7 +90,7 @@ impl Shift for Sar {
 fn rotated<T: Int>(a: T, count: u32) -> T {
     let v = a.to_u64();
     let count = count % T::BITS;
-    // A shift right by the full width, when the count is 0, is two that are legal.
+    // If the count is 0, the shift right is by the full width, which Rust allows only as two shifts.
     T::from_u64(v << count | v >> 1 >> (T::BITS - 1 - count))
 }
 
@@ -113,7 +114,7 @@ impl Shift for Ror {
     }
 }
 
-/// Rotates CF:`a` left by `count`, which is at most the width: the result, and the new CF.
+/// Rotates CF:`a` left by `count`, which is at most the width. Returns the result and the new CF.
 #[inline(always)]
 fn rotated_through_carry<T: Int>(cf: bool, a: T, count: u32) -> (T, bool) {
     let v = (cf as u128) << T::BITS | a.to_u64() as u128;
@@ -185,12 +186,12 @@ fn masked<T: Int>(count: u8) -> u32 {
     count as u32 & if T::BITS == 64 { 63 } else { 31 }
 }
 
-/// A count of 0 changes no flag, but memory is written and 32 bits are zero-extended all the same.
-fn shift<O: Shift, D: Target, C: Source, T: Int>(
+/// A count of 0 changes no flag, but memory is still written, and a 32-bit register zero-extended.
+fn shift<O: Shift, D: DestinationOperand, C: SourceOperand, T: Int>(
     cpu: &mut Cpu,
     ram: &mut [u8],
     i: &Insn,
-) -> Result<(), Stop> {
+) -> Result<(), CpuStop> {
     let count = masked::<T>(C::load::<u8>(cpu, ram, i)?);
     D::modify::<T>(cpu, ram, i, |cpu, a| {
         let mut flags = cpu.flags;
@@ -199,11 +200,11 @@ fn shift<O: Shift, D: Target, C: Source, T: Int>(
     })
 }
 
-fn double_shift<O: DoubleShift, D: Target, C: Source, T: Int>(
+fn double_shift<O: DoubleShift, D: DestinationOperand, C: SourceOperand, T: Int>(
     cpu: &mut Cpu,
     ram: &mut [u8],
     i: &Insn,
-) -> Result<(), Stop> {
+) -> Result<(), CpuStop> {
     let count = masked::<T>(C::load::<u8>(cpu, ram, i)?);
     let b = cpu.reg::<T>(i.src);
     D::modify::<T>(cpu, ram, i, |cpu, a| {
@@ -236,7 +237,7 @@ fn double_form<O: DoubleShift>(ins: &Instruction) -> Handler {
 }
 
 /// Handlers of this family.
-pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
+pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<PlaceInBlock> {
     insn.exec = match ins.mnemonic() {
         Mnemonic::Shl | Mnemonic::Sal => form::<Shl>(ins),
         Mnemonic::Shr => form::<Shr>(ins),
@@ -249,5 +250,5 @@ pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
         Mnemonic::Shrd => double_form::<Shrd>(ins),
         _ => return None,
     };
-    Some(Place::Middle)
+    Some(PlaceInBlock::Middle)
 }

@@ -1,37 +1,37 @@
 //! MOVS, CMPS, SCAS, STOS, LODS, with REP, REPE and REPNE.
 //!
-//! Each iteration of a repeated instruction retires as one instruction, and its registers are committed before
-//! the next begins, so that anything may stop it in between. Long runs of MOVS and STOS within pages that need
-//! no second look are done at once; the outcome is that of single iterations.
+//! Each iteration of a repeated instruction retires as one instruction, and its registers are committed
+//! before the next begins, so that it may be stopped in between. Many iterations of MOVS and STOS are done at
+//! once where the fast TLB allows the accesses; the result is the same as with single iterations.
 
 use iced_x86::{Instruction, Mnemonic};
 
 use super::alu;
 use super::operand::widths;
-use crate::decode::Place;
-use crate::exit::Stop;
+use crate::exit::CpuStop;
 use crate::flags::bits;
-use crate::insn::{Handler, Insn, Int, flag};
+use crate::insn::{Handler, Insn, PlaceInBlock, flag};
+use crate::int::Int;
 use crate::paging::Access;
 use crate::state::{Cpu, reg};
 
-/// Iterations after which a repeated instruction goes back to the run loop, so that a stop asked for by another
+/// Iterations after which a repeated instruction returns to the run loop, so that a stop requested by another
 /// thread is seen soon.
 const ITERATIONS_MAX: u64 = 1 << 20;
 const PAGE: usize = 4096;
 
-/// One of the instructions. `T` is the element, `A` (u32 or u64) the width of addresses and count.
-trait Op {
-    /// REPE and REPNE look at ZF.
+/// A string instruction. `T` is the type of elements, `A` (u32 or u64) the width of addresses and count.
+trait StringOp {
+    /// Whether REPE and REPNE check ZF.
     const COMPARES: bool = false;
-    /// Registers that 32-bit addresses cut to 32 bits even when there is no iteration, or when the first faults.
-    /// The SDM does not say; this is what current Intel processors do.
-    const ALWAYS_CUT: &[u8] = &[reg::RCX];
-    /// One iteration but for the count. On an error nothing has changed.
-    fn once<T: Int, A: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop>;
-    /// As many iterations, up to `max`, as can be done at once: maybe none.
+    /// Registers that are truncated to 32 bits by 32-bit addresses even if there is no iteration, or the
+    /// first one faults. The SDM leaves this open; this is what current Intel processors do.
+    const ALWAYS_TRUNCATED: &[u8] = &[reg::RCX];
+    /// Does one iteration, except for the count. On an error nothing has changed.
+    fn once<T: Int, A: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop>;
+    /// Does as many iterations, up to `max`, as can be done at once, and returns how many: maybe none.
     #[inline(always)]
-    fn run<T: Int>(_: &mut Cpu, _: &mut [u8], _: &Insn, _max: u64) -> u64 {
+    fn many<T: Int>(_: &mut Cpu, _: &mut [u8], _: &Insn, _max: u64) -> u64 {
         0
     }
 }
@@ -43,7 +43,7 @@ struct Stos;
 struct Lods;
 
 fn backward(cpu: &Cpu) -> bool {
-    cpu.flags.rest() & bits::DF != 0
+    cpu.flags.non_status() & bits::DF != 0
 }
 
 /// Linear address of the source: RSI, with the segment's base.
@@ -67,7 +67,8 @@ fn advance<T: Int, A: Int>(cpu: &mut Cpu, r: u8, n: u64) {
     cpu.set_reg(r, A::from_u64(v));
 }
 
-/// Elements from the one at `addr` to its page's end (its start if backward), not counting one that crosses.
+/// Number of elements from the one at `addr` to the end of its page (if backward, to its start), without one
+/// that crosses.
 fn elements_in_page<T: Int>(addr: u64, backward: bool) -> usize {
     let within = addr as usize % PAGE;
     match backward {
@@ -77,17 +78,17 @@ fn elements_in_page<T: Int>(addr: u64, backward: bool) -> usize {
     }
 }
 
-/// The `n` elements that begin with the one at offset `at`, in RAM.
+/// The range in RAM of the `n` elements that begin with the one at offset `at`.
 fn span<T: Int>(at: usize, n: usize, backward: bool) -> std::ops::Range<usize> {
     let start = if backward { at - (n - 1) * T::SIZE } else { at };
     start..start + n * T::SIZE
 }
 
-impl Op for Movs {
-    const ALWAYS_CUT: &[u8] = &[reg::RCX, reg::RSI, reg::RDI];
+impl StringOp for Movs {
+    const ALWAYS_TRUNCATED: &[u8] = &[reg::RCX, reg::RSI, reg::RDI];
 
     #[inline(always)]
-    fn once<T: Int, A: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    fn once<T: Int, A: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
         let v = cpu.load::<T>(ram, source::<A>(cpu, i))?;
         cpu.store(ram, destination::<A>(cpu), v)?;
         advance::<T, A>(cpu, reg::RSI, 1);
@@ -95,7 +96,7 @@ impl Op for Movs {
         Ok(())
     }
 
-    fn run<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, max: u64) -> u64 {
+    fn many<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, max: u64) -> u64 {
         let (from, to) = (source::<u64>(cpu, i), destination::<u64>(cpu));
         let (Some(s), Some(d)) = (cpu.run_offset(from, Access::Read), cpu.run_offset(to, Access::Write))
         else {
@@ -104,7 +105,8 @@ impl Op for Movs {
         let back = backward(cpu);
         let fit = elements_in_page::<T>(from, back).min(elements_in_page::<T>(to, back));
         let mut n = max.min(fit as u64) as usize;
-        // A destination ahead of the source reads back what was just written: no further than the gap at once.
+        // If the destination is ahead of the source, later iterations read what earlier ones write: do no
+        // more at once than fit between the two.
         let gap = if back { s.wrapping_sub(d) } else { d.wrapping_sub(s) };
         if gap != 0 {
             n = n.min(gap / T::SIZE);
@@ -123,18 +125,18 @@ impl Op for Movs {
     }
 }
 
-impl Op for Stos {
-    const ALWAYS_CUT: &[u8] = &[reg::RCX, reg::RDI];
+impl StringOp for Stos {
+    const ALWAYS_TRUNCATED: &[u8] = &[reg::RCX, reg::RDI];
 
     #[inline(always)]
-    fn once<T: Int, A: Int>(cpu: &mut Cpu, ram: &mut [u8], _: &Insn) -> Result<(), Stop> {
+    fn once<T: Int, A: Int>(cpu: &mut Cpu, ram: &mut [u8], _: &Insn) -> Result<(), CpuStop> {
         let v = cpu.reg::<T>(reg::RAX);
         cpu.store(ram, destination::<A>(cpu), v)?;
         advance::<T, A>(cpu, reg::RDI, 1);
         Ok(())
     }
 
-    fn run<T: Int>(cpu: &mut Cpu, ram: &mut [u8], _: &Insn, max: u64) -> u64 {
+    fn many<T: Int>(cpu: &mut Cpu, ram: &mut [u8], _: &Insn, max: u64) -> u64 {
         let to = destination::<u64>(cpu);
         let Some(d) = cpu.run_offset(to, Access::Write) else { return 0 };
         let back = backward(cpu);
@@ -152,9 +154,9 @@ impl Op for Stos {
     }
 }
 
-impl Op for Lods {
+impl StringOp for Lods {
     #[inline(always)]
-    fn once<T: Int, A: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+    fn once<T: Int, A: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
         let v = cpu.load::<T>(ram, source::<A>(cpu, i))?;
         cpu.set_reg(reg::RAX, v);
         advance::<T, A>(cpu, reg::RSI, 1);
@@ -162,11 +164,11 @@ impl Op for Lods {
     }
 }
 
-impl Op for Cmps {
+impl StringOp for Cmps {
     const COMPARES: bool = true;
     #[inline(always)]
-    fn once<T: Int, A: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
-        // When both fault, Intel's processors report the destination.
+    fn once<T: Int, A: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
+        // If both fault, Intel's processors report the destination.
         let b = cpu.load::<T>(ram, destination::<A>(cpu))?;
         let a = cpu.load::<T>(ram, source::<A>(cpu, i))?;
         alu::sub(&mut cpu.flags, a, b);
@@ -176,10 +178,10 @@ impl Op for Cmps {
     }
 }
 
-impl Op for Scas {
+impl StringOp for Scas {
     const COMPARES: bool = true;
     #[inline(always)]
-    fn once<T: Int, A: Int>(cpu: &mut Cpu, ram: &mut [u8], _: &Insn) -> Result<(), Stop> {
+    fn once<T: Int, A: Int>(cpu: &mut Cpu, ram: &mut [u8], _: &Insn) -> Result<(), CpuStop> {
         let b = cpu.load::<T>(ram, destination::<A>(cpu))?;
         let a = cpu.reg::<T>(reg::RAX);
         alu::sub(&mut cpu.flags, a, b);
@@ -188,13 +190,13 @@ impl Op for Scas {
     }
 }
 
-fn once<O: Op, A: Int, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn once<O: StringOp, A: Int, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     O::once::<T, A>(cpu, ram, i)
 }
 
-fn repeat<O: Op, A: Int, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn repeat<O: StringOp, A: Int, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     if A::BITS == 32 {
-        for &r in O::ALWAYS_CUT {
+        for &r in O::ALWAYS_TRUNCATED {
             cpu.set_reg(r, cpu.reg::<A>(r));
         }
     }
@@ -206,8 +208,8 @@ fn repeat<O: Op, A: Int, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Res
     let go_on_if_zero = i.flags & flag::REP != 0;
     let mut done = 0;
     loop {
-        // Addresses of 32 bits may wrap in the middle of a page.
-        let mut n = if A::BITS == 64 { O::run::<T>(cpu, ram, i, max - done) } else { 0 };
+        // 32-bit addresses may wrap in the middle of a page.
+        let mut n = if A::BITS == 64 { O::many::<T>(cpu, ram, i, max - done) } else { 0 };
         if n == 0 {
             if let Err(stop) = O::once::<T, A>(cpu, ram, i) {
                 cpu.retired += done;
@@ -224,12 +226,12 @@ fn repeat<O: Op, A: Int, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Res
         }
         if done == max {
             cpu.retired += done;
-            return Err(Stop::Again);
+            return Err(CpuStop::RepSuspended);
         }
     }
 }
 
-fn form<O: Op>(ins: &Instruction, insn: &mut Insn) -> (Handler, Place) {
+fn form<O: StringOp>(ins: &Instruction, insn: &mut Insn) -> (Handler, PlaceInBlock) {
     let repeated = insn.flags & (flag::REP | flag::REPNE) != 0;
     let table = match (repeated, insn.flags & flag::ADDR32 != 0) {
         (false, false) => widths!(once, O, u64),
@@ -238,11 +240,11 @@ fn form<O: Op>(ins: &Instruction, insn: &mut Insn) -> (Handler, Place) {
         (true, true) => widths!(repeat, O, u32),
     };
     let handler = table[ins.memory_size().size().trailing_zeros() as usize];
-    (handler, if repeated { Place::Alone } else { Place::Middle })
+    (handler, if repeated { PlaceInBlock::Alone } else { PlaceInBlock::Middle })
 }
 
 /// Handlers of this family.
-pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
+pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<PlaceInBlock> {
     use Mnemonic::*;
     // MOVSD and CMPSD are SSE instructions, too.
     if !ins.is_string_instruction() {

@@ -2,19 +2,20 @@
 
 use iced_x86::{Instruction, Mnemonic};
 
-use super::operand::{Dst, Mem, Quick, Target, is_memory, log_size, widths};
-use crate::decode::Place;
-use crate::exit::Stop;
+use super::operand::{DestinationOperand, Dst, Mem, Quick, is_memory, log_size, widths};
+use crate::exit::CpuStop;
 use crate::flags::Flags;
-use crate::insn::{Handler, Insn, Int};
+use crate::insn::{Handler, Insn, PlaceInBlock};
+use crate::int::Int;
 use crate::state::Cpu;
 
-trait Op {
+/// A one-operand operation: sets the flags and returns the result.
+trait UnaryOp {
     fn run<T: Int>(flags: &mut Flags, a: T) -> T;
 }
 
 struct Inc;
-impl Op for Inc {
+impl UnaryOp for Inc {
     #[inline(always)]
     fn run<T: Int>(flags: &mut Flags, a: T) -> T {
         let r = a.add(T::from_u64(1));
@@ -26,7 +27,7 @@ impl Op for Inc {
 }
 
 struct Dec;
-impl Op for Dec {
+impl UnaryOp for Dec {
     #[inline(always)]
     fn run<T: Int>(flags: &mut Flags, a: T) -> T {
         let r = a.sub(T::from_u64(1));
@@ -38,7 +39,7 @@ impl Op for Dec {
 }
 
 struct Neg;
-impl Op for Neg {
+impl UnaryOp for Neg {
     #[inline(always)]
     fn run<T: Int>(flags: &mut Flags, a: T) -> T {
         let r = T::from_u64(0).sub(a);
@@ -48,14 +49,18 @@ impl Op for Neg {
 }
 
 struct Not;
-impl Op for Not {
+impl UnaryOp for Not {
     #[inline(always)]
     fn run<T: Int>(_: &mut Flags, a: T) -> T {
         !a
     }
 }
 
-fn unary<O: Op, D: Target, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn unary<O: UnaryOp, D: DestinationOperand, T: Int>(
+    cpu: &mut Cpu,
+    ram: &mut [u8],
+    i: &Insn,
+) -> Result<(), CpuStop> {
     D::modify::<T>(cpu, ram, i, |cpu, a| {
         let mut flags = cpu.flags;
         let r = O::run(&mut flags, a);
@@ -63,14 +68,14 @@ fn unary<O: Op, D: Target, T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> R
     })
 }
 
-fn form<O: Op>(ins: &Instruction) -> Handler {
+fn form<O: UnaryOp>(ins: &Instruction) -> Handler {
     let table =
         if is_memory(ins, 0) { widths!(unary, O, Quick; else O, Mem) } else { widths!(unary, O, Dst) };
     table[log_size(ins, 0)]
 }
 
 /// Handlers of this family.
-pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
+pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<PlaceInBlock> {
     insn.exec = match ins.mnemonic() {
         Mnemonic::Inc => form::<Inc>(ins),
         Mnemonic::Dec => form::<Dec>(ins),
@@ -78,5 +83,5 @@ pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
         Mnemonic::Not => form::<Not>(ins),
         _ => return None,
     };
-    Some(Place::Middle)
+    Some(PlaceInBlock::Middle)
 }

@@ -1,10 +1,10 @@
-//! RCPSS and RSQRTSS by our definition: the true value at 12 significant bits, rounded to nearest even.
+//! RCPSS and RSQRTSS as defined for this CPU: the true value rounded to nearest even at 12 significant bits.
 
-use super::format::{Class, Exact, F32, F64, Float, Operand, Target};
-use super::{Context, Rounding, div, sqrt};
+use super::format::{F32, F64, Float, FloatClass, Operand, RoundingTarget, Unrounded};
+use super::{FloatContext, Rounding, div, sqrt};
 
-/// Denormals are zeros, everything is masked, nothing is reported.
-const QUIET: Context = Context {
+/// Denormals are zeros, all exceptions are masked, and none is reported.
+const QUIET: FloatContext = FloatContext {
     rounding: Rounding::Nearest,
     precision: 64,
     masked: 0x3f,
@@ -18,8 +18,8 @@ const QUIET: Context = Context {
 pub fn reciprocal(x: F32) -> F32 {
     let x = x.unpack(&QUIET);
     let one = Operand::from_i64(1);
-    // A single's reciprocal is a normal double. A quotient of singles that lies close to the middle between two
-    // 12-bit numbers would need more bits than a single has to be exactly there, so rounding twice is harmless.
+    // The reciprocal of a single is a normal double. Rounding twice is harmless: the reciprocal is never so
+    // close to the middle between two 12-bit numbers that the first rounding moves it there.
     narrow(div::<F64>(one, x, &mut { QUIET }))
 }
 
@@ -27,7 +27,7 @@ pub fn reciprocal(x: F32) -> F32 {
 pub fn reciprocal_sqrt(x: F32) -> F32 {
     let x = x.unpack(&QUIET);
     let one = Operand::from_i64(1);
-    if x.class == Class::Zero {
+    if x.class == FloatClass::Zero {
         return F32::pack(Operand::infinity(x.sign));
     }
     let root = sqrt::<F64>(x, &mut { QUIET }).unpack(&QUIET);
@@ -36,9 +36,9 @@ pub fn reciprocal_sqrt(x: F32) -> F32 {
 
 fn narrow(x: F64) -> F32 {
     let x = x.unpack(&QUIET);
-    if x.is_nan() || matches!(x.class, Class::Zero | Class::Infinity) {
+    if x.is_nan() || matches!(x.class, FloatClass::Zero | FloatClass::Infinity) {
         return F32::pack(if x.is_nan() { Operand { sig: x.sig | 1 << 62, ..x } } else { x });
     }
-    let exact: Exact = x.exact();
-    F32::pack(exact.round(Target { precision: 12, exp_max: 127 }, &mut { QUIET }))
+    let exact: Unrounded = x.unrounded();
+    F32::pack(exact.round(RoundingTarget { precision: 12, exp_max: 127 }, &mut { QUIET }))
 }

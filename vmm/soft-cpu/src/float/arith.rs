@@ -1,11 +1,11 @@
 //! Addition, subtraction, multiplication, division, square root.
 
-use super::format::{Class, Exact, Float, Operand, note_denormal};
-use super::{Context, Rounding, ZE};
+use super::format::{Float, FloatClass, Operand, Unrounded, note_denormal};
+use super::{FloatContext, Rounding, ZE};
 
 /// `a + b`.
 #[inline]
-pub fn add<R: Float>(a: Operand, b: Operand, cx: &mut Context) -> R {
+pub fn add<R: Float>(a: Operand, b: Operand, cx: &mut FloatContext) -> R {
     if let Some(nan) = R::nan_result(a, b, cx) {
         return nan;
     }
@@ -14,7 +14,7 @@ pub fn add<R: Float>(a: Operand, b: Operand, cx: &mut Context) -> R {
 
 /// `a - b`.
 #[inline]
-pub fn sub<R: Float>(a: Operand, b: Operand, cx: &mut Context) -> R {
+pub fn sub<R: Float>(a: Operand, b: Operand, cx: &mut FloatContext) -> R {
     if let Some(nan) = R::nan_result(a, b, cx) {
         return nan;
     }
@@ -23,20 +23,20 @@ pub fn sub<R: Float>(a: Operand, b: Operand, cx: &mut Context) -> R {
 
 /// The sum of two operands that are not NaNs.
 #[inline]
-fn sum<R: Float>(a: Operand, b: Operand, cx: &mut Context) -> R {
-    if a.class == Class::Infinity || b.class == Class::Infinity {
+fn sum<R: Float>(a: Operand, b: Operand, cx: &mut FloatContext) -> R {
+    if a.class == FloatClass::Infinity || b.class == FloatClass::Infinity {
         if a.class == b.class && a.sign != b.sign {
             return R::invalid(cx);
         }
         note_denormal(a, b, cx);
-        return R::pack(if a.class == Class::Infinity { a } else { b });
+        return R::pack(if a.class == FloatClass::Infinity { a } else { b });
     }
     note_denormal(a, b, cx);
     let exact = match (a.class, b.class) {
-        (Class::Zero, Class::Zero) if a.sign == b.sign => return R::pack(a),
-        (Class::Zero, Class::Zero) => return R::pack(Operand::zero(cx.rounding == Rounding::Down)),
-        (Class::Zero, _) => b.exact(),
-        (_, Class::Zero) => a.exact(),
+        (FloatClass::Zero, FloatClass::Zero) if a.sign == b.sign => return R::pack(a),
+        (FloatClass::Zero, FloatClass::Zero) => return R::pack(Operand::zero(cx.rounding == Rounding::Down)),
+        (FloatClass::Zero, _) => b.unrounded(),
+        (_, FloatClass::Zero) => a.unrounded(),
         _ => match add_magnitudes(a, b) {
             Some(exact) => exact,
             None => return R::pack(Operand::zero(cx.rounding == Rounding::Down)),
@@ -45,15 +45,15 @@ fn sum<R: Float>(a: Operand, b: Operand, cx: &mut Context) -> R {
     R::pack(exact.round(R::target(cx), cx))
 }
 
-/// The sum of two numbers other than zero, or nothing if they cancel.
+/// The sum of two numbers other than zero, or `None` if they cancel.
 #[inline]
-fn add_magnitudes(a: Operand, b: Operand) -> Option<Exact> {
+fn add_magnitudes(a: Operand, b: Operand) -> Option<Unrounded> {
     let (large, small) = if (a.exp, a.sig) >= (b.exp, b.sig) { (a, b) } else { (b, a) };
     // Bit 126 is the top, so that a carry has room.
     let high = u128::from(large.sig) << 63;
     let low = shift_right_sticky(u128::from(small.sig) << 63, (large.exp - small.exp) as u32);
     let sum = if a.sign == b.sign { high + low } else { high - low };
-    (sum != 0).then(|| Exact::normalised(large.sign, large.exp + 1, sum))
+    (sum != 0).then(|| Unrounded::normalised(large.sign, large.exp + 1, sum))
 }
 
 /// `sig >> by`, with the last bit set if a set bit was lost.
@@ -68,52 +68,54 @@ pub(super) fn shift_right_sticky(sig: u128, by: u32) -> u128 {
 
 /// `a · b`.
 #[inline]
-pub fn mul<R: Float>(a: Operand, b: Operand, cx: &mut Context) -> R {
+pub fn mul<R: Float>(a: Operand, b: Operand, cx: &mut FloatContext) -> R {
     if let Some(nan) = R::nan_result(a, b, cx) {
         return nan;
     }
     let sign = a.sign ^ b.sign;
     let (low, high) = (a.class.min(b.class), a.class.max(b.class));
-    if low == Class::Zero && high == Class::Infinity {
+    if low == FloatClass::Zero && high == FloatClass::Infinity {
         return R::invalid(cx);
     }
     note_denormal(a, b, cx);
-    if high == Class::Infinity {
+    if high == FloatClass::Infinity {
         return R::pack(Operand::infinity(sign));
     }
-    if low == Class::Zero {
+    if low == FloatClass::Zero {
         return R::pack(Operand::zero(sign));
     }
     let product = u128::from(a.sig) * u128::from(b.sig);
-    R::pack(Exact::normalised(sign, a.exp + b.exp + 1, product).round(R::target(cx), cx))
+    R::pack(Unrounded::normalised(sign, a.exp + b.exp + 1, product).round(R::target(cx), cx))
 }
 
 /// `a / b`.
 #[inline]
-pub fn div<R: Float>(a: Operand, b: Operand, cx: &mut Context) -> R {
+pub fn div<R: Float>(a: Operand, b: Operand, cx: &mut FloatContext) -> R {
     if let Some(nan) = R::nan_result(a, b, cx) {
         return nan;
     }
     let sign = a.sign ^ b.sign;
     match (a.class, b.class) {
-        (Class::Zero, Class::Zero) | (Class::Infinity, Class::Infinity) => return R::invalid(cx),
-        (Class::Infinity, Class::Zero) => return R::pack(Operand::infinity(sign)),
-        (_, Class::Zero) => {
+        (FloatClass::Zero, FloatClass::Zero) | (FloatClass::Infinity, FloatClass::Infinity) => {
+            return R::invalid(cx);
+        }
+        (FloatClass::Infinity, FloatClass::Zero) => return R::pack(Operand::infinity(sign)),
+        (_, FloatClass::Zero) => {
             cx.flags |= ZE;
             return R::pack(Operand::infinity(sign));
         }
         _ => note_denormal(a, b, cx),
     }
     match (a.class, b.class) {
-        (Class::Infinity, _) => R::pack(Operand::infinity(sign)),
-        (Class::Zero, _) | (_, Class::Infinity) => R::pack(Operand::zero(sign)),
+        (FloatClass::Infinity, _) => R::pack(Operand::infinity(sign)),
+        (FloatClass::Zero, _) | (_, FloatClass::Infinity) => R::pack(Operand::zero(sign)),
         _ => R::pack(quotient(a, b, sign).round(R::target(cx), cx)),
     }
 }
 
 /// The quotient of two numbers other than zero.
 #[inline]
-fn quotient(a: Operand, b: Operand, sign: bool) -> Exact {
+fn quotient(a: Operand, b: Operand, sign: bool) -> Unrounded {
     let divisor = u128::from(b.sig);
     let dividend = u128::from(a.sig) << 63;
     let (high, rest) = (dividend / divisor, dividend % divisor);
@@ -121,21 +123,21 @@ fn quotient(a: Operand, b: Operand, sign: bool) -> Exact {
     let rest = rest << 2;
     let (low, rest) = (rest / divisor, rest % divisor);
     let sig = high << 64 | low << 62 | u128::from(rest != 0);
-    Exact::normalised(sign, a.exp - b.exp, sig)
+    Unrounded::normalised(sign, a.exp - b.exp, sig)
 }
 
 /// The square root of `a`.
-pub fn sqrt<R: Float>(a: Operand, cx: &mut Context) -> R {
+pub fn sqrt<R: Float>(a: Operand, cx: &mut FloatContext) -> R {
     if let Some(nan) = R::nan_result(a, a, cx) {
         return nan;
     }
-    if a.class == Class::Zero {
+    if a.class == FloatClass::Zero {
         return R::pack(a);
     }
     if a.sign {
         return R::invalid(cx);
     }
-    if a.class == Class::Infinity {
+    if a.class == FloatClass::Infinity {
         return R::pack(a);
     }
     note_denormal(a, a, cx);
@@ -144,5 +146,5 @@ pub fn sqrt<R: Float>(a: Operand, cx: &mut Context) -> R {
     let root = n.isqrt();
     let rest = n - root * root;
     let sig = root << 64 | u128::from(rest > root) << 63 | u128::from(rest != 0);
-    R::pack(Exact::normalised(false, a.exp >> 1, sig).round(R::target(cx), cx))
+    R::pack(Unrounded::normalised(false, a.exp >> 1, sig).round(R::target(cx), cx))
 }

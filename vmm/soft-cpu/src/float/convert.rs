@@ -1,42 +1,44 @@
-//! Conversion between formats and to and from integers.
+//! Conversions between formats, and to and from integers.
 
-use super::format::{Class, Exact, Float, Operand, Rounded, Target, note_denormal, round_at};
-use super::{Context, IE, PE, Rounding};
+use super::format::{
+    Float, FloatClass, Operand, Rounded, RoundingTarget, Unrounded, note_denormal, round_at,
+};
+use super::{FloatContext, IE, PE, Rounding};
 
-/// Converts a number to another format (CVTSS2SD, CVTSD2SS, FST). `notes_denormal` is false for the x87's stores,
-/// which do not raise DE.
-pub fn convert<R: Float>(a: Operand, notes_denormal: bool, cx: &mut Context) -> R {
+/// Converts a number to another format (CVTSS2SD, CVTSD2SS, FST). `notes_denormal` is false for the x87's
+/// stores, which do not raise DE.
+pub fn convert<R: Float>(a: Operand, notes_denormal: bool, cx: &mut FloatContext) -> R {
     if let Some(nan) = R::nan_result(a, a, cx) {
         return nan;
     }
-    if matches!(a.class, Class::Zero | Class::Infinity) {
+    if matches!(a.class, FloatClass::Zero | FloatClass::Infinity) {
         return R::pack(a);
     }
     if notes_denormal {
         note_denormal(a, a, cx);
     }
-    R::pack(a.exact().round(R::target(cx), cx))
+    R::pack(a.unrounded().round(R::target(cx), cx))
 }
 
 /// Converts an integer (CVTSI2SS, FILD).
-pub fn from_int<R: Float>(n: i64, cx: &mut Context) -> R {
+pub fn from_int<R: Float>(n: i64, cx: &mut FloatContext) -> R {
     let n = Operand::from_i64(n);
-    if n.class == Class::Zero { R::pack(n) } else { R::pack(n.exact().round(R::target(cx), cx)) }
+    if n.class == FloatClass::Zero { R::pack(n) } else { R::pack(n.unrounded().round(R::target(cx), cx)) }
 }
 
-/// Cuts a finite number below 2^64 to an integer.
+/// Rounds a finite number below 2^64 to an integer.
 pub(super) fn integer_part(a: Operand, mode: Rounding) -> Rounded {
-    if a.class == Class::Zero {
+    if a.class == FloatClass::Zero {
         return Rounded { kept: 0, inexact: false, up: false };
     }
     round_at(u128::from(a.sig) << 64, (127 - a.exp.max(-2)) as u32, a.sign, mode)
 }
 
-/// Converts to a signed integer of `bits` bits, sign-extended (CVTSS2SI, FIST). What does not fit is an invalid
-/// operation, whose result is the smallest integer.
-pub fn to_int(a: Operand, bits: u32, rounding: Rounding, cx: &mut Context) -> i64 {
+/// Converts to a signed integer of `bits` bits, sign-extended (CVTSS2SI, FIST). A number that does not fit is
+/// an invalid operation, whose result is the smallest integer.
+pub fn to_int(a: Operand, bits: u32, rounding: Rounding, cx: &mut FloatContext) -> i64 {
     let indefinite = i64::MIN >> (64 - bits);
-    if a.class >= Class::Infinity || a.class != Class::Zero && a.exp > 63 {
+    if a.class >= FloatClass::Infinity || a.class != FloatClass::Zero && a.exp > 63 {
         cx.flags |= IE;
         return indefinite;
     }
@@ -51,7 +53,8 @@ pub fn to_int(a: Operand, bits: u32, rounding: Rounding, cx: &mut Context) -> i6
     if a.sign { magnitude.wrapping_neg() } else { magnitude }
 }
 
-pub(super) fn note_inexact(part: &Rounded, cx: &mut Context) {
+/// Notes how a number was rounded.
+pub(super) fn note_inexact(part: &Rounded, cx: &mut FloatContext) {
     cx.rounded_up = part.up;
     if part.inexact {
         cx.flags |= PE;
@@ -63,7 +66,7 @@ pub fn round_to_integral<R: Float>(
     a: Operand,
     rounding: Rounding,
     notes_denormal: bool,
-    cx: &mut Context,
+    cx: &mut FloatContext,
 ) -> R {
     if let Some(nan) = R::nan_result(a, a, cx) {
         return nan;
@@ -71,7 +74,7 @@ pub fn round_to_integral<R: Float>(
     if notes_denormal {
         note_denormal(a, a, cx);
     }
-    if matches!(a.class, Class::Zero | Class::Infinity) || a.exp >= 63 {
+    if matches!(a.class, FloatClass::Zero | FloatClass::Infinity) || a.exp >= 63 {
         return R::pack(a);
     }
     let part = integer_part(a, rounding);
@@ -80,5 +83,5 @@ pub fn round_to_integral<R: Float>(
         return R::pack(Operand::zero(a.sign));
     }
     // At most 2^63, so exact in the format that it came from.
-    R::pack(Exact::normalised(a.sign, 127, part.kept).round(Target::EXTENDED, &mut { *cx }))
+    R::pack(Unrounded::normalised(a.sign, 127, part.kept).round(RoundingTarget::EXTENDED, &mut { *cx }))
 }

@@ -1,6 +1,6 @@
 //! The formats: unpacking, rounding, packing.
 
-use super::{Context, DE, IE, OE, PE, Rounding, UE};
+use super::{DE, FloatContext, IE, OE, PE, Rounding, UE};
 
 /// An IEEE single, as its bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -19,9 +19,9 @@ pub struct F80 {
     pub sign_exp: u16,
 }
 
-/// What an encoding stands for. The order matters: everything from `Quiet` on has no number.
+/// The class of an encoding. The order matters: everything from `Quiet` on is not a number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Class {
+pub enum FloatClass {
     /// Zero.
     Zero,
     /// A denormal, or the x87's pseudo-denormal.
@@ -38,13 +38,13 @@ pub enum Class {
     Unsupported,
 }
 
-/// An unpacked number: `±sig · 2^(exp-63)`, with bit 63 of `sig` set unless it is zero. For a NaN `sig` is the
-/// payload, with the integer bit 63 and the quiet bit 62.
+/// An unpacked number: `±sig · 2^(exp-63)`, with bit 63 of `sig` set unless it is zero. For a NaN `sig` is
+/// the payload, with the integer bit 63 and the quiet bit 62.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Operand {
-    /// What it is.
-    pub class: Class,
-    /// Negative.
+    /// Its class.
+    pub class: FloatClass,
+    /// Whether it is negative.
     pub sign: bool,
     /// Unbiased exponent of a number; meaningless otherwise.
     pub exp: i32,
@@ -58,16 +58,16 @@ const QUIET_BIT: u64 = 1 << 62;
 impl Operand {
     /// The NaN of an invalid operation ("real indefinite").
     pub const DEFAULT_NAN: Operand =
-        Operand { class: Class::Quiet, sign: true, exp: 0, sig: INTEGER_BIT | QUIET_BIT };
+        Operand { class: FloatClass::Quiet, sign: true, exp: 0, sig: INTEGER_BIT | QUIET_BIT };
 
     /// A zero.
     pub const fn zero(sign: bool) -> Operand {
-        Operand { class: Class::Zero, sign, exp: 0, sig: 0 }
+        Operand { class: FloatClass::Zero, sign, exp: 0, sig: 0 }
     }
 
     /// An infinity.
     pub const fn infinity(sign: bool) -> Operand {
-        Operand { class: Class::Infinity, sign, exp: 0, sig: INTEGER_BIT }
+        Operand { class: FloatClass::Infinity, sign, exp: 0, sig: INTEGER_BIT }
     }
 
     /// The integer `n`, exactly.
@@ -77,12 +77,12 @@ impl Operand {
         }
         let magnitude = n.unsigned_abs();
         let zeros = magnitude.leading_zeros();
-        Operand { class: Class::Normal, sign: n < 0, exp: 63 - zeros as i32, sig: magnitude << zeros }
+        Operand { class: FloatClass::Normal, sign: n < 0, exp: 63 - zeros as i32, sig: magnitude << zeros }
     }
 
-    /// Has no number: a NaN or an unsupported encoding.
+    /// Whether it is not a number: a NaN or an unsupported encoding.
     pub fn is_nan(&self) -> bool {
-        self.class >= Class::Quiet
+        self.class >= FloatClass::Quiet
     }
 
     /// Unpacks the fields of an IEEE encoding: biased exponent, fraction moved up to bit 62, and the bias.
@@ -93,7 +93,7 @@ impl Operand {
             }
             let zeros = fraction.leading_zeros();
             return Operand {
-                class: Class::Denormal,
+                class: FloatClass::Denormal,
                 sign,
                 exp: 1 - bias - zeros as i32,
                 sig: fraction << zeros,
@@ -103,80 +103,81 @@ impl Operand {
         if biased as i32 == 2 * bias + 1 {
             return Operand { class: special_class(sig), sign, exp: 0, sig };
         }
-        Operand { class: Class::Normal, sign, exp: biased as i32 - bias, sig }
+        Operand { class: FloatClass::Normal, sign, exp: biased as i32 - bias, sig }
     }
 
-    /// The biased exponent and the significand of a packed number, `bias` being the format's.
+    /// The biased exponent and the significand of the packed number, in a format with exponent bias `bias`.
     fn biased(&self, bias: i32) -> (u64, u64) {
         match self.class {
-            Class::Zero => (0, 0),
-            Class::Normal | Class::Denormal if self.sig & INTEGER_BIT == 0 => (0, self.sig),
-            Class::Normal | Class::Denormal => ((self.exp + bias) as u64, self.sig),
+            FloatClass::Zero => (0, 0),
+            FloatClass::Normal | FloatClass::Denormal if self.sig & INTEGER_BIT == 0 => (0, self.sig),
+            FloatClass::Normal | FloatClass::Denormal => ((self.exp + bias) as u64, self.sig),
             _ => (2 * bias as u64 + 1, self.sig),
         }
     }
 
-    /// The number as an exact result, for rounding. It must be a number other than zero and infinity.
-    pub(super) fn exact(&self) -> Exact {
-        Exact { sign: self.sign, exp: self.exp, sig: u128::from(self.sig) << 64 }
+    /// The number as a result to be rounded. It must be a number other than zero and infinity.
+    pub(super) fn unrounded(&self) -> Unrounded {
+        Unrounded { sign: self.sign, exp: self.exp, sig: u128::from(self.sig) << 64 }
     }
 }
 
 /// The class of an all-ones exponent with this significand.
-fn special_class(sig: u64) -> Class {
+fn special_class(sig: u64) -> FloatClass {
     if sig & INTEGER_BIT == 0 {
-        Class::Unsupported
+        FloatClass::Unsupported
     } else if sig == INTEGER_BIT {
-        Class::Infinity
+        FloatClass::Infinity
     } else if sig & QUIET_BIT != 0 {
-        Class::Quiet
+        FloatClass::Quiet
     } else {
-        Class::Signaling
+        FloatClass::Signaling
     }
 }
 
-/// Where results are rounded to.
+/// The precision and range that results are rounded to.
 #[derive(Clone, Copy)]
-pub struct Target {
+pub struct RoundingTarget {
     /// Bits of the significand.
     pub(super) precision: u32,
     /// Exponent of the largest numbers; the smallest normal has `1 - exp_max`.
     pub(super) exp_max: i32,
 }
 
-impl Target {
-    /// Full x87 precision, for the operations that the precision control does not govern.
-    pub(super) const EXTENDED: Target = Target { precision: 64, exp_max: 16383 };
+impl RoundingTarget {
+    /// Full x87 precision, for the operations that ignore the precision control.
+    pub(super) const EXTENDED: RoundingTarget = RoundingTarget { precision: 64, exp_max: 16383 };
 }
 
 /// A floating-point format.
 pub trait Float: Copy {
-    /// The parts of the encoding; a denormal is a zero under `cx.daz`.
-    fn unpack(self, cx: &Context) -> Operand;
-    /// The encoding of a number that fits, as rounding makes it.
+    /// Unpacks the encoding; with `cx.daz` a denormal is a zero.
+    fn unpack(self, cx: &FloatContext) -> Operand;
+    /// The encoding of a number, which must fit, as it does after rounding.
     fn pack(number: Operand) -> Self;
     /// What the results of arithmetic are rounded to.
-    fn target(cx: &Context) -> Target;
-    /// Which of two operands, at least one of them a NaN, decides the payload of the result.
+    fn target(cx: &FloatContext) -> RoundingTarget;
+    /// Which of two operands, at least one of them a NaN, gives the result its payload.
     fn choose_nan(a: Operand, b: Operand) -> Operand;
 
-    /// The NaN of an invalid operation, whose flag it sets.
-    fn invalid(cx: &mut Context) -> Self {
+    /// Sets the flag of an invalid operation and returns its NaN.
+    fn invalid(cx: &mut FloatContext) -> Self {
         cx.flags |= IE;
         Self::pack(Operand::DEFAULT_NAN)
     }
 
-    /// The result for operands of which one is a NaN, or nothing. For one operand pass it twice.
+    /// The result if one of the operands is a NaN, else `None`. An operation with one operand passes it
+    /// twice.
     #[inline]
-    fn nan_result(a: Operand, b: Operand, cx: &mut Context) -> Option<Self> {
+    fn nan_result(a: Operand, b: Operand, cx: &mut FloatContext) -> Option<Self> {
         let worst = a.class.max(b.class);
-        if worst < Class::Quiet {
+        if worst < FloatClass::Quiet {
             return None;
         }
-        if worst == Class::Unsupported {
+        if worst == FloatClass::Unsupported {
             return Some(Self::invalid(cx));
         }
-        if worst == Class::Signaling {
+        if worst == FloatClass::Signaling {
             cx.flags |= IE;
         }
         let chosen = Self::choose_nan(a, b);
@@ -190,7 +191,7 @@ fn first_nan(a: Operand, b: Operand) -> Operand {
 
 impl Float for F32 {
     #[inline]
-    fn unpack(self, cx: &Context) -> Operand {
+    fn unpack(self, cx: &FloatContext) -> Operand {
         let fraction = u64::from(self.0 & 0x7f_ffff) << 40;
         Operand::from_ieee(self.0 >> 31 != 0, self.0 >> 23 & 0xff, fraction, 127, cx.daz)
     }
@@ -201,8 +202,8 @@ impl Float for F32 {
         F32(u32::from(number.sign) << 31 | (exp as u32) << 23 | (sig >> 40) as u32 & 0x7f_ffff)
     }
 
-    fn target(_: &Context) -> Target {
-        Target { precision: 24, exp_max: 127 }
+    fn target(_: &FloatContext) -> RoundingTarget {
+        RoundingTarget { precision: 24, exp_max: 127 }
     }
 
     fn choose_nan(a: Operand, b: Operand) -> Operand {
@@ -212,7 +213,7 @@ impl Float for F32 {
 
 impl Float for F64 {
     #[inline]
-    fn unpack(self, cx: &Context) -> Operand {
+    fn unpack(self, cx: &FloatContext) -> Operand {
         let fraction = (self.0 & 0xf_ffff_ffff_ffff) << 11;
         Operand::from_ieee(self.0 >> 63 != 0, (self.0 >> 52) as u32 & 0x7ff, fraction, 1023, cx.daz)
     }
@@ -223,8 +224,8 @@ impl Float for F64 {
         F64(u64::from(number.sign) << 63 | exp << 52 | sig >> 11 & 0xf_ffff_ffff_ffff)
     }
 
-    fn target(_: &Context) -> Target {
-        Target { precision: 53, exp_max: 1023 }
+    fn target(_: &FloatContext) -> RoundingTarget {
+        RoundingTarget { precision: 53, exp_max: 1023 }
     }
 
     fn choose_nan(a: Operand, b: Operand) -> Operand {
@@ -238,7 +239,7 @@ impl F80 {
     /// The NaN of an invalid operation ("real indefinite").
     pub const DEFAULT_NAN: F80 = F80 { significand: INTEGER_BIT | QUIET_BIT, sign_exp: 0xffff };
 
-    /// What the encoding is, as FXAM tells it, and what arithmetic makes of it.
+    /// Unpacks the encoding, with the class that FXAM reports.
     pub fn operand(self) -> Operand {
         let sign = self.sign_exp >> 15 != 0;
         let biased = i32::from(self.sign_exp & 0x7fff);
@@ -251,16 +252,16 @@ impl F80 {
         }
         let zeros = sig.leading_zeros();
         let class = match (biased, zeros) {
-            (0, _) => Class::Denormal,
-            (_, 0) => Class::Normal,
-            _ => return Operand { class: Class::Unsupported, sign, exp: 0, sig },
+            (0, _) => FloatClass::Denormal,
+            (_, 0) => FloatClass::Normal,
+            _ => return Operand { class: FloatClass::Unsupported, sign, exp: 0, sig },
         };
         Operand { class, sign, exp: biased.max(1) - 16383 - zeros as i32, sig: sig << zeros }
     }
 }
 
 impl Float for F80 {
-    fn unpack(self, _: &Context) -> Operand {
+    fn unpack(self, _: &FloatContext) -> Operand {
         self.operand()
     }
 
@@ -269,45 +270,46 @@ impl Float for F80 {
         F80 { significand, sign_exp: u16::from(number.sign) << 15 | exp as u16 }
     }
 
-    fn target(cx: &Context) -> Target {
-        Target { precision: cx.precision, exp_max: 16383 }
+    fn target(cx: &FloatContext) -> RoundingTarget {
+        RoundingTarget { precision: cx.precision, exp_max: 16383 }
     }
 
     /// A quiet NaN before a signaling one, then the larger significand, then the positive one.
     fn choose_nan(a: Operand, b: Operand) -> Operand {
-        let rank = |n: Operand| (n.class == Class::Quiet, n.class == Class::Signaling, n.sig, !n.sign);
+        let rank =
+            |n: Operand| (n.class == FloatClass::Quiet, n.class == FloatClass::Signaling, n.sig, !n.sign);
         if rank(a) >= rank(b) { a } else { b }
     }
 }
 
-/// A result before rounding: `±sig · 2^(exp-127)` with bit 127 of `sig` set. What the true value has below the last
-/// bit is noted by setting that bit ("sticky").
+/// A result before rounding: `±sig · 2^(exp-127)` with bit 127 of `sig` set. If the true value has bits below
+/// the last one, the last bit is set ("sticky").
 #[derive(Clone, Copy, Debug)]
-pub struct Exact {
+pub struct Unrounded {
     pub(super) sign: bool,
     pub(super) exp: i32,
     pub(super) sig: u128,
 }
 
-/// By how much an unmasked overflow or underflow of the x87 shifts the result's exponent.
+/// By how much the x87 changes the exponent of a result with an unmasked overflow or underflow.
 const EXPONENT_ADJUST: i32 = 24576;
 
-impl Exact {
+impl Unrounded {
     /// Moves the highest set bit of a non-zero `sig` to bit 127.
-    pub(super) fn normalised(sign: bool, exp: i32, sig: u128) -> Exact {
+    pub(super) fn normalised(sign: bool, exp: i32, sig: u128) -> Unrounded {
         let zeros = sig.leading_zeros();
-        Exact { sign, exp: exp - zeros as i32, sig: sig << zeros }
+        Unrounded { sign, exp: exp - zeros as i32, sig: sig << zeros }
     }
 
-    /// Rounds to `target`, setting flags.
+    /// Rounds to `target` and sets flags.
     #[inline]
-    pub(super) fn round(self, target: Target, cx: &mut Context) -> Operand {
+    pub(super) fn round(self, target: RoundingTarget, cx: &mut FloatContext) -> Operand {
         let p = target.precision;
         let rounded = round_at(self.sig, 128 - p, self.sign, cx.rounding);
         let carried = (rounded.kept >> p) as u32;
         let exp = self.exp + carried as i32;
         let number = |exp: i32, kept: u128| Operand {
-            class: Class::Normal,
+            class: FloatClass::Normal,
             sign: self.sign,
             exp,
             sig: (kept << (64 - p)) as u64,
@@ -327,7 +329,7 @@ impl Exact {
 
     /// The result of an overflow; `unbounded` is the number rounded as if there were no largest exponent.
     #[cold]
-    fn overflow(self, target: Target, cx: &mut Context, unbounded: Operand) -> Operand {
+    fn overflow(self, target: RoundingTarget, cx: &mut FloatContext, unbounded: Operand) -> Operand {
         cx.flags |= OE;
         if cx.masked & OE == 0 {
             let exp = unbounded.exp - EXPONENT_ADJUST;
@@ -350,12 +352,12 @@ impl Exact {
             return Operand::infinity(self.sign);
         }
         let sig = u64::MAX << (64 - target.precision);
-        Operand { class: Class::Normal, sign: self.sign, exp: target.exp_max, sig }
+        Operand { class: FloatClass::Normal, sign: self.sign, exp: target.exp_max, sig }
     }
 
-    /// Rounds a number that is tiny; `unbounded` is it rounded as if there were no smallest exponent.
+    /// Rounds a tiny number; `unbounded` is the number rounded as if there were no smallest exponent.
     #[cold]
-    fn round_tiny(self, target: Target, cx: &mut Context, unbounded: Operand) -> Operand {
+    fn round_tiny(self, target: RoundingTarget, cx: &mut FloatContext, unbounded: Operand) -> Operand {
         let exp_min = 1 - target.exp_max;
         if cx.masked & UE == 0 {
             cx.flags |= UE;
@@ -381,11 +383,11 @@ impl Exact {
             return Operand::zero(self.sign);
         }
         let sig = (rounded.kept << (64 - target.precision)) as u64;
-        Operand { class: Class::Denormal, sign: self.sign, exp: exp_min, sig }
+        Operand { class: FloatClass::Denormal, sign: self.sign, exp: exp_min, sig }
     }
 }
 
-/// A significand cut to an integer.
+/// A significand rounded to an integer.
 pub(super) struct Rounded {
     pub(super) kept: u128,
     pub(super) inexact: bool,
@@ -395,7 +397,8 @@ pub(super) struct Rounded {
 /// Drops the low `drop` (at least one) bits of `sig`, rounding.
 #[inline]
 pub(super) fn round_at(sig: u128, drop: u32, sign: bool, mode: Rounding) -> Rounded {
-    // `rest` is the dropped part with its highest bit at bit 127; beyond 128 bits only "some, less than half" counts.
+    // `rest` is the dropped part with its highest bit at bit 127; beyond 128 bits only "some, less than half"
+    // counts.
     let (kept, rest) = match drop {
         ..=127 => (sig >> drop, sig << (128 - drop)),
         128 => (0, sig),
@@ -413,8 +416,8 @@ pub(super) fn round_at(sig: u128, drop: u32, sign: bool, mode: Rounding) -> Roun
 
 /// Notes a denormal operand.
 #[inline]
-pub(super) fn note_denormal(a: Operand, b: Operand, cx: &mut Context) {
-    if a.class == Class::Denormal || b.class == Class::Denormal {
+pub(super) fn note_denormal(a: Operand, b: Operand, cx: &mut FloatContext) {
+    if a.class == FloatClass::Denormal || b.class == FloatClass::Denormal {
         cx.flags |= DE;
     }
 }

@@ -1,14 +1,15 @@
-//! The x87's transcendentals by our definition: the mathematical function with about 120 correct bits, rounded once.
+//! The x87's transcendental functions as defined for this CPU: the mathematical function with about 120
+//! correct bits, rounded once.
 //!
-//! Each sums a power series in [`Wide`] numbers after reducing the argument. As a value of these functions is
-//! irrational but for a few arguments that are looked at first, a result counts as inexact otherwise.
+//! Each reduces the argument and sums a power series in `Wide` numbers. The values of these functions are
+//! irrational except for a few arguments, which are handled first; all other results count as inexact.
 
-use super::format::{Class, Exact, F80, Float, Operand, Target, note_denormal};
+use super::format::{F80, Float, FloatClass, Operand, RoundingTarget, Unrounded, note_denormal};
 use super::wide::Wide;
-use super::{Context, ZE};
+use super::{FloatContext, ZE};
 
-fn finish(value: Exact, cx: &mut Context) -> F80 {
-    F80::pack(value.round(Target::EXTENDED, cx))
+fn finish(value: Unrounded, cx: &mut FloatContext) -> F80 {
+    F80::pack(value.round(RoundingTarget::EXTENDED, cx))
 }
 
 fn zero(sign: bool) -> F80 {
@@ -19,7 +20,7 @@ fn infinity(sign: bool) -> F80 {
     F80::pack(Operand::infinity(sign))
 }
 
-/// What FLDL2T and its kin load.
+/// The constants that FLDL2T, FLDL2E, FLDPI, FLDLG2 and FLDLN2 load.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Constant {
     /// log2 10.
@@ -35,8 +36,8 @@ pub enum Constant {
 }
 
 impl Constant {
-    /// The constant, rounded in the current mode; no exception tells of it.
-    pub fn value(self, cx: &Context) -> F80 {
+    /// The constant, rounded in the current mode; no exception is reported.
+    pub fn value(self, cx: &FloatContext) -> F80 {
         let exact = match self {
             Constant::Log2Ten => Wide::LOG2_10,
             Constant::Log2E => Wide::LOG2_E,
@@ -48,18 +49,18 @@ impl Constant {
     }
 }
 
-/// `2^x - 1` for |x| ≤ 1 (F2XM1); any other x is returned as it is.
-pub fn f2xm1(x: F80, cx: &mut Context) -> F80 {
+/// `2^x - 1` for |x| ≤ 1 (F2XM1); any other x is returned unchanged.
+pub fn f2xm1(x: F80, cx: &mut FloatContext) -> F80 {
     let a = x.operand();
     if let Some(nan) = F80::nan_result(a, a, cx) {
         return nan;
     }
     note_denormal(a, a, cx);
     let one = Operand::from_i64(1);
-    if a.class == Class::Infinity && a.sign {
+    if a.class == FloatClass::Infinity && a.sign {
         return F80::pack(Operand { sign: true, ..one });
     }
-    if matches!(a.class, Class::Zero | Class::Infinity) || a.exp > 0 {
+    if matches!(a.class, FloatClass::Zero | FloatClass::Infinity) || a.exp > 0 {
         return x;
     }
     if a.exp == 0 {
@@ -118,29 +119,29 @@ fn log2(x: Wide) -> (Wide, bool) {
 }
 
 /// `y · log2(x)` (FYL2X).
-pub fn fyl2x(y: F80, x: F80, cx: &mut Context) -> F80 {
+pub fn fyl2x(y: F80, x: F80, cx: &mut FloatContext) -> F80 {
     let (y, x) = (y.operand(), x.operand());
     if let Some(nan) = F80::nan_result(y, x, cx) {
         return nan;
     }
-    if x.sign && x.class != Class::Zero {
+    if x.sign && x.class != FloatClass::Zero {
         return F80::invalid(cx);
     }
     match (x.class, y.class) {
-        (Class::Zero | Class::Infinity, Class::Zero) => return F80::invalid(cx),
-        (Class::Zero, Class::Infinity) => return infinity(!y.sign),
-        (Class::Zero, _) => {
+        (FloatClass::Zero | FloatClass::Infinity, FloatClass::Zero) => return F80::invalid(cx),
+        (FloatClass::Zero, FloatClass::Infinity) => return infinity(!y.sign),
+        (FloatClass::Zero, _) => {
             cx.flags |= ZE;
             return infinity(!y.sign);
         }
-        (Class::Infinity, _) => {
+        (FloatClass::Infinity, _) => {
             note_denormal(y, y, cx);
             return infinity(y.sign);
         }
         _ => {}
     }
     let (log, exact) = log2(Wide::from_operand(x));
-    if log.sig == 0 && y.class == Class::Infinity {
+    if log.sig == 0 && y.class == FloatClass::Infinity {
         return F80::invalid(cx);
     }
     note_denormal(y, x, cx);
@@ -148,19 +149,21 @@ pub fn fyl2x(y: F80, x: F80, cx: &mut Context) -> F80 {
 }
 
 /// `y · log2(x + 1)` (FYL2XP1). An `x` of -1 or less is an invalid operation.
-pub fn fyl2xp1(y: F80, x: F80, cx: &mut Context) -> F80 {
+pub fn fyl2xp1(y: F80, x: F80, cx: &mut FloatContext) -> F80 {
     let (y, x) = (y.operand(), x.operand());
     if let Some(nan) = F80::nan_result(y, x, cx) {
         return nan;
     }
     match (x.class, y.class) {
-        (Class::Zero, Class::Infinity) | (Class::Infinity, Class::Zero) => return F80::invalid(cx),
-        (Class::Infinity, _) if x.sign => return F80::invalid(cx),
-        (Class::Infinity, _) => {
+        (FloatClass::Zero, FloatClass::Infinity) | (FloatClass::Infinity, FloatClass::Zero) => {
+            return F80::invalid(cx);
+        }
+        (FloatClass::Infinity, _) if x.sign => return F80::invalid(cx),
+        (FloatClass::Infinity, _) => {
             note_denormal(y, y, cx);
             return infinity(y.sign);
         }
-        (Class::Zero, _) => {
+        (FloatClass::Zero, _) => {
             note_denormal(y, y, cx);
             return zero(x.sign ^ y.sign);
         }
@@ -179,10 +182,10 @@ pub fn fyl2xp1(y: F80, x: F80, cx: &mut Context) -> F80 {
     times_log(y, log, exact, cx)
 }
 
-fn times_log(y: Operand, log: Wide, exact: bool, cx: &mut Context) -> F80 {
+fn times_log(y: Operand, log: Wide, exact: bool, cx: &mut FloatContext) -> F80 {
     match y.class {
-        Class::Infinity => infinity(y.sign ^ log.sign),
-        _ if y.class == Class::Zero || log.sig == 0 => zero(y.sign ^ log.sign),
+        FloatClass::Infinity => infinity(y.sign ^ log.sign),
+        _ if y.class == FloatClass::Zero || log.sig == 0 => zero(y.sign ^ log.sign),
         _ => finish(Wide::from_operand(y).mul(log).result(exact), cx),
     }
 }
@@ -201,7 +204,7 @@ const ATAN_EIGHTHS: [Wide; 8] = [
 
 /// The arctangent of a positive number that is at most one.
 fn atan(r: Wide) -> Wide {
-    // The nearest i/8 is subtracted as an angle.
+    // Subtract the angle whose tangent is the nearest i/8.
     let nearest = if r.exp < -4 { 0 } else { ((r.sig >> (123 - r.exp)) as usize).div_ceil(2) };
     if nearest == 0 {
         return odd_series(r, true);
@@ -212,22 +215,23 @@ fn atan(r: Wide) -> Wide {
 }
 
 /// The angle of the point (x, y) (FPATAN).
-pub fn fpatan(y: F80, x: F80, cx: &mut Context) -> F80 {
+pub fn fpatan(y: F80, x: F80, cx: &mut FloatContext) -> F80 {
     let (y, x) = (y.operand(), x.operand());
     if let Some(nan) = F80::nan_result(y, x, cx) {
         return nan;
     }
     note_denormal(y, x, cx);
-    let at_axis_x = y.class == Class::Zero || x.class == Class::Infinity && y.class != Class::Infinity;
+    let at_axis_x =
+        y.class == FloatClass::Zero || x.class == FloatClass::Infinity && y.class != FloatClass::Infinity;
     let angle = if at_axis_x {
         if !x.sign {
             return zero(y.sign);
         }
         Wide::PI
-    } else if y.class == Class::Infinity && x.class == Class::Infinity {
+    } else if y.class == FloatClass::Infinity && x.class == FloatClass::Infinity {
         let eighth = Wide::PI.scale(-2);
         if x.sign { Wide::PI.add(eighth.negate()) } else { eighth }
-    } else if y.class == Class::Infinity || x.class == Class::Zero {
+    } else if y.class == FloatClass::Infinity || x.class == FloatClass::Zero {
         Wide::PI.scale(-1)
     } else {
         angle_of(Wide::from_operand(y), Wide::from_operand(x))
@@ -316,22 +320,23 @@ fn sine(quadrant: u32, r: Wide) -> Wide {
     if quadrant & 2 != 0 { value.negate() } else { value }
 }
 
-/// What FSIN and its kin do before they compute: nothing at all for |x| ≥ 2^63 (`None`), or a special result.
-fn circular_special(x: Operand, at_zero: Operand, cx: &mut Context) -> Option<Option<F80>> {
+/// Handles special operands of FSIN, FCOS and FPTAN: `None` for |x| ≥ 2^63, `Some(Some(result))` for a
+/// special result, `Some(None)` if the function has to be computed.
+fn circular_special(x: Operand, at_zero: Operand, cx: &mut FloatContext) -> Option<Option<F80>> {
     if let Some(nan) = F80::nan_result(x, x, cx) {
         return Some(Some(nan));
     }
     note_denormal(x, x, cx);
     match x.class {
-        Class::Infinity => Some(Some(F80::invalid(cx))),
-        Class::Zero => Some(Some(F80::pack(at_zero))),
+        FloatClass::Infinity => Some(Some(F80::invalid(cx))),
+        FloatClass::Zero => Some(Some(F80::pack(at_zero))),
         _ if x.exp >= 63 => None,
         _ => Some(None),
     }
 }
 
-/// The sine of x (FSIN), or nothing for |x| ≥ 2^63.
-pub fn fsin(x: F80, cx: &mut Context) -> Option<F80> {
+/// The sine of x (FSIN), or `None` for |x| ≥ 2^63.
+pub fn fsin(x: F80, cx: &mut FloatContext) -> Option<F80> {
     let x = x.operand();
     if let Some(special) = circular_special(x, x, cx)? {
         return Some(special);
@@ -341,8 +346,8 @@ pub fn fsin(x: F80, cx: &mut Context) -> Option<F80> {
     Some(finish(Wide { sign: value.sign ^ x.sign, ..value }.result(false), cx))
 }
 
-/// The cosine of x (FCOS), or nothing for |x| ≥ 2^63.
-pub fn fcos(x: F80, cx: &mut Context) -> Option<F80> {
+/// The cosine of x (FCOS), or `None` for |x| ≥ 2^63.
+pub fn fcos(x: F80, cx: &mut FloatContext) -> Option<F80> {
     let x = x.operand();
     if let Some(special) = circular_special(x, Operand::from_i64(1), cx)? {
         return Some(special);
@@ -351,8 +356,8 @@ pub fn fcos(x: F80, cx: &mut Context) -> Option<F80> {
     Some(finish(sine(quadrant + 1, r).result(false), cx))
 }
 
-/// The tangent of x (FPTAN), or nothing for |x| ≥ 2^63.
-pub fn fptan(x: F80, cx: &mut Context) -> Option<F80> {
+/// The tangent of x (FPTAN), or `None` for |x| ≥ 2^63.
+pub fn fptan(x: F80, cx: &mut FloatContext) -> Option<F80> {
     let x = x.operand();
     if let Some(special) = circular_special(x, x, cx)? {
         return Some(special);

@@ -1,7 +1,8 @@
-//! Numbers of 128 bits, truncated rather than rounded: what the transcendentals are computed in.
+//! Numbers with 128 significant bits, truncated rather than rounded: the transcendental functions compute
+//! with these.
 
 use super::arith::shift_right_sticky;
-use super::format::{Exact, Operand};
+use super::format::{Operand, Unrounded};
 
 /// `±sig · 2^(exp-127)` with bit 127 of `sig` set, or zero when `sig` is.
 #[derive(Clone, Copy, Debug)]
@@ -28,7 +29,7 @@ impl Wide {
         match sig {
             0 => Wide { sign, exp: 0, sig },
             _ => {
-                let Exact { sign, exp, sig } = Exact::normalised(sign, exp, sig);
+                let Unrounded { sign, exp, sig } = Unrounded::normalised(sign, exp, sig);
                 Wide { sign, exp, sig }
             }
         }
@@ -78,9 +79,9 @@ impl Wide {
         Wide::normalised(self.sign, self.exp, self.sig / u128::from(by))
     }
 
-    /// `self / other`, `other` not being zero.
+    /// `self / other`; `other` must not be zero.
     pub(super) fn div(self, other: Wide) -> Wide {
-        // Long division, a bit a turn; the rest may need a 129th bit.
+        // Long division, one bit per iteration; the rest may need a 129th bit.
         let mut quotient = 0;
         let mut rest = self.sig;
         let mut carry = false;
@@ -96,14 +97,14 @@ impl Wide {
         Wide::normalised(self.sign ^ other.sign, self.exp - other.exp, quotient)
     }
 
-    /// Whether adding `self` to `sum` is past the last bit.
+    /// Whether `self` is too small to change `sum`.
     pub(super) fn is_negligible(self, sum: Wide) -> bool {
         self.sig == 0 || self.exp < sum.exp - 128
     }
 
-    /// For rounding. `exact` tells that nothing was cut off.
-    pub(super) fn result(self, exact: bool) -> Exact {
-        Exact { sign: self.sign, exp: self.exp, sig: self.sig | u128::from(!exact) }
+    /// The number as a result to be rounded. `exact`: it has not been truncated.
+    pub(super) fn result(self, exact: bool) -> Unrounded {
+        Unrounded { sign: self.sign, exp: self.exp, sig: self.sig | u128::from(!exact) }
     }
 }
 

@@ -1,11 +1,12 @@
-//! Bit patterns that arithmetic is hard for.
+//! Bit patterns that are hard for arithmetic.
 #![allow(dead_code)]
 
-use vmft_soft_cpu::float::F80;
+use soft_cpu::float::F80;
 
-/// Whether the host is AMD's. It differs from Intel's, which the soft CPU follows on every host, in this one thing:
-/// with underflow unmasked (`control`), FSCALE, FPREM and FPREM1 of a denormal that they hand through unchanged report
-/// an underflow, and wrap its exponent. The manuals have #U for these instructions without a word on that case.
+/// Whether the host's CPU is AMD's. It differs from Intel's, which the soft CPU follows on every host, in one
+/// case: with underflow unmasked (`control`), FSCALE, FPREM and FPREM1 of a denormal that they return
+/// unchanged report an underflow and wrap its exponent. The manuals list #U for these instructions but do not
+/// mention this case.
 pub fn differs_in_underflow(a: F80, control: u16) -> bool {
     const UNDERFLOW: u16 = 1 << 4;
     is_amd() && control & UNDERFLOW == 0 && a.sign_exp & 0x7fff == 0 && a.significand != 0
@@ -17,7 +18,7 @@ fn is_amd() -> bool {
     matches!(name.as_slice(), b"AuthenticAMD" | b"HygonGenuine")
 }
 
-/// Says how many cases a test has left out, for an engineer who reads its output.
+/// Prints how many cases a test has skipped.
 pub fn tell_left_out(name: &str, count: u32) {
     if count != 0 {
         println!("{name}: {count} cases not compared, AMD reports an underflow of an unchanged denormal");
@@ -39,7 +40,7 @@ impl Cases {
         self.next() % n
     }
 
-    /// A fraction of `bits` bits, left-justified in 64: few bits, long runs, or anything.
+    /// A fraction of `bits` bits, left-justified in 64 bits: few bits set, long runs of bits, or random.
     fn fraction(&mut self, bits: u32) -> u64 {
         let n = self.next();
         let any = match self.below(10) {
@@ -56,7 +57,7 @@ impl Cases {
         any & u64::MAX << (64 - bits)
     }
 
-    /// A biased exponent of a format with this bias.
+    /// A biased exponent, of a format with this bias.
     fn exponent(&mut self, bias: u64) -> u64 {
         let max = 2 * bias + 1;
         let near = self.below(140);

@@ -1,13 +1,14 @@
 //! A guest for tests: flat page tables, GDT, TSS, an IDT whose handlers report their vector, and a program.
 //!
-//! Programs run to their end, where the harness puts a store to a device, or to a fault: each handler is such a
-//! store too, so nothing is needed of the CPU but MOV. Memory is mapped one to one, all of it open to user mode.
+//! Programs run to their end, where the harness puts a store to a device, or to a fault, whose handler is
+//! such a store as well, so that the harness itself needs only MOV. Memory is mapped one to one and is
+//! accessible from user mode.
 #![allow(dead_code)]
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::CodeAssembler;
-use vmft_soft_cpu::state::{CpuState, Segment, TableRegister, seg};
-use vmft_soft_cpu::{Exit, RunLimit, SoftCpu};
+use soft_cpu::state::{CpuState, Segment, TableRegister, seg};
+use soft_cpu::{CpuExit, RunLimit, SoftCpu};
 
 /// Bytes of RAM. The first 2 MiB are mapped by 4 KiB pages ([`PT`]), the rest by a 2 MiB page.
 pub const RAM: usize = 4 << 20;
@@ -29,7 +30,7 @@ pub const HANDLERS: u64 = 0xb000;
 pub const CODE: u64 = 0x1_0000;
 /// RSP at start.
 pub const STACK: u64 = 0x3_0000;
-/// Free for data, with the page before and the pages behind it, up to 0x20_0000.
+/// Free for data, as are the page before it and the pages after it, up to 0x20_0000.
 pub const DATA: u64 = 0x4_0000;
 /// A gigabyte of device memory: every access is an exit.
 pub const DEVICE: u64 = 0x4000_0000;
@@ -45,12 +46,12 @@ pub const TSS_SELECTOR: u16 = 0x30;
 /// How a program ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// It came to its end.
+    /// It reached its end.
     Done,
     /// A handler was entered.
     Fault { vector: u8, error: Option<u32>, rip: u64 },
     /// Something else.
-    Exit(Exit),
+    Exit(CpuExit),
 }
 
 /// A CPU with its RAM, and the state it starts from and ends in.
@@ -161,8 +162,8 @@ impl Guest {
         }
     }
 
-    /// Runs to the end or to `limit` instructions. Translated code has to come to the same, also when it is stopped
-    /// again and again.
+    /// Runs to the end or to `limit` instructions. Checks that translated code does the same, also if it is
+    /// stopped again and again.
     pub fn run_to(&mut self, limit: u64) -> Outcome {
         self.cpu.restore(&self.state);
         let (start, ram) = (self.state.clone(), self.ram.clone());
@@ -173,8 +174,8 @@ impl Guest {
             self.compare_translated(&start, ram.clone(), limit, stops, exit);
         }
         match exit {
-            Exit::MmioWrite { addr: END, .. } => Outcome::Done,
-            Exit::MmioWrite { addr, .. } if (DEVICE..DEVICE + 256).contains(&addr) => {
+            CpuExit::MmioWrite { addr: END, .. } => Outcome::Done,
+            CpuExit::MmioWrite { addr, .. } if (DEVICE..DEVICE + 256).contains(&addr) => {
                 let vector = (addr - DEVICE) as u8;
                 let rsp = self.state.gpr[4];
                 let coded = matches!(vector, 8 | 10..=14 | 17 | 21);
@@ -186,15 +187,22 @@ impl Guest {
     }
 
     #[cfg(target_arch = "x86_64")]
-    fn compare_translated(&self, start: &CpuState, mut ram: Vec<u8>, limit: u64, stops: u64, expected: Exit) {
+    fn compare_translated(
+        &self,
+        start: &CpuState,
+        mut ram: Vec<u8>,
+        limit: u64,
+        stops: u64,
+        expected: CpuExit,
+    ) {
         let mut cpu = SoftCpu::new(RAM as u64);
-        cpu.set_translator(Box::new(translator::Native::new().unwrap()), 1);
+        cpu.set_translator(Box::new(translator::NativeTranslator::new().unwrap()), 1);
         cpu.restore(start);
         let mut until = start.retired;
         let exit = loop {
             until = until.saturating_add(stops).min(limit);
             match cpu.run(&mut ram, &RunLimit { until, interrupt_window: false }) {
-                Exit::Reached if until < limit => {}
+                CpuExit::Reached if until < limit => {}
                 exit => break exit,
             }
         };
@@ -203,12 +211,12 @@ impl Guest {
         assert!(ram == self.ram, "translated, stopped every {stops}: RAM differs");
     }
 
-    /// Runs to the end; a program that has not ended after a million instructions never will.
+    /// Runs to the end, but at most a million instructions.
     pub fn run(&mut self) -> Outcome {
         self.run_to(self.state.retired + 1_000_000)
     }
 
-    /// Runs, and asserts that the program came to its end. Gives the registers.
+    /// Runs, and asserts that the program reached its end. Returns the registers.
     #[track_caller]
     pub fn done(&mut self) -> [u64; 16] {
         assert_eq!(self.run(), Outcome::Done);

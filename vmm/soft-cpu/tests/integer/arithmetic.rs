@@ -6,7 +6,7 @@ use iced_x86::code_asm::*;
 use crate::guest::*;
 use crate::{f, r};
 
-/// Runs one instruction with the given RAX, RCX, RDX and RFLAGS; gives RAX, RDX and the status flags.
+/// Runs one instruction with the given RAX, RCX, RDX and RFLAGS; returns RAX, RDX and the status flags.
 fn one(
     f: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>,
     [a0, c0, d0]: [u64; 3],

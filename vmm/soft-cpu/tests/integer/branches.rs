@@ -6,7 +6,7 @@ use crate::guest::*;
 use crate::r;
 
 #[test]
-fn calls_return_behind_themselves() {
+fn calls_return_to_the_next_instruction() {
     let mut g = Guest::asm(|a| {
         let mut f = a.create_label();
         let mut end = a.create_label();
@@ -79,7 +79,7 @@ fn loops_count_in_rcx_or_ecx() {
 }
 
 #[test]
-fn jrcxz_looks_at_the_address_size() {
+fn jrcxz_checks_rcx_or_ecx_by_the_address_size() {
     let skipped = |code: &[u8], count| {
         let mut g = Guest::new(&[code, &[0xb0, 1]].concat()).reg(r::RCX, count);
         g.done()[r::RAX] == 0

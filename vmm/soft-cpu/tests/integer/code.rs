@@ -16,7 +16,7 @@ fn code_may_change_itself_in_the_running_block() {
 }
 
 #[test]
-fn a_store_through_another_address_changes_the_code_behind_it() {
+fn a_store_through_an_alias_changes_the_code() {
     let mut g = Guest::new(&[
         0xc6, 0x04, 0x25, 9, 0, 4, 0, 42, // mov byte [DATA + 9], 42: the immediate of the next
         0xb0, 1, // mov al, 1
@@ -45,7 +45,8 @@ fn an_instruction_across_pages_is_seen_to_change_in_either_page() {
 
 #[test]
 fn a_stale_translation_is_fetched_from_until_it_is_flushed() {
-    // Two pages with the same program but for two immediates; the program maps the other one in its own place.
+    // Two pages with the same program except for two immediates; the program maps the second page in place of
+    // its own.
     let program = |n: u32| {
         assemble(|a| {
             let mut next = a.create_label();

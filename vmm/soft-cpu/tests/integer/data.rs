@@ -1,4 +1,4 @@
-//! MOV and its kin, XCHG, XADD, CMPXCHG.
+//! MOV, MOVZX, LEA, CMOVcc and similar instructions; XCHG, XADD, CMPXCHG.
 
 use iced_x86::code_asm::*;
 
@@ -101,7 +101,7 @@ fn extensions() {
 }
 
 #[test]
-fn lea_cuts_the_address_to_the_address_size_and_the_result_to_the_operand_size() {
+fn lea_truncates_the_address_to_the_address_size_and_the_result_to_the_operand_size() {
     let mut g = Guest::asm(|a| {
         a.lea(rcx, ptr(rax + rbx * 8 - 1))?;
         a.lea(edx, ptr(rax + rbx * 8 - 1))?;
@@ -130,7 +130,7 @@ fn addresses_wrap_at_32_bits_with_the_prefix_before_the_segment_base_is_added() 
 
 #[test]
 fn rip_relative_operands_count_from_the_next_instruction() {
-    // The operand is the second instruction's last 8 bytes: its immediate.
+    // The operand is the last 8 bytes of the second instruction, which are its immediate.
     let mut g = Guest::new(&[
         0x48, 0x8b, 0x05, 2, 0, 0, 0, // mov rax, [rip + 2]
         0x48, 0xb9, 1, 2, 3, 4, 5, 6, 7, 8, // mov rcx, imm64
@@ -155,7 +155,7 @@ fn cmov_always_reads_and_always_zero_extends() {
     assert_eq!(g.run(), Outcome::Fault { vector: 14, error: Some(0), rip: CODE });
 }
 
-/// What each condition is of CF, PF, ZF, SF and OF (SDM 1, appendix B).
+/// Each condition as a function of CF, PF, ZF, SF and OF (SDM 1, appendix B).
 fn holds(cc: u8, v: u64) -> bool {
     let (c, p, z, s, o) = (v & f::C != 0, v & f::P != 0, v & f::Z != 0, v & f::S != 0, v & f::O != 0);
     let base = [o, c, z, c || z, s, p, s != o, z || s != o][cc as usize >> 1];
@@ -195,7 +195,7 @@ fn setcc_to_memory_writes_one_byte() {
 }
 
 #[test]
-fn bswap_xlat_and_the_accumulator_s_conversions() {
+fn bswap_xlat_and_conversions_of_the_accumulator() {
     let mut g = Guest::asm(|a| {
         a.bswap(rcx)?;
         a.bswap(edx)?;
@@ -280,7 +280,7 @@ fn xadd() {
 }
 
 #[test]
-fn cmpxchg_writes_one_of_two() {
+fn cmpxchg_writes_memory_or_the_accumulator() {
     let program = |a: &mut CodeAssembler| {
         a.lock().cmpxchg(dword_ptr(rbx), ecx)?;
         a.mov(r8d, dword_ptr(rbx))

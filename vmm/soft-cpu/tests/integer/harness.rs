@@ -3,7 +3,7 @@
 use iced_x86::code_asm::*;
 
 use crate::guest::*;
-use vmft_soft_cpu::Exit;
+use soft_cpu::CpuExit;
 
 #[test]
 fn a_program_runs_to_its_end_and_its_instructions_are_counted() {
@@ -46,14 +46,14 @@ fn a_run_stops_exactly_at_its_limit() {
     });
     for limit in 0..30 {
         let mut g = Guest::new(&program).reg(1, 10);
-        assert_eq!(g.run_to(limit), Outcome::Exit(Exit::Reached));
+        assert_eq!(g.run_to(limit), Outcome::Exit(CpuExit::Reached));
         assert_eq!(g.state.retired, limit);
         assert_eq!(g.state.gpr[0], limit.div_ceil(3));
     }
 }
 
 #[test]
-fn a_run_that_is_cut_and_restored_anywhere_ends_alike() {
+fn a_run_that_is_stopped_and_restored_anywhere_ends_the_same() {
     let program = assemble(|a| {
         let mut top = a.create_label();
         let mut function = a.create_label();
@@ -84,7 +84,7 @@ fn a_run_that_is_cut_and_restored_anywhere_ends_alike() {
     whole.done();
     for piece in [1, 2, 3, 7, 64] {
         let mut g = start();
-        while g.run_to(g.state.retired + piece) == Outcome::Exit(Exit::Reached) {}
+        while g.run_to(g.state.retired + piece) == Outcome::Exit(CpuExit::Reached) {}
         assert_eq!(g.state, whole.state, "in pieces of {piece}");
         assert!(g.ram == whole.ram, "in pieces of {piece}");
     }

@@ -1,4 +1,4 @@
-//! The integer instruction set, as small guest programs with the outcomes of the SDM.
+//! The integer instruction set: small guest programs whose outcomes are those of the SDM.
 
 #[path = "../guest/mod.rs"]
 mod guest;

@@ -1,4 +1,4 @@
-//! LOCK and what does nothing.
+//! The LOCK prefix, and instructions that do nothing.
 
 use crate::guest::*;
 use crate::r;

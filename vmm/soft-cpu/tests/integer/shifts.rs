@@ -1,4 +1,4 @@
-//! Shifts and rotates. AF is left out where the SDM leaves it undefined, OF for counts other than 1.
+//! Shifts and rotates. AF is not compared where the SDM leaves it undefined, and OF only for a count of 1.
 
 use crate::f::*;
 use crate::guest::*;
@@ -9,7 +9,7 @@ fn by_cl(code: &[u8], rax: u64, rdx: u64, count: u64, flags: u64) -> (u64, u64) 
     again(&mut Guest::new(code), rax, rdx, count, flags)
 }
 
-/// The same with a guest that was made before.
+/// The same, with an existing guest.
 fn again(g: &mut Guest, rax: u64, rdx: u64, count: u64, flags: u64) -> (u64, u64) {
     g.state.rip = CODE;
     g.state.gpr[r::RAX] = rax;
@@ -30,7 +30,8 @@ fn group(n: u8, bits: u32) -> Vec<u8> {
     }
 }
 
-/// A value of `bits` bits moved one step by operation `n`: the new value, CF and OF (SDM 2, "RCL", "SAL").
+/// Shifts a value of `bits` bits by one with operation `n`: returns the new value, CF and OF (SDM 2, "RCL",
+/// "SAL").
 fn step(n: u8, bits: u32, v: u64, cf: bool) -> (u64, bool, bool) {
     let mask = u64::MAX >> (64 - bits);
     let (top, second, low) = (v >> (bits - 1) & 1, v >> (bits - 2) & 1, v & 1);
@@ -47,11 +48,11 @@ fn step(n: u8, bits: u32, v: u64, cf: bool) -> (u64, bool, bool) {
     }
 }
 
-/// Around each width, and a width and one: where masks and rotations through CF wrap.
+/// Counts around each width, and around a width plus one, where masks and rotations through CF wrap.
 const COUNTS: [u64; 20] = [0, 1, 2, 3, 7, 8, 9, 10, 15, 16, 17, 18, 24, 27, 31, 32, 33, 63, 64, 0xff];
 
 #[test]
-fn every_count_is_as_many_single_steps() {
+fn a_shift_by_a_count_is_as_many_shifts_by_one() {
     let values = [0, 1, 0x80, 0x8081, 0x5a5a_a5a5, 0x8000_0000_0000_0001, 0x0123_4567_89ab_cdef, !0];
     for (n, bits) in (0..8).flat_map(|n| [8, 16, 32, 64].map(|bits| (n, bits))) {
         let mask = u64::MAX >> (64 - bits);
@@ -99,7 +100,7 @@ fn double_shifts_take_their_bits_from_the_second_register() {
     assert_eq!(by_cl(&shld, a, b, 8, 0), (0x2345_6789_abcd_effe, C));
     assert_eq!(by_cl(&shrd, a, b, 8, 0), (0x1001_2345_6789_abcd, C));
     assert_eq!(by_cl(&shld, a, b, 64, Z), (a, Z));
-    // SHLD by 1 sets OF when the sign changes.
+    // SHLD by 1 sets OF if the sign changes.
     assert_eq!(by_cl(&shld, 1 << 62, 0, 1, 0), (1 << 63, S | O | P));
     let shld32 = [0x0f, 0xa5, 0xd0];
     assert_eq!(by_cl(&shld32, !0, 0x8000_0000, 1, 0).0, 0xffff_ffff);

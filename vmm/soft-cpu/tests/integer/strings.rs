@@ -1,6 +1,6 @@
-//! String instructions: bytes, counts, and stops in the middle.
+//! String instructions: the bytes they write, counts, and stops in the middle.
 
-use vmft_soft_cpu::Exit;
+use soft_cpu::CpuExit;
 
 use crate::guest::*;
 use crate::{f, r};
@@ -18,7 +18,7 @@ fn fill(g: &mut Guest, addr: u64, len: usize) {
     g.write(addr, &bytes);
 }
 
-/// What `count` single MOVS do to memory.
+/// Does to memory what `count` single MOVS instructions do.
 fn moved(mem: &mut [u8], mut from: usize, mut to: usize, size: usize, count: usize, back: bool) {
     for _ in 0..count {
         let element = mem[from..from + size].to_vec();
@@ -57,7 +57,7 @@ fn rep_movs_is_as_many_single_moves_whatever_overlaps() {
 
 #[test]
 fn an_alias_overlaps_like_any_other_page() {
-    // The page behind DATA is DATA once more: the copy runs over its own output.
+    // The page after DATA is mapped to DATA again, so that the copy overwrites its own input.
     let mut g = strings(&REP_MOVSB, DATA, DATA + 0x1001, 64);
     g.set_pte(DATA + 0x1000, DATA | 7);
     g.write(DATA, &[7, 1, 2, 3]);
@@ -90,7 +90,7 @@ fn a_limit_stops_between_two_iterations_with_rip_on_the_instruction() {
     for limit in 0..=20 {
         let mut g = strings(&REP_MOVSB, DATA, DATA + 0x100, 20);
         fill(&mut g, DATA, 64);
-        assert_eq!(g.run_to(limit), Outcome::Exit(Exit::Reached));
+        assert_eq!(g.run_to(limit), Outcome::Exit(CpuExit::Reached));
         let rip = if limit == 20 { CODE + 2 } else { CODE };
         assert_eq!((g.state.retired, g.state.gpr[r::RCX], g.state.rip), (limit, 20 - limit, rip));
         assert_eq!(g.read(DATA + 0x100, 20)[limit as usize..], [0; 20][limit as usize..]);
@@ -156,7 +156,7 @@ fn the_source_has_a_segment_and_addresses_may_be_of_32_bits() {
 
 #[test]
 fn rep_stos_over_code_that_runs_is_seen() {
-    // Overwrites, byte by byte, the two instructions behind it with NOPs, one of them already decoded.
+    // Overwrites, byte by byte, the two instructions after it with NOPs; one of them is already decoded.
     let code = [
         0xb0, 0x90, // mov al, 0x90
         0xf3, 0xaa, // rep stosb
@@ -171,10 +171,10 @@ fn rep_stos_over_code_that_runs_is_seen() {
 fn string_instructions_reach_devices_one_iteration_at_a_time() {
     let mut g = strings(&[0xf3, 0xa5], DEVICE + 0x2000, DATA, 3); // rep movsd
     g.cpu.restore(&g.state);
-    let limit = vmft_soft_cpu::RunLimit { until: 100, interrupt_window: false };
+    let limit = soft_cpu::RunLimit { until: 100, interrupt_window: false };
     for n in 0..3 {
         let exit = g.cpu.run(&mut g.ram, &limit);
-        assert_eq!(exit, Exit::MmioRead { addr: DEVICE + 0x2000 + n * 4, size: 4 });
+        assert_eq!(exit, CpuExit::MmioRead { addr: DEVICE + 0x2000 + n * 4, size: 4 });
         assert_eq!(g.cpu.retired(), n);
         assert_eq!(g.cpu.complete(&mut g.ram, 0x1000 + n), None);
         assert_eq!(g.cpu.retired(), n + 1);

@@ -1,7 +1,7 @@
-//! Decoded code is invisible: whatever changes code, the next instruction is the new one.
+//! The cache of decoded code is invisible: however code is changed, the next instruction is the new one.
 
 use iced_x86::code_asm::*;
-use vmft_soft_cpu::{Exit, RunLimit};
+use soft_cpu::{CpuExit, RunLimit};
 
 use crate::guest::*;
 
@@ -75,7 +75,7 @@ fn a_loop_that_changes_itself_each_time() {
 
 #[test]
 fn rep_stos_over_itself() {
-    // REP STOSB overwrites the instructions behind it with INC EAX's second byte pattern: 0x90 is NOP.
+    // REP STOSB overwrites the instructions after it with NOPs (0x90).
     let mut g = Guest::asm(|a| {
         let mut behind = a.create_label();
         a.lea(rdi, ptr(behind))?;
@@ -144,7 +144,8 @@ fn an_instruction_across_pages_whose_second_half_is_remapped() {
 
 #[test]
 fn a_page_table_in_the_page_of_the_code_gets_its_accessed_bits() {
-    // The first half of PT's page maps the first MiB; code in its second half runs and is walked through.
+    // The first half of PT's page maps the first MiB; code in its second half runs, and the walk passes
+    // through that page.
     let at = PT + 0xf00;
     let mut g = Guest::asm(|a| a.jmp(rdx)).reg(2, at);
     let code = assemble(|a| {
@@ -167,7 +168,7 @@ fn the_machine_changes_code() {
     g.cpu.restore(&g.state);
     // MOV, CALL, MOV, RET.
     let limit = RunLimit { until: 4, interrupt_window: false };
-    assert_eq!(g.cpu.run(&mut g.ram, &limit), Exit::Reached);
+    assert_eq!(g.cpu.run(&mut g.ram, &limit), CpuExit::Reached);
     g.write(DATA + 1, &[2]);
     g.cpu.ram_changed((DATA / 4096) as u32);
     g.cpu.run(&mut g.ram, &RunLimit { until: 1000, ..limit });

@@ -1,4 +1,4 @@
-//! Single stepping, breakpoints of all kinds, and what holds them off.
+//! Single stepping, breakpoints of all kinds, and what suppresses them.
 
 use iced_x86::code_asm::*;
 
@@ -53,7 +53,7 @@ fn popf_that_sets_tf_lets_one_instruction_pass() {
     });
     // PUSH imm32 has 5 bytes, POPFQ one.
     assert_eq!(g.run(), trap(CODE + 7));
-    // One that clears it is trapped itself.
+    // A POPFQ that clears TF is trapped itself.
     let mut g = Guest::asm(|a| {
         a.popfq()?;
         a.nop()
@@ -84,7 +84,7 @@ fn int_n_is_not_trapped_and_neither_is_its_handler() {
 }
 
 #[test]
-fn int1_is_a_trap_that_asks_for_no_level() {
+fn int1_is_a_trap_whatever_the_gates_dpl() {
     let mut g = Guest::asm(|a| a.int1()).user();
     assert_eq!(g.run(), trap(CODE + 1));
 }
@@ -94,7 +94,7 @@ fn each_iteration_of_rep_is_a_step() {
     let mut g = Guest::asm(|a| a.rep().stosb()).reg(1, 3).reg(7, DATA).reg(0, 9).flags(TF);
     assert_eq!(g.run(), trap(CODE));
     assert_eq!((g.state.gpr[1], g.state.retired), (2, 1));
-    // Between iterations RF is pushed, so that a breakpoint at REP is met once.
+    // Between iterations RF is pushed, so that a breakpoint at REP is hit only once.
     assert_eq!(pushed_rflags(&g) & RF, RF);
     let mut g = Guest::asm(|a| a.rep().stosb()).reg(1, 1).reg(7, DATA).flags(TF);
     assert_eq!(g.run(), trap(CODE + 2));
@@ -146,14 +146,14 @@ fn an_instruction_breakpoint_is_a_fault_that_rf_passes() {
     assert_eq!(g.run(), trap(CODE + 1));
     assert_eq!((g.state.retired, g.state.sys.dr6), (1, 0xffff_0ff2));
     assert_eq!(pushed_rflags(&g) & RF, 0);
-    // RF passes it, and is gone after the instruction.
+    // With RF the breakpoint is passed, and RF is clear after the instruction.
     let mut g = program().flags(RF);
     g.state.rip = CODE + 1;
     assert_eq!(g.done()[0], 1);
     assert_eq!(g.state.rflags & RF, 0);
-    // RF set for the instruction before does not.
+    // RF for the previous instruction does not pass it.
     assert_eq!(program().flags(RF).run(), trap(CODE + 1));
-    // Not enabled: nothing.
+    // A breakpoint that is not enabled does nothing.
     let mut g = program();
     g.state.sys.dr7 &= !0xff;
     assert_eq!(g.done()[0], 1);
@@ -192,7 +192,7 @@ fn data_breakpoints_trap_after_the_access() {
     assert_eq!(program(ON_WRITE, 2, DATA + 8).run(), trap(CODE + 16));
     assert_eq!(program(ON_WRITE, 3, DATA + 12).run(), trap(CODE + 16));
     assert_eq!(program(ON_WRITE, 0, DATA + 16).run(), Outcome::Done);
-    // A range of 8 bytes that begins before.
+    // A range of 8 bytes that begins before the address.
     assert_eq!(program(ON_WRITE, 2, DATA + 13).run(), trap(CODE + 16));
     let mut g = program(ON_WRITE, 0, DATA + 8);
     g.write_u64(DATA, 5);
@@ -201,7 +201,7 @@ fn data_breakpoints_trap_after_the_access() {
 }
 
 #[test]
-fn a_data_breakpoint_is_not_met_by_an_instruction_that_faults() {
+fn a_data_breakpoint_is_not_hit_by_an_instruction_that_faults() {
     let mut g = Guest::asm(|a| a.mov(qword_ptr(DATA), rax));
     g.set_pte(DATA, 0);
     g.state.sys.dr[0] = DATA;
@@ -229,7 +229,7 @@ fn general_detect_protects_the_debug_registers() {
 }
 
 #[test]
-fn what_passes_a_breakpoint_lasts_until_the_device_has_answered() {
+fn a_passed_breakpoint_stays_passed_until_the_device_has_answered() {
     let load = |a: &mut CodeAssembler| a.mov(rcx, qword_ptr(DEVICE + 0x2000));
     // After a load of SS: MOV SS has 2 bytes.
     let mut g = Guest::asm(|a| {

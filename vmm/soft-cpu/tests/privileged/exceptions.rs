@@ -1,7 +1,7 @@
-//! Delivery: frames, stacks, error codes, double and triple faults.
+//! Exception delivery: frames, stacks, error codes, double and triple faults.
 
 use iced_x86::code_asm::*;
-use vmft_soft_cpu::Exit;
+use soft_cpu::CpuExit;
 
 use crate::guest::*;
 
@@ -63,7 +63,7 @@ fn int_n_respects_the_gates_level() {
     g.write(IDT + 0x80 * 16 + 5, &[0xee]);
     assert_eq!(g.run(), Outcome::Fault { vector: 0x80, error: None, rip: CODE + 2 });
     assert_eq!(g.state.retired, 1);
-    // A fault of the CPU itself does not ask.
+    // An exception is delivered whatever the gate's DPL is.
     let mut g = Guest::asm(|a| a.ud2()).user();
     assert_eq!(g.run(), Outcome::Fault { vector: 6, error: None, rip: CODE });
 }
@@ -99,14 +99,14 @@ fn contributory_faults_double_and_benign_ones_do_not() {
     let mut g = Guest::asm(|a| a.mov(rax, qword_ptr(rbx))).reg(3, 1 << 47);
     g.write(IDT + 13 * 16 + 5, &[0x0e]);
     assert_eq!(g.run(), Outcome::Fault { vector: 8, error: Some(0), rip: CODE });
-    // #PF while delivering #PF: the stack is not mapped; #DF has a stack of its own.
+    // #PF while delivering #PF: the stack is not mapped; #DF has its own stack.
     let mut g = Guest::asm(|a| a.mov(rax, qword_ptr(DATA)));
     g.set_pte(DATA, 0);
     g.set_pte(STACK - 8, 0);
     g.write(IDT + 8 * 16 + 4, &[1]);
     assert_eq!(g.run(), Outcome::Fault { vector: 8, error: Some(0), rip: CODE });
     assert_eq!(g.state.sys.cr2, STACK - 8);
-    // #PF while delivering #GP is served as it is.
+    // #PF while delivering #GP is delivered as #PF.
     let mut g = Guest::asm(|a| a.mov(rax, qword_ptr(rbx))).reg(3, 1 << 47);
     g.set_pte(STACK - 8, 0);
     g.write(IDT + 14 * 16 + 4, &[1]);
@@ -126,7 +126,7 @@ fn contributory_faults_double_and_benign_ones_do_not() {
 fn a_fault_of_the_double_fault_shuts_down() {
     let mut g = Guest::asm(|a| a.ud2());
     g.state.sys.idtr.limit = 0;
-    assert_eq!(g.run(), Outcome::Exit(Exit::Shutdown));
+    assert_eq!(g.run(), Outcome::Exit(CpuExit::Shutdown));
 }
 
 #[test]
@@ -135,7 +135,7 @@ fn the_task_segment_and_its_stack_are_checked() {
     g.state.sys.tr.limit = 10;
     g.write(IDT + 10 * 16 + 4, &[0]);
     // #TS needs the same stack, so it doubles, and so does #DF.
-    assert_eq!(g.run(), Outcome::Exit(Exit::Shutdown));
+    assert_eq!(g.run(), Outcome::Exit(CpuExit::Shutdown));
     let mut g = Guest::asm(|a| a.ud2());
     g.state.sys.tr.limit = 0x2a;
     g.write(IDT + 6 * 16 + 4, &[1]);
@@ -164,13 +164,13 @@ fn an_instruction_that_crosses_into_an_unmapped_page_faults_there() {
     g.set_pte(CODE + 0x1000, 0);
     assert_eq!(g.run(), Outcome::Fault { vector: 14, error: Some(0x10), rip: at });
     assert_eq!(g.state.sys.cr2, CODE + 0x1000);
-    // One that does not reach it runs.
+    // An instruction that does not reach the next page runs.
     let mut g = Guest::asm(|a| a.jmp(rbx)).reg(3, at);
     g.write(at, &[0x48, 0xff, 0xc1]);
     g.set_pte(CODE + 0x1000, 0);
     assert_eq!(g.run(), Outcome::Fault { vector: 14, error: Some(0x10), rip: CODE + 0x1000 });
     assert_eq!(g.state.retired, 2);
-    // INSERTQ is undefined here, so that its immediates are not fetched.
+    // INSERTQ does not exist on this CPU, so that its immediates are not fetched.
     let at = CODE + 0xffb;
     let mut g = Guest::asm(|a| a.jmp(rbx)).reg(3, at);
     g.write(at, &[0xf2, 0x44, 0x0f, 0x78, 0xf0]);

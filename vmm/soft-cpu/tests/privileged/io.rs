@@ -1,7 +1,7 @@
 //! Ports and device memory: questions, their order and size, permissions, interrupts around them.
 
 use iced_x86::code_asm::*;
-use vmft_soft_cpu::{Exit, RunLimit};
+use soft_cpu::{CpuExit, RunLimit};
 
 use crate::device::value_at;
 use crate::guest::*;
@@ -26,12 +26,12 @@ fn in_and_out_of_all_sizes() {
     assert_eq!(
         log,
         [
-            Exit::PioIn { port: 0x60, size: 1 },
-            Exit::PioOut { port: 0x80, size: 1, value: 0x60 },
-            Exit::PioIn { port: 0x1234, size: 4 },
-            Exit::PioOut { port: 0x1234, size: 4, value: v },
-            Exit::PioIn { port: 0x1234, size: 2 },
-            Exit::PioOut { port: 0x1234, size: 2, value: v & 0xffff },
+            CpuExit::PioIn { port: 0x60, size: 1 },
+            CpuExit::PioOut { port: 0x80, size: 1, value: 0x60 },
+            CpuExit::PioIn { port: 0x1234, size: 4 },
+            CpuExit::PioOut { port: 0x1234, size: 4, value: v },
+            CpuExit::PioIn { port: 0x1234, size: 2 },
+            CpuExit::PioOut { port: 0x1234, size: 2, value: v & 0xffff },
         ]
     );
     assert_eq!((g.state.gpr[0], g.state.retired), (v as u64, 6));
@@ -57,8 +57,8 @@ fn repeated_input_and_output() {
     .reg(7, DATA);
     let log = g.talk();
     let v = value_at(0x1f0) as u16;
-    let input = Exit::PioIn { port: 0x1f0, size: 2 };
-    let output = |value: u8| Exit::PioOut { port: 0x1f0, size: 1, value: value as u32 };
+    let input = CpuExit::PioIn { port: 0x1f0, size: 2 };
+    let output = |value: u8| CpuExit::PioOut { port: 0x1f0, size: 1, value: value as u32 };
     let [low, high] = v.to_le_bytes();
     assert_eq!(log, [input, input, output(low), output(high), output(low)]);
     assert_eq!((g.state.gpr[7], g.state.gpr[6], g.state.gpr[1]), (DATA + 4, DATA + 3, 0));
@@ -80,7 +80,7 @@ fn the_bitmap_of_the_task_allows_ports() {
         g.state.sys.tr.limit = limit;
         g
     };
-    let asked = Outcome::Exit(Exit::PioIn { port: 0x3ff, size: 2 });
+    let asked = Outcome::Exit(CpuExit::PioIn { port: 0x3ff, size: 2 });
     // Ports 3ffh and 400h: bits of bytes 7fh and 80h.
     assert_eq!(program(0x68 + 0x80).run(), asked);
     assert_eq!(program(0x68 + 0x7f).run(), GP);
@@ -95,7 +95,7 @@ fn the_bitmap_of_the_task_allows_ports() {
 }
 
 #[test]
-fn device_memory_is_asked_for_in_whole() {
+fn accesses_to_device_memory_keep_their_size() {
     let mut g = Guest::asm(|a| {
         a.mov(rax, qword_ptr(DEVICE + 0x2008))?;
         a.add(dword_ptr(DEVICE + 0x2010), 1)?;
@@ -106,18 +106,18 @@ fn device_memory_is_asked_for_in_whole() {
     assert_eq!(
         log,
         [
-            Exit::MmioRead { addr: DEVICE + 0x2008, size: 8 },
-            Exit::MmioRead { addr: DEVICE + 0x2010, size: 4 },
-            Exit::MmioWrite { addr: DEVICE + 0x2010, size: 4, value: v as u64 + 1 },
-            Exit::MmioWrite { addr: DEVICE + 0x2020, size: 2, value: value_at(8) & 0xffff },
+            CpuExit::MmioRead { addr: DEVICE + 0x2008, size: 8 },
+            CpuExit::MmioRead { addr: DEVICE + 0x2010, size: 4 },
+            CpuExit::MmioWrite { addr: DEVICE + 0x2010, size: 4, value: v as u64 + 1 },
+            CpuExit::MmioWrite { addr: DEVICE + 0x2020, size: 2, value: value_at(8) & 0xffff },
         ]
     );
     assert_eq!(g.state.gpr[0], value_at(8));
 }
 
 #[test]
-fn an_access_from_ram_into_a_device_is_cut() {
-    // The page at DATA + 0x1000 is the device's.
+fn an_access_from_ram_into_a_device_is_split() {
+    // The page at DATA + 0x1000 is mapped to the device.
     let at = DATA + 0xffe;
     let mut g = Guest::asm(|a| {
         a.mov(eax, dword_ptr(at))?;
@@ -128,7 +128,10 @@ fn an_access_from_ram_into_a_device_is_cut() {
     let log = g.talk();
     assert_eq!(
         log,
-        [Exit::MmioRead { addr: DEVICE, size: 2 }, Exit::MmioWrite { addr: DEVICE, size: 2, value: 0x4433 },]
+        [
+            CpuExit::MmioRead { addr: DEVICE, size: 2 },
+            CpuExit::MmioWrite { addr: DEVICE, size: 2, value: 0x4433 },
+        ]
     );
     assert_eq!(g.state.gpr[0], (value_at(0) & 0xffff) << 16 | 0xbbaa);
     assert_eq!(g.read(at, 2), [0x11, 0x22]);
@@ -146,7 +149,7 @@ fn an_access_from_a_device_into_a_page_that_faults_asks_nothing() {
 fn copies_between_device_and_ram() {
     let mut g = Guest::asm(|a| a.rep().movsd()).reg(1, 3).reg(6, DEVICE + 0x2000).reg(7, DATA);
     let log = g.talk();
-    let read = |n: u64| Exit::MmioRead { addr: DEVICE + 0x2000 + 4 * n, size: 4 };
+    let read = |n: u64| CpuExit::MmioRead { addr: DEVICE + 0x2000 + 4 * n, size: 4 };
     assert_eq!(log, [read(0), read(1), read(2)]);
     assert_eq!(g.read_u64(DATA), value_at(0) & 0xffff_ffff | value_at(4) << 32);
     assert_eq!(g.state.retired, 3);
@@ -156,7 +159,7 @@ fn start(g: &mut Guest) {
     g.cpu.restore(&g.state);
 }
 
-fn run(g: &mut Guest, window: bool) -> Exit {
+fn run(g: &mut Guest, window: bool) -> CpuExit {
     let exit = g.cpu.run(&mut g.ram, &RunLimit { until: 1000, interrupt_window: window });
     g.state = g.cpu.save();
     exit
@@ -171,20 +174,20 @@ fn sti_holds_interrupts_off_for_one_instruction() {
         a.inc(rax)
     });
     start(&mut g);
-    assert_eq!(run(&mut g, true), Exit::InterruptWindow);
+    assert_eq!(run(&mut g, true), CpuExit::InterruptWindow);
     assert_eq!((g.state.gpr[0], g.state.retired), (1, 3));
     g.cpu.inject(0x40);
-    assert_eq!(run(&mut g, false), Exit::MmioWrite { addr: DEVICE + 0x40, size: 1, value: 1 });
+    assert_eq!(run(&mut g, false), CpuExit::MmioWrite { addr: DEVICE + 0x40, size: 1, value: 1 });
     assert_eq!(g.read_u64(g.state.gpr[4]), CODE + 5);
-    // STI with IF set already has no shadow.
+    // STI inhibits nothing if IF is already set.
     let mut g = Guest::asm(|a| a.sti()).flags(IF);
     start(&mut g);
-    assert_eq!(run(&mut g, true), Exit::InterruptWindow);
+    assert_eq!(run(&mut g, true), CpuExit::InterruptWindow);
     assert_eq!(g.state.retired, 0);
 }
 
 #[test]
-fn a_window_opens_behind_every_instruction_that_sets_if() {
+fn an_interrupt_window_opens_after_every_instruction_that_sets_if() {
     for (program, frame) in [
         (assemble(|a| a.popfq()), [IF, 0, 0, 0, 0]),
         (assemble(|a| a.iretq()), [CODE + 0x800, KERNEL_CODE as u64, IF, STACK, 0]),
@@ -196,7 +199,7 @@ fn a_window_opens_behind_every_instruction_that_sets_if() {
             g.write_u64(DATA + 8 * n as u64, v);
         }
         start(&mut g);
-        assert_eq!(run(&mut g, true), Exit::InterruptWindow);
+        assert_eq!(run(&mut g, true), CpuExit::InterruptWindow);
         assert_eq!(g.state.retired, 1);
     }
 }
@@ -213,7 +216,7 @@ fn a_load_of_ss_holds_interrupts_off() {
     start(&mut g);
     g.cpu.run(&mut g.ram, &RunLimit { until: 1, interrupt_window: false });
     assert!(!g.cpu.interruptible());
-    assert_eq!(run(&mut g, true), Exit::InterruptWindow);
+    assert_eq!(run(&mut g, true), CpuExit::InterruptWindow);
     assert_eq!(g.state.retired, 2);
 }
 
@@ -225,11 +228,11 @@ fn sti_hlt_sleeps_until_an_interrupt() {
         a.nop()
     });
     start(&mut g);
-    assert_eq!(run(&mut g, false), Exit::Hlt);
+    assert_eq!(run(&mut g, false), CpuExit::Hlt);
     assert_eq!((g.state.halted, g.state.retired), (true, 2));
-    assert_eq!(run(&mut g, false), Exit::Hlt);
+    assert_eq!(run(&mut g, false), CpuExit::Hlt);
     assert!(g.cpu.interruptible());
     g.cpu.inject(0x41);
-    assert_eq!(run(&mut g, false), Exit::MmioWrite { addr: DEVICE + 0x41, size: 1, value: 0 });
+    assert_eq!(run(&mut g, false), CpuExit::MmioWrite { addr: DEVICE + 0x41, size: 1, value: 0 });
     assert_eq!((g.state.halted, g.read_u64(g.state.gpr[4])), (false, CODE + 2));
 }

@@ -1,5 +1,5 @@
-//! Privileged behaviour: paging and the TLB, exceptions, far transfers, debugging, ports, code that changes, and
-//! stopping at every instruction. Small guest programs with the outcomes of the SDM.
+//! Privileged behaviour: paging and the TLB, exceptions, far transfers, debugging, ports, code that changes,
+//! and stopping at every instruction. Small guest programs whose outcomes are those of the SDM.
 
 #[path = "../guest/mod.rs"]
 mod guest;

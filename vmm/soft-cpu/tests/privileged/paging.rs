@@ -1,4 +1,4 @@
-//! The walk: rights, reserved bits, error codes, accessed and dirty bits.
+//! The page-table walk: rights, reserved bits, error codes, accessed and dirty bits.
 
 use iced_x86::code_asm::*;
 
@@ -56,7 +56,7 @@ fn rights_of_supervisor_and_user() {
         // Bit 40 is reserved with 40 physical bits.
         (all | 1 << 40, false, [Some(9), Some(0xb), Some(0x19)]),
         (all | 1 << 51, true, [Some(0xd), Some(0xf), Some(0x1d)]),
-        // Bits 52 to 62 are software's.
+        // Bits 52 to 62 are ignored.
         (all | 0x7ff << 52, true, [None, None, None]),
     ] {
         for (make, expected) in [read, write, execute].into_iter().zip(outcomes) {
@@ -77,7 +77,7 @@ fn write_protection_is_off_for_the_supervisor_without_wp() {
 }
 
 #[test]
-fn without_nxe_bit_63_is_reserved_and_fetches_are_not_told() {
+fn without_nxe_bit_63_is_reserved_and_error_codes_do_not_show_fetches() {
     let mut g = read();
     g.state.sys.efer &= !(1 << 11);
     assert_eq!(fault(g, DATA | P | W | U | NX), Some(9));
@@ -97,7 +97,7 @@ fn accessed_and_dirty_bits_come_with_the_access() {
     assert_eq!(entry(&g), A | D);
     assert_eq!(g.read_u64(PD) & A, A);
     assert_eq!(g.read_u64(PML4) & A, A);
-    // Not with one that faults, nor with a read.
+    // An access that faults does not set them, nor does a read set the dirty bit.
     let mut g = write();
     g.set_pte(DATA, DATA | P | U);
     assert!(matches!(g.run(), Outcome::Fault { vector: 14, .. }));
@@ -123,7 +123,7 @@ fn large_pages_have_reserved_bits_below_their_frame() {
     let large = 0x20_0000u64;
     let read = || Guest::asm(|a| a.mov(rax, qword_ptr(large)));
     let mut g = read();
-    // Bit 12 is PAT, and free.
+    // Bit 12 is PAT, which is allowed.
     g.write_u64(PD + 8, large | 0x1087);
     g.write_u64(large, 9);
     assert_eq!(g.done()[0], 9);
@@ -172,7 +172,7 @@ fn addresses_that_are_not_canonical() {
     assert_eq!(g.run(), Outcome::Fault { vector: 13, error: Some(0), rip: CODE });
     let mut g = Guest::asm(|a| a.mov(rax, qword_ptr(rbp))).reg(5, HOLE);
     assert_eq!(g.run(), Outcome::Fault { vector: 12, error: Some(0), rip: CODE });
-    // The last byte alone is beyond.
+    // Only the last byte is not canonical.
     let mut g = Guest::asm(|a| a.mov(rax, qword_ptr(rbx))).reg(3, HOLE - 4);
     g.write_u64(PML4 + 255 * 8, PDPT | 7);
     g.write_u64(PDPT + 511 * 8, PD | 7);

@@ -1,12 +1,12 @@
-//! Random programs of everything that makes stopping hard: faults, traps, REP, devices, ports, interrupts, stale
-//! translations, breakpoints, code that changes. Single steps are the reference; runs in one go to random counts,
-//! and runs that save and restore on the way, have to come to the same state, RAM and questions.
+//! Random programs of everything that makes exact stopping hard: faults, traps, REP, devices, ports,
+//! interrupts, stale translations, breakpoints, self-modifying code. Single steps are the reference; runs to
+//! random counts, and runs that save and restore in between, have to give the same state, RAM and questions.
 //!
-//! Each item of a program has 16 bytes, so that the handler of a fault can go on with the next.
+//! Each item of a program has 16 bytes, so that the handler of a fault can continue with the next item.
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
-use vmft_soft_cpu::{CpuState, Exit};
+use soft_cpu::{CpuExit, CpuState};
 
 use crate::guest::*;
 
@@ -30,8 +30,8 @@ impl Rng {
     }
 }
 
-/// An address within a few pages of data, at its edges more often than not; the third page is a device, the
-/// fifth cannot be written, the sixth is not there.
+/// An address within a few pages of data, usually at the edges of a page. The third page is a device, the
+/// fifth cannot be written, the sixth is not mapped.
 fn address(r: &mut Rng) -> i32 {
     let page = DATA + r.below(6) * 0x1000;
     let within = r.pick(&[0, 8, 0x7f8, 0xff8, 0xffc, 0xfff]);
@@ -75,10 +75,10 @@ fn item(a: &mut CodeAssembler, r: &mut Rng) -> Result<(), IcedError> {
             a.mov(cr3, rdx)
         }
         18 => a.invlpg(byte_ptr(at)),
-        // Another page of data takes the first one's place, and nobody invalidates; accessed bits are cleared.
+        // Maps another page of data in place of the first, without invalidating; accessed bits are cleared.
         19 => a.xor(byte_ptr(PT + DATA / 4096 * 8 + 1), 0x10),
         20 => a.and(byte_ptr(PT + (at as u64) / 4096 * 8), !0x20),
-        // The immediate of an item of kind 22, or what else is there: its padding.
+        // Changes the immediate of an item of kind 22; in other items, see `program`.
         21 => a.inc(byte_ptr(CODE + r.below(ITEMS) * ITEM as u64 + 1)),
         22 => a.db(&[0x05, 1, 0, 0, 0]),
         23 => {
@@ -101,7 +101,7 @@ fn program(r: &mut Rng) -> Vec<u8> {
     let mut changed = Vec::new();
     for n in 0..ITEMS {
         let mut one = assemble(|a| item(a, r));
-        // Only kind 22 may be changed without a danger of becoming anything; others go to the data.
+        // Only items of kind 22 can be changed safely; other stores go to the data.
         if one.starts_with(&[0xfe, 0x04, 0x25]) {
             changed.push(n as usize);
         }
@@ -121,7 +121,7 @@ fn program(r: &mut Rng) -> Vec<u8> {
     });
     again.resize(ITEM, 0x90);
     code.extend(again);
-    // A trap at the end may be sent beyond it.
+    // After a trap at the end the handler may continue beyond it.
     let mut end = assemble(|a| a.mov(byte_ptr(END), bl));
     end.resize(ITEM, 0x90);
     code.extend(end.repeat(8));
@@ -157,10 +157,10 @@ fn start(seed: u64) -> Guest {
     g
 }
 
-/// A guest on its way, with what it asked.
+/// A running guest, with its questions so far.
 struct Run {
     guest: Guest,
-    log: Vec<Exit>,
+    log: Vec<CpuExit>,
     over: bool,
 }
 
@@ -169,7 +169,7 @@ impl Run {
         Run { guest: start(seed), log: Vec::new(), over: false }
     }
 
-    /// Goes on to `k`, with an interrupt at every 37th instruction where one can be taken.
+    /// Continues to instruction `k`, with an interrupt at every 37th instruction at which one can be taken.
     fn go(&mut self, k: u64) {
         while !self.over && self.guest.cpu.retired() < k {
             let next = (self.guest.cpu.retired() / 37 + 1) * 37;
@@ -186,7 +186,7 @@ impl Run {
 
     #[track_caller]
     fn same(&self, other: &Run, what: &str) {
-        assert_eq!(self.over, other.over, "{what}: the end");
+        assert_eq!(self.over, other.over, "{what}: one has ended");
         assert_eq!(self.state(), other.state(), "{what}: state");
         assert!(self.guest.ram == other.guest.ram, "{what}: RAM");
         assert_eq!(self.log, other.log, "{what}: questions");
@@ -216,11 +216,11 @@ fn random_programs_come_to_the_same_states_however_they_are_run() {
         }
         let state = steps.state();
         assert!(steps.over, "program {seed} does not end: {:#x}", state.rip);
-        kinds[0] += steps.log.iter().any(|q| matches!(q, Exit::MmioWrite { .. })) as u64;
-        kinds[1] += steps.log.iter().any(|q| matches!(q, Exit::PioIn { .. })) as u64;
+        kinds[0] += steps.log.iter().any(|q| matches!(q, CpuExit::MmioWrite { .. })) as u64;
+        kinds[1] += steps.log.iter().any(|q| matches!(q, CpuExit::PioIn { .. })) as u64;
         kinds[2] += (state.sys.cr2 != 0) as u64;
         kinds[3] += (state.retired > 200) as u64;
     }
-    // They did what they were made for.
+    // All kinds of exits have occurred often.
     assert!(kinds.iter().all(|n| *n > PROGRAMS / 3), "{kinds:?}");
 }

@@ -49,7 +49,7 @@ fn privileged_instructions_fault_in_user_mode() {
 }
 
 #[test]
-fn what_does_not_exist_is_undefined() {
+fn instructions_that_do_not_exist_are_undefined() {
     for p in [
         vec![0x0f, 0x01, 0xd0],             // XGETBV
         vec![0x0f, 0x01, 0xc8],             // MONITOR
@@ -74,14 +74,14 @@ fn control_registers_refuse_reserved_bits_and_leaving_long_mode() {
     for bad in [now & !(1 << 31), now & !1, now | 1 << 29, now | 1 << 32] {
         assert_eq!(one(|a| a.mov(cr0, rax), bad, 0, 0).run(), GP, "{bad:#x}");
     }
-    // ET is fixed, what is not defined is ignored.
+    // ET is fixed; undefined bits are ignored.
     let mut g = one(|a| a.mov(cr0, rax), now & !0x10 | 1 << 7 | 1 << 30, 0, 0);
     g.done();
     assert_eq!(g.state.sys.cr0, now | 1 << 30);
     for bad in [PML4 | 1 << 40, PML4 | 1 << 63] {
         assert_eq!(one(|a| a.mov(cr3, rax), bad, 0, 0).run(), GP);
     }
-    // PAE cannot go; VME, MCE, UMIP, FSGSBASE, OSXSAVE, SMEP, SMAP do not exist.
+    // PAE cannot be cleared; VME, MCE, UMIP, FSGSBASE, OSXSAVE, SMEP, SMAP do not exist.
     let cr4_now = 0x6a0u64;
     for bad in [cr4_now & !0x20, cr4_now | 1, cr4_now | 1 << 6]
         .into_iter()
@@ -142,7 +142,7 @@ fn debug_registers() {
     assert_eq!(g.state.sys.dr7, 0x400);
     assert_eq!(one(|a| a.mov(dr6, rax), 1 << 32, 0, 0).run(), GP);
     assert_eq!(one(|a| a.mov(dr7, rax), 1 << 32, 0, 0).run(), GP);
-    // DR4 and DR5 are DR6 and DR7, or nothing with CR4.DE.
+    // DR4 and DR5 are aliases of DR6 and DR7; with CR4.DE they do not exist.
     let alias = [0x0f, 0x21, 0xe9]; // MOV RCX, DR5
     let mut g = Guest::new(&alias);
     g.state.sys.dr7 = 0x400;
@@ -185,7 +185,7 @@ fn model_specific_registers_read_back() {
 }
 
 #[test]
-fn model_specific_registers_refuse() {
+fn model_specific_registers_refuse_invalid_values() {
     let not_canonical = 0x8000_0000_0000u64;
     for (n, v) in [
         (0xc000_0082u64, not_canonical),
@@ -200,7 +200,7 @@ fn model_specific_registers_refuse() {
         // EFER: a reserved bit; LME while paging is on.
         (0xc000_0080, 0xd01 | 1 << 1),
         (0xc000_0080, 0xd01 & !(1 << 8)),
-        // No APIC, no MTRRs, nothing beyond.
+        // The APIC, MTRRs and all further registers do not exist.
         (0x1b, 0),
         (0xfe, 0),
         (0xdead, 0),
@@ -250,7 +250,7 @@ fn a_write_of_the_time_stamp_counter_moves_its_adjustment() {
         0,
     );
     g.state.tsc_offset = 500;
-    // WRMSR is instruction 0 and gives 1000 then; RDTSC is instruction 1.
+    // WRMSR is instruction 0 and sets the counter to 1000; RDTSC is instruction 1.
     assert_eq!(g.done()[0], 1001);
     assert_eq!(g.state.sys.tsc_adjust, 500);
 }
@@ -289,7 +289,7 @@ fn swapgs_swaps() {
 }
 
 #[test]
-fn cpuid_tells_what_there_is() {
+fn cpuid_reports_the_features_that_exist() {
     let cpuid = |leaf: u64| {
         let r = one(|a| a.cpuid(), leaf | 0xffff_ffff_0000_0000, 0, 0).user().done();
         [r[0], r[3], r[1], r[2]]
@@ -299,7 +299,8 @@ fn cpuid_tells_what_there_is() {
     assert_eq!(name, b"GenuineIntel");
     assert_eq!(max, 0x16);
     let [_, _, c, d] = cpuid(1);
-    // x86-64-v2 needs SSE3, SSSE3, CMPXCHG16B, SSE4.1, SSE4.2, POPCNT; x86-64 CMOV, CX8, FPU, FXSR, MMX, SSE, SSE2.
+    // x86-64-v2 needs SSE3, SSSE3, CMPXCHG16B, SSE4.1, SSE4.2, POPCNT; x86-64 CMOV, CX8, FPU, FXSR, MMX, SSE,
+    // SSE2.
     let v2 = [0, 9, 13, 19, 20, 23];
     assert!(v2.iter().all(|bit| c >> bit & 1 == 1));
     assert!([15, 8, 0, 24, 23, 25, 26].iter().all(|bit| d >> bit & 1 == 1));

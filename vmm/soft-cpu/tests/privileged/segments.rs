@@ -1,4 +1,4 @@
-//! Loading segment registers, and looking at descriptors.
+//! Loading segment registers, and the instructions that examine descriptors.
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
@@ -29,16 +29,16 @@ fn data_segments_are_checked() {
         (DATA_0, EXTRA, true, Some((13, EXTRA))),
         (DATA_0, EXTRA | 3, false, Some((13, EXTRA))),
         (DATA_3 & !ABSENT, EXTRA, false, Some((11, EXTRA))),
-        // Code that may be read, and code that may not.
+        // Readable and execute-only code segments.
         (0x00af_fa00_0000_ffff, EXTRA | 3, true, None),
         (0x00af_f800_0000_ffff, EXTRA | 3, true, Some((13, EXTRA))),
-        // Conforming code of ring 0.
+        // A conforming code segment of ring 0.
         (0x00af_9e00_0000_ffff, EXTRA | 3, true, None),
-        // A system segment, beyond the limit, in an LDT that there is not.
+        // A system segment; a selector beyond the limit; a selector in an LDT that does not exist.
         (0x0000_8900_0000_0067, EXTRA, false, Some((13, EXTRA))),
         (DATA_3, 0x50, false, Some((13, 0x50))),
         (DATA_3, 0x0c, false, Some((13, 0x0c))),
-        // Null.
+        // The null selector.
         (DATA_3, 3, true, None),
     ] {
         let g = with(descriptor, |a| a.mov(fs, ax)).reg(0, selector as u64);
@@ -154,7 +154,7 @@ fn task_register_and_ldt() {
 }
 
 #[test]
-fn descriptors_can_be_looked_at() {
+fn descriptors_can_be_examined() {
     const ZF: u64 = 0x40;
     let look = |descriptor: u64, user: bool| {
         let g = with(descriptor, |a| {
@@ -174,11 +174,11 @@ fn descriptors_can_be_looked_at() {
     };
     assert_eq!(look(DATA_3, true), (0xcf_f300 & 0xff_ff00, 0xffff_ffff, [1, 1, 1, 1]));
     assert_eq!(look(DATA_0, false), (0xcf_9300, 0xffff_ffff, [1, 1, 1, 1]));
-    // Ring 3 does not see ring 0's.
+    // Ring 3 cannot examine segments of ring 0.
     assert_eq!(look(DATA_0, true), (0, 0, [0, 0, 0, 0]));
-    // Code that may be read and never written; a limit in bytes.
+    // Code may be readable but is never writable; a limit in bytes.
     assert_eq!(look(0x002f_fa00_0000_1234, true), (0x2f_fa00, 0xf_1234, [1, 1, 1, 0]));
-    // A TSS has rights and limit, and is no segment to read; a call gate has no limit.
+    // A TSS has rights and a limit but cannot be read as a segment; a call gate has no limit.
     assert_eq!(look(0x0000_8900_0000_0067, false), (0x8900, 0x67, [1, 1, 0, 0]));
     assert_eq!(look(0x0000_8c00_0000_0067, false), (0x8c00, 0, [1, 0, 0, 0]));
     assert_eq!(look(0x0000_8e00_0000_0067, false), (0, 0, [0, 0, 0, 0]));

@@ -1,21 +1,22 @@
-//! A run stops exactly at every count, and its state there does not depend on how it got there: in one go, by
-//! single steps, or by single steps each of which saves and restores the CPU.
+//! A run stops exactly at every count, and the state there does not depend on how it got there: in one run,
+//! in single steps, or in single steps with a save and restore of the CPU after each.
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
-use vmft_soft_cpu::{CpuState, Exit};
+use soft_cpu::{CpuExit, CpuState};
 
 use crate::guest::*;
 
-/// A program with its start, and an interrupt that is injected at a count.
+/// A program with its start state, and an interrupt that is injected at a count.
 struct Case {
     make: fn() -> Guest,
     interrupt: Option<(u64, u8)>,
 }
 
 impl Case {
-    /// Runs on to `until`, injecting on the way. False: the program has ended.
-    fn go(&self, g: &mut Guest, until: u64, log: &mut Vec<Exit>) -> bool {
+    /// Continues to `until`, injecting the interrupt if its count is reached. Returns false if the program
+    /// has ended.
+    fn go(&self, g: &mut Guest, until: u64, log: &mut Vec<CpuExit>) -> bool {
         if let Some((at, vector)) = self.interrupt
             && g.cpu.retired() <= at
             && at < until
@@ -30,7 +31,8 @@ impl Case {
 
     fn start(&self) -> Guest {
         let mut g = (self.make)();
-        // Every handler returns; those of faults skip the error code and the faulting instruction's length in R15.
+        // Every handler returns; handlers of faults drop the error code and skip as many bytes of code as R15
+        // has.
         for v in 0..256u64 {
             let coded = matches!(v, 8 | 10..=14 | 17);
             let handler = assemble(|a| {

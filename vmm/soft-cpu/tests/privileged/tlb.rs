@@ -1,7 +1,7 @@
-//! Stale translations stay visible until the guest invalidates them, and are state like any other.
+//! Stale translations stay visible until the guest invalidates them, and are part of the saved state.
 
 use iced_x86::code_asm::*;
-use vmft_soft_cpu::{Exit, RunLimit};
+use soft_cpu::{CpuExit, RunLimit};
 
 use crate::guest::*;
 
@@ -77,7 +77,7 @@ fn a_write_through_a_stale_entry_goes_to_the_old_page() {
 
 #[test]
 fn the_first_write_reads_the_page_table_again() {
-    // A clean entry cannot give the dirty bit, so the write walks, and finds the new page.
+    // The cached entry is not dirty, so that the write walks the page tables and finds the new page.
     let mut g = Guest::asm(|a| {
         a.mov(rax, qword_ptr(DATA))?;
         a.mov(rcx, OTHER | OPEN)?;
@@ -103,7 +103,7 @@ fn more_rights_need_no_invalidation() {
 
 #[test]
 fn a_page_fault_drops_the_entry_of_its_page() {
-    // A stale writable entry is gone after a fault at the page by an instruction fetch.
+    // A stale writable entry is dropped when an instruction fetch faults at its page.
     const NO_EXECUTE: u64 = 1 << 63;
     let mut g = Guest::asm(|a| {
         a.mov(rax, qword_ptr(DATA))?;
@@ -114,7 +114,7 @@ fn a_page_fault_drops_the_entry_of_its_page() {
     });
     g.write_u64(DATA, 1);
     g.write_u64(OTHER, 2);
-    // The handler: drop the error code, go on at RIP = R8, which loads DATA again.
+    // The handler drops the error code and continues at R8, where DATA is loaded again.
     let back = assemble(|a| {
         a.mov(rbx, qword_ptr(DATA))?;
         a.mov(byte_ptr(END), al)
@@ -147,7 +147,7 @@ fn stale_code_runs_until_invalidated() {
 
 #[test]
 fn invlpg_drops_all_pieces_of_a_large_page() {
-    // 2 MiB page at 2 MiB, remapped to 0: both pieces that were cached have to go.
+    // The 2 MiB page at 2 MiB is remapped to 0: both of its cached pieces have to be dropped.
     let large = 0x20_0000u64;
     let mut g = Guest::asm(|a| {
         a.mov(rax, qword_ptr(large))?;
@@ -177,7 +177,7 @@ fn pieces_of_large_pages_are_found_after_a_flush_and_a_restore() {
     });
     g.write_u64(large + DATA, 1);
     g.write_u64(DATA, 2);
-    assert_eq!(g.run_to(5), Outcome::Exit(Exit::Reached));
+    assert_eq!(g.run_to(5), Outcome::Exit(CpuExit::Reached));
     assert_eq!(g.done()[7], 2);
 }
 
@@ -191,7 +191,7 @@ fn a_stale_entry_survives_saving_and_restoring() {
     });
     g.write_u64(DATA, 1);
     g.write_u64(OTHER, 2);
-    assert_eq!(g.run_to(3), Outcome::Exit(Exit::Reached));
+    assert_eq!(g.run_to(3), Outcome::Exit(CpuExit::Reached));
     assert!(g.state.tlb.data.iter().any(|(_, e)| e.page == DATA >> 12));
     // `run` restores the saved state first.
     assert_eq!(g.done()[3], 1);

@@ -63,7 +63,7 @@ fn iret_checks_its_frame() {
     }
     let mut g = iret(TARGET, KERNEL_CODE, 2, STACK, 0).flags(1 << 14);
     assert_eq!(g.run(), fault(13, 0));
-    // To an inner level never.
+    // Never to an inner level.
     let mut g = iret(TARGET, KERNEL_CODE, 2, STACK, KERNEL_DATA).user();
     assert_eq!(g.run(), fault(13, KERNEL_CODE));
 }
@@ -73,7 +73,7 @@ fn iret_in_user_mode_cannot_change_if_and_iopl() {
     let mut g = iret(TARGET, USER_CODE, 0x3002, STACK, USER_DATA).user().flags(IF);
     g.done();
     assert_eq!(g.state.rflags, 0x202);
-    // With IOPL 3 it can change IF, and still not IOPL.
+    // With IOPL 3 it can change IF, but still not IOPL.
     let mut g = iret(TARGET, USER_CODE, 2, STACK, USER_DATA).user().flags(IF | 0x3000);
     g.done();
     assert_eq!(g.state.rflags, 0x3002);

@@ -1,7 +1,8 @@
-//! The code around blocks: in, out, and to the handlers.
+//! The code around blocks: entering them, leaving them, calling handlers.
 //!
-//! Registers in translated code: RBX the CPU, R12 the slots, R13 the fast TLB of the mode, R14 RAM, R15 what is left of the
-//! budget; on the stack, at [`JUMPS`] and the offsets behind it, what is needed less often. All others are a block's scratch.
+//! Registers in translated code: RBX the CPU, R12 the slots, R13 the fast TLB of the mode, R14 RAM, R15 the
+//! budget that is left; on the stack, at [`JUMPS`] and the following offsets, what is needed less often. All
+//! other registers are scratch registers of a block.
 
 use std::mem::offset_of;
 
@@ -13,17 +14,41 @@ use soft_cpu::state::RIP_BASE;
 use soft_cpu::tier::LAYOUT;
 
 use crate::memory::CodeMemory;
-use crate::{Frame, Left};
+use crate::slots::Jump;
 
 /// Offsets from RSP in a block.
 pub(crate) const JUMPS: i32 = 0;
 pub(crate) const CODE_TLB: i32 = 8;
 const RAM_LEN: i32 = 16;
 
+/// What translated code is entered with.
+#[repr(C)]
+pub(crate) struct EntryFrame {
+    pub(crate) cpu: *mut Cpu,
+    pub(crate) ram: *mut u8,
+    pub(crate) ram_len: usize,
+    pub(crate) fast: *const u8,
+    pub(crate) slots: *const u64,
+    pub(crate) jumps: *const Jump,
+    pub(crate) code_tlb: *const u8,
+    pub(crate) budget: i64,
+    pub(crate) code: u64,
+}
+
+/// What translated code leaves with.
+#[repr(C)]
+pub(crate) struct LeaveState {
+    /// 0, or the address of the instruction that stopped, shifted left by 8, with its [`soft_cpu::CpuStop`]
+    /// plus 1.
+    pub(crate) stopped: u64,
+    /// The budget that is left.
+    pub(crate) budget: i64,
+}
+
 /// Runs translated code.
-pub(crate) type Enter = unsafe extern "sysv64" fn(&Frame) -> Left;
-/// Executes an instruction by its handler.
-pub(crate) type Handler = unsafe extern "sysv64" fn(*mut Cpu, *mut u8, usize, *const Insn) -> u64;
+pub(crate) type Enter = unsafe extern "sysv64" fn(&EntryFrame) -> LeaveState;
+/// Executes an instruction by its handler. Returns 0, or the [`soft_cpu::CpuStop`] plus 1.
+pub(crate) type HandlerThunk = unsafe extern "sysv64" fn(*mut Cpu, *mut u8, usize, *const Insn) -> u64;
 
 pub(crate) struct Stubs {
     pub(crate) enter: Enter,
@@ -34,12 +59,12 @@ pub(crate) struct Stubs {
 
 macro_rules! field {
     ($f:ident) => {
-        offset_of!(Frame, $f) as i32
+        offset_of!(EntryFrame, $f) as i32
     };
 }
 
-/// Adds the stubs.
-pub(crate) fn add(memory: &mut CodeMemory, handler: Handler) -> Stubs {
+/// Adds the stubs to `memory`.
+pub(crate) fn add(memory: &mut CodeMemory, handler: HandlerThunk) -> Stubs {
     let base = LAYOUT.regs + 8 * RIP_BASE as i32;
     let mut ops = VecAssembler::<X64Relocation>::new(0);
     let enter = ops.offset().0;
@@ -51,7 +76,7 @@ pub(crate) fn add(memory: &mut CodeMemory, handler: Handler) -> Stubs {
         ; push r13
         ; push r14
         ; push r15
-        // With the return address this makes the stack a multiple of 16.
+        // With the return address and the six registers this aligns the stack to 16 bytes.
         ; sub rsp, 40
         ; mov rax, [rdi + field!(jumps)]
         ; mov [rsp + JUMPS], rax
@@ -88,7 +113,8 @@ pub(crate) fn add(memory: &mut CodeMemory, handler: Handler) -> Stubs {
         ; ret
     );
     let perform = ops.offset().0;
-    // Called with the instruction in RCX and, in RBP, how many are behind it in its block, which have been counted already.
+    // Called with the instruction's address in RCX; RBP has the number of instructions after it in its block,
+    // which are already counted.
     dynasm!(ops
         ; .arch x64
         ; sub rsp, 8
@@ -112,7 +138,7 @@ pub(crate) fn add(memory: &mut CodeMemory, handler: Handler) -> Stubs {
     );
     let code = ops.finalize().expect("the stubs have all their labels");
     let at = memory.add(&code);
-    // SAFETY: the code at `enter` keeps to this type.
+    // SAFETY: the code at `enter` has this signature and calling convention.
     #[allow(unsafe_code)]
     let enter = unsafe { std::mem::transmute::<usize, Enter>(at as usize + enter) };
     let address = |offset: usize| at + offset as u64;

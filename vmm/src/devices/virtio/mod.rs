@@ -1,27 +1,29 @@
 //! virtio 1.2 devices behind the virtio-mmio transport, version 2 (section 4.2.2), split rings.
 //!
-//! Whatever a driver does, the reply is the same on every side and costs bounded time and memory. What cannot be made
-//! sense of (rings or chains outside of RAM, loops, wrong direction) sets DEVICE_NEEDS_RESET, and the device does nothing
+//! Whatever a driver does, the reply is the same on every side, and takes bounded time and memory. If a device cannot make
+//! sense of its rings (rings or chains outside of RAM, loops, wrong direction), it sets DEVICE_NEEDS_RESET and does nothing
 //! until it is reset.
 
 use entry::{Answer, Input, Question};
 use serde::{Deserialize, Serialize};
 use virtio_queue::QueueT;
 
-use super::{Context, Effects};
+use super::access::DeviceContext;
 use crate::config::Slot;
 use crate::ram::GuestMemory;
 
 mod blk;
 mod console;
+mod io;
 mod net;
 mod queue;
 mod rng;
 
 use blk::Blk;
 use console::VirtioConsole;
+use io::DeviceIo;
 use net::Net;
-use queue::{Broken, Chain, VirtQueue};
+use queue::{Broken, VirtQueue};
 use rng::Rng;
 
 /// VIRTIO_RING_F_INDIRECT_DESC, VIRTIO_RING_F_EVENT_IDX and VIRTIO_F_VERSION_1.
@@ -36,7 +38,7 @@ mod status {
     pub const NEEDS_RESET: u32 = 64;
 }
 
-/// More chains than any queue holds.
+/// The most chains that are taken in one go: more than any queue holds.
 const CHAINS_MAX: u32 = 1024;
 
 /// Bits of the interrupt status register.
@@ -71,34 +73,9 @@ mod register {
     pub const CONFIG: u64 = 0x100;
 }
 
-/// What a device works on when it is told to.
-struct Io<'a> {
-    slot: u8,
-    queues: &'a mut [VirtQueue],
-    memory: &'a GuestMemory,
-    effects: &'a mut Effects,
-    /// A used buffer is to be announced.
-    signal: bool,
-    /// How many chains may still be taken: a ring that overlaps another could go on for ever.
-    chains_left: u32,
-}
-
-impl Io<'_> {
-    /// The next chain of a queue.
-    fn pop(&mut self, queue: usize) -> Result<Option<Chain>, Broken> {
-        self.chains_left = self.chains_left.checked_sub(1).ok_or(Broken)?;
-        self.queues[queue].pop(self.memory)
-    }
-
-    /// Gives a chain back with `written` bytes in its writable part.
-    fn put(&mut self, queue: usize, head: u16, written: u32) -> Result<(), Broken> {
-        self.signal |= self.queues[queue].put(self.memory, head, written)?;
-        Ok(())
-    }
-}
-
+/// The device behind the transport.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-enum Device {
+enum VirtioDevice {
     Net(Net),
     Blk(Blk),
     Rng(Rng),
@@ -116,23 +93,23 @@ pub struct VirtioMmio {
     queue_sel: u32,
     interrupt_status: u32,
     queues: Vec<VirtQueue>,
-    device: Device,
+    device: VirtioDevice,
 }
 
 impl VirtioMmio {
     /// A device after power-on.
     pub fn new(slot: u8, config: &Slot) -> VirtioMmio {
         let device = match *config {
-            Slot::Net { mac } => Device::Net(Net::new(mac)),
-            Slot::Disk { bytes, read_only } => Device::Blk(Blk::new(bytes, read_only)),
-            Slot::Entropy => Device::Rng(Rng::default()),
-            Slot::Console => Device::Console(VirtioConsole),
+            Slot::Net { mac } => VirtioDevice::Net(Net::new(mac)),
+            Slot::Disk { bytes, read_only } => VirtioDevice::Blk(Blk::new(bytes, read_only)),
+            Slot::Entropy => VirtioDevice::Rng(Rng::default()),
+            Slot::Console => VirtioDevice::Console(VirtioConsole),
         };
         let sizes: &[u16] = match device {
-            Device::Net(_) => &net::QUEUES,
-            Device::Blk(_) => &blk::QUEUES,
-            Device::Rng(_) => &rng::QUEUES,
-            Device::Console(_) => &console::QUEUES,
+            VirtioDevice::Net(_) => &net::QUEUES,
+            VirtioDevice::Blk(_) => &blk::QUEUES,
+            VirtioDevice::Rng(_) => &rng::QUEUES,
+            VirtioDevice::Console(_) => &console::QUEUES,
         };
         VirtioMmio {
             slot,
@@ -147,7 +124,7 @@ impl VirtioMmio {
         }
     }
 
-    /// Reset of the machine: as after power-on, but disk requests keep their numbers.
+    /// Resets the device with the machine: as after power-on, but the numbers of disk requests go on.
     pub fn power_cycle(&mut self) {
         self.device_features_sel = 0;
         self.driver_features_sel = 0;
@@ -161,26 +138,26 @@ impl VirtioMmio {
         self.interrupt_status = 0;
         self.queues.iter_mut().for_each(VirtQueue::reset);
         match &mut self.device {
-            Device::Blk(blk) => blk.reset(),
-            Device::Rng(rng) => *rng = Rng::default(),
-            Device::Net(_) | Device::Console(_) => {}
+            VirtioDevice::Blk(blk) => blk.reset(),
+            VirtioDevice::Rng(rng) => *rng = Rng::default(),
+            VirtioDevice::Net(_) | VirtioDevice::Console(_) => {}
         }
     }
 
-    /// Whether this is the same kind of device, with the same queues, in the same slot.
+    /// Whether this device is of the same kind, with the same queues, in the same slot, as `other`.
     pub fn has_shape_of(&self, other: &VirtioMmio) -> bool {
         let sizes =
             |device: &VirtioMmio| device.queues.iter().map(|queue| queue.max_size()).collect::<Vec<_>>();
         (self.slot, self.device_id(), sizes(self)) == (other.slot, other.device_id(), sizes(other))
     }
 
-    /// What kind of device it is, for messages.
+    /// The kind of device, for messages and digests.
     pub fn name(&self) -> &'static str {
         match self.device {
-            Device::Net(_) => "virtio-net",
-            Device::Blk(_) => "virtio-blk",
-            Device::Rng(_) => "virtio-rng",
-            Device::Console(_) => "virtio-console",
+            VirtioDevice::Net(_) => "virtio-net",
+            VirtioDevice::Blk(_) => "virtio-blk",
+            VirtioDevice::Rng(_) => "virtio-rng",
+            VirtioDevice::Console(_) => "virtio-console",
         }
     }
 
@@ -191,40 +168,40 @@ impl VirtioMmio {
 
     fn device_id(&self) -> u32 {
         match self.device {
-            Device::Net(_) => 1,
-            Device::Blk(_) => 2,
-            Device::Console(_) => 3,
-            Device::Rng(_) => 4,
+            VirtioDevice::Net(_) => 1,
+            VirtioDevice::Blk(_) => 2,
+            VirtioDevice::Console(_) => 3,
+            VirtioDevice::Rng(_) => 4,
         }
     }
 
     fn features(&self) -> u64 {
         COMMON_FEATURES
             | match &self.device {
-                Device::Net(_) => net::FEATURES,
-                Device::Blk(blk) => blk.features(),
-                Device::Rng(_) | Device::Console(_) => 0,
+                VirtioDevice::Net(_) => net::FEATURES,
+                VirtioDevice::Blk(blk) => blk.features(),
+                VirtioDevice::Rng(_) | VirtioDevice::Console(_) => 0,
             }
     }
 
-    /// The device may use its rings.
+    /// Whether the device may use its rings.
     fn is_live(&self) -> bool {
         self.status & (status::DRIVER_OK | status::NEEDS_RESET) == status::DRIVER_OK
     }
 
-    /// The guest reads `size` bytes at `offset` of the window.
+    /// Serves a read of `size` bytes at `offset` of the register window.
     pub fn read(&self, offset: u64, size: u8) -> u64 {
         if offset >= register::CONFIG {
             let config = match &self.device {
-                Device::Net(net) => net.config(),
-                Device::Blk(blk) => blk.config(),
-                Device::Rng(_) | Device::Console(_) => Vec::new(),
+                VirtioDevice::Net(net) => net.config(),
+                VirtioDevice::Blk(blk) => blk.config(),
+                VirtioDevice::Rng(_) | VirtioDevice::Console(_) => Vec::new(),
             };
             let at = (offset - register::CONFIG) as usize;
             let byte = |i: usize| config.get(at + i).copied().unwrap_or(0) as u64;
             return (0..size as usize).fold(0, |value, i| value | byte(i) << (8 * i));
         }
-        // The transport's registers are 32 bits wide and read so.
+        // The registers of the transport are 32 bits wide and must be read as such.
         if size == 4 && offset & 3 == 0 { self.read_register(offset) as u64 } else { 0 }
     }
 
@@ -246,14 +223,14 @@ impl VirtioMmio {
         }
     }
 
-    /// The guest writes `size` bytes at `offset` of the window. No device has a writable configuration.
-    pub fn write(&mut self, offset: u64, size: u8, value: u64, cx: &mut Context<'_>) {
+    /// Serves a write of `size` bytes at `offset` of the register window. No device has a writable configuration.
+    pub fn write(&mut self, offset: u64, size: u8, value: u64, cx: &mut DeviceContext<'_>) {
         if size == 4 && offset & 3 == 0 && offset < register::CONFIG {
             self.write_register(offset, value as u32, cx);
         }
     }
 
-    fn write_register(&mut self, offset: u64, value: u32, cx: &mut Context<'_>) {
+    fn write_register(&mut self, offset: u64, value: u32, cx: &mut DeviceContext<'_>) {
         match offset {
             register::DEVICE_FEATURES_SEL => self.device_features_sel = value,
             register::DRIVER_FEATURES_SEL => self.driver_features_sel = value,
@@ -272,7 +249,7 @@ impl VirtioMmio {
         }
     }
 
-    /// Registers of the selected queue. They are fixed while it is in use.
+    /// Serves a write to a register of the selected queue. These are fixed while the queue is in use.
     fn set_up_queue(&mut self, offset: u64, value: u32) {
         let event_idx = self.driver_features & EVENT_IDX != 0;
         let Some(queue) = self.queues.get_mut(self.queue_sel as usize) else { return };
@@ -292,7 +269,7 @@ impl VirtioMmio {
         }
     }
 
-    fn set_status(&mut self, value: u32, cx: &mut Context<'_>) {
+    fn set_status(&mut self, value: u32, cx: &mut DeviceContext<'_>) {
         if value == 0 {
             self.reset();
             return;
@@ -304,34 +281,34 @@ impl VirtioMmio {
         }
         let was_live = self.is_live();
         self.status = value;
-        // A driver may have filled its rings before it said that it is ready.
+        // A driver may have filled its rings before it set DRIVER_OK.
         if !was_live && self.is_live() {
             (0..self.queues.len()).for_each(|queue| self.notify(queue, cx));
         }
     }
 
-    /// The driver has put chains into a queue.
-    fn notify(&mut self, queue: usize, cx: &mut Context<'_>) {
+    /// Serves a driver's notification that it has put chains into a queue.
+    fn notify(&mut self, queue: usize, cx: &mut DeviceContext<'_>) {
         if queue < self.queues.len() && self.queues[queue].ready() {
-            self.work(cx, |device, io| match device {
-                Device::Net(net) => net.notify(queue, io),
-                Device::Blk(blk) => blk.notify(io),
-                Device::Rng(rng) => rng.notify(io),
-                Device::Console(console) => console.notify(queue, io),
+            self.run_device(cx, |device, io| match device {
+                VirtioDevice::Net(net) => net.notify(queue, io),
+                VirtioDevice::Blk(blk) => blk.notify(io),
+                VirtioDevice::Rng(rng) => rng.notify(io),
+                VirtioDevice::Console(console) => console.notify(queue, io),
             });
         }
     }
 
-    /// Lets the device do something with its rings; what it cannot make sense of ends its service.
-    fn work(
+    /// Lets the device work on its rings. If it cannot make sense of them, it needs a reset.
+    fn run_device(
         &mut self,
-        cx: &mut Context<'_>,
-        work: impl FnOnce(&mut Device, &mut Io<'_>) -> Result<(), Broken>,
+        cx: &mut DeviceContext<'_>,
+        work: impl FnOnce(&mut VirtioDevice, &mut DeviceIo<'_>) -> Result<(), Broken>,
     ) {
         if !self.is_live() {
             return;
         }
-        let mut io = Io {
+        let mut io = DeviceIo {
             slot: self.slot,
             queues: &mut self.queues,
             memory: cx.memory,
@@ -349,51 +326,54 @@ impl VirtioMmio {
         }
     }
 
-    /// Whether an input would find a buffer.
-    pub fn takes(&self, input: &Input, memory: &GuestMemory) -> bool {
+    /// Whether the driver has a buffer for an input.
+    pub fn has_room_for(&self, input: &Input, memory: &GuestMemory) -> bool {
         match (&self.device, input) {
-            (Device::Net(_), Input::Frame { .. }) => self.is_live() && self.queues[net::RX].has_chain(memory),
-            (Device::Console(_), Input::Console { .. }) => {
+            (VirtioDevice::Net(_), Input::Frame { .. }) => {
+                self.is_live() && self.queues[net::RX].has_chain(memory)
+            }
+            (VirtioDevice::Console(_), Input::Console { .. }) => {
                 self.is_live() && self.queues[console::RX].has_chain(memory)
             }
             _ => true,
         }
     }
 
-    /// Applies an input for this slot. One of another kind of device is ignored.
-    pub fn apply(&mut self, input: Input, cx: &mut Context<'_>) {
-        self.work(cx, |device, io| match (device, input) {
-            (Device::Net(net), Input::Frame { bytes, .. }) => net.receive(&bytes, io),
-            (Device::Blk(blk), Input::DiskDone { id, result, .. }) => blk.done(id, result, io),
-            (Device::Console(console), Input::Console { bytes, .. }) => console.receive(&bytes, io),
+    /// Applies an input for this slot. An input for another kind of device is ignored.
+    pub fn apply(&mut self, input: Input, cx: &mut DeviceContext<'_>) {
+        self.run_device(cx, |device, io| match (device, input) {
+            (VirtioDevice::Net(net), Input::Frame { bytes, .. }) => net.receive(&bytes, io),
+            (VirtioDevice::Blk(blk), Input::DiskDone { id, result, .. }) => blk.complete(id, result, io),
+            (VirtioDevice::Console(console), Input::Console { bytes, .. }) => console.receive(&bytes, io),
             _ => Ok(()),
         });
     }
 
-    /// The answer to this device's question. False: it is of another kind or length.
-    pub fn answer(&mut self, question: &Question, answer: Answer, cx: &mut Context<'_>) -> bool {
+    /// Takes the answer to this device's question. Returns `false` if the answer is of the wrong kind or length.
+    pub fn answer(&mut self, question: &Question, answer: Answer, cx: &mut DeviceContext<'_>) -> bool {
         let (Question::Entropy { len, .. }, Answer::Entropy(bytes)) = (question, answer) else {
             return false;
         };
         if bytes.len() != *len as usize {
             return false;
         }
-        self.work(cx, |device, io| match device {
-            Device::Rng(rng) => rng.answer(&bytes, io),
+        self.run_device(cx, |device, io| match device {
+            VirtioDevice::Rng(rng) => rng.answer(&bytes, io),
             _ => Ok(()),
         });
         true
     }
 
-    /// Disk requests that were asked for and are not done, in order: to be issued again when nobody else will.
+    /// Disk requests that were made and are not completed, in order.
     pub fn unfinished(&self) -> Vec<entry::DiskRequest> {
         match &self.device {
-            Device::Blk(blk) => blk.unfinished(self.slot),
+            VirtioDevice::Blk(blk) => blk.unfinished(self.slot),
             _ => Vec::new(),
         }
     }
 }
 
+/// The low (0) or high (1) half of the features.
 fn half(value: u64, select: u32) -> u32 {
     match select {
         0 => value as u32,

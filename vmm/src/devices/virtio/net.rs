@@ -4,7 +4,7 @@ use entry::Output;
 use serde::{Deserialize, Serialize};
 use virtio_queue::QueueT;
 
-use super::Io;
+use super::io::DeviceIo;
 use super::queue::{Broken, gather, scatter, total};
 
 /// Queue sizes: receive, transmit.
@@ -17,11 +17,12 @@ pub(super) const FEATURES: u64 = 1 << 5 | 1 << 16;
 const LINK_UP: u16 = 1;
 /// struct virtio_net_hdr of version 1.
 const HEADER: usize = 12;
-/// Ethernet header, VLAN tag, 1500 bytes.
+/// Largest frame: Ethernet header, VLAN tag, 1500 bytes.
 const FRAME_MAX: usize = 1518;
+/// Smallest frame: the Ethernet header.
 const FRAME_MIN: usize = 14;
 
-/// The device. Its state is in its queues.
+/// The device. It has no changing state other than its queues.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Net {
     mac: [u8; 6],
@@ -36,20 +37,20 @@ impl Net {
         [&self.mac[..], &LINK_UP.to_le_bytes()].concat()
     }
 
-    pub fn notify(&mut self, queue: usize, io: &mut Io<'_>) -> Result<(), Broken> {
+    pub fn notify(&mut self, queue: usize, io: &mut DeviceIo<'_>) -> Result<(), Broken> {
         if queue != TX {
             return Ok(());
         }
         loop {
-            while let Some(chain) = io.pop(TX)? {
+            while let Some(chain) = io.next_chain(TX)? {
                 let len = total(&chain.readable);
-                // A frame of a size that no network carries is dropped, as a card would.
+                // A frame whose size is not possible on a network is dropped, as a network card would do.
                 if (HEADER + FRAME_MIN..=HEADER + FRAME_MAX).contains(&(len as usize)) {
                     let mut bytes = Vec::with_capacity(FRAME_MAX);
                     gather(io.memory, &chain.readable, HEADER as u64, FRAME_MAX, &mut bytes)?;
                     io.effects.outputs.push(Output::Frame { slot: io.slot, bytes });
                 }
-                io.put(TX, chain.head, 0)?;
+                io.return_chain(TX, chain.head, 0)?;
             }
             if !io.queues[TX].ask_for_notification(io.memory)? {
                 return Ok(());
@@ -57,12 +58,12 @@ impl Net {
         }
     }
 
-    /// A frame for the guest. Without a buffer that holds it, it is dropped.
-    pub fn receive(&mut self, frame: &[u8], io: &mut Io<'_>) -> Result<(), Broken> {
+    /// Passes a frame to the guest. It is dropped if there is no buffer, or if the buffer is too small.
+    pub fn receive(&mut self, frame: &[u8], io: &mut DeviceIo<'_>) -> Result<(), Broken> {
         if frame.len() > FRAME_MAX || !io.queues[RX].ready() {
             return Ok(());
         }
-        let Some(chain) = io.pop(RX)? else { return Ok(()) };
+        let Some(chain) = io.next_chain(RX)? else { return Ok(()) };
         let mut bytes = [0; HEADER + FRAME_MAX];
         // num_buffers is 1, everything else of the header 0.
         bytes[10] = 1;
@@ -70,6 +71,6 @@ impl Net {
         bytes[HEADER..end].copy_from_slice(frame);
         let fits = total(&chain.writable) >= end as u64;
         let written = if fits { scatter(io.memory, &chain.writable, &bytes[..end])? } else { 0 };
-        io.put(RX, chain.head, written)
+        io.return_chain(RX, chain.head, written)
     }
 }

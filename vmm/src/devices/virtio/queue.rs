@@ -1,4 +1,4 @@
-//! A split ring (section 2.7) as a device sees it: checked chains out, used chains in.
+//! A split ring (section 2.7) as a device uses it: it takes checked chains and gives them back as used.
 
 use std::ops::{Deref, DerefMut};
 
@@ -8,7 +8,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemory as _, Permissions};
 
 use crate::ram::GuestMemory;
 
-/// The driver did something that the device can make no sense of; it needs a reset.
+/// The driver did something that the device cannot make sense of: the device needs a reset.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Broken;
 
@@ -24,14 +24,14 @@ impl From<vm_memory::GuestMemoryError> for Broken {
     }
 }
 
-/// Part of a chain that lies in RAM.
+/// A buffer of a chain. It lies in RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Buffer {
     pub addr: u64,
     pub len: u32,
 }
 
-/// A chain: what the device may read, then what it may write. All of it is in RAM, and it has no more buffers
+/// A chain: buffers that the device may read, then buffers that it may write. All of them lie in RAM, and there are not more
 /// than the queue has descriptors.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Chain {
@@ -40,12 +40,12 @@ pub(super) struct Chain {
     pub writable: Vec<Buffer>,
 }
 
-/// Bytes in buffers.
+/// Number of bytes in buffers.
 pub(super) fn total(buffers: &[Buffer]) -> u64 {
     buffers.iter().map(|buffer| buffer.len as u64).sum()
 }
 
-/// Appends up to `limit` bytes of the buffers, from `skip` on, to `bytes`.
+/// Appends up to `limit` bytes of the buffers to `bytes`, after skipping the first `skip`.
 pub(super) fn gather(
     memory: &GuestMemory,
     buffers: &[Buffer],
@@ -66,7 +66,7 @@ pub(super) fn gather(
     Ok(())
 }
 
-/// Writes bytes into the buffers from their start on; returns how many fitted.
+/// Writes bytes into the buffers, and returns how many fitted.
 pub(super) fn scatter(memory: &GuestMemory, buffers: &[Buffer], bytes: &[u8]) -> Result<u32, Broken> {
     let mut rest = bytes;
     for buffer in buffers {
@@ -110,16 +110,16 @@ impl VirtQueue {
         self.0 = Queue::new(self.0.max_size()).unwrap_or_else(|error| unreachable!("as before: {error}"));
     }
 
-    /// The queue comes into use, or goes out of it.
+    /// Puts the queue into use, or out of use.
     pub fn set_in_use(&mut self, ready: bool, event_idx: bool) {
-        // A new one from the state: without EVENT_IDX virtio-queue goes on counting what was put since its last look
-        // at the driver's wish, which is not in the state and would count once EVENT_IDX is agreed on.
+        // A new queue from the saved state: without EVENT_IDX, virtio-queue counts the chains given back since it last read
+        // the driver's event index. That count is not in the saved state, and would be used once EVENT_IDX is negotiated.
         *self = self.clone();
         self.0.set_event_idx(event_idx);
         self.0.set_ready(ready);
     }
 
-    /// Whether a chain waits.
+    /// Whether a chain waits in the queue.
     pub fn has_chain(&self, memory: &GuestMemory) -> bool {
         self.0.ready()
             && self.0.is_valid(memory)
@@ -129,8 +129,8 @@ impl VirtQueue {
                 .is_ok_and(|idx| idx.0 != self.0.next_avail())
     }
 
-    /// The next chain.
-    pub fn pop(&mut self, memory: &GuestMemory) -> Result<Option<Chain>, Broken> {
+    /// Takes the next chain.
+    pub fn next_chain(&mut self, memory: &GuestMemory) -> Result<Option<Chain>, Broken> {
         if !self.0.is_valid(memory) {
             return Err(Broken);
         }
@@ -148,23 +148,23 @@ impl VirtQueue {
             let buffer = Buffer { addr: addr.0, len };
             match descriptor.is_write_only() {
                 true => chain.writable.push(buffer),
-                // What the device reads comes first (2.7.4.2).
+                // The buffers that the device reads come first (2.7.4.2).
                 false if chain.writable.is_empty() => chain.readable.push(buffer),
                 false => return Err(Broken),
             }
             complete = !descriptor.has_next();
         }
-        // A loop or a descriptor that cannot be read ends the iteration early.
+        // A loop, or a descriptor that cannot be read, ends the iteration early.
         if complete { Ok(Some(chain)) } else { Err(Broken) }
     }
 
-    /// Gives a chain back. Whether the driver wants to hear of it.
-    pub fn put(&mut self, memory: &GuestMemory, head: u16, written: u32) -> Result<bool, Broken> {
+    /// Gives a chain back as used. Returns whether the driver wants an interrupt for it.
+    pub fn return_chain(&mut self, memory: &GuestMemory, head: u16, written: u32) -> Result<bool, Broken> {
         self.0.add_used(memory, head, written)?;
         Ok(self.0.needs_notification(memory)?)
     }
 
-    /// Asks to be notified of the next chain. True: there is one already.
+    /// Asks to be notified of the next chain. Returns `true` if there is one already.
     pub fn ask_for_notification(&mut self, memory: &GuestMemory) -> Result<bool, Broken> {
         Ok(self.0.enable_notification(memory)?)
     }
@@ -184,9 +184,9 @@ impl DerefMut for VirtQueue {
     }
 }
 
-/// [`QueueState`] for serde.
+/// [`QueueState`] in a form that can be serialised.
 #[derive(Serialize, Deserialize)]
-struct Saved {
+struct SavedQueue {
     max_size: u16,
     next_avail: u16,
     next_used: u16,
@@ -211,7 +211,7 @@ impl Serialize for VirtQueue {
             avail_ring,
             used_ring,
         } = self.0.state();
-        Saved {
+        SavedQueue {
             max_size,
             next_avail,
             next_used,
@@ -228,7 +228,7 @@ impl Serialize for VirtQueue {
 
 impl<'de> Deserialize<'de> for VirtQueue {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<VirtQueue, D::Error> {
-        let saved = Saved::deserialize(deserializer)?;
+        let saved = SavedQueue::deserialize(deserializer)?;
         let state = QueueState {
             max_size: saved.max_size,
             next_avail: saved.next_avail,

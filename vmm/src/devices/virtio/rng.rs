@@ -1,36 +1,36 @@
-//! Entropy device (section 5.4): each chain is a question to the outside.
+//! Entropy device (section 5.4). Each chain becomes a question to the outside.
 
 use entry::Question;
 use serde::{Deserialize, Serialize};
 
-use super::Io;
+use super::io::DeviceIo;
 use super::queue::{Broken, Chain, scatter, total};
 
 pub(super) const QUEUES: [u16; 1] = [16];
-/// More is not asked for at once; the driver asks again.
+/// The most bytes that are asked for at once. A driver that wants more asks again.
 const ANSWER_MAX: u64 = 4096;
 
 /// The device.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Rng {
-    /// The chain that waits for its answer.
+    /// The chain that waits for the answer.
     asking: Option<Chain>,
 }
 
 impl Rng {
-    pub fn notify(&mut self, io: &mut Io<'_>) -> Result<(), Broken> {
+    pub fn notify(&mut self, io: &mut DeviceIo<'_>) -> Result<(), Broken> {
         if self.asking.is_some() {
             return Ok(());
         }
         loop {
-            while let Some(chain) = io.pop(0)? {
+            while let Some(chain) = io.next_chain(0)? {
                 let len = total(&chain.writable).min(ANSWER_MAX) as u32;
                 if len > 0 {
                     io.effects.question = Some(Question::Entropy { slot: io.slot, len });
                     self.asking = Some(chain);
                     return Ok(());
                 }
-                io.put(0, chain.head, 0)?;
+                io.return_chain(0, chain.head, 0)?;
             }
             if !io.queues[0].ask_for_notification(io.memory)? {
                 return Ok(());
@@ -38,10 +38,10 @@ impl Rng {
         }
     }
 
-    pub fn answer(&mut self, bytes: &[u8], io: &mut Io<'_>) -> Result<(), Broken> {
+    pub fn answer(&mut self, bytes: &[u8], io: &mut DeviceIo<'_>) -> Result<(), Broken> {
         let Some(chain) = self.asking.take() else { return Ok(()) };
         let written = scatter(io.memory, &chain.writable, bytes)?;
-        io.put(0, chain.head, written)?;
+        io.return_chain(0, chain.head, written)?;
         self.notify(io)
     }
 }

@@ -3,17 +3,18 @@ use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
+use crate::devices::Effects;
 use crate::ram::Ram;
 
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
-/// Queue `q` has its rings from here on; buffers lie from [`DATA`] on.
+/// The rings of the queues lie from here on, 0x2000 bytes for each; buffers lie from [`DATA`] on.
 const RINGS: u64 = 0x1000;
 const DATA: u64 = 0x8000;
 const RAM: u64 = 0x40000;
 
-/// A driver that does as it is told, right or wrong.
+/// A driver that does what a test tells it to do, right or wrong.
 struct Driver {
     ram: Ram,
     device: VirtioMmio,
@@ -53,8 +54,8 @@ impl Driver {
         self.set(register::STATUS, 3 | status::FEATURES_OK | status::DRIVER_OK);
     }
 
-    fn cx<R>(&mut self, work: impl FnOnce(&mut VirtioMmio, &mut Context<'_>) -> R) -> R {
-        let mut cx = Context { now_ns: 0, memory: self.ram.memory(), effects: &mut self.effects };
+    fn cx<R>(&mut self, work: impl FnOnce(&mut VirtioMmio, &mut DeviceContext<'_>) -> R) -> R {
+        let mut cx = DeviceContext { now_ns: 0, memory: self.ram.memory(), effects: &mut self.effects };
         work(&mut self.device, &mut cx)
     }
 
@@ -82,7 +83,7 @@ impl Driver {
         self.poke(RINGS + 0x2000 * queue + 16 * index as u64, &bytes);
     }
 
-    /// Makes a chain available and notifies.
+    /// Makes the chain that begins with descriptor `head` available, and notifies the device.
     fn offer(&mut self, queue: usize, head: u16) {
         let ring = RINGS + 0x2000 * queue as u64 + 0x800;
         self.poke(ring + 4 + 2 * (self.avail[queue] as u64 % 16), &head.to_le_bytes());
@@ -91,7 +92,7 @@ impl Driver {
         self.set(register::QUEUE_NOTIFY, queue as u32);
     }
 
-    /// Offers buffers as one chain from descriptor `head` on: address, length, device writes.
+    /// Makes buffers available as one chain from descriptor `head` on: address, length, whether the device writes.
     fn chain(&mut self, queue: usize, head: u16, buffers: &[(u64, u32, bool)]) {
         for (i, (addr, len, write)) in buffers.iter().enumerate() {
             let more = if i + 1 < buffers.len() { NEXT } else { 0 };
@@ -102,7 +103,7 @@ impl Driver {
         self.offer(queue, head);
     }
 
-    /// The used ring: chain and bytes written.
+    /// The used ring: heads of chains, and bytes written.
     fn used(&self, queue: u64) -> Vec<(u32, u32)> {
         let ring = RINGS + 0x2000 * queue + 0x1000;
         let count = u16::from_le_bytes(self.peek(ring + 2, 2).try_into().unwrap());
@@ -136,7 +137,7 @@ fn features_are_negotiated_and_configuration_is_read() {
     assert_eq!(driver.device.read(0x100, 4), 2);
     assert_eq!((driver.device.read(0x105, 1), driver.device.read(0x106, 2)), (7, 1));
     assert_eq!(driver.get(register::QUEUE_NUM_MAX), 256);
-    // A feature that was not offered, and a driver that knows only the old interface, are refused.
+    // A feature that was not offered is refused, and so is a driver that knows only the legacy interface.
     for features in [VERSION_1 | 1 << 3, 0] {
         driver.start(features);
         assert_eq!(driver.get(register::STATUS) & status::FEATURES_OK, 0);
@@ -154,7 +155,7 @@ fn frames_go_out() {
     assert_eq!((driver.device.irq(), driver.get(register::INTERRUPT_STATUS)), (true, 1));
     driver.set(register::INTERRUPT_ACK, 1);
     assert!(!driver.device.irq());
-    // Too small and too large ones are dropped and given back.
+    // Frames that are too small or too large are dropped, and their chains given back.
     driver.chain(1, 2, &[(DATA, 20, false)]);
     driver.chain(1, 3, &[(DATA, 12 + 1519, false)]);
     assert_eq!((driver.effects.outputs.len(), driver.used(1).len()), (1, 3));
@@ -165,14 +166,14 @@ fn frames_go_out() {
 fn frames_come_in() {
     let mut driver = net();
     let frame = || Input::Frame { slot: 3, bytes: vec![9; 100] };
-    assert!(!driver.device.takes(&frame(), driver.ram.memory()));
+    assert!(!driver.device.has_room_for(&frame(), driver.ram.memory()));
     driver.chain(0, 0, &[(DATA, 60, true), (DATA + 0x1000, 1500, true)]);
-    assert!(driver.device.takes(&frame(), driver.ram.memory()));
+    assert!(driver.device.has_room_for(&frame(), driver.ram.memory()));
     driver.cx(|device, cx| device.apply(frame(), cx));
     assert_eq!(driver.used(0), [(0, 112)]);
     assert_eq!(driver.peek(DATA, 14), [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 9, 9]);
     assert_eq!(driver.peek(DATA + 0x1000, 53), [&[9; 52][..], &[0]].concat());
-    // Without a buffer it is lost, in one that is too small too.
+    // Without a buffer a frame is lost, and also with one that is too small.
     driver.cx(|device, cx| device.apply(frame(), cx));
     driver.chain(0, 2, &[(DATA, 60, true)]);
     driver.cx(|device, cx| device.apply(frame(), cx));
@@ -180,7 +181,7 @@ fn frames_come_in() {
 }
 
 #[test]
-fn a_disk_reads_writes_flushes_and_tells_its_name() {
+fn a_disk_reads_writes_flushes_and_has_a_serial_number() {
     let mut driver = disk();
     let (status_at, data) = (DATA + 0x800, DATA + 0x1000);
     driver.poke(DATA, &header(0, 3));
@@ -203,7 +204,7 @@ fn a_disk_reads_writes_flushes_and_tells_its_name() {
     assert_eq!(driver.used(0), [(8, 21)]);
     assert_eq!(driver.peek(data + 0x2000, 4), b"vmft");
     driver.poke(status_at, &[0xff; 3]);
-    // What the guest does to its memory meanwhile changes nothing of a write on its way.
+    // When the guest changes its memory meanwhile, a write in flight is not affected.
     driver.poke(data + 0x1000, &[8; 1024]);
     assert_eq!(driver.device.unfinished(), expected);
     for (id, result) in [(1, DiskResult::Done), (0, DiskResult::Read(vec![5; 1024])), (2, DiskResult::Failed)]
@@ -212,7 +213,7 @@ fn a_disk_reads_writes_flushes_and_tells_its_name() {
     }
     assert_eq!(driver.used(0)[1..], [(3, 1), (0, 1025), (6, 1)]);
     assert_eq!((driver.peek(data, 1024), driver.peek(status_at, 3)), (vec![5; 1024], vec![0, 0, 1]));
-    // A completion of nobody's request is ignored.
+    // A completion without a request is ignored.
     let stray = Input::DiskDone { slot: 3, id: 0, result: DiskResult::Done };
     driver.cx(|device, cx| device.apply(stray, cx));
     assert_eq!((driver.used(0).len(), driver.is_broken()), (4, false));
@@ -237,7 +238,7 @@ fn wrong_disk_requests_end_with_a_status() {
         assert_eq!((driver.peek(status_at, 1), driver.used(0).len()), (vec![code], i + 1));
     }
     assert_eq!((driver.effects.disk.len(), driver.is_broken()), (0, false));
-    // Without a header or a place for the status there is no way to answer.
+    // Without a header, or without room for the status, the device cannot answer.
     for buffers in [&[(DATA, 15, false), (DATA, 1, true)][..], &[(DATA, 16, false)]] {
         let mut driver = disk();
         driver.chain(0, 0, buffers);
@@ -246,12 +247,12 @@ fn wrong_disk_requests_end_with_a_status() {
 }
 
 #[test]
-fn a_read_only_disk_is_not_written_and_much_data_waits() {
+fn a_read_only_disk_is_not_written_and_requests_with_much_data_wait() {
     let mut driver = Driver::new(Slot::Disk { bytes: 1 << 30, read_only: true });
     driver.poke(DATA, &header(1, 0));
     driver.chain(0, 0, &[(DATA, 16, false), (DATA, 512, false), (DATA + 0x800, 1, true)]);
     assert_eq!((driver.peek(DATA + 0x800, 1), driver.effects.disk.len()), (vec![1], 0));
-    // 4 MiB in one request by naming the same memory again and again; two of them are the most on their way.
+    // 1 MiB in one request, by using the same memory eight times; 8 MiB is the most in flight.
     driver.poke(DATA, &header(0, 0));
     let mut table = Vec::new();
     let all = (0..16).map(|_| (DATA, 0x4000 * 8, WRITE | NEXT)).collect::<Vec<_>>();
@@ -286,7 +287,7 @@ fn a_read_only_disk_is_not_written_and_much_data_waits() {
 }
 
 #[test]
-fn a_reset_forgets_what_is_on_its_way() {
+fn a_reset_forgets_the_requests_in_flight() {
     let mut driver = disk();
     driver.poke(DATA, &header(4, 0));
     driver.chain(0, 0, &[(DATA, 16, false), (DATA + 0x800, 1, true)]);
@@ -295,7 +296,7 @@ fn a_reset_forgets_what_is_on_its_way() {
     assert_eq!((driver.used(0).len(), driver.device.unfinished().len()), (0, 0));
     driver.poke(DATA, &header(4, 0));
     driver.chain(0, 0, &[(DATA, 16, false), (DATA + 0x800, 1, true)]);
-    assert_eq!(driver.effects.disk[1].id, 1, "numbers go on");
+    assert_eq!(driver.effects.disk[1].id, 1, "the numbers go on");
 }
 
 #[test]
@@ -372,7 +373,7 @@ fn chains_that_make_no_sense_need_a_reset() {
             (0, 2),
             "{what}"
         );
-        // Nothing happens until the reset, and then all is well.
+        // Nothing happens until the reset; after it the device works again.
         driver.descriptor(1, 0, (DATA, 64, 0, 0));
         driver.offer(1, 0);
         assert_eq!(driver.used(1).len(), 0, "{what}");
@@ -405,7 +406,7 @@ fn rings_that_make_no_sense_need_a_reset() {
 }
 
 #[test]
-fn with_event_idx_the_driver_is_told_when_it_asked() {
+fn with_event_idx_the_driver_gets_interrupts_when_it_asked_for_them() {
     let mut driver = net();
     driver.start(VERSION_1 | EVENT_IDX);
     let used_event = RINGS + 0x2000 + 0x800 + 4 + 2 * 16;
@@ -415,11 +416,11 @@ fn with_event_idx_the_driver_is_told_when_it_asked() {
     driver.chain(1, 1, &[(DATA, 72, false)]);
     assert!(driver.device.irq());
     let avail_event = driver.peek(RINGS + 0x2000 + 0x1000 + 4 + 8 * 16, 2);
-    assert_eq!(avail_event, [2, 0], "the device wants to hear of the next");
+    assert_eq!(avail_event, [2, 0], "the device wants to be notified of the next chain");
 }
 
 #[test]
-fn what_was_put_before_event_idx_was_agreed_on_does_not_count() {
+fn chains_given_back_before_event_idx_was_negotiated_do_not_count() {
     let run = |save: bool| {
         let mut driver = net();
         for head in 0..3 {
@@ -430,7 +431,7 @@ fn what_was_put_before_event_idx_was_agreed_on_does_not_count() {
             let saved = postcard::to_stdvec(&driver.device).unwrap();
             driver.device = postcard::from_bytes(&saved).unwrap();
         }
-        // The driver takes its agreement back and makes another without a reset.
+        // The driver negotiates again without a reset.
         driver.set(register::STATUS, 3);
         driver.set(register::DRIVER_FEATURES_SEL, 0);
         driver.set(register::DRIVER_FEATURES, EVENT_IDX as u32);
@@ -445,7 +446,7 @@ fn what_was_put_before_event_idx_was_agreed_on_does_not_count() {
 }
 
 proptest! {
-    /// Whatever lies in the rings: no panic, bounded outputs, the same twice, and it survives saving.
+    /// Whatever is in the rings: no panic, bounded outputs, the same result twice, and saving changes nothing.
     #[test]
     fn any_memory_is_survived(
         kind in 0usize..4,

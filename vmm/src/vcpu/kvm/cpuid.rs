@@ -1,7 +1,7 @@
 //! CPUID as the guest sees it: the software CPU's table, without what KVM cannot trap.
 //!
-//! RDTSC, RDTSCP, RDRAND, RDSEED and XSAVE's variants are not there, nor is a performance counter or KVM itself. So
-//! every register that the guest may use is in `CpuState`.
+//! It has no RDTSC, RDTSCP, RDRAND, RDSEED, XSAVE or its variants, no performance counters and no sign of KVM. So every
+//! register that the guest may use is in `CpuState`.
 
 use std::arch::x86_64::__cpuid;
 use std::hash::Hasher;
@@ -20,15 +20,15 @@ const TSC: u32 = 1 << 4;
 const CMPXCHG16B: u32 = 1 << 13;
 /// Leaf 8000_0001h, EDX.
 const RDTSCP: u32 = 1 << 27;
-/// SYSCALL, NX and long mode itself.
+/// Leaf 8000_0001h, EDX: SYSCALL, NX and long mode itself.
 const LONG_MODE: u32 = 1 << 11 | 1 << 20 | 1 << 29;
-/// Leaf 1, ECX. KVM does not list it as supported, for it is for this program to say.
+/// Leaf 1, ECX. KVM does not list it as supported, because it is up to its user to set it.
 const HYPERVISOR: u32 = 1 << 31;
 const BASIC_MAX: u32 = 7;
 const SIGNIFICANT: u32 = kvm_bindings::KVM_CPUID_FLAG_SIGNIFCANT_INDEX;
 
-/// The table. Vendor, and on AMD the model, are the host's, since instructions differ by them; features that the host's
-/// KVM has not are not in it.
+/// The guest's CPUID table. The vendor, and on AMD the model, are the host's, because instructions behave differently by them.
+/// Features that the host's KVM lacks are left out.
 ///
 /// # Errors
 /// The host's CPU lacks a feature that guests are built to need.
@@ -63,10 +63,10 @@ pub fn profile(kvm: &Kvm) -> Result<CpuId, VcpuError> {
             _ => {}
         }
     }
-    CpuId::from_entries(&entries).map_err(|_| VcpuError::KvmLacks("room for the CPUID table"))
+    CpuId::from_entries(&entries).map_err(|_| VcpuError::KvmLacks("room for the guest's CPUID table"))
 }
 
-/// Digest of a table, with the host's model: equal on hosts between which a guest may move.
+/// Digest of a table and of the host's CPU model: equal on hosts between which a guest may move.
 pub fn digest(profile: &CpuId) -> u64 {
     let mut hash = XxHash3_64::new();
     for e in profile.as_slice() {
@@ -74,12 +74,12 @@ pub fn digest(profile: &CpuId) -> u64 {
             hash.write(&word.to_le_bytes());
         }
     }
-    // What instructions leave undefined, and how they approximate, differs between models.
+    // Undefined results of instructions, and approximations, differ between models.
     hash.write(&__cpuid(1).eax.to_le_bytes());
     hash.finish()
 }
 
-/// The software CPU's leaves up to what the guest may ask for.
+/// The software CPU's leaves that the guest may read.
 fn leaves() -> impl Iterator<Item = kvm_cpuid_entry2> {
     let plain = [0, 1, 2, 7, 0x4000_0000].into_iter().chain(0x8000_0000..=0x8000_0008);
     let leaves = plain.map(|leaf| (leaf, 0, if leaf == 7 { SIGNIFICANT } else { 0 }));
@@ -90,6 +90,7 @@ fn leaves() -> impl Iterator<Item = kvm_cpuid_entry2> {
     })
 }
 
+/// Fails if a wanted feature is not supported.
 fn require(place: &'static str, wanted: u32, supported: u32) -> Result<(), VcpuError> {
     match wanted & !supported {
         0 => Ok(()),

@@ -1,6 +1,6 @@
-//! x87 and SSE state, which KVM gives in FXSAVE's layout (SDM 1, table 10-2) at the start of its XSAVE area.
+//! x87 and SSE state, which KVM returns in FXSAVE's layout (SDM 1, table 10-2) at the start of its XSAVE area.
 //!
-//! KVM_GET_FPU would be simpler, but has no MXCSR.
+//! KVM_GET_FPU would be simpler, but it does not return MXCSR.
 #![allow(unsafe_code)]
 
 use kvm_bindings::kvm_xsave;
@@ -14,11 +14,11 @@ use super::failed;
 const MXCSR: usize = 24;
 const ST: usize = 32;
 const XMM: usize = 160;
-/// XSTATE_BV, behind the legacy area: which components are there.
+/// XSTATE_BV, after the legacy area: the components that are present.
 const COMPONENTS: usize = 512;
-/// x87 and SSE.
+/// Components x87 and SSE.
 const LEGACY: u32 = 3;
-/// TOP in the status word.
+/// The field TOP of the status word.
 const TOP: u16 = 7 << 11;
 
 /// Reads the state into `cpu`.
@@ -30,7 +30,7 @@ pub fn save(vcpu: &VcpuFd, cpu: &mut CpuState) -> Result<(), VcpuError> {
     let top = (word(2) & TOP) >> 11;
     cpu.x87 =
         X87 { control: word(0), status: word(2) & !TOP, top: top as u8, in_use: bytes[4], ..X87::default() };
-    // The area has ST(0) to ST(7), ours are the physical registers.
+    // The area has ST(0) to ST(7), `CpuState` the physical registers.
     for n in 0..8 {
         let (from, to) = (ST + 16 * n, (top as usize + n) & 7);
         cpu.x87.significand[to] = u64::from_le_bytes(array(bytes, from));
@@ -41,7 +41,7 @@ pub fn save(vcpu: &VcpuFd, cpu: &mut CpuState) -> Result<(), VcpuError> {
     Ok(())
 }
 
-/// Takes the state over from `cpu`.
+/// Sets the state from `cpu`.
 pub fn restore(vcpu: &VcpuFd, cpu: &CpuState) -> Result<(), VcpuError> {
     let x87 = &cpu.x87;
     let mut bytes = [0; COMPONENTS];

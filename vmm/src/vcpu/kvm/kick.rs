@@ -1,4 +1,4 @@
-//! Kicks: a signal makes KVM_RUN return, and `immediate_exit` makes one that has not begun yet return at once.
+//! Kicks: a signal makes KVM_RUN return, and `immediate_exit` makes a KVM_RUN that has not begun yet return at once.
 #![allow(unsafe_code)]
 
 use std::cell::Cell;
@@ -13,38 +13,39 @@ use super::super::Kick;
 use super::super::perf::{GracePeriod, thread_id};
 
 thread_local! {
-    /// `immediate_exit` of the vCPU that this thread is running.
+    /// `immediate_exit` of the vCPU that this thread is running; null: none.
     static RUNNING: Cell<*mut u8> = const { Cell::new(null_mut()) };
 }
 
-/// What a vCPU and its kickers share.
+/// The kicks of a vCPU: what it shares with the threads that kick it.
 #[derive(Default)]
-pub struct Kicks {
-    /// A kick has not been answered with `Exit::Kicked` yet.
+pub struct VcpuKicks {
+    /// A kick has come that was not answered with `Exit::Kicked` yet.
     pending: AtomicBool,
-    /// The same, and the guest was not interrupted for it yet.
-    news: AtomicBool,
-    /// The thread that is in KVM_RUN, or about to be; 0: none.
+    /// A kick has come for which the guest was not interrupted yet.
+    is_new: AtomicBool,
+    /// The thread that is in KVM_RUN or about to enter it; 0: none.
     thread: AtomicI32,
-    /// A kicked guest is interrupted when this is over, not at once.
-    grace: Option<Grace>,
+    /// With a grace period, a kicked guest is interrupted only at its end.
+    grace: Option<GraceTimer>,
 }
 
-/// How long a kicked guest may go on, and the timer that ends it, of the thread that runs the vCPU.
-struct Grace {
+/// How long a kicked guest may run on, and the timer that then interrupts the thread that runs the vCPU.
+struct GraceTimer {
     period: Duration,
+    /// The timer, and the thread to which its signal goes.
     timer: Mutex<Option<(i32, GracePeriod)>>,
 }
 
-impl Grace {
-    /// Calls `with` with the timer, if there is one. `false`: there is none, or it fails.
+impl GraceTimer {
+    /// Calls `with` with the timer. `false`: there is none, or the call returned `false` or an error.
     fn timer(&self, with: impl FnOnce(&GracePeriod) -> std::io::Result<bool>) -> bool {
         let timer = self.timer.lock().unwrap_or_else(PoisonError::into_inner);
         timer.as_ref().is_some_and(|(_, timer)| with(timer).unwrap_or(false))
     }
 
-    /// Makes the timer this thread's.
-    fn move_here(&self) {
+    /// Makes sure that the timer's signal goes to the calling thread.
+    fn move_to_this_thread(&self) {
         let thread = thread_id();
         let mut timer = self.timer.lock().unwrap_or_else(PoisonError::into_inner);
         if timer.as_ref().is_none_or(|(of, _)| *of != thread) {
@@ -54,10 +55,10 @@ impl Grace {
     }
 }
 
-impl Kick for Kicks {
+impl Kick for VcpuKicks {
     fn kick(&self) {
         self.pending.store(true, Ordering::SeqCst);
-        self.news.store(true, Ordering::SeqCst);
+        self.is_new.store(true, Ordering::SeqCst);
         let thread = self.thread.load(Ordering::SeqCst);
         if thread != 0 {
             self.interrupt(thread);
@@ -65,52 +66,52 @@ impl Kick for Kicks {
     }
 }
 
-impl Kicks {
-    /// Kicks that let the guest go on for `period`.
-    pub fn after(period: Duration) -> Kicks {
-        Kicks { grace: Some(Grace { period, timer: Mutex::default() }), ..Kicks::default() }
+impl VcpuKicks {
+    /// Kicks that let the guest run on for `period`.
+    pub fn with_grace_period(period: Duration) -> VcpuKicks {
+        VcpuKicks { grace: Some(GraceTimer { period, timer: Mutex::default() }), ..VcpuKicks::default() }
     }
 
-    /// The thread is to leave KVM_RUN: now, or when its time is over.
+    /// Makes the thread leave KVM_RUN: at once, or at the end of the grace period.
     fn interrupt(&self, thread: i32) {
         let waits = self.grace.as_ref().is_some_and(|grace| grace.timer(|timer| timer.kick().map(|()| true)));
         if !waits {
-            // SAFETY: a signal to a thread of this process, for which `install` has set a handler. A thread that has left
-            // KVM_RUN meanwhile runs the handler for nothing; one that has ended makes the call fail, which is as well.
+            // SAFETY: the signal goes to a thread of this process, and `install` has set a handler for it. A thread that has left
+            // KVM_RUN meanwhile runs the handler without effect; for one that has ended the call fails, which is harmless.
             unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, signal()) };
         }
     }
 
-    /// A kick waits to be taken.
+    /// Whether a kick has to be answered.
     pub fn pending(&self) -> bool {
         self.pending.load(Ordering::SeqCst)
     }
 
-    /// Takes the pending kick, to be called at a position.
+    /// Takes the pending kick. To be called at a position, where it is answered. `true`: there was one.
     pub fn take(&self) -> bool {
         let kicked = self.pending.load(Ordering::SeqCst) && self.pending.swap(false, Ordering::SeqCst);
         if kicked && let Some(grace) = &self.grace {
-            self.news.store(false, Ordering::SeqCst);
-            grace.timer(GracePeriod::take);
+            self.is_new.store(false, Ordering::SeqCst);
+            grace.timer(GracePeriod::take_kick);
         }
         kicked
     }
 
-    /// A kick came since the last call.
-    pub fn take_news(&self) -> bool {
-        self.news.swap(false, Ordering::SeqCst)
+    /// Whether a kick came since the last call.
+    pub fn take_new(&self) -> bool {
+        self.is_new.swap(false, Ordering::SeqCst)
     }
 
-    /// Calls `run`, which enters KVM_RUN, so that a kick from now on ends it.
+    /// Calls `run`, which enters KVM_RUN, so that a kick that comes from now on ends it.
     pub fn while_running<T>(&self, vcpu: &mut VcpuFd, run: impl FnOnce(&mut VcpuFd) -> T) -> T {
         let flag = &raw mut vcpu.get_kvm_run().immediate_exit;
         RUNNING.set(flag);
         if let Some(grace) = &self.grace {
-            grace.move_here();
+            grace.move_to_this_thread();
         }
         self.thread.store(thread_id(), Ordering::SeqCst);
-        // A kicker that came too early to see the thread is seen here.
-        if self.news.load(Ordering::SeqCst) {
+        // A kick that came too early to see the thread is handled here.
+        if self.is_new.load(Ordering::SeqCst) {
             self.interrupt(thread_id());
         }
         let result = run(vcpu);
@@ -121,7 +122,8 @@ impl Kicks {
     }
 }
 
-fn set(flag: *mut u8) {
+/// Sets `immediate_exit`.
+fn set_immediate_exit(flag: *mut u8) {
     // SAFETY: `flag` is `immediate_exit` in the mapping of a vCPU that is borrowed by `while_running` now; the kernel reads
     // it concurrently, so the store is atomic.
     unsafe { AtomicU8::from_ptr(flag) }.store(1, Ordering::SeqCst);
@@ -130,10 +132,11 @@ fn set(flag: *mut u8) {
 extern "C" fn on_signal(_: libc::c_int) {
     let flag = RUNNING.get();
     if !flag.is_null() {
-        set(flag);
+        set_immediate_exit(flag);
     }
 }
 
+/// The signal that kicks use.
 pub fn signal() -> libc::c_int {
     libc::SIGRTMIN() + 3
 }
@@ -145,8 +148,8 @@ pub fn install() {
         // SAFETY: an all-zero sigaction is valid: no flags, so that KVM_RUN is not restarted, and an empty mask.
         let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
         action.sa_sigaction = on_signal as extern "C" fn(libc::c_int) as usize;
-        // SAFETY: `action` is whole, and the handler touches nothing but a thread-local pointer and what that points to.
+        // SAFETY: `action` is initialised, and the handler accesses only a thread-local pointer and what that points to.
         let failed = unsafe { libc::sigaction(signal(), &action, null_mut()) };
-        assert_eq!(failed, 0, "a real-time signal takes a handler");
+        assert_eq!(failed, 0, "a handler can be set for a real-time signal");
     });
 }

@@ -1,26 +1,26 @@
 //! The engine on `/dev/kvm`: the host's CPU executes the guest.
 //!
-//! A stock KVM cannot stop a guest after an exact number of instructions without counters. So positions are
-//! synchronous exits ([`Positions::Exits`]): the places where the guest itself leaves, by a port, device memory, an MSR or
-//! HLT. They are the same in every run, as are the first interrupt windows after them. A kick that comes between two is
-//! answered at the next; what the guest did in between is not lost, for a replay does it again.
-//! [`Positions::Steps`] is for tests: an exit after each instruction.
+//! Without counters an unpatched KVM cannot stop a guest after an exact number of instructions. So positions are synchronous
+//! exits ([`KvmPositions::Exits`]): accesses to ports, device memory and MSRs, and HLT. They are the same in every run, and so
+//! is the first interrupt window after each. A kick that comes between two exits is answered at the next one. What the guest
+//! does in between is not lost, because a replay repeats it. [`KvmPositions::Steps`], with an exit after each instruction, is
+//! for tests.
 //!
-//! KVM finishes an access when it is entered again. Mostly that is to run the guest on; where somebody has to be sure that an
-//! instruction is done ([`Vcpu::settle`], a kick, a limit, an interrupt to deliver), it is entered with `immediate_exit` set,
-//! which finishes the instruction and executes no other. Each access counts, so that positions do not depend on it; an
-//! instruction with several has no whole boundary between them, and stops behind them all.
+//! KVM finishes an access at its next entry, which usually runs the guest on as well. Where the instruction has to be finished
+//! first ([`Vcpu::finish_instruction`], a kick, a limit, an interrupt to deliver), KVM is entered with `immediate_exit` set,
+//! which finishes the instruction and executes no other. Each access counts, so positions do not depend on when that is done.
+//! An instruction with several accesses has no instruction boundary between them, and stops after the last.
 
 mod cpuid;
 mod fpu;
-mod host;
 mod kick;
 mod msr;
 mod run_area;
 mod state;
-mod steered;
+mod steerable;
 mod step;
 mod trace;
+mod vm;
 
 use std::sync::Arc;
 
@@ -30,31 +30,31 @@ use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
 use soft_cpu::CpuState;
 
-use super::{Exit, General, Kick, Limit, Start, Vcpu, VcpuError, VcpuState, start_state};
+use super::{Exit, GeneralRegisters, Kick, Limit, Start, Vcpu, VcpuError, VcpuState, start_state};
 use crate::ram::Ram;
-use host::Vm;
-use kick::Kicks;
-use run_area::Access;
-pub use steered::{counted, counted_by_steps};
-use trace::Trace;
+use kick::VcpuKicks;
+use run_area::PendingAccess;
+pub use steerable::{counting_vcpu, step_counting_vcpu};
+use trace::ExitTrace;
+use vm::Vm;
 
-/// What the engine counts.
+/// What positions count.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Positions {
+pub enum KvmPositions {
     /// Synchronous exits.
     Exits,
     /// Single steps.
     Steps,
-    /// Branches, which somebody else counts.
+    /// Branches, which [`super::landing`] counts.
     Branches,
 }
 
-/// A saved vCPU of this engine.
+/// The saved state of a [`KvmVcpu`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KvmState {
     /// Registers; `retired` is the position's count.
     pub cpu: CpuState,
-    /// Digest of CPUID and of the host's model: only on an equal one does the guest go on as it would have.
+    /// Digest of the guest's CPUID table and of the host's CPU model. The state can be restored only where it is equal.
     pub host: u64,
     /// The position's `within`.
     pub within: u64,
@@ -62,49 +62,50 @@ pub struct KvmState {
     pub trace: u64,
 }
 
-/// See the module.
+/// A vCPU on KVM.
 pub struct KvmVcpu {
-    /// Before `vm`, as it was made from it.
+    /// Dropped before `vm`, to which it belongs.
     vcpu: VcpuFd,
     vm: Vm,
-    positions: Positions,
-    /// Exits or steps so far.
+    positions: KvmPositions,
+    /// Exits or steps so far: the position's count.
     count: u64,
-    /// Interrupts delivered since the last of them.
+    /// Interrupts delivered since the last exit or step: the position's `within`.
     within: u64,
-    /// The guest was not run on since `count` changed: this is a position.
+    /// The guest has not run since `count` changed, so it is at a position.
     at_position: bool,
     halted: bool,
-    /// KVM breaks here.
+    /// Where the breakpoint is that is set in KVM.
     breakpoint: Option<u64>,
     /// The single-step flag is set in KVM.
     stepping: bool,
-    access: Option<(Access, Exit)>,
-    /// The last access is answered, and KVM was not entered since.
+    /// The access that is not answered yet.
+    access: Option<(PendingAccess, Exit)>,
+    /// The last access is answered, but KVM was not entered since to finish its instruction.
     unfinished: bool,
-    trace: Trace,
-    kicks: Arc<Kicks>,
+    trace: ExitTrace,
+    kicks: Arc<VcpuKicks>,
 }
 
-/// What KVM_RUN came to.
+/// How KVM_RUN returned.
 enum Returned {
     /// It was interrupted by a signal, or `immediate_exit` was set.
     Interrupted,
-    /// `kvm_run` says why.
+    /// With this exit reason; `kvm_run` has the details.
     Exit(u32),
 }
 
-/// A call of KVM failed.
+/// Makes the error of a call of KVM that was to do `what`.
 fn failed(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VcpuError {
     move |source| VcpuError::Kvm { what, source }
 }
 
 impl KvmVcpu {
-    /// A vCPU for `ram`, to be given a state by [`Vcpu::reset`] or [`Vcpu::restore`].
+    /// A vCPU for `ram`. Its state has to be set by [`Vcpu::reset`] or [`Vcpu::restore`].
     ///
     /// # Errors
-    /// There is no usable `/dev/kvm`, or it lacks what the engine needs.
-    pub fn new(ram: &Ram, positions: Positions) -> Result<KvmVcpu, VcpuError> {
+    /// `/dev/kvm` cannot be opened, or lacks what the engine needs.
+    pub fn new(ram: &Ram, positions: KvmPositions) -> Result<KvmVcpu, VcpuError> {
         kick::install();
         let (vm, mut vcpu) = Vm::new(ram)?;
         run_area::share_registers(&mut vcpu);
@@ -120,53 +121,54 @@ impl KvmVcpu {
             stepping: false,
             access: None,
             unfinished: false,
-            trace: Trace::default(),
+            trace: ExitTrace::default(),
             kicks: Arc::default(),
         })
     }
 
-    fn load(&mut self, cpu: &CpuState) -> Result<(), VcpuError> {
-        // What an access would still do to the registers is over before they are set.
+    /// Sets the whole state of the CPU.
+    fn load_state(&mut self, cpu: &CpuState) -> Result<(), VcpuError> {
+        // A pending access is finished first, because it would still change registers.
         while self.access.take().is_some() || self.unfinished {
-            self.finish()?;
+            self.finish_without_running()?;
         }
         state::restore(&mut self.vcpu, cpu)?;
         self.halted = cpu.halted;
-        // `ready_for_interrupt_injection` and the shared registers are of the last return of KVM_RUN.
-        self.finish()?;
+        // KVM updates `ready_for_interrupt_injection` and the shared registers only when KVM_RUN returns.
+        self.finish_without_running()?;
         Ok(())
     }
 
-    /// Finishes what the last exit left unfinished, without executing another instruction. What the same instruction
-    /// asks next, if it does.
-    fn finish(&mut self) -> Result<Option<Exit>, VcpuError> {
+    /// Finishes the instruction of the last exit without executing another one. `Some`: the next access of the same
+    /// instruction.
+    fn finish_without_running(&mut self) -> Result<Option<Exit>, VcpuError> {
         self.unfinished = false;
         self.vcpu.set_kvm_immediate_exit(1);
         let returned = run(&mut self.vcpu);
         self.vcpu.set_kvm_immediate_exit(0);
         match returned? {
             Returned::Interrupted => Ok(None),
-            // The instruction is done, and KVM reports the step at once.
+            // The instruction is finished, and KVM reports the single step over it at once.
             Returned::Exit(KVM_EXIT_DEBUG) if self.stepping => Ok(None),
-            Returned::Exit(KVM_EXIT_IO | KVM_EXIT_MMIO) => self.asked().map(Some),
+            Returned::Exit(KVM_EXIT_IO | KVM_EXIT_MMIO) => self.begin_access().map(Some),
             Returned::Exit(KVM_EXIT_SHUTDOWN) => Ok(Some(Exit::Shutdown)),
             Returned::Exit(reason) => Err(self.unexpected(reason)),
         }
     }
 
-    /// The guest takes interrupts now.
+    /// Whether the guest can take an interrupt now.
     fn takes_interrupts(&mut self) -> bool {
         let run = self.vcpu.get_kvm_run();
         run.ready_for_interrupt_injection != 0 && run.if_flag != 0
     }
 
-    /// What can be told at this boundary without running the guest.
+    /// The exit that there is at this boundary without running the guest, if any.
     fn before_entry(&mut self, limit: &Limit) -> Result<Option<Exit>, VcpuError> {
         let reached = limit.until.is_some_and(|until| self.position() >= until);
         let kicked = self.at_position && !self.halted && self.kicks.pending();
         if self.unfinished
             && (reached || kicked || limit.interrupt_window)
-            && let Some(more) = self.finish()?
+            && let Some(more) = self.finish_without_running()?
         {
             return Ok(Some(more));
         }
@@ -177,18 +179,19 @@ impl KvmVcpu {
             return Ok(Some(Exit::Kicked));
         }
         if limit.interrupt_window && self.takes_interrupts() {
-            return Ok(Some(self.window()));
+            return Ok(Some(self.open_window()));
         }
         Ok(self.halted.then_some(Exit::Halted))
     }
 
-    fn window(&mut self) -> Exit {
+    /// The exit for an interrupt that the guest can take now.
+    fn open_window(&mut self) -> Exit {
         self.at_position = false;
         self.within += 1;
         Exit::InterruptWindow
     }
 
-    /// Runs the guest to its next synchronous exit, or until somebody kicks.
+    /// Runs the guest to its next synchronous exit, or until it is kicked.
     fn run_to_exit(&mut self, limit: &Limit) -> Result<Exit, VcpuError> {
         loop {
             if let Some(exit) = self.before_entry(limit)? {
@@ -200,35 +203,36 @@ impl KvmVcpu {
         }
     }
 
-    /// Enters the guest once. `None`: there is nothing to tell yet.
+    /// Enters the guest once. `None`: it has to be run on.
     fn enter(&mut self, limit: &Limit) -> Result<Option<Exit>, VcpuError> {
         self.at_position = false;
         self.unfinished = false;
         self.vcpu.get_kvm_run().request_interrupt_window = limit.interrupt_window.into();
         match self.kicks.while_running(&mut self.vcpu, run)? {
-            Returned::Interrupted => Ok(self.kicks.take_news().then_some(Exit::Between)),
-            Returned::Exit(reason) => self.handle(reason, limit),
+            Returned::Interrupted => Ok(self.kicks.take_new().then_some(Exit::Between)),
+            Returned::Exit(reason) => self.handle_exit(reason, limit),
         }
     }
 
-    fn handle(&mut self, reason: u32, limit: &Limit) -> Result<Option<Exit>, VcpuError> {
+    /// Handles an exit of KVM. `None`: the guest has to be run on.
+    fn handle_exit(&mut self, reason: u32, limit: &Limit) -> Result<Option<Exit>, VcpuError> {
         match reason {
-            KVM_EXIT_IO | KVM_EXIT_MMIO => self.asked().map(Some),
+            KVM_EXIT_IO | KVM_EXIT_MMIO => self.begin_access().map(Some),
             KVM_EXIT_HLT => {
                 self.halted = true;
-                self.trace.halt(run_area::registers(&mut self.vcpu));
-                self.arrive();
+                self.trace.add_halt(run_area::registers(&mut self.vcpu));
+                self.count_position();
                 Ok(Some(Exit::Halted))
             }
             KVM_EXIT_X86_RDMSR | KVM_EXIT_X86_WRMSR => {
-                self.msr(reason == KVM_EXIT_X86_WRMSR, limit.time_offset_ns)?;
+                self.answer_msr(reason == KVM_EXIT_X86_WRMSR, limit.time_offset_ns)?;
                 Ok(None)
             }
-            KVM_EXIT_IRQ_WINDOW_OPEN if limit.interrupt_window => Ok(Some(self.window())),
-            // The task priority has no effect without a local APIC.
+            KVM_EXIT_IRQ_WINDOW_OPEN if limit.interrupt_window => Ok(Some(self.open_window())),
+            // The task priority has no effect, because there is no local APIC.
             KVM_EXIT_SET_TPR | KVM_EXIT_INTR => Ok(None),
             KVM_EXIT_DEBUG if self.stepping => {
-                self.arrive();
+                self.count_position();
                 Ok(None)
             }
             KVM_EXIT_SHUTDOWN => Ok(Some(Exit::Shutdown)),
@@ -236,8 +240,8 @@ impl KvmVcpu {
         }
     }
 
-    /// The guest asks something of a port or of memory.
-    fn asked(&mut self) -> Result<Exit, VcpuError> {
+    /// Begins the guest's access to a port or to device memory.
+    fn begin_access(&mut self) -> Result<Exit, VcpuError> {
         let access = run_area::access(&mut self.vcpu);
         let access = access.unwrap_or_else(|| unreachable!("the caller has seen an access"));
         let exit = access.exit(&mut self.vcpu);
@@ -245,29 +249,31 @@ impl KvmVcpu {
         Ok(exit)
     }
 
-    fn msr(&mut self, write: bool, time_ns: u64) -> Result<(), VcpuError> {
+    /// Answers the guest's access to a model-specific register.
+    fn answer_msr(&mut self, write: bool, time_ns: u64) -> Result<(), VcpuError> {
         let (number, value) = run_area::msr(&mut self.vcpu);
         let answer = if write { msr::write(number).then_some(value) } else { msr::read(number, time_ns) };
         run_area::answer_msr(&mut self.vcpu, answer);
-        self.trace.msr(run_area::registers(&mut self.vcpu), write, number, answer);
-        self.finish()?;
-        // With #GP on its way this is no boundary: the next exit counts for both.
+        self.trace.add_msr(run_area::registers(&mut self.vcpu), write, number, answer);
+        self.finish_without_running()?;
+        // While #GP is being delivered there is no instruction boundary: the next exit counts for both.
         if answer.is_some() {
-            self.arrive();
+            self.count_position();
         }
         Ok(())
     }
 
-    /// An access is answered, or an instruction has left otherwise or was stepped over: this is the next position.
-    fn arrive(&mut self) {
+    /// Counts the next position: an access was answered, the guest made another exit, or an instruction was stepped over.
+    fn count_position(&mut self) {
         self.count += 1;
         self.within = 0;
         self.at_position = true;
-        if self.positions == Positions::Exits {
-            self.trace.complete();
+        if self.positions == KvmPositions::Exits {
+            self.trace.end_exit();
         }
     }
 
+    /// The error for an exit that the engine cannot handle.
     fn unexpected(&mut self, reason: u32) -> VcpuError {
         let rip = run_area::registers(&mut self.vcpu).rip;
         match reason {
@@ -280,7 +286,7 @@ impl KvmVcpu {
     }
 }
 
-/// KVM_RUN.
+/// Calls KVM_RUN.
 fn run(vcpu: &mut VcpuFd) -> Result<Returned, VcpuError> {
     match vcpu.run() {
         Ok(_) => Ok(Returned::Exit(vcpu.get_kvm_run().exit_reason)),
@@ -291,39 +297,39 @@ fn run(vcpu: &mut VcpuFd) -> Result<Returned, VcpuError> {
 
 impl Vcpu for KvmVcpu {
     fn run(&mut self, ram: &mut Ram, limit: &Limit) -> Result<Exit, VcpuError> {
-        assert!(self.vm.is_of(ram), "a vCPU runs with the RAM that it was made for");
-        // KVM derives nothing from RAM that it does not follow by itself.
+        assert!(self.vm.is_of(ram), "a vCPU must be used with the RAM that it was made for");
+        // KVM itself notices changes of RAM, so nothing has to be dropped.
         ram.take_changed(|_| ());
         if let Some(target) = limit.until.filter(|until| self.count > until.count) {
             return Err(VcpuError::Overshot { engine: "kvm", target, now: self.position() });
         }
         match self.positions {
-            Positions::Exits | Positions::Branches => self.run_to_exit(limit),
-            Positions::Steps => self.run_steps(ram, limit),
+            KvmPositions::Exits | KvmPositions::Branches => self.run_to_exit(limit),
+            KvmPositions::Steps => self.run_steps(ram, limit),
         }
     }
 
     fn complete(&mut self, ram: &mut Ram, value: u64) -> Result<Option<Exit>, VcpuError> {
-        assert!(self.vm.is_of(ram), "a vCPU runs with the RAM that it was made for");
+        assert!(self.vm.is_of(ram), "a vCPU must be used with the RAM that it was made for");
         let Some((access, exit)) = self.access.take() else { return Ok(None) };
-        self.trace.access(run_area::registers(&mut self.vcpu), &exit, value);
+        self.trace.add_access(run_area::registers(&mut self.vcpu), &exit, value);
         if let Some(rest) = access.answer(&mut self.vcpu, value) {
             let exit = rest.exit(&mut self.vcpu);
             self.access = Some((rest, exit));
             return Ok(Some(exit));
         }
         self.unfinished = true;
-        // A step counts when it is done, and KVM would do the next instruction along with it.
-        let next = if self.positions == Positions::Steps { self.finish()? } else { None };
+        // A step counts when it is finished, and KVM would execute the next instruction along with it.
+        let next = if self.positions == KvmPositions::Steps { self.finish_without_running()? } else { None };
         if next.is_none() {
-            self.arrive();
+            self.count_position();
         }
         Ok(next)
     }
 
-    fn settle(&mut self, ram: &mut Ram) -> Result<Option<Exit>, VcpuError> {
-        assert!(self.vm.is_of(ram), "a vCPU runs with the RAM that it was made for");
-        if self.unfinished { self.finish() } else { Ok(None) }
+    fn finish_instruction(&mut self, ram: &mut Ram) -> Result<Option<Exit>, VcpuError> {
+        assert!(self.vm.is_of(ram), "a vCPU must be used with the RAM that it was made for");
+        if self.unfinished { self.finish_without_running() } else { Ok(None) }
     }
 
     fn position(&self) -> Position {
@@ -332,17 +338,17 @@ impl Vcpu for KvmVcpu {
 
     fn inject(&mut self, vector: u8) -> Result<(), VcpuError> {
         self.halted = false;
-        // KVM says it anew at its next return only.
+        // KVM updates this flag only when KVM_RUN returns.
         self.vcpu.get_kvm_run().ready_for_interrupt_injection = 0;
-        run_area::interrupt(&self.vcpu, vector).map_err(failed("KVM_INTERRUPT"))
+        run_area::queue_interrupt(&self.vcpu, vector).map_err(failed("KVM_INTERRUPT"))
     }
 
     fn save(&self) -> Result<VcpuState, VcpuError> {
-        assert!(!self.unfinished, "a vCPU is saved at a whole boundary");
+        assert!(!self.unfinished, "a vCPU is saved at an instruction boundary");
         let cpu = state::save(&self.vcpu, self.count, self.halted)?;
         Ok(VcpuState::Kvm(Box::new(KvmState {
             cpu,
-            host: self.vm.cpu,
+            host: self.vm.cpu_digest,
             within: self.within,
             trace: self.trace.chain,
         })))
@@ -350,18 +356,18 @@ impl Vcpu for KvmVcpu {
 
     fn restore(&mut self, state: &VcpuState) -> Result<(), VcpuError> {
         let VcpuState::Kvm(state) = state else { return Err(VcpuError::OtherEngine("kvm")) };
-        if state.host != self.vm.cpu {
+        if state.host != self.vm.cpu_digest {
             return Err(VcpuError::OtherCpu);
         }
-        self.load(&state.cpu)?;
+        self.load_state(&state.cpu)?;
         (self.count, self.within) = (state.cpu.retired, state.within);
         self.at_position = state.within == 0;
-        self.trace = Trace::from(state.trace);
+        self.trace = ExitTrace::resumed(state.trace);
         Ok(())
     }
 
     fn reset(&mut self, start: &Start) -> Result<(), VcpuError> {
-        self.load(&start_state(start, self.count))?;
+        self.load_state(&start_state(start, self.count))?;
         self.at_position = true;
         Ok(())
     }
@@ -370,10 +376,10 @@ impl Vcpu for KvmVcpu {
         self.kicks.clone()
     }
 
-    fn change_registers(&mut self, change: &mut dyn FnMut(&mut General)) -> Result<(), VcpuError> {
-        assert!(!self.unfinished, "registers are changed at a whole boundary");
+    fn change_registers(&mut self, change: &mut dyn FnMut(&mut GeneralRegisters)) -> Result<(), VcpuError> {
+        assert!(!self.unfinished, "registers are changed at an instruction boundary");
         let mut regs = self.vcpu.get_regs().map_err(failed("reading registers"))?;
-        let mut general = General { gpr: state::general(&regs), rip: regs.rip, rflags: regs.rflags };
+        let mut general = GeneralRegisters { gpr: state::general(&regs), rip: regs.rip, rflags: regs.rflags };
         change(&mut general);
         regs = state::general_registers(&general);
         self.vcpu.set_regs(&regs).map_err(failed("setting registers"))?;
@@ -385,7 +391,7 @@ impl Vcpu for KvmVcpu {
         self.vm.report_written(ram)
     }
 
-    fn take_exits(&mut self) -> Vec<u16> {
-        self.trace.take()
+    fn take_exit_checks(&mut self) -> Vec<u16> {
+        self.trace.take_check_words()
     }
 }

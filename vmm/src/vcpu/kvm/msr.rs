@@ -1,8 +1,8 @@
-//! Model-specific registers: those that are plain state go through KVM, all others come here.
+//! Model-specific registers: KVM keeps those that are plain state, and accesses to all others are handled here.
 //!
-//! What the guest reads here is what it reads on the software CPU; what neither has is #GP.
+//! The guest reads the same values here as on the software CPU. Registers that neither has raise #GP.
 
-/// Registers that KVM keeps for the guest, as base and count. They are state, saved and restored.
+/// Registers that KVM keeps for the guest, as base and count. They are saved and restored with its state.
 pub const ALLOWED: [(u32, u32); 4] = [
     // IA32_SYSENTER_CS, _ESP, _EIP
     (0x174, 3),
@@ -21,7 +21,7 @@ const MISC_ENABLE: u32 = 0x1a0;
 /// Fast strings on, no branch trace store, no PEBS.
 const MISC_ENABLE_VALUE: u64 = 1 << 0 | 1 << 11 | 1 << 12;
 
-/// What the guest reads at guest time `time_ns`; `None`: #GP.
+/// The value that the guest reads at guest time `time_ns`; `None`: #GP.
 pub fn read(number: u32, time_ns: u64) -> Option<u64> {
     match number {
         TSC => Some(time_ns),
@@ -31,7 +31,7 @@ pub fn read(number: u32, time_ns: u64) -> Option<u64> {
     }
 }
 
-/// Whether the guest may write; what it writes is ignored.
+/// Whether the guest may write to a register; the value is ignored. `false`: #GP.
 pub fn write(number: u32) -> bool {
     matches!(number, UCODE_REV | MISC_ENABLE)
 }

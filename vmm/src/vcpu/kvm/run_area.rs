@@ -1,4 +1,4 @@
-//! What KVM and this program exchange in the mapping of `kvm_run`.
+//! The data that KVM and this program exchange in the mapping of `kvm_run`.
 #![allow(unsafe_code)]
 
 use kvm_bindings::*;
@@ -6,37 +6,37 @@ use kvm_ioctls::VcpuFd;
 
 use super::super::Exit;
 
-/// An access that the guest waits for, as long as it is not completed. A string instruction on a port is `count` accesses.
+/// An access of the guest that is not completed yet. A string instruction on a port makes `count` accesses.
 #[derive(Clone, Copy, Debug)]
-pub enum Access {
-    /// Of a port.
+pub enum PendingAccess {
+    /// To a port.
     Port {
         /// Port number.
         port: u16,
         /// 1, 2 or 4.
         size: u8,
-        /// The guest reads.
+        /// Whether the guest reads.
         read: bool,
-        /// Where in the mapping the values are.
+        /// Where the values are in the mapping.
         offset: u64,
-        /// How many.
+        /// The number of accesses.
         count: u32,
-        /// How many are done.
+        /// How many of them are completed.
         done: u32,
     },
-    /// Of memory outside RAM.
+    /// To memory outside RAM.
     Memory {
         /// Guest-physical address.
         addr: u64,
         /// 1 to 8.
         size: u8,
-        /// The guest reads.
+        /// Whether the guest reads.
         read: bool,
     },
 }
 
-/// Reads the access out of a KVM_EXIT_IO or KVM_EXIT_MMIO.
-pub fn access(vcpu: &mut VcpuFd) -> Option<Access> {
+/// The access of a KVM_EXIT_IO or KVM_EXIT_MMIO; `None` for other exits.
+pub fn access(vcpu: &mut VcpuFd) -> Option<PendingAccess> {
     let run = vcpu.get_kvm_run();
     match run.exit_reason {
         KVM_EXIT_IO => {
@@ -44,51 +44,57 @@ pub fn access(vcpu: &mut VcpuFd) -> Option<Access> {
             let io = unsafe { run.__bindgen_anon_1.io };
             let read = u32::from(io.direction) == KVM_EXIT_IO_IN;
             let (port, size, count) = (io.port, io.size, io.count);
-            Some(Access::Port { port, size, read, offset: io.data_offset, count, done: 0 })
+            Some(PendingAccess::Port { port, size, read, offset: io.data_offset, count, done: 0 })
         }
         KVM_EXIT_MMIO => {
             // SAFETY: as above.
             let mmio = unsafe { run.__bindgen_anon_1.mmio };
-            Some(Access::Memory { addr: mmio.phys_addr, size: mmio.len as u8, read: mmio.is_write == 0 })
+            Some(PendingAccess::Memory {
+                addr: mmio.phys_addr,
+                size: mmio.len as u8,
+                read: mmio.is_write == 0,
+            })
         }
         _ => None,
     }
 }
 
-impl Access {
-    /// What the guest asks next.
+impl PendingAccess {
+    /// The exit for the next access.
     pub fn exit(&self, vcpu: &mut VcpuFd) -> Exit {
         match *self {
-            Access::Port { port, size, read: true, .. } => Exit::PioIn { port, size },
-            Access::Port { port, size, .. } => {
-                Exit::PioOut { port, size, value: load(self.data(vcpu)) as u32 }
+            PendingAccess::Port { port, size, read: true, .. } => Exit::PioIn { port, size },
+            PendingAccess::Port { port, size, .. } => {
+                Exit::PioOut { port, size, value: zero_extend(self.value_bytes(vcpu)) as u32 }
             }
-            Access::Memory { addr, size, read: true } => Exit::MmioRead { addr, size },
-            Access::Memory { addr, size, .. } => Exit::MmioWrite { addr, size, value: load(self.data(vcpu)) },
+            PendingAccess::Memory { addr, size, read: true } => Exit::MmioRead { addr, size },
+            PendingAccess::Memory { addr, size, .. } => {
+                Exit::MmioWrite { addr, size, value: zero_extend(self.value_bytes(vcpu)) }
+            }
         }
     }
 
-    /// Gives the guest what it has read. What is left of the access, if there is more.
-    pub fn answer(self, vcpu: &mut VcpuFd, value: u64) -> Option<Access> {
-        let (Access::Port { read, .. } | Access::Memory { read, .. }) = self;
+    /// Completes one access, with the value that the guest reads. `Some`: the accesses that are left.
+    pub fn answer(self, vcpu: &mut VcpuFd, value: u64) -> Option<PendingAccess> {
+        let (PendingAccess::Port { read, .. } | PendingAccess::Memory { read, .. }) = self;
         if read {
-            let data = self.data(vcpu);
+            let data = self.value_bytes(vcpu);
             let len = data.len();
             data.copy_from_slice(&value.to_le_bytes()[..len]);
         }
         match self {
-            Access::Port { port, size, read, offset, count, done } if done + 1 < count => {
-                Some(Access::Port { port, size, read, offset, count, done: done + 1 })
+            PendingAccess::Port { port, size, read, offset, count, done } if done + 1 < count => {
+                Some(PendingAccess::Port { port, size, read, offset, count, done: done + 1 })
             }
             _ => None,
         }
     }
 
-    /// The bytes of the value in the mapping.
-    fn data<'a>(&self, vcpu: &'a mut VcpuFd) -> &'a mut [u8] {
+    /// The bytes of the next access's value in the mapping.
+    fn value_bytes<'a>(&self, vcpu: &'a mut VcpuFd) -> &'a mut [u8] {
         let run = vcpu.get_kvm_run();
         match *self {
-            Access::Port { size, offset, done, .. } => {
+            PendingAccess::Port { size, offset, done, .. } => {
                 let offset = offset as usize + done as usize * size as usize;
                 // SAFETY: the kernel puts `count` values of `size` bytes at `offset` of the mapping that begins with
                 // `kvm_run` (Documentation/virt/kvm/api.rst, KVM_EXIT_IO), `done` is below `count`, and the mapping is borrowed.
@@ -96,8 +102,8 @@ impl Access {
                     std::slice::from_raw_parts_mut((run as *mut kvm_run as *mut u8).add(offset), size.into())
                 }
             }
-            Access::Memory { size, .. } => {
-                // SAFETY: the access came from a KVM_EXIT_MMIO, after which the kernel has not run since.
+            PendingAccess::Memory { size, .. } => {
+                // SAFETY: the access came from a KVM_EXIT_MMIO, and KVM was not entered since.
                 let mmio = unsafe { &mut run.__bindgen_anon_1.mmio };
                 &mut mmio.data[..size as usize]
             }
@@ -105,13 +111,14 @@ impl Access {
     }
 }
 
-fn load(data: &[u8]) -> u64 {
+/// A little-endian value of up to 8 bytes.
+fn zero_extend(data: &[u8]) -> u64 {
     let mut value = [0; 8];
     value[..data.len()].copy_from_slice(data);
     u64::from_le_bytes(value)
 }
 
-/// A model-specific register that the guest reads or writes: its number, and for a write the value.
+/// The guest's access to a model-specific register: its number and, for a write, the value.
 pub fn msr(vcpu: &mut VcpuFd) -> (u32, u64) {
     // SAFETY: the caller has seen KVM_EXIT_X86_RDMSR or _WRMSR; plain numbers.
     let msr = unsafe { vcpu.get_kvm_run().__bindgen_anon_1.msr };
@@ -131,7 +138,7 @@ pub fn share_registers(vcpu: &mut VcpuFd) {
     vcpu.get_kvm_run().kvm_valid_regs = KVM_SYNC_X86_REGS.into();
 }
 
-/// The general registers at the last return of KVM_RUN, for reading and to follow what is set since.
+/// The general registers at the last return of KVM_RUN. Whoever sets registers in KVM updates them here, too.
 pub fn registers(vcpu: &mut VcpuFd) -> &mut kvm_regs {
     // SAFETY: `share_registers` has asked for these, so the kernel fills them in at every return; plain numbers.
     unsafe { &mut vcpu.get_kvm_run().s.regs.regs }
@@ -143,7 +150,7 @@ pub fn debug_status(vcpu: &mut VcpuFd) -> u64 {
     unsafe { vcpu.get_kvm_run().__bindgen_anon_1.debug.arch.dr6 }
 }
 
-/// What KVM says of an exit that it could not handle: suberror and, of a failed emulation, the instruction's bytes.
+/// What KVM reports about an exit that it could not handle: the suberror and, for a failed emulation, the instruction's bytes.
 pub fn internal_error(vcpu: &mut VcpuFd) -> (u32, Vec<u8>) {
     // SAFETY: the caller has seen KVM_EXIT_INTERNAL_ERROR; plain numbers.
     let failure = unsafe { vcpu.get_kvm_run().__bindgen_anon_1.emulation_failure };
@@ -155,7 +162,7 @@ pub fn internal_error(vcpu: &mut VcpuFd) -> (u32, Vec<u8>) {
 }
 
 /// KVM_INTERRUPT: queues an external interrupt for delivery before the next instruction.
-pub fn interrupt(vcpu: &VcpuFd, vector: u8) -> Result<(), kvm_ioctls::Error> {
+pub fn queue_interrupt(vcpu: &VcpuFd, vector: u8) -> Result<(), kvm_ioctls::Error> {
     use std::os::fd::AsRawFd;
     /// `_IOW(KVMIO, 0x86, struct kvm_interrupt)`, which kvm-ioctls lacks.
     const KVM_INTERRUPT: libc::c_ulong = 0x4004_ae86;

@@ -1,18 +1,18 @@
-//! The vCPU's state: the software CPU's form of it, to and from KVM's.
+//! Converts the vCPU's state between the software CPU's form and KVM's.
 //!
-//! What KVM keeps beyond it is either fixed (CPUID hides what would need more) or not the guest's. The x87's last
-//! instruction and data pointers are left out: CPUs differ in when they save them. RF is clear at every whole
-//! boundary but in a debugged guest.
+//! Other state in KVM is either constant (CPUID hides the features that would need it) or not the guest's. The x87's last
+//! instruction and data pointers are left out, because CPUs differ in when they save them. RF is clear at every instruction
+//! boundary, except in a guest that debugs itself.
 
 use kvm_bindings::*;
 use kvm_ioctls::VcpuFd;
 use soft_cpu::CpuState;
 use soft_cpu::state::{Registers, Segment, Shadow, TableRegister, X87};
 
-use super::super::{General, VcpuError};
+use super::super::{GeneralRegisters, VcpuError};
 use super::{failed, fpu, run_area};
 
-/// Registers behind RDMSR that are not in `kvm_sregs`.
+/// Model-specific registers that are not in `kvm_sregs`.
 const MSRS: [u32; 9] =
     [0x174, 0x175, 0x176, 0x277, 0xc000_0081, 0xc000_0082, 0xc000_0083, 0xc000_0084, 0xc000_0102];
 /// RFLAGS.TF.
@@ -20,13 +20,14 @@ pub const TF: u64 = 1 << 8;
 /// RFLAGS.RF.
 pub const RF: u64 = 1 << 16;
 
-/// The whole state at a boundary; `retired` is `count`.
+/// Reads the whole state at an instruction boundary; `retired` is set to `count`.
 pub fn save(vcpu: &VcpuFd, count: u64, halted: bool) -> Result<CpuState, VcpuError> {
     let regs = vcpu.get_regs().map_err(failed("reading registers"))?;
     let sregs = vcpu.get_sregs().map_err(failed("reading system registers"))?;
     let debug = vcpu.get_debug_regs().map_err(failed("reading debug registers"))?;
     let events = vcpu.get_vcpu_events().map_err(failed("reading events"))?;
-    // `injected` stays behind on a KVM that delivers by emulation; at a boundary nothing is half delivered.
+    // A KVM that delivers exceptions by emulation leaves `injected` set, so it is ignored: at an instruction boundary no delivery
+    // is half done.
     if events.exception.pending != 0 {
         return Err(VcpuError::ExceptionPending(events.exception.nr));
     }
@@ -57,16 +58,16 @@ pub fn save(vcpu: &VcpuFd, count: u64, halted: bool) -> Result<CpuState, VcpuErr
     Ok(cpu)
 }
 
-/// Takes over a state.
+/// Sets the whole state.
 pub fn restore(vcpu: &mut VcpuFd, s: &CpuState) -> Result<(), VcpuError> {
-    // CR8 and the APIC's base are taken from the mapping at every entry.
+    // KVM takes CR8 and the APIC's base from the mapping at every entry.
     let old = vcpu.get_sregs().map_err(failed("reading system registers"))?;
     let run = vcpu.get_kvm_run();
     run.cr8 = s.sys.cr8;
     run.apic_base = old.apic_base;
     vcpu.set_sregs(&kvm_sregs { apic_base: old.apic_base, ..sregs(s) })
         .map_err(failed("setting system registers"))?;
-    let general = General { gpr: s.gpr, rip: s.rip, rflags: s.rflags };
+    let general = GeneralRegisters { gpr: s.gpr, rip: s.rip, rflags: s.rflags };
     vcpu.set_regs(&general_registers(&general)).map_err(failed("setting registers"))?;
     fpu::restore(vcpu, s)?;
     let debug = kvm_debugregs { db: s.sys.dr, dr6: s.sys.dr6, dr7: s.sys.dr7, ..Default::default() };
@@ -80,12 +81,12 @@ pub fn restore(vcpu: &mut VcpuFd, s: &CpuState) -> Result<(), VcpuError> {
     };
     vcpu.set_vcpu_events(&events).map_err(failed("setting events"))?;
     if let Some(vector) = s.interrupt {
-        run_area::interrupt(vcpu, vector).map_err(failed("queueing an interrupt"))?;
+        run_area::queue_interrupt(vcpu, vector).map_err(failed("queueing an interrupt"))?;
     }
     Ok(())
 }
 
-/// RAX to R15 in their encoding's order.
+/// RAX to R15 in the order of their encoding.
 pub fn general(r: &kvm_regs) -> [u64; 16] {
     [
         r.rax, r.rcx, r.rdx, r.rbx, r.rsp, r.rbp, r.rsi, r.rdi, r.r8, r.r9, r.r10, r.r11, r.r12, r.r13,
@@ -93,18 +94,19 @@ pub fn general(r: &kvm_regs) -> [u64; 16] {
     ]
 }
 
-/// RFLAGS of a register file, without what depends on how KVM got there.
+/// RFLAGS without RF, which depends on why KVM returned.
 pub fn flags(r: &kvm_regs) -> u64 {
     r.rflags & !RF
 }
 
 /// KVM's form of general registers.
-pub fn general_registers(general: &General) -> kvm_regs {
+pub fn general_registers(general: &GeneralRegisters) -> kvm_regs {
     let [rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15] = general.gpr;
     let (rip, rflags) = (general.rip, general.rflags);
     kvm_regs { rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15, rip, rflags }
 }
 
+/// The system registers, in the software CPU's form.
 fn system(s: &kvm_sregs, debug: &kvm_debugregs, msrs: &[u64; MSRS.len()]) -> Registers {
     let &[cs, esp, eip, pat, star, lstar, cstar, fmask, kernel_gs_base] = msrs;
     Registers {
@@ -134,6 +136,7 @@ fn system(s: &kvm_sregs, debug: &kvm_debugregs, msrs: &[u64; MSRS.len()]) -> Reg
     }
 }
 
+/// The system registers, in KVM's form.
 fn sregs(s: &CpuState) -> kvm_sregs {
     let sys = &s.sys;
     let [es, cs, ss, ds, mut fs, mut gs] = sys.seg.map(kvm_segment_of);
@@ -160,8 +163,8 @@ fn sregs(s: &CpuState) -> kvm_sregs {
     }
 }
 
-/// The hidden part of a segment that cannot be used is nobody's business: it reads as zeros. FS's and GS's bases are kept
-/// beside the segments.
+/// A segment in the software CPU's form. The hidden part of an unusable segment has no effect, and is read as zeros. The bases
+/// of FS and GS are also kept outside the segments.
 fn segment(s: &kvm_segment) -> Segment {
     if s.unusable != 0 || s.present == 0 {
         return Segment { selector: s.selector, ..Segment::default() };
@@ -172,6 +175,7 @@ fn segment(s: &kvm_segment) -> Segment {
     Segment { selector: s.selector, attr, limit: s.limit, base: s.base }
 }
 
+/// A segment in KVM's form.
 fn kvm_segment_of(s: Segment) -> kvm_segment {
     let bits = |at: u32, mask: u16| (s.attr >> at & mask) as u8;
     kvm_segment {
@@ -195,7 +199,7 @@ fn msr_list(values: [u64; MSRS.len()]) -> Result<Msrs, VcpuError> {
     let entries = MSRS.iter().zip(values);
     let entries: Vec<_> =
         entries.map(|(&index, data)| kvm_msr_entry { index, data, ..Default::default() }).collect();
-    Msrs::from_entries(&entries).map_err(|_| VcpuError::KvmLacks("room for the list of MSRs"))
+    Msrs::from_entries(&entries).map_err(|_| VcpuError::KvmLacks("room for a list of the MSRs to save"))
 }
 
 fn read_msrs(vcpu: &VcpuFd) -> Result<[u64; MSRS.len()], VcpuError> {

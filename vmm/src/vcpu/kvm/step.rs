@@ -1,14 +1,14 @@
-//! Positions by single steps, for tests: each instruction is an exit.
+//! Positions by single steps, for tests: the guest exits after each instruction.
 //!
-//! KVM steps by the guest's own trap flag, so what that flag cannot see is handled here:
+//! KVM steps by the guest's own trap flag, so the cases that the flag does not cover are handled here:
 //!
-//! - KVM reports no boundary right after an access to a port or a device. The access is an exit of its own, completed
-//!   before the next step, and counts then.
-//! - An interrupt that is delivered while the flag is set would push it, and its handler would run unstepped. So it is
-//!   delivered with the flag off, up to a hardware breakpoint at the handler's first instruction.
-//! - A stepped HLT does not sleep. It is executed without the flag, for it is an exit of its own as well.
-//! - A REP instruction is one step on a KVM that emulates, and one an iteration on hardware.
-//! - The handler of a fault runs unstepped on hardware until it returns: programs for this engine should not fault.
+//! - KVM does not stop right after an access to a port or a device. The access itself is an exit, is completed before the
+//!   next step, and counts as one.
+//! - The delivery of an interrupt would push the flag if it is set, and the handler would run without steps. So an interrupt is
+//!   delivered with the flag off, and a hardware breakpoint stops the guest at the handler's first instruction.
+//! - A stepped HLT does not halt the guest. It is executed without the flag, and is an exit anyway.
+//! - A REP instruction is one step on a KVM that emulates it, and one step for each iteration on hardware.
+//! - On hardware the handler of a fault runs without steps until it returns. Programs for this engine should not fault.
 
 use kvm_bindings::*;
 use vm_memory::{Bytes, GuestAddress};
@@ -17,25 +17,25 @@ use super::super::{Exit, Limit, VcpuError};
 use super::{KvmVcpu, Returned, failed, run, run_area};
 use crate::ram::Ram;
 
-/// Bytes of a gate in the IDT (SDM 3A, figure 7-8).
+/// Size of a gate in the IDT in bytes (SDM 3A, figure 7-8).
 const GATE: u64 = 16;
-/// HLT's only byte.
+/// The only byte of HLT.
 pub(super) const HLT: u8 = 0xf4;
-/// DR7: breakpoint 0 is on and breaks execution.
+/// DR7: breakpoint 0 is enabled, for execution.
 const BREAK_ON_0: u64 = 2;
 
 impl KvmVcpu {
-    /// Steps the guest to its next exit or to the limit.
+    /// Single-steps the guest to its next exit or to the limit.
     pub(super) fn run_steps(&mut self, ram: &Ram, limit: &Limit) -> Result<Exit, VcpuError> {
         loop {
             if let Some(exit) = self.before_entry(limit)? {
                 return Ok(exit);
             }
-            self.deliver(ram)?;
-            // A stepped HLT is reported as a step, and its sleep is lost.
+            self.deliver_interrupt(ram)?;
+            // HLT is not stepped: KVM would report a step, and the guest would not halt.
             let halts = self.byte_at_rip(ram)? == Some(HLT);
-            self.debug(None, !halts)?;
-            // Each step is a position, so nobody has to be told between two.
+            self.set_debug(None, !halts)?;
+            // Each step is a position, so exits between two positions are not reported.
             match self.enter(&Limit { interrupt_window: false, ..*limit })? {
                 None | Some(Exit::Between) => {}
                 Some(exit) => return Ok(exit),
@@ -43,14 +43,14 @@ impl KvmVcpu {
         }
     }
 
-    /// Lets a queued interrupt in, up to its handler's first instruction.
-    pub(super) fn deliver(&mut self, ram: &Ram) -> Result<(), VcpuError> {
+    /// Delivers a queued interrupt: runs the guest to the first instruction of its handler.
+    pub(super) fn deliver_interrupt(&mut self, ram: &Ram) -> Result<(), VcpuError> {
         let events = self.vcpu.get_vcpu_events().map_err(failed("reading events"))?;
         if events.interrupt.injected == 0 {
             return Ok(());
         }
-        let handler = self.handler(ram, events.interrupt.nr)?;
-        self.debug(Some(handler), false)?;
+        let handler = self.handler_address(ram, events.interrupt.nr)?;
+        self.set_debug(Some(handler), false)?;
         loop {
             match run(&mut self.vcpu)? {
                 Returned::Interrupted => {}
@@ -60,15 +60,17 @@ impl KvmVcpu {
         }
     }
 
-    /// Where an interrupt's gate leads.
-    fn handler(&self, ram: &Ram, vector: u8) -> Result<u64, VcpuError> {
+    /// The address of an interrupt's handler.
+    fn handler_address(&self, ram: &Ram, vector: u8) -> Result<u64, VcpuError> {
         let sregs = self.vcpu.get_sregs().map_err(failed("reading system registers"))?;
         let at = sregs.idt.base + u64::from(vector) * GATE;
         let place = self.vcpu.translate_gva(at).map_err(failed("translating the IDT's address"))?;
         let mut gate = [0; GATE as usize];
         let read = ram.memory().read_slice(&mut gate, GuestAddress(place.physical_address));
         if place.valid == 0 || read.is_err() {
-            return Err(VcpuError::KvmLacks("an IDT in RAM, to step into an interrupt's handler"));
+            return Err(VcpuError::KvmLacks(
+                "a way to step into an interrupt's handler, as the guest's IDT is not in RAM",
+            ));
         }
         let gate = u128::from_le_bytes(gate);
         Ok((gate & 0xffff | gate >> 32 & 0xffff_0000 | (gate >> 64 & 0xffff_ffff) << 32) as u64)
@@ -82,8 +84,8 @@ impl KvmVcpu {
     }
 
     /// Sets the breakpoint, or none, and turns stepping on or off.
-    pub(super) fn debug(&mut self, breakpoint: Option<u64>, step: bool) -> Result<(), VcpuError> {
-        // KVM sets the trap flag where RIP is now; IRET and POPF end that, so each step asks for it anew.
+    pub(super) fn set_debug(&mut self, breakpoint: Option<u64>, step: bool) -> Result<(), VcpuError> {
+        // KVM sets the trap flag for the instruction at RIP. IRET and POPF clear it, so it is set again for each step.
         if !step && (self.breakpoint, self.stepping) == (breakpoint, step) {
             return Ok(());
         }
@@ -97,7 +99,7 @@ impl KvmVcpu {
         }
         debug.arch.debugreg[0] = breakpoint.unwrap_or(0);
         debug.arch.debugreg[7] = breakpoint.map_or(0, |_| BREAK_ON_0);
-        self.vcpu.set_guest_debug(&debug).map_err(failed("setting breakpoint and steps"))?;
+        self.vcpu.set_guest_debug(&debug).map_err(failed("setting a breakpoint or a single step"))?;
         (self.breakpoint, self.stepping) = (breakpoint, step);
         Ok(())
     }

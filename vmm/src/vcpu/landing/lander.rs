@@ -1,4 +1,4 @@
-//! The driver: keeps the position of an engine that counts branches, and lands it on others.
+//! Tracks the position of an engine that counts branches, and stops it exactly at recorded positions.
 
 use std::cmp::Ordering;
 
@@ -7,401 +7,433 @@ use serde::{Deserialize, Serialize};
 
 use crate::ram::Ram;
 
-use super::policy::{self, Margin, Step};
-use super::{Exit, Go, LandingError, Place, Steered, Stop, Trap, VcpuError, anchor};
+use super::policy::{self, Approach, Margin};
+use super::{
+    Exit, Hazard, LandingError, LandingStop, RunRequest, SteerableEngine, StopPoint, VcpuError, anchor,
+};
 use crate::vcpu::Limit;
 
-/// Tries to find a conditional branch before a kicked guest is let run to its next exit.
-const TRIES: u32 = 64;
-/// Branches after which a guest that did not come to the branch expected is looked at again.
-const LOOK_AGAIN: u64 = 1000;
+/// How often a conditional branch is looked for before a kicked guest may run on to its next exit.
+const ANCHOR_TRIES: u32 = 64;
+/// After this many branches a guest that has not reached the expected branch is stopped to look for another one.
+const ANCHOR_BRANCHES_MAX: u64 = 1000;
 
-/// What happened so far, for reports. Not state.
+/// Statistics of landings, for reports. They are not part of the machine's state.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Landings {
-    /// Kicked guests that were stopped at a branch.
+    /// How many kicks stopped the guest at a branch.
     pub anchored: u64,
-    /// Kicked guests that came to no branch and were stopped at their next exit.
+    /// How many kicks found no branch and stopped the guest at its next exit.
     pub starved: u64,
-    /// Positions landed on.
+    /// How many recorded positions a replay has stopped at.
     pub landed: u64,
-    /// Breakpoints that were no arrival yet.
+    /// How many breakpoints were hit before their position was reached.
     pub passed: u64,
-    /// Positions that were missed, and sought again from a state before with twice the margin.
+    /// How many positions were missed and tried again from an earlier state, with twice the margin.
     pub retries: u64,
 }
 
-/// Where the guest is, as far as exits and branches tell.
+/// Where the guest is, in exits and branches.
 #[derive(Clone, Copy, Debug)]
-pub struct Mark {
-    /// Exits that the guest made by itself.
+pub struct LandingProgress {
+    /// Exits that the guest has made by itself.
     exits: u64,
-    /// Branches retired at the last stop.
+    /// Branches that had retired at the last stop.
     branches: u64,
-    /// Nothing has run since the last of `exits` was completed.
-    whole: bool,
+    /// No instruction has run since the last of `exits` was completed.
+    at_exit: bool,
     halted: bool,
-    /// The branch at which the guest was stopped last.
+    /// The position of the branch at which the guest was stopped last.
     landed: Option<Position>,
-    /// The last place at which it could be stopped.
+    /// The last position at which the guest was.
     last: Position,
 }
 
-/// See the module.
+/// Decides how to run a steerable engine, and tracks its position.
 pub struct Lander {
     margin: Margin,
-    now: Mark,
-    /// To be added to the counter.
+    now: LandingProgress,
+    /// Added to the counter's reading, gives the branches of the position.
     offset: u64,
-    /// A kick was taken and not yet answered.
-    owed: bool,
-    /// Tries to stop the guest for the kick that is owed.
-    tries: u32,
-    /// The guest stands where it cannot be stopped for good, and the caller knows.
+    /// A kick has come and is not answered yet.
+    kick_owed: bool,
+    /// How often a branch was looked for to answer this kick.
+    anchor_tries: u32,
+    /// The guest has no position, which the caller was told by [`Exit::Between`].
     between: bool,
     stats: Landings,
-    /// The trap that is left alone, to see what comes of it.
+    /// The hazard that is not handled, so that a test can show its effect.
     #[cfg(test)]
-    pub(super) without: Option<Trap>,
+    pub(super) ignored_hazard: Option<Hazard>,
 }
 
 impl Lander {
-    /// A lander for a counter that has shown this margin, at the start of a guest.
+    /// A lander at the start of a guest, for a counter whose overflows are no later than `margin`.
     pub fn new(margin: Margin) -> Lander {
         Lander {
             margin,
-            now: Mark {
+            now: LandingProgress {
                 exits: 0,
                 branches: 0,
-                whole: true,
+                at_exit: true,
                 halted: false,
                 landed: None,
                 last: Position::default(),
             },
             offset: 0,
-            owed: false,
-            tries: 0,
+            kick_owed: false,
+            anchor_tries: 0,
             between: false,
             stats: Landings::default(),
             #[cfg(test)]
-            without: None,
+            ignored_hazard: None,
         }
     }
 
+    /// Whether this hazard is handled. Only tests leave one out.
     #[cfg(test)]
-    fn minds(&self, trap: Trap) -> bool {
-        self.without != Some(trap)
+    fn handles(&self, hazard: Hazard) -> bool {
+        self.ignored_hazard != Some(hazard)
     }
 
     #[cfg(not(test))]
-    fn minds(&self, _: Trap) -> bool {
+    fn handles(&self, _: Hazard) -> bool {
         true
     }
 
-    /// Where the guest is. Away from branches and exits that is a count only, which orders before the branch ahead;
-    /// after [`Exit::Between`] it is the last position.
+    /// The guest's position. Away from branches and exits it has counts only, and orders before the next branch's position.
+    /// After [`Exit::Between`] it is the last position.
     pub fn position(&self) -> Position {
         match self.now.landed {
             _ if self.between => self.now.last,
             Some(at) if (at.count, at.within) == (self.now.exits, self.now.branches) => at,
-            _ => self.here(0, 0),
+            _ => self.position_here(0, 0),
         }
     }
 
-    fn here(&self, rip: u64, registers: u64) -> Position {
+    /// The position with the present counts.
+    fn position_here(&self, rip: u64, registers: u64) -> Position {
         Position { count: self.now.exits, within: self.now.branches, rip, registers }
     }
 
-    /// What happened so far.
+    /// Statistics so far.
     pub fn stats(&self) -> Landings {
         self.stats
     }
 
-    /// Where the guest is, to go [`Lander::back`] there.
-    pub fn mark(&self) -> Mark {
+    /// Where the guest is, for [`Lander::retry_from`].
+    pub fn progress(&self) -> LandingProgress {
         self.now
     }
 
-    /// The guest was put back to where it was at `mark`, after `missed`: the next try is more careful.
+    /// To be called when the guest was put back to where it was at `progress`, because of `missed`. Widens the margin for the
+    /// next try.
     ///
     /// # Errors
-    /// `missed`, when the margin is as wide as it may be: then the trouble is another one.
-    pub fn back<H: Steered>(&mut self, host: &mut H, mark: Mark, missed: VcpuError) -> Result<(), VcpuError> {
+    /// `missed`, if the margin is already at its maximum, so that skid is not the cause.
+    pub fn retry_from<E: SteerableEngine>(
+        &mut self,
+        engine: &mut E,
+        progress: LandingProgress,
+        missed: VcpuError,
+    ) -> Result<(), VcpuError> {
         self.margin = self.margin.widened().ok_or(missed)?;
         self.stats.retries += 1;
-        if self.minds(Trap::Restored) {
-            self.offset = mark.branches.wrapping_sub(host.counter().read()?);
+        if self.handles(Hazard::Restored) {
+            self.offset = progress.branches.wrapping_sub(engine.counter().read()?);
         }
-        self.now = mark;
+        self.now = progress;
         Ok(())
     }
 
-    /// The way to `limit` is so long that it begins without a breakpoint, so that it may be missed.
+    /// Whether the position of `limit` is so far away that the run to it starts without a breakpoint, and so may miss it.
     pub fn may_miss(&self, limit: &Limit) -> bool {
         let target = limit.until.filter(|at| at.rip != 0 && at.count == self.now.exits);
-        let step = target.map(|at| policy::next(self.now.branches, at.within, self.margin.ticks()));
-        matches!(step, Some(Step::RunFree(_)))
+        let step = target.map(|at| policy::next_approach(self.now.branches, at.within, self.margin.ticks()));
+        matches!(step, Some(Approach::RunFree(_)))
     }
 
-    /// The access that the guest left for is done.
-    pub fn completed<H: Steered>(&mut self, host: &mut H) -> Result<(), VcpuError> {
-        self.look(host)?;
+    /// To be called when the access of the guest's exit is completed.
+    pub fn access_completed<E: SteerableEngine>(&mut self, engine: &mut E) -> Result<(), VcpuError> {
+        self.read_counter(engine)?;
         self.now.exits += 1;
-        self.now.whole = true;
-        self.now.last = self.here(0, 0);
+        self.now.at_exit = true;
+        self.now.last = self.position_here(0, 0);
         Ok(())
     }
 
-    /// The guest starts over; its position goes on.
-    pub fn reset<H: Steered>(&mut self, host: &mut H) -> Result<(), VcpuError> {
-        self.offset = self.now.branches.wrapping_sub(host.counter().read()?);
-        (self.now.whole, self.now.halted, self.now.landed) = (true, false, None);
-        self.now.last = self.here(0, 0);
+    /// To be called when the guest was reset. Its position goes on counting.
+    pub fn reset<E: SteerableEngine>(&mut self, engine: &mut E) -> Result<(), VcpuError> {
+        self.offset = self.now.branches.wrapping_sub(engine.counter().read()?);
+        (self.now.at_exit, self.now.halted, self.now.landed) = (true, false, None);
+        self.now.last = self.position_here(0, 0);
         Ok(())
     }
 
-    /// An interrupt was injected: the guest is at a whole boundary no more.
-    pub fn injected(&mut self) {
-        self.now.whole = false;
+    /// To be called when an interrupt was injected: the guest is not at an exit any more.
+    pub fn interrupt_injected(&mut self) {
+        self.now.at_exit = false;
         self.now.halted = false;
     }
 
-    /// The engine took over a state that was saved at `at`: [`Lander::position`] goes on from there.
-    pub fn restored<H: Steered>(
+    /// To be called when the engine has restored a state that was saved at `at`: [`Lander::position`] goes on from there.
+    pub fn state_restored<E: SteerableEngine>(
         &mut self,
-        host: &mut H,
+        engine: &mut E,
         at: Position,
         halted: bool,
     ) -> Result<(), VcpuError> {
-        if self.minds(Trap::Restored) {
-            self.offset = at.within.wrapping_sub(host.counter().read()?);
+        if self.handles(Hazard::Restored) {
+            self.offset = at.within.wrapping_sub(engine.counter().read()?);
         }
-        self.look(host)?;
-        (self.now.exits, self.now.whole, self.now.halted) = (at.count, at.rip == 0, halted);
+        self.read_counter(engine)?;
+        (self.now.exits, self.now.at_exit, self.now.halted) = (at.count, at.rip == 0, halted);
         (self.now.landed, self.now.last) = ((at.rip != 0).then_some(at), at);
         Ok(())
     }
 
-    /// Finishes an access where the guest is to be stopped, so that it is a whole boundary. `Some`: what the same
-    /// instruction asks next.
-    pub fn settle<H: Steered>(
+    /// If the guest is to be stopped after the exit at which it is, finishes the exit's instruction. `Some`: the next access of
+    /// the same instruction.
+    pub fn finish_instruction_if_stopping<E: SteerableEngine>(
         &mut self,
-        host: &mut H,
+        engine: &mut E,
         ram: &mut Ram,
         limit: &Limit,
     ) -> Result<Option<Exit>, VcpuError> {
-        if !self.now.whole {
+        if !self.now.at_exit {
             return Ok(None);
         }
-        self.owed |= !self.now.halted && host.take_kick();
-        let stops = self.owed || limit.until.is_some_and(|until| until.count <= self.now.exits);
-        if stops { host.engine_mut().settle(ram) } else { Ok(None) }
+        self.kick_owed |= !self.now.halted && engine.take_kick();
+        let stops = self.kick_owed || limit.until.is_some_and(|until| until.count <= self.now.exits);
+        if stops { engine.vcpu_mut().finish_instruction(ram) } else { Ok(None) }
     }
 
-    /// Runs the guest as [`crate::vcpu::Vcpu::run`] does, after [`Lander::settle`].
+    /// Runs the guest as [`crate::vcpu::Vcpu::run`] does. To be called after [`Lander::finish_instruction_if_stopping`].
     ///
     /// # Errors
-    /// [`VcpuError::Overshot`] when the target was missed: restore an earlier state, widen the margin, try again.
-    pub fn run<H: Steered>(&mut self, host: &mut H, ram: &mut Ram, limit: &Limit) -> Result<Exit, VcpuError> {
+    /// [`VcpuError::Overshot`] if the target was missed: go back to an earlier state and call [`Lander::retry_from`].
+    pub fn run<E: SteerableEngine>(
+        &mut self,
+        engine: &mut E,
+        ram: &mut Ram,
+        limit: &Limit,
+    ) -> Result<Exit, VcpuError> {
         let Some(until) = limit.until.filter(|until| until.count <= self.now.exits) else {
-            return self.run_free(host, ram, limit);
+            return self.run_free(engine, ram, limit);
         };
         match (until.count, until.within).cmp(&(self.now.exits, self.now.branches)) {
             _ if until == self.position() => Ok(Exit::Reached),
             Ordering::Less => Err(self.overshot(until)),
-            _ if until.rip != 0 => self.seek(host, ram, limit, until),
+            _ if until.rip != 0 => self.seek(engine, ram, limit, until),
             Ordering::Equal => Ok(Exit::Reached),
-            Ordering::Greater => Err(self.elsewhere(0, "the guest's exit is")),
+            Ordering::Greater => Err(self.wrong_state(0, "the guest has not made the recorded exit")),
         }
     }
 
     fn overshot(&self, target: Position) -> VcpuError {
-        VcpuError::Overshot { engine: "counting", target, now: self.here(0, 0) }
+        VcpuError::Overshot { engine: "counting", target, now: self.position_here(0, 0) }
     }
 
-    fn elsewhere(&self, rip: u64, what: &'static str) -> VcpuError {
-        LandingError::Elsewhere { branches: self.now.branches, rip, what }.into()
+    fn wrong_state(&self, rip: u64, what: &'static str) -> VcpuError {
+        LandingError::WrongState { branches: self.now.branches, rip, what }.into()
     }
 
-    fn look<H: Steered>(&mut self, host: &mut H) -> Result<(), VcpuError> {
-        self.now.branches = host.counter().read()?.wrapping_add(self.offset);
+    /// Updates the count of branches from the counter.
+    fn read_counter<E: SteerableEngine>(&mut self, engine: &mut E) -> Result<(), VcpuError> {
+        self.now.branches = engine.counter().read()?.wrapping_add(self.offset);
         Ok(())
     }
 
-    /// Lets the guest go, and takes down what came of it.
-    fn go<H: Steered>(&mut self, host: &mut H, ram: &mut Ram, go: Go) -> Result<Stop, VcpuError> {
+    /// Runs the guest to its next stop, and updates where it is.
+    fn run_and_count<E: SteerableEngine>(
+        &mut self,
+        engine: &mut E,
+        ram: &mut Ram,
+        request: RunRequest,
+    ) -> Result<LandingStop, VcpuError> {
         self.between = false;
-        let stop = host.go(ram, go)?;
-        self.look(host)?;
+        let stop = engine.run_until_stop(ram, request)?;
+        self.read_counter(engine)?;
         match stop {
-            // A guest that still halts has not left once more.
-            Stop::Exit(Exit::Halted) if self.now.halted => {}
-            Stop::Exit(Exit::Halted) => {
+            // The guest is still halted, and has not made another exit.
+            LandingStop::Exit(Exit::Halted) if self.now.halted => {}
+            LandingStop::Exit(Exit::Halted) => {
                 self.now.exits += 1;
-                (self.now.halted, self.now.whole) = (true, true);
-                self.now.last = self.here(0, 0);
+                (self.now.halted, self.now.at_exit) = (true, true);
+                self.now.last = self.position_here(0, 0);
             }
-            Stop::Kicked => {
-                (self.owed, self.tries) = (true, 0);
-                self.now.whole &= self.now.halted;
+            LandingStop::Kicked => {
+                (self.kick_owed, self.anchor_tries) = (true, 0);
+                self.now.at_exit &= self.now.halted;
             }
-            _ => self.now.whole &= self.now.halted,
+            _ => self.now.at_exit &= self.now.halted,
         }
         Ok(stop)
     }
 
-    fn run_free<H: Steered>(
+    /// Runs the guest to its next exit, or to a position at which a kick can be answered.
+    fn run_free<E: SteerableEngine>(
         &mut self,
-        host: &mut H,
+        engine: &mut E,
         ram: &mut Ram,
         limit: &Limit,
     ) -> Result<Exit, VcpuError> {
         loop {
-            // A halted guest's time may have been moved since it came here: this is no position any more.
-            if self.owed && self.now.whole && !self.now.halted {
-                self.owed = false;
+            // If the guest is halted, its time may have been changed since, so that this is not a position any more.
+            if self.kick_owed && self.now.at_exit && !self.now.halted {
+                self.kick_owed = false;
                 return Ok(Exit::Kicked);
             }
-            if self.owed && self.tries < TRIES {
-                self.tries += 1;
-                if let Some(exit) = self.anchor(host, ram, limit)? {
+            if self.kick_owed && self.anchor_tries < ANCHOR_TRIES {
+                self.anchor_tries += 1;
+                if let Some(exit) = self.run_to_anchor(engine, ram, limit)? {
                     return Ok(exit);
                 }
-                if self.tries == TRIES {
+                if self.anchor_tries == ANCHOR_TRIES {
                     self.stats.starved += 1;
                     self.between = true;
                     return Ok(Exit::Between);
                 }
                 continue;
             }
-            let go = Go { window: limit.interrupt_window, ..Go::default() };
-            if let Stop::Exit(exit) = self.go(host, ram, go)? {
-                return Ok(self.left(exit));
+            let request = RunRequest { window: limit.interrupt_window, ..RunRequest::default() };
+            if let LandingStop::Exit(exit) = self.run_and_count(engine, ram, request)? {
+                return Ok(self.exited(exit));
             }
         }
     }
 
-    /// The guest left by itself while a kick may be owed.
-    fn left(&mut self, exit: Exit) -> Exit {
-        self.owed &= self.minds(Trap::OwedKick);
+    /// The guest has made an exit, perhaps before a kick could be answered.
+    fn exited(&mut self, exit: Exit) -> Exit {
+        self.kick_owed &= self.handles(Hazard::OwedKick);
         exit
     }
 
-    /// A kicked guest goes on to a place where it can be stopped for good. `None`: it did not come there.
-    fn anchor<H: Steered>(
+    /// Runs a kicked guest to a branch at which it can be stopped, or to its next exit. `None`: it has come to neither yet.
+    fn run_to_anchor<E: SteerableEngine>(
         &mut self,
-        host: &mut H,
+        engine: &mut E,
         ram: &mut Ram,
         limit: &Limit,
     ) -> Result<Option<Exit>, VcpuError> {
-        if !self.minds(Trap::Anywhere) {
-            let place = host.place()?;
-            return Ok(Some(self.stop_here(host, place)?));
+        if !self.handles(Hazard::AmbiguousPlace) {
+            let point = engine.stop_point()?;
+            return Ok(Some(self.stop_here(engine, point)?));
         }
-        let place = host.place()?;
-        let branch = anchor::next(|at, bytes| host.code(ram, at, bytes), place.rip);
-        let hidden = self.minds(Trap::GuestDebugs) && place.debugs_itself;
+        let point = engine.stop_point()?;
+        let branch =
+            anchor::next_conditional_branch(|at, bytes| engine.fetch_code(ram, at, bytes), point.rip);
+        let hidden = self.handles(Hazard::GuestDebugs) && point.debugs_itself;
         let breakpoint = if hidden { None } else { branch };
         let window = limit.interrupt_window;
-        let mut stop = self.go_on(host, ram, Go { breakpoint, window, ..Go::default() })?;
-        if stop == Stop::Breakpoint {
-            let place = host.place()?;
-            if self.is_position(&place) {
-                return Ok(Some(self.stop_here(host, place)?));
+        let mut stop =
+            self.run_briefly(engine, ram, RunRequest { breakpoint, window, ..RunRequest::default() })?;
+        if stop == LandingStop::Breakpoint {
+            let point = engine.stop_point()?;
+            if self.is_position(&point) {
+                return Ok(Some(self.stop_here(engine, point)?));
             }
-            stop = self.go_on(host, ram, Go { window, ..Go::default() })?;
+            stop = self.run_briefly(engine, ram, RunRequest { window, ..RunRequest::default() })?;
         }
         Ok(match stop {
-            Stop::Exit(exit) => Some(self.left(exit)),
+            LandingStop::Exit(exit) => Some(self.exited(exit)),
             _ => None,
         })
     }
 
-    /// Lets a kicked guest go, and not for long.
-    fn go_on<H: Steered>(&mut self, host: &mut H, ram: &mut Ram, go: Go) -> Result<Stop, VcpuError> {
-        host.counter().arm(if go.breakpoint.is_some() { LOOK_AGAIN } else { 1 })?;
-        let stop = self.go(host, ram, go);
-        host.counter().disarm()?;
+    /// Runs a kicked guest for a short time, even if it does not come to the breakpoint.
+    fn run_briefly<E: SteerableEngine>(
+        &mut self,
+        engine: &mut E,
+        ram: &mut Ram,
+        request: RunRequest,
+    ) -> Result<LandingStop, VcpuError> {
+        engine.counter().arm(if request.breakpoint.is_some() { ANCHOR_BRANCHES_MAX } else { 1 })?;
+        let stop = self.run_and_count(engine, ram, request);
+        engine.counter().disarm()?;
         stop
     }
 
-    /// May an arrival at a branch be a position?
-    fn is_position(&self, place: &Place) -> bool {
+    /// Whether an arrival at a branch can be a position.
+    fn is_position(&self, point: &StopPoint) -> bool {
         let last = self.now.landed.filter(|at| at.count == self.now.exits);
-        let again = last.is_some_and(|at| at.within == self.now.branches) && self.minds(Trap::SameCount);
-        let shadow = place.shadow && self.minds(Trap::Shadow);
-        let debugs = place.debugs_itself && self.minds(Trap::GuestDebugs);
-        !(again || shadow || debugs || place.in_flight)
+        let again = last.is_some_and(|at| at.within == self.now.branches) && self.handles(Hazard::SameCount);
+        let shadow = point.shadow && self.handles(Hazard::Shadow);
+        let debugs = point.debugs_itself && self.handles(Hazard::GuestDebugs);
+        !(again || shadow || debugs || point.in_flight)
     }
 
-    /// The guest stands at a branch, and this is its position.
-    fn stop_here<H: Steered>(&mut self, host: &mut H, place: Place) -> Result<Exit, VcpuError> {
-        self.land(host, place)?;
-        self.owed = false;
+    /// Answers the kick at the branch at which the guest stands.
+    fn stop_here<E: SteerableEngine>(&mut self, engine: &mut E, point: StopPoint) -> Result<Exit, VcpuError> {
+        self.set_landed(engine, point)?;
+        self.kick_owed = false;
         self.stats.anchored += 1;
         Ok(Exit::Kicked)
     }
 
-    fn land<H: Steered>(&mut self, host: &mut H, place: Place) -> Result<(), VcpuError> {
-        if self.minds(Trap::LeftResumeFlag) {
-            host.clear_resume_flag()?;
+    /// Makes the branch at which the guest stands its position.
+    fn set_landed<E: SteerableEngine>(&mut self, engine: &mut E, point: StopPoint) -> Result<(), VcpuError> {
+        if self.handles(Hazard::LeftResumeFlag) {
+            engine.clear_resume_flag()?;
         }
-        self.now.last = self.here(place.rip, place.registers);
+        self.now.last = self.position_here(point.rip, point.registers);
         self.now.landed = Some(self.now.last);
         Ok(())
     }
 
-    /// Runs to a branch of the present stretch between two exits.
-    fn seek<H: Steered>(
+    /// Runs the guest to a target that lies before its next exit.
+    fn seek<E: SteerableEngine>(
         &mut self,
-        host: &mut H,
+        engine: &mut E,
         ram: &mut Ram,
         limit: &Limit,
         target: Position,
     ) -> Result<Exit, VcpuError> {
         let window = limit.interrupt_window;
-        let mut stop = self.approach(host, ram, window, target)?;
+        let mut stop = self.approach(engine, ram, window, target)?;
         loop {
             stop = match stop {
-                Stop::Breakpoint => {
-                    let place = host.place()?;
-                    if self.arrives(&place, target)? {
-                        self.land(host, place)?;
-                        // What the position is compared with is what was recorded.
+                LandingStop::Breakpoint => {
+                    let point = engine.stop_point()?;
+                    if self.is_arrival(&point, target)? {
+                        self.set_landed(engine, point)?;
+                        // The caller compares the position with the recorded one.
                         (self.now.branches, self.now.landed) = (target.within, Some(target));
                         self.now.last = target;
                         self.stats.landed += 1;
                         return Ok(Exit::Reached);
                     }
-                    self.pass(host, ram, window, place)?
+                    self.pass_breakpoint(engine, ram, window, point)?
                 }
-                Stop::Exit(exit @ (Exit::InterruptWindow | Exit::Shutdown)) => return Ok(exit),
-                // It halts still, and time is to be moved first.
-                Stop::Exit(Exit::Halted) if self.now.exits == target.count => return Ok(Exit::Halted),
-                // The target comes before this exit.
-                Stop::Exit(_) if self.minds(Trap::Lost) => return Err(self.overshot(target)),
-                Stop::Exit(exit) => return Ok(exit),
-                _ => self.approach(host, ram, window, target)?,
+                LandingStop::Exit(exit @ (Exit::InterruptWindow | Exit::Shutdown)) => return Ok(exit),
+                // The guest is still halted, and its time has to be changed first.
+                LandingStop::Exit(Exit::Halted) if self.now.exits == target.count => return Ok(Exit::Halted),
+                // The target was before this exit.
+                LandingStop::Exit(_) if self.handles(Hazard::LostOverflow) => {
+                    return Err(self.overshot(target));
+                }
+                LandingStop::Exit(exit) => return Ok(exit),
+                _ => self.approach(engine, ram, window, target)?,
             };
         }
     }
 
-    /// A step towards the target, by counter or breakpoint.
-    fn approach<H: Steered>(
+    /// Runs the guest towards the target, by the counter or by a breakpoint.
+    fn approach<E: SteerableEngine>(
         &mut self,
-        host: &mut H,
+        engine: &mut E,
         ram: &mut Ram,
         window: bool,
         target: Position,
-    ) -> Result<Stop, VcpuError> {
-        match policy::next(self.now.branches, target.within, self.margin.ticks()) {
-            Step::Overshot if self.minds(Trap::Late) => Err(self.overshot(target)),
-            Step::RunFree(ticks) => {
-                host.counter().arm(ticks)?;
-                let stop = self.go(host, ram, Go { window, ..Go::default() });
-                host.counter().disarm()?;
-                if !self.minds(Trap::Early) && matches!(stop, Ok(Stop::Signal)) {
-                    // As if the signal said where the guest is.
+    ) -> Result<LandingStop, VcpuError> {
+        match policy::next_approach(self.now.branches, target.within, self.margin.ticks()) {
+            Approach::Overshot if self.handles(Hazard::LateOverflow) => Err(self.overshot(target)),
+            Approach::RunFree(ticks) => {
+                engine.counter().arm(ticks)?;
+                let stop = self.run_and_count(engine, ram, RunRequest { window, ..RunRequest::default() });
+                engine.counter().disarm()?;
+                if !self.handles(Hazard::EarlyOverflow) && matches!(stop, Ok(LandingStop::Signal)) {
+                    // Behave as if the signal came exactly where it was armed for.
                     self.offset = self
                         .offset
                         .wrapping_add(target.within - self.margin.ticks())
@@ -409,45 +441,50 @@ impl Lander {
                 }
                 stop
             }
-            _ => self.go(host, ram, Go { breakpoint: Some(target.rip), window, ..Go::default() }),
+            _ => self.run_and_count(
+                engine,
+                ram,
+                RunRequest { breakpoint: Some(target.rip), window, ..RunRequest::default() },
+            ),
         }
     }
 
-    /// At the target's RIP: is this the arrival?
-    fn arrives(&self, place: &Place, target: Position) -> Result<bool, VcpuError> {
-        if self.now.branches < target.within && self.minds(Trap::EarlierArrivals) {
+    /// Whether the guest, which is at the target's RIP, has reached the target.
+    fn is_arrival(&self, point: &StopPoint, target: Position) -> Result<bool, VcpuError> {
+        if self.now.branches < target.within && self.handles(Hazard::EarlierArrivals) {
             return Ok(false);
         }
-        if self.now.branches > target.within && self.minds(Trap::Late) {
+        if self.now.branches > target.within && self.handles(Hazard::LateOverflow) {
             return Err(self.overshot(target));
         }
-        if place.registers != target.registers && self.minds(Trap::Miscount) {
-            return Err(self.elsewhere(place.rip, "the registers are"));
+        if point.registers != target.registers && self.handles(Hazard::Miscount) {
+            return Err(self.wrong_state(point.rip, "the registers differ"));
         }
         Ok(true)
     }
 
-    /// Passes the breakpoint at which the guest stands.
-    fn pass<H: Steered>(
+    /// Runs the guest over the breakpoint at which it stands.
+    fn pass_breakpoint<E: SteerableEngine>(
         &mut self,
-        host: &mut H,
+        engine: &mut E,
         ram: &mut Ram,
         window: bool,
-        place: Place,
-    ) -> Result<Stop, VcpuError> {
+        point: StopPoint,
+    ) -> Result<LandingStop, VcpuError> {
         self.stats.passed += 1;
         let before = self.now.branches;
-        let go = Go { breakpoint: Some(place.rip), resume: true, step: false, window };
-        let stop = self.go(host, ram, go)?;
-        let again = stop == Stop::Breakpoint && self.now.branches == before && host.place()? == place;
-        if !again || !self.minds(Trap::IgnoredResumeFlag) {
+        let request = RunRequest { breakpoint: Some(point.rip), resume: true, step: false, window };
+        let stop = self.run_and_count(engine, ram, request)?;
+        let again =
+            stop == LandingStop::Breakpoint && self.now.branches == before && engine.stop_point()? == point;
+        if !again || !self.handles(Hazard::IgnoredResumeFlag) {
             return Ok(stop);
         }
-        // A fault of the step would push TF. A branch faults on nothing but its fetch (and a wild target).
-        let fetched = anchor::decode(&mut |at, bytes| host.code(ram, at, bytes), place.rip).is_some();
-        if (!fetched || place.debugs_itself) && self.minds(Trap::LeakingTrapFlag) {
-            return Err(LandingError::Stuck { rip: place.rip }.into());
+        // If the step faulted, it would push TF. A branch can fault only by its fetch (or an invalid target).
+        let fetched = anchor::decode(&mut |at, bytes| engine.fetch_code(ram, at, bytes), point.rip).is_some();
+        if (!fetched || point.debugs_itself) && self.handles(Hazard::LeakingTrapFlag) {
+            return Err(LandingError::Stuck { rip: point.rip }.into());
         }
-        self.go(host, ram, Go { breakpoint: None, resume: false, step: true, window })
+        self.run_and_count(engine, ram, RunRequest { breakpoint: None, resume: false, step: true, window })
     }
 }

@@ -1,30 +1,30 @@
-//! Which event counts retired conditional branches, by CPU model. A model that is not here is refused: an event that
-//! is a little wrong gives positions that are a little wrong.
+//! The event that counts retired conditional branches, by CPU model. A model that is not listed is refused: with an event
+//! that is a little wrong, positions would be a little wrong.
 //!
-//! Sources: Intel's and AMD's event lists as in Linux' `tools/perf/pmu-events`, and what rr has learnt of each.
+//! Sources: Intel's and AMD's event lists in Linux's `tools/perf/pmu-events`, and the experience of rr with each model.
 
 use std::arch::x86_64::__cpuid;
 use std::fmt;
 
-/// A CPU model as CPUID leaf 1 has it.
+/// A CPU model, as in CPUID leaf 1.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CpuModel {
     /// Vendor string.
     pub vendor: String,
-    /// Family with the extended one added.
+    /// The family, including the extended family.
     pub family: u32,
-    /// Model with the extended one.
+    /// The model, including the extended model.
     pub model: u32,
 }
 
 impl CpuModel {
-    /// The CPU that this program runs on.
+    /// The CPU on which this program runs.
     pub fn host() -> CpuModel {
         let vendor = __cpuid(0);
         let bytes = [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes);
         let eax = __cpuid(1).eax;
         let (family, model) = (eax >> 8 & 15, eax >> 4 & 15);
-        // SDM 2A, CPUID: the extended parts count for some families only; AMD's rule gives the same for those here.
+        // SDM 2A, CPUID: the extended model counts for some families only. AMD's rule gives the same for the families below.
         let extended = family == 15 || family == 6;
         CpuModel {
             vendor: String::from_utf8_lossy(bytes.as_flattened()).into_owned(),
@@ -40,41 +40,41 @@ impl fmt::Display for CpuModel {
     }
 }
 
-/// Which cores of a hybrid CPU.
+/// The kinds of cores of a hybrid CPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Core {
-    /// Performance cores, and all of a CPU that is not hybrid.
+    /// Performance cores, and all cores of a CPU that is not hybrid.
     Big,
     /// Efficient cores.
     Small,
 }
 
-/// How to count, and what is known of the counter before it was measured.
+/// How to count conditional branches, and what is known about the counter before it is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Event {
+pub struct BranchEvent {
     /// Event select, unit mask and extensions, as `perf_event_attr.config` of the raw type.
     pub config: u64,
-    /// How late an overflow may be, in ticks, to begin with.
+    /// How late an overflow is expected to be at most, in branches.
     pub skid: u64,
-    /// An overflow may be later than any margin, now and then.
+    /// Now and then an overflow may be later than any margin.
     pub unbounded: bool,
-    /// Its name.
+    /// The vendor's name for the event.
     pub name: &'static str,
 }
 
-const OLD_CORE: Event = intel(0x01c4, 100, "BR_INST_RETIRED.CONDITIONAL");
-const ICE_LAKE: Event = intel(0x11c4, 100, "BR_INST_RETIRED.COND");
-const GOLDEN_COVE: Event = intel(0x11c4, 125, "BR_INST_RETIRED.COND");
-const LION_COVE: Event = intel(0x0001_0000_11c4, 125, "BR_INST_RETIRED.COND");
-const ATOM: Event = intel(0x7ec4, 125, "BR_INST_RETIRED.COND");
-const ZEN: Event = Event { config: 0xd1, skid: 10_000, unbounded: true, name: "ex_ret_cond" };
+const OLD_CORE: BranchEvent = intel(0x01c4, 100, "BR_INST_RETIRED.CONDITIONAL");
+const ICE_LAKE: BranchEvent = intel(0x11c4, 100, "BR_INST_RETIRED.COND");
+const GOLDEN_COVE: BranchEvent = intel(0x11c4, 125, "BR_INST_RETIRED.COND");
+const LION_COVE: BranchEvent = intel(0x0001_0000_11c4, 125, "BR_INST_RETIRED.COND");
+const ATOM: BranchEvent = intel(0x7ec4, 125, "BR_INST_RETIRED.COND");
+const ZEN: BranchEvent = BranchEvent { config: 0xd1, skid: 10_000, unbounded: true, name: "ex_ret_cond" };
 
-const fn intel(config: u64, skid: u64, name: &'static str) -> Event {
-    Event { config, skid, unbounded: false, name }
+const fn intel(config: u64, skid: u64, name: &'static str) -> BranchEvent {
+    BranchEvent { config, skid, unbounded: false, name }
 }
 
-/// Models of Intel's family 6: core, and the small core of those that are hybrid.
-const INTEL: [(&[u32], Event, Option<Event>); 6] = [
+/// Models of Intel's family 6, with the event of their cores and, if they are hybrid, of their small cores.
+const INTEL: [(&[u32], BranchEvent, Option<BranchEvent>); 6] = [
     (
         // Nehalem, Westmere, Sandy and Ivy Bridge, Haswell, Broadwell, Skylake, Cascade Lake, Kaby to Comet Lake.
         &[
@@ -96,8 +96,8 @@ const INTEL: [(&[u32], Event, Option<Event>); 6] = [
     (&[0x37, 0x4a, 0x4d, 0x5a, 0x4c, 0x5c, 0x5f, 0x7a, 0x86, 0x96, 0x9c, 0xbe, 0xaf], ATOM, None),
 ];
 
-/// The event for a CPU; `None`: the model is unknown, or is known not to count exactly (AMD before Zen).
-pub fn event(cpu: &CpuModel, core: Core) -> Option<Event> {
+/// The event for a CPU. `None`: the model is not known, or is known not to count exactly (AMD before Zen).
+pub fn branch_event(cpu: &CpuModel, core: Core) -> Option<BranchEvent> {
     match (cpu.vendor.as_str(), cpu.family) {
         ("GenuineIntel", 6) => {
             let (_, big, small) = INTEL.iter().find(|(models, ..)| models.contains(&cpu.model))?;
@@ -117,7 +117,7 @@ mod tests {
 
     fn of(vendor: &str, family: u32, model: u32, core: Core) -> Option<u64> {
         let cpu = CpuModel { vendor: vendor.into(), family, model };
-        event(&cpu, core).map(|event| event.config)
+        branch_event(&cpu, core).map(|event| event.config)
     }
 
     #[test]

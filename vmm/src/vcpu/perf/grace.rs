@@ -1,11 +1,11 @@
-//! Kicks that wait a little: most guests leave by themselves soon, and a position at an exit costs a replay nothing.
+//! Kicks with a grace period: most guests soon make an exit anyway, and a replay stops at an exit at no cost.
 
 use std::io;
 use std::mem::MaybeUninit;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-/// A kick that becomes a signal to the vCPU's thread when the guest has not left by itself in time.
+/// A timer that turns a kick into a signal to the vCPU's thread if the guest makes no exit in time.
 pub struct GracePeriod {
     timer: libc::timer_t,
     period: Duration,
@@ -18,7 +18,7 @@ unsafe impl Send for GracePeriod {}
 unsafe impl Sync for GracePeriod {}
 
 impl GracePeriod {
-    /// A period whose end sends `signal` to the calling thread, which must be the vCPU's.
+    /// A grace period at whose end `signal` is sent to the calling thread, which must be the vCPU's.
     ///
     /// # Errors
     /// The system has no timer left.
@@ -36,43 +36,43 @@ impl GracePeriod {
         Ok(GracePeriod { timer, period, pending: AtomicBool::new(false) })
     }
 
-    /// Asks the guest to stop at its next exit, or when the period is over.
+    /// Asks the guest to stop at its next exit, or at the end of the period if it makes none before.
     ///
     /// # Errors
     /// Never with a period below a century.
     pub fn kick(&self) -> io::Result<()> {
         if self.pending.swap(true, Ordering::AcqRel) {
-            // The period of the first kick counts.
+            // The period has begun with the first kick.
             return Ok(());
         }
-        self.set(self.period)
+        self.set_timer(self.period)
     }
 
-    /// The guest has left: takes the kick, if there was one.
+    /// Takes the kick of a guest that has made an exit, and stops the timer. `true`: there was a kick.
     ///
     /// # Errors
     /// As [`GracePeriod::kick`].
-    pub fn take(&self) -> io::Result<bool> {
+    pub fn take_kick(&self) -> io::Result<bool> {
         let was = self.pending.swap(false, Ordering::AcqRel);
         if was {
-            self.set(Duration::ZERO)?;
+            self.set_timer(Duration::ZERO)?;
         }
         Ok(was)
     }
 
-    /// Zero stops the timer.
-    fn set(&self, after: Duration) -> io::Result<()> {
+    /// Starts the timer; zero stops it.
+    fn set_timer(&self, after: Duration) -> io::Result<()> {
         let it_value =
             libc::timespec { tv_sec: after.as_secs() as i64, tv_nsec: i64::from(after.subsec_nanos()) };
         let once = libc::itimerspec { it_interval: libc::timespec { tv_sec: 0, tv_nsec: 0 }, it_value };
-        // SAFETY: a timer of ours, and a structure that outlives the call.
+        // SAFETY: this value owns the timer, and the structure outlives the call.
         super::check(unsafe { libc::timer_settime(self.timer, 0, &once, std::ptr::null_mut()) })
     }
 }
 
 impl Drop for GracePeriod {
     fn drop(&mut self) {
-        // SAFETY: a timer of ours, used by nobody any more.
+        // SAFETY: this value owns the timer, and nothing uses it any more.
         let deleted = unsafe { libc::timer_delete(self.timer) };
         debug_assert_eq!(deleted, 0);
     }
@@ -82,7 +82,7 @@ impl Drop for GracePeriod {
 mod tests {
     use super::*;
 
-    /// Whether `signal`, which is blocked, is waiting for this thread within 2 s.
+    /// Blocks `signal`, and returns whether it comes to this thread within this time.
     fn comes(signal: i32, within: Duration) -> bool {
         // SAFETY: sigset_t is plain data that sigemptyset initialises; all pointers outlive their calls.
         unsafe {
@@ -102,9 +102,9 @@ mod tests {
         let grace = GracePeriod::new(Duration::from_millis(20), signal).unwrap();
         grace.kick().unwrap();
         assert!(comes(signal, Duration::from_millis(900)));
-        assert!(grace.take().unwrap() && !grace.take().unwrap());
+        assert!(grace.take_kick().unwrap() && !grace.take_kick().unwrap());
         grace.kick().unwrap();
-        assert!(grace.take().unwrap());
+        assert!(grace.take_kick().unwrap());
         assert!(!comes(signal, Duration::from_millis(100)));
     }
 }

@@ -1,8 +1,8 @@
-//! The counter of retired conditional branches of real hosts, through perf_event_open(2).
+//! The host CPU's counter of retired conditional branches, through perf_event_open(2).
 //!
-//! Two events, both pinned and counting in guest mode only: a pure counter that is never reset or sampled, the one
-//! source of truth; and a sampler that is armed for one overflow of a seek. Guest-only events stand still outside the
-//! guest, so that a reading between two runs is exact.
+//! It uses two events, both pinned and counting in guest mode only: a pure counter, which is never reset and never sampled
+//! and is the only source of truth, and a sampler, which is armed for one overflow at a time to stop the guest near a
+//! position. Guest-only events do not count outside the guest, so a reading between two runs is exact.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -17,36 +17,36 @@ mod grace;
 
 pub use grace::GracePeriod;
 
-/// Of asm-generic/fcntl.h: a signal for one thread, and which.
+/// From asm-generic/fcntl.h: the commands that direct a descriptor's signal to one thread, and choose it.
 const F_SETSIG: i32 = 10;
 const F_SETOWN_EX: i32 = 15;
 /// First field of `struct f_owner_ex`; the second is the thread.
 const F_OWNER_TID: i32 = 0;
 
-/// Longer than any guest runs: a sampler with this period never overflows by itself.
+/// A period longer than any guest runs: a sampler with it does not overflow until it is armed.
 const NEVER: u64 = 1 << 60;
 
-/// Which event to count, and for whom.
+/// Which event to count, and where.
 #[derive(Clone, Copy, Debug)]
-pub struct Counting {
-    /// `perf_event_attr.type`: raw, or the core's of a hybrid CPU.
-    pub kind: u32,
+pub struct CounterConfig {
+    /// `perf_event_attr.type`: raw, or on a hybrid CPU the type of the core.
+    pub event_type: u32,
     /// `perf_event_attr.config`.
     pub config: u64,
-    /// Count in the guest and nowhere else; `false` is for tests of the counter itself on this thread in user mode.
+    /// Count only in guest mode. `false`: count this thread in user mode only, for tests of the counter itself.
     pub guest: bool,
 }
 
-impl Counting {
+impl CounterConfig {
     /// A raw event in guest mode.
-    pub fn guest(config: u64) -> Counting {
-        Counting { kind: bindings::PERF_TYPE_RAW, config, guest: true }
+    pub fn guest(config: u64) -> CounterConfig {
+        CounterConfig { event_type: bindings::PERF_TYPE_RAW, config, guest: true }
     }
 
-    /// Opens it for the calling thread. With a period it samples, disabled until it is armed.
+    /// Opens the event for the calling thread. With a period it is a sampler, which is disabled until it is armed.
     fn open(self, period: Option<u64>) -> io::Result<OwnedFd> {
         let mut attr = bindings::perf_event_attr {
-            type_: self.kind,
+            type_: self.event_type,
             size: size_of::<bindings::perf_event_attr>() as u32,
             config: self.config,
             read_format: (bindings::PERF_FORMAT_TOTAL_TIME_ENABLED | bindings::PERF_FORMAT_TOTAL_TIME_RUNNING)
@@ -67,12 +67,12 @@ impl Counting {
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: the call gave a new descriptor that nobody else owns.
+        // SAFETY: the call has returned a new descriptor that nothing else owns.
         Ok(unsafe { OwnedFd::from_raw_fd(fd) })
     }
 }
 
-/// See the module. It belongs to the thread that opened it, which must be the one that runs the vCPU.
+/// The two events. They belong to the thread that opened them, which must be the one that runs the vCPU.
 pub struct PerfCounter {
     counter: OwnedFd,
     sampler: OwnedFd,
@@ -82,9 +82,9 @@ impl PerfCounter {
     /// Opens both events for the calling thread. An overflow of the sampler sends it `signal`.
     ///
     /// # Errors
-    /// What perf_event_open says: EACCES wants perf_event_paranoid at most 1 or CAP_PERFMON; ENOENT or EOPNOTSUPP is a
-    /// host without such a counter, or one whose counters a virtual machine with its own PMU has taken.
-    pub fn open(counting: Counting, signal: i32) -> io::Result<PerfCounter> {
+    /// perf_event_open fails. EACCES: perf_event_paranoid must be at most 1, or the process needs CAP_PERFMON. ENOENT or
+    /// EOPNOTSUPP: the host has no such counter, or a virtual machine with its own PMU occupies the counters.
+    pub fn open(counting: CounterConfig, signal: i32) -> io::Result<PerfCounter> {
         let counter = counting.open(None)?;
         let sampler = counting.open(Some(NEVER))?;
         let owner = [F_OWNER_TID, thread_id()];
@@ -97,10 +97,10 @@ impl PerfCounter {
         Ok(PerfCounter { counter, sampler })
     }
 
-    /// Events in the guest so far.
+    /// How many events have happened in the guest so far.
     ///
     /// # Errors
-    /// The counter was taken away for a while (pinned events are not shared: another one wanted it).
+    /// The counter did not count all the time, because another event needed its hardware.
     pub fn count(&self) -> Result<u64, LandingError> {
         let mut values = [0u64; 3];
         // SAFETY: reads at most the size of `values`, for which any bytes are valid, into it.
@@ -109,13 +109,11 @@ impl PerfCounter {
         let [count, enabled, running] = values;
         match read {
             24 if enabled == running => Ok(count),
-            24 => {
-                Err(LandingError::Counter("it was shared with another event and did not count all the time"))
-            }
+            24 => Err(LandingError::Counter("did not count all the time: another event used its hardware")),
             0 => Err(LandingError::Counter(
-                "it could not be scheduled: another pinned event has it (nmi_watchdog?)",
+                "does not count: another pinned event occupies its hardware (nmi_watchdog?)",
             )),
-            _ => Err(LandingError::Counter("it could not be read")),
+            _ => Err(LandingError::Counter("could not be read")),
         }
     }
 }
@@ -127,47 +125,48 @@ impl TickCounter for PerfCounter {
 
     fn arm(&mut self, ticks: u64) -> Result<(), LandingError> {
         let fd = self.sampler.as_raw_fd();
-        // SAFETY: an open perf event, and a period that outlives the call.
+        // SAFETY: the descriptor is an open perf event, and the period outlives the call.
         let period = unsafe { sys::ioctls::PERIOD(fd, ticks) };
-        // SAFETY: an open perf event; one overflow, then it is disabled.
+        // SAFETY: the descriptor is an open perf event. After one overflow it is disabled again.
         let refresh = unsafe { sys::ioctls::REFRESH(fd, 1) };
         if period < 0 || refresh < 0 {
-            return Err(LandingError::Counter("its sampler could not be armed"));
+            return Err(LandingError::Counter("could not be armed"));
         }
         Ok(())
     }
 
     fn disarm(&mut self) -> Result<(), LandingError> {
-        // SAFETY: an open perf event.
+        // SAFETY: the descriptor is an open perf event.
         if unsafe { sys::ioctls::DISABLE(self.sampler.as_raw_fd(), 0) } < 0 {
-            return Err(LandingError::Counter("its sampler could not be disarmed"));
+            return Err(LandingError::Counter("could not be disarmed"));
         }
         Ok(())
     }
 }
 
-/// A counter of the thread that asks: it goes on counting where another thread takes the vCPU over.
+/// A counter for whichever thread uses it: the count goes on when another thread takes over the vCPU.
 pub struct ThreadCounter {
-    counting: Counting,
+    config: CounterConfig,
     signal: i32,
-    /// What counters of other threads have counted.
+    /// The sum of what the counters of earlier threads have counted.
     before: u64,
     open: Option<(libc::pid_t, PerfCounter)>,
 }
 
 impl ThreadCounter {
-    /// Opens nothing yet. An overflow sends `signal` to the thread that armed it.
-    pub fn new(counting: Counting, signal: i32) -> ThreadCounter {
-        ThreadCounter { counting, signal, before: 0, open: None }
+    /// Opens nothing yet. An overflow will send `signal` to the thread that armed the counter.
+    pub fn new(config: CounterConfig, signal: i32) -> ThreadCounter {
+        ThreadCounter { config, signal, before: 0, open: None }
     }
 
-    fn here(&mut self) -> Result<&mut PerfCounter, LandingError> {
+    /// The counter of the calling thread, opened if need be.
+    fn for_this_thread(&mut self) -> Result<&mut PerfCounter, LandingError> {
         let thread = thread_id();
         if self.open.as_ref().is_none_or(|(of, _)| *of != thread) {
             if let Some((_, counter)) = self.open.take() {
                 self.before += counter.count()?;
             }
-            let counter = PerfCounter::open(self.counting, self.signal).map_err(LandingError::Open)?;
+            let counter = PerfCounter::open(self.config, self.signal).map_err(LandingError::Open)?;
             self.open = Some((thread, counter));
         }
         match &mut self.open {
@@ -179,28 +178,29 @@ impl ThreadCounter {
 
 impl TickCounter for ThreadCounter {
     fn read(&mut self) -> Result<u64, LandingError> {
-        let count = self.here()?.count()?;
+        let count = self.for_this_thread()?.count()?;
         Ok(self.before + count)
     }
 
     fn arm(&mut self, ticks: u64) -> Result<(), LandingError> {
-        self.here()?.arm(ticks)
+        self.for_this_thread()?.arm(ticks)
     }
 
     fn disarm(&mut self) -> Result<(), LandingError> {
-        self.here()?.disarm()
+        self.for_this_thread()?.disarm()
     }
 }
 
-/// This thread's id.
+/// The calling thread's id.
 pub(super) fn thread_id() -> libc::pid_t {
     thread_local! {
-        // SAFETY: it takes nothing and always succeeds.
+        // SAFETY: the call takes no arguments and always succeeds.
         static ID: libc::pid_t = unsafe { libc::gettid() };
     }
     ID.with(|id| *id)
 }
 
+/// The error of a call that returned `result`, if that is negative.
 fn check(result: i32) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

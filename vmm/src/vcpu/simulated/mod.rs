@@ -1,19 +1,19 @@
-//! The software CPU behind a simulated performance counter: an engine that has all the troubles of hardware's, and has
-//! them on demand. For tests of landing, and of what is built on it, on machines without counters.
+//! The software CPU with a simulated performance counter: an engine that shows all the defects of hardware counters, on
+//! demand. For tests of landing, and of what is built on it, on hosts without counters.
 
 use super::landing::policy::Margin;
-use super::landing::{Counted, Lander};
+use super::landing::{CountingVcpu, Lander};
 
 mod counter;
-mod host;
+mod engine;
 
 pub use counter::{Chance, SimulatedCounter, Skid};
-pub use host::{Quirks, SimulatedHost};
+pub use engine::{Quirks, SimulatedEngine};
 
-/// See the module. Positions are those of [`entry::PositionUnit::Branches`].
-pub type SimulatedVcpu = Counted<SimulatedHost>;
+/// The simulated engine as a vCPU. Its positions are [`entry::PositionUnit::Branches`].
+pub type SimulatedVcpu = CountingVcpu<SimulatedEngine>;
 
-/// Overflows of the counter that engines for tests have: most are as late as its lander expects, some later.
+/// Skid of the counter in engines for tests: most overflows are no later than the lander expects, and some are.
 pub(super) const SKID: Skid = Skid { late_max: 60, early_one_in: 7, lost_one_in: 400, twice_one_in: 9 };
 
 /// A lander for [`SKID`].
@@ -22,10 +22,10 @@ pub(super) fn lander() -> Lander {
 }
 
 impl SimulatedVcpu {
-    /// A CPU for `ram_len` bytes of RAM, as an engine for tests.
+    /// An engine for tests, for `ram_len` bytes of RAM.
     pub(super) fn for_tests(ram_len: u64) -> SimulatedVcpu {
         let counter = SimulatedCounter::new(SKID, ram_len);
         let quirks = Quirks { leaves_resume_flag_one_in: 3, ..Quirks::default() };
-        Counted::new(SimulatedHost::new(ram_len, counter, quirks), lander())
+        CountingVcpu::new(SimulatedEngine::new(ram_len, counter, quirks), lander())
     }
 }

@@ -5,17 +5,18 @@ use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 use super::float::Element;
 use super::{guard, load_source, note_source, with_mxcsr, xmm};
 use crate::exec::mmx;
-use crate::exit::Stop;
-use crate::float::{self, Context, F32, F64, Float, Rounding};
-use crate::insn::{Handler, Insn, Int, threaded};
+use crate::exit::CpuStop;
+use crate::float::{self, F32, F64, Float, FloatContext, Rounding};
+use crate::insn::{Handler, Insn, threaded};
+use crate::int::Int;
 use crate::state::Cpu;
 
-/// CVTSS2SI and its kin; `T` is the general register's width.
+/// CVTSS2SI and its variants; `T` is the width of the general register.
 fn to_general<F: Element, T: Int, const TRUNCATE: bool>(
     cpu: &mut Cpu,
     ram: &mut [u8],
     i: &Insn,
-) -> Result<(), Stop> {
+) -> Result<(), CpuStop> {
     guard(cpu)?;
     let b = F::low(load_source(cpu, ram, i)?);
     let value = with_mxcsr(cpu, |cx| to_int::<F, TRUNCATE>(b, T::BITS, cx))?;
@@ -24,7 +25,7 @@ fn to_general<F: Element, T: Int, const TRUNCATE: bool>(
 }
 
 #[inline(always)]
-fn to_int<F: Element, const TRUNCATE: bool>(x: F, bits: u32, cx: &mut Context) -> i64 {
+fn to_int<F: Element, const TRUNCATE: bool>(x: F, bits: u32, cx: &mut FloatContext) -> i64 {
     let rounding = if TRUNCATE { Rounding::Zero } else { cx.rounding };
     float::to_int(x.unpack(cx), bits, rounding, cx)
 }
@@ -34,7 +35,7 @@ fn from_general<F: Element, T: Int, const MEMORY: bool>(
     cpu: &mut Cpu,
     ram: &mut [u8],
     i: &Insn,
-) -> Result<(), Stop> {
+) -> Result<(), CpuStop> {
     guard(cpu)?;
     let n = if MEMORY { cpu.load_operand::<T>(ram, i)? } else { cpu.reg::<T>(i.src) };
     let value = with_mxcsr(cpu, |cx| float::from_int::<F>(n.sext() as i64, cx))?;
@@ -44,7 +45,7 @@ fn from_general<F: Element, T: Int, const MEMORY: bool>(
 }
 
 /// CVTSS2SD, CVTSD2SS.
-fn scalar<F: Element, R: Element>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn scalar<F: Element, R: Element>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     let b = F::low(load_source(cpu, ram, i)?);
     let value = with_mxcsr(cpu, |cx| float::convert::<R>(b.unpack(cx), true, cx))?;
@@ -53,29 +54,29 @@ fn scalar<F: Element, R: Element>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Re
     Ok(())
 }
 
-/// What a lane becomes: the bits of the result.
-type LaneOp = fn(u128, u32, &mut Context) -> u128;
+/// Converts a lane: returns its bits in the result.
+type LaneOp = fn(u128, u32, &mut FloatContext) -> u128;
 
-fn single_to_double(x: u128, k: u32, cx: &mut Context) -> u128 {
-    float::convert::<F64>(F32::lane(x, k).unpack(cx), true, cx).at(k)
+fn single_to_double(x: u128, k: u32, cx: &mut FloatContext) -> u128 {
+    float::convert::<F64>(F32::lane(x, k).unpack(cx), true, cx).at_lane(k)
 }
 
-fn double_to_single(x: u128, k: u32, cx: &mut Context) -> u128 {
-    float::convert::<F32>(F64::lane(x, k).unpack(cx), true, cx).at(k)
+fn double_to_single(x: u128, k: u32, cx: &mut FloatContext) -> u128 {
+    float::convert::<F32>(F64::lane(x, k).unpack(cx), true, cx).at_lane(k)
 }
 
-fn int_to<F: Element>(x: u128, k: u32, cx: &mut Context) -> u128 {
-    float::from_int::<F>(((x >> (32 * k)) as i32).into(), cx).at(k)
+fn int_to<F: Element>(x: u128, k: u32, cx: &mut FloatContext) -> u128 {
+    float::from_int::<F>(((x >> (32 * k)) as i32).into(), cx).at_lane(k)
 }
 
-fn int_from<F: Element, const TRUNCATE: bool>(x: u128, k: u32, cx: &mut Context) -> u128 {
+fn int_from<F: Element, const TRUNCATE: bool>(x: u128, k: u32, cx: &mut FloatContext) -> u128 {
     let value = to_int::<F, TRUNCATE>(F::lane(x, k), 32, cx);
     u128::from(value as u32) << (32 * k)
 }
 
 /// Converts the first `lanes` lanes of the source.
 #[inline(always)]
-fn packed(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, lanes: u32, f: LaneOp) -> Result<(), Stop> {
+fn packed(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, lanes: u32, f: LaneOp) -> Result<(), CpuStop> {
     guard(cpu)?;
     let b = load_source(cpu, ram, i)?;
     let value = with_mxcsr(cpu, |cx| (0..lanes).fold(0, |r, k| r | f(b, k, cx)))?;
@@ -83,9 +84,9 @@ fn packed(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, lanes: u32, f: LaneOp) -> Res
     Ok(())
 }
 
-/// CVTPS2PI and its kin: two lanes into an MM register.
+/// CVTPS2PI and its variants: two lanes into an MM register.
 #[inline(always)]
-fn to_mm(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, f: LaneOp) -> Result<(), Stop> {
+fn to_mm(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, f: LaneOp) -> Result<(), CpuStop> {
     guard(cpu)?;
     mmx::check(cpu)?;
     let b = load_source(cpu, ram, i)?;
@@ -95,9 +96,10 @@ fn to_mm(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, f: LaneOp) -> Result<(), Stop>
     Ok(())
 }
 
-/// The source of CVTPI2PS and CVTPI2PD, which have nothing to do with the MM registers when it is in memory.
+/// Reads the source of CVTPI2PS and CVTPI2PD. If it is in memory, these instructions do not switch to MM
+/// registers.
 #[inline(always)]
-fn load_mm(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<u128, Stop> {
+fn load_mm(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<u128, CpuStop> {
     guard(cpu)?;
     if i.src >= 8 {
         return load_source(cpu, ram, i);
@@ -106,8 +108,8 @@ fn load_mm(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<u128, Stop> {
     Ok(mmx::get(cpu, i.src).into())
 }
 
-/// CVTPI2PS leaves the high half.
-fn cvtpi2ps(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+/// CVTPI2PS: the high half of the destination stays.
+fn cvtpi2ps(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     let b = load_mm(cpu, ram, i)?;
     let value = with_mxcsr(cpu, |cx| int_to::<F32>(b, 0, cx) | int_to::<F32>(b, 1, cx))?;
     let a = xmm(cpu, i.dst);
@@ -115,7 +117,7 @@ fn cvtpi2ps(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
     Ok(())
 }
 
-fn cvtpi2pd(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn cvtpi2pd(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     let b = load_mm(cpu, ram, i)?;
     *xmm(cpu, i.dst) = with_mxcsr(cpu, |cx| int_to::<F64>(b, 0, cx) | int_to::<F64>(b, 1, cx))?;
     Ok(())

@@ -1,14 +1,15 @@
-//! PEXTR, PINSR, EXTRACTPS: single elements to and from general registers and memory.
+//! PEXTR, PINSR, EXTRACTPS: moves of single elements to and from general registers and memory.
 
 use iced_x86::{Code, Instruction, OpKind};
 
 use super::{guard, xmm};
 use crate::exec::mmx;
-use crate::exit::Stop;
-use crate::insn::{Handler, Insn, Int, threaded};
+use crate::exit::CpuStop;
+use crate::insn::{Handler, Insn, threaded};
+use crate::int::Int;
 use crate::state::Cpu;
 
-/// The element that the immediate names.
+/// The element that the immediate selects.
 #[inline(always)]
 fn element<T: Int>(x: u128, imm: u64) -> T {
     let count = 128 / T::BITS;
@@ -16,20 +17,20 @@ fn element<T: Int>(x: u128, imm: u64) -> T {
 }
 
 /// Into a general register, zero-extended to all of it.
-fn extract<T: Int>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn extract<T: Int>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     let value = element::<T>(*xmm(cpu, i.src), i.imm).to_u64();
     cpu.set_reg::<u64>(i.dst, value);
     Ok(())
 }
 
-fn extract_store<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn extract_store<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     let value = element::<T>(*xmm(cpu, i.src), i.imm);
     cpu.store_operand(ram, i, value)
 }
 
-fn insert<T: Int, const MEMORY: bool>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn insert<T: Int, const MEMORY: bool>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     let value = if MEMORY { cpu.load_operand::<T>(ram, i)? } else { T::from_u64(cpu.reg::<u64>(i.src)) };
     let at = i.imm as u32 % (128 / T::BITS) * T::BITS;
@@ -39,14 +40,14 @@ fn insert<T: Int, const MEMORY: bool>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -
     Ok(())
 }
 
-fn extract_mm(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn extract_mm(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     mmx::guard(cpu)?;
     let value = mmx::get(cpu, i.src) >> (16 * (i.imm & 3)) & 0xffff;
     cpu.set_reg::<u64>(i.dst, value);
     Ok(())
 }
 
-fn insert_mm<const MEMORY: bool>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn insert_mm<const MEMORY: bool>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     mmx::check(cpu)?;
     let value = if MEMORY { cpu.load_operand::<u16>(ram, i)? } else { cpu.reg::<u64>(i.src) as u16 };
     let at = 16 * (i.imm & 3);

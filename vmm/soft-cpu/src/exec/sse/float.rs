@@ -5,33 +5,33 @@ use std::cmp::Ordering;
 use iced_x86::{Code, Instruction, Mnemonic};
 
 use super::{guard, load_source, note_source, with_mxcsr, xmm};
-use crate::exit::Stop;
+use crate::exit::CpuStop;
 use crate::flags::bits::{CF, PF, ZF};
-use crate::float::{self, Context, F32, F64, Float, PE, Predicate, Rounding, approx};
+use crate::float::{self, F32, F64, Float, FloatContext, PE, Predicate, Rounding, approx};
 use crate::insn::{Handler, Insn, threaded};
 use crate::state::Cpu;
 
-/// A format as lanes of an XMM register.
+/// A floating-point format whose values are lanes of an XMM register.
 pub(super) trait Element: Float {
     /// Width in bits.
     const BITS: u32;
-    /// Lanes of a register.
+    /// Number of lanes in a register.
     const COUNT: u32 = 128 / Self::BITS;
-    /// The lowest bits of `x`.
+    /// The value in the lowest bits of `x`.
     fn low(x: u128) -> Self;
-    /// As the lowest bits.
+    /// The value as the lowest bits of a register.
     fn bits(self) -> u128;
-    /// Lane `k`.
+    /// The value in lane `k` of `x`.
     #[inline(always)]
     fn lane(x: u128, k: u32) -> Self {
         Self::low(x >> (k * Self::BITS))
     }
-    /// As lane `k`.
+    /// The value as lane `k` of a register that is otherwise zero.
     #[inline(always)]
-    fn at(self, k: u32) -> u128 {
+    fn at_lane(self, k: u32) -> u128 {
         self.bits() << (k * Self::BITS)
     }
-    /// `x` with this as its lowest lane.
+    /// `x` with this value as its lowest lane.
     #[inline(always)]
     fn merged(self, x: u128) -> u128 {
         let mask = u128::MAX << Self::BITS;
@@ -57,17 +57,17 @@ macro_rules! element {
 element!(F32, u32);
 element!(F64, u64);
 
-/// An operation on one lane: destination, source, immediate.
-trait Op {
-    fn run<F: Element>(a: F, b: F, imm: u8, cx: &mut Context) -> F;
+/// An operation on one lane, with the arguments destination, source, immediate.
+trait FloatLaneOp {
+    fn run<F: Element>(a: F, b: F, imm: u8, cx: &mut FloatContext) -> F;
 }
 
 macro_rules! ops {
     ($($name:ident = |$f:ident, $a:ident, $b:ident, $imm:ident, $cx:ident| $body:expr;)*) => {
         $(struct $name;
-        impl Op for $name {
+        impl FloatLaneOp for $name {
             #[inline(always)]
-            fn run<$f: Element>($a: $f, $b: $f, $imm: u8, $cx: &mut Context) -> $f {
+            fn run<$f: Element>($a: $f, $b: $f, $imm: u8, $cx: &mut FloatContext) -> $f {
                 $body
             }
         })*
@@ -97,18 +97,18 @@ ops! {
     };
 }
 
-fn packed<O: Op, F: Element>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn packed<O: FloatLaneOp, F: Element>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     let b = load_source(cpu, ram, i)?;
     let a = *xmm(cpu, i.dst);
     let value = with_mxcsr(cpu, |cx| {
-        (0..F::COUNT).fold(0, |r, k| r | O::run(F::lane(a, k), F::lane(b, k), i.imm as u8, cx).at(k))
+        (0..F::COUNT).fold(0, |r, k| r | O::run(F::lane(a, k), F::lane(b, k), i.imm as u8, cx).at_lane(k))
     })?;
     *xmm(cpu, i.dst) = value;
     Ok(())
 }
 
-fn scalar<O: Op, F: Element>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn scalar<O: FloatLaneOp, F: Element>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     let b = load_source(cpu, ram, i)?;
     let a = *xmm(cpu, i.dst);
@@ -117,8 +117,8 @@ fn scalar<O: Op, F: Element>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<
     Ok(())
 }
 
-/// COMISS and UCOMISS (`QUIET`) and the same for doubles.
-fn comi<F: Element, const QUIET: bool>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+/// COMISS and (with `QUIET`) UCOMISS, and the same for doubles.
+fn comi<F: Element, const QUIET: bool>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     let b = load_source(cpu, ram, i)?;
     let a = *xmm(cpu, i.dst);
@@ -132,8 +132,8 @@ fn comi<F: Element, const QUIET: bool>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) 
     Ok(())
 }
 
-/// HADDPS, HSUBPS and the same for doubles: neighbours of the destination, then of the source.
-fn horizontal<O: Op, F: Element>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+/// HADDPS, HSUBPS, and the same for doubles: on neighbours in the destination, then in the source.
+fn horizontal<O: FloatLaneOp, F: Element>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     let b = load_source(cpu, ram, i)?;
     let a = *xmm(cpu, i.dst);
@@ -142,7 +142,7 @@ fn horizontal<O: Op, F: Element>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Res
         (0..F::COUNT).fold(0, |r, k| {
             let x = if k < half { a } else { b };
             let first = 2 * (k % half);
-            r | O::run(F::lane(x, first), F::lane(x, first + 1), 0, cx).at(k)
+            r | O::run(F::lane(x, first), F::lane(x, first + 1), 0, cx).at_lane(k)
         })
     })?;
     *xmm(cpu, i.dst) = value;
@@ -150,7 +150,7 @@ fn horizontal<O: Op, F: Element>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Res
 }
 
 /// ADDSUBPS, ADDSUBPD: even lanes are subtracted, odd ones added.
-fn addsub<F: Element>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn addsub<F: Element>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     let b = load_source(cpu, ram, i)?;
     let a = *xmm(cpu, i.dst);
@@ -158,17 +158,17 @@ fn addsub<F: Element>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Sto
         (0..F::COUNT).fold(0, |r, k| {
             let (x, y) = (F::lane(a, k), F::lane(b, k));
             let lane = if k % 2 == 0 { Sub::run(x, y, 0, cx) } else { Add::run(x, y, 0, cx) };
-            r | lane.at(k)
+            r | lane.at_lane(k)
         })
     })?;
     *xmm(cpu, i.dst) = value;
     Ok(())
 }
 
-/// DPPS, DPPD: the products that the high half of the immediate chooses are summed in pairs; the low half chooses
-/// where the sum goes. Each stage has its own exceptions. Lanes differ in the order of their additions, and so in
-/// which of several NaNs they get: this is the order of Intel's CPUs.
-fn dot_product<F: Element>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+/// DPPS, DPPD: the products that the high half of the immediate chooses are summed in pairs; the low half
+/// chooses where the sum goes. Each stage has its own exceptions. Lanes differ in the order of their
+/// additions, and so in which of several NaNs they get: this is the order of Intel's CPUs.
+fn dot_product<F: Element>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     let b = load_source(cpu, ram, i)?;
     let a = *xmm(cpu, i.dst);
@@ -176,7 +176,7 @@ fn dot_product<F: Element>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<()
     let products = with_mxcsr(cpu, |cx| {
         (0..F::COUNT)
             .filter(|k| imm >> (4 + k) & 1 != 0)
-            .fold(0, |r, k| r | Mul::run(F::lane(a, k), F::lane(b, k), 0, cx).at(k))
+            .fold(0, |r, k| r | Mul::run(F::lane(a, k), F::lane(b, k), 0, cx).at_lane(k))
     })?;
     // Each stage adds to a lane the one whose number differs in this bit, as the first or the second operand.
     let stages: &[(u32, bool)] = if F::COUNT == 4 { &[(1, true), (2, false)] } else { &[(1, false)] };
@@ -186,11 +186,12 @@ fn dot_product<F: Element>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<()
             (0..F::COUNT).fold(0, |r, k| {
                 let (own, other) = (F::lane(sums, k), F::lane(sums, k ^ bit));
                 let (x, y) = if other_first { (other, own) } else { (own, other) };
-                r | Add::run(x, y, 0, cx).at(k)
+                r | Add::run(x, y, 0, cx).at_lane(k)
             })
         })?;
     }
-    *xmm(cpu, i.dst) = (0..F::COUNT).filter(|k| imm >> k & 1 != 0).fold(0, |r, k| r | F::lane(sums, k).at(k));
+    *xmm(cpu, i.dst) =
+        (0..F::COUNT).filter(|k| imm >> k & 1 != 0).fold(0, |r, k| r | F::lane(sums, k).at_lane(k));
     Ok(())
 }
 
@@ -200,11 +201,11 @@ fn approximate<const LANES: u32>(
     ram: &mut [u8],
     i: &Insn,
     f: fn(F32) -> F32,
-) -> Result<(), Stop> {
+) -> Result<(), CpuStop> {
     guard(cpu)?;
     let b = load_source(cpu, ram, i)?;
     let a = xmm(cpu, i.dst);
-    let value = (0..LANES).fold(0, |r, k| r | f(F32::lane(b, k)).at(k));
+    let value = (0..LANES).fold(0, |r, k| r | f(F32::lane(b, k)).at_lane(k));
     *a = if LANES == 1 { F32::low(value).merged(*a) } else { value };
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! Packed integer operations of two operands, on XMM and MM registers alike.
+//! Packed integer operations on two operands, for XMM and MM registers.
 
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
@@ -8,21 +8,23 @@ use super::lanes::{
 };
 use super::{guard, load_aligned, load_source, note_source, xmm};
 use crate::exec::mmx;
-use crate::exit::Stop;
+use crate::exit::CpuStop;
 use crate::insn::{Handler, Insn, threaded};
 use crate::state::Cpu;
 
-/// An operation on 128 bits: destination, source, immediate. A shift by an immediate has it as its source.
-pub(super) trait Op {
+/// An operation on 128 bits, with the arguments destination, source, immediate. For a shift by an immediate,
+/// that is the source.
+pub(super) trait VectorOp {
     fn run(a: u128, b: u128, imm: u8) -> u128;
-    /// The same on MM registers. Where each result lane comes from lanes in the same place, it is the low half.
+    /// The same on MM registers. If each lane of the result depends only on lanes in the same place, this is
+    /// the low half of the 128-bit result.
     #[inline(always)]
     fn run_mmx(a: u64, b: u64, imm: u8) -> u64 {
         Self::run(a.into(), b.into(), imm) as u64
     }
 }
 
-fn xmm_xmm<O: Op>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn xmm_xmm<O: VectorOp>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     let b = *xmm(cpu, i.src);
     let a = xmm(cpu, i.dst);
@@ -30,7 +32,7 @@ fn xmm_xmm<O: Op>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
     Ok(())
 }
 
-fn xmm_mem<O: Op>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn xmm_mem<O: VectorOp>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     let b = load_aligned(cpu, ram, i)?;
     let a = xmm(cpu, i.dst);
@@ -38,8 +40,8 @@ fn xmm_mem<O: Op>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
     Ok(())
 }
 
-/// With a memory operand of fewer than 16 bytes.
-fn xmm_narrow<O: Op>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+/// The form with a memory operand of fewer than 16 bytes.
+fn xmm_narrow<O: VectorOp>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     let b = load_source(cpu, ram, i)?;
     let a = xmm(cpu, i.dst);
@@ -47,21 +49,21 @@ fn xmm_narrow<O: Op>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop
     Ok(())
 }
 
-fn xmm_imm<O: Op>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn xmm_imm<O: VectorOp>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     let a = xmm(cpu, i.dst);
     *a = O::run(*a, (i.imm as u8).into(), 0);
     Ok(())
 }
 
-fn mm_mm<O: Op>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn mm_mm<O: VectorOp>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     mmx::guard(cpu)?;
     let r = O::run_mmx(mmx::get(cpu, i.dst), mmx::get(cpu, i.src), i.imm as u8);
     mmx::set(cpu, i.dst, r);
     Ok(())
 }
 
-fn mm_mem<O: Op>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn mm_mem<O: VectorOp>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     mmx::check(cpu)?;
     let b = load_source(cpu, ram, i)? as u64;
     mmx::enter(cpu);
@@ -70,7 +72,7 @@ fn mm_mem<O: Op>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
     Ok(())
 }
 
-fn mm_imm<O: Op>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn mm_imm<O: VectorOp>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     mmx::guard(cpu)?;
     let r = O::run_mmx(mmx::get(cpu, i.dst), (i.imm as u8).into(), 0);
     mmx::set(cpu, i.dst, r);
@@ -78,7 +80,7 @@ fn mm_imm<O: Op>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
 }
 
 /// The handler of `O` for the operands of `ins`.
-pub(super) fn form<O: Op>(ins: &Instruction, insn: &mut Insn) -> Option<Handler> {
+pub(super) fn form<O: VectorOp>(ins: &Instruction, insn: &mut Insn) -> Option<Handler> {
     let memory = ins.op1_kind() == OpKind::Memory;
     if memory {
         note_source(ins, insn);
@@ -94,12 +96,12 @@ pub(super) fn form<O: Op>(ins: &Instruction, insn: &mut Insn) -> Option<Handler>
     })
 }
 
-/// Defines operations named like their mnemonics (several names, one operation), and the function that finds the
-/// handler of a mnemonic.
+/// Defines operations named like their mnemonics (several mnemonics may have one operation), and the function
+/// that returns the handler of a mnemonic.
 macro_rules! ops {
     ($($name:ident $(| $alias:ident)* = |$a:ident, $b:ident| $body:expr;)*) => {
         ops!(@names $($name $(| $alias)*;)*);
-        $(impl Op for $name {
+        $(impl VectorOp for $name {
             #[inline(always)]
             fn run($a: u128, $b: u128, _: u8) -> u128 {
                 $body
@@ -117,12 +119,12 @@ macro_rules! ops {
     };
 }
 
-/// The same for operations whose result lanes come from elsewhere; on MM registers they work on both operands
-/// joined to 128 bits, or take the other half of the result.
+/// The same for operations whose result lanes depend on lanes in other places. The last argument is the
+/// function that does the operation on MM registers by means of the 128-bit one.
 macro_rules! rearranging_ops {
     ($($name:ident = |$a:ident, $b:ident| $body:expr, $mmx:ident;)*) => {
         $(struct $name;
-        impl Op for $name {
+        impl VectorOp for $name {
             #[inline(always)]
             fn run($a: u128, $b: u128, _: u8) -> u128 {
                 $body
@@ -141,19 +143,19 @@ macro_rules! rearranging_ops {
     };
 }
 
-/// Both operands side by side are the first operand of the 128-bit operation.
+/// The MM operation: both operands side by side are the first operand of the 128-bit operation.
 #[inline(always)]
 fn joined(a: u64, b: u64, f: impl Fn(u128, u128) -> u128) -> u64 {
     f(u128::from(a) | u128::from(b) << 64, 0) as u64
 }
 
-/// The low halves interleaved.
+/// The MM operation: interleaves the low halves.
 #[inline(always)]
 fn low(a: u64, b: u64, f: impl Fn(u128, u128) -> u128) -> u64 {
     f(a.into(), b.into()) as u64
 }
 
-/// The high halves interleaved.
+/// The MM operation: interleaves the high halves.
 #[inline(always)]
 fn high(a: u64, b: u64, f: impl Fn(u128, u128) -> u128) -> u64 {
     f(u128::from(a) << 32, u128::from(b) << 32) as u64
@@ -164,10 +166,10 @@ fn mask<T>(condition: bool, ones: T, zero: T) -> T {
     if condition { ones } else { zero }
 }
 
-/// The signs of bytes: without them, signed bytes have the order of unsigned ones.
+/// The sign bits of bytes: with these inverted, signed bytes have the order of unsigned ones.
 const SIGNS: u128 = u128::MAX / 255 * 128;
 
-/// The shift count: all 64 low bits count, and anything too large shifts everything out.
+/// The shift count, which is in the low 64 bits, limited to a count that shifts everything out.
 #[inline(always)]
 fn count(b: u128) -> u32 {
     (b as u64).min(255) as u32

@@ -1,11 +1,11 @@
-//! 128 bits as lanes: in loops over arrays of fixed size, and for the operations that memcmp, strlen and the like are
-//! made of, all lanes of 64 bits at once in a general register.
+//! 128-bit values as lanes: with loops over arrays of fixed size and, for the operations that memcmp, strlen
+//! and similar functions use, with 64 bits of lanes at once in a general register.
 
 use std::array::from_fn;
 
-/// A lane's type, with the array that fills 128 bits.
+/// The type of a lane, with the array type that fills 128 bits.
 pub(super) trait Lane: Copy + Default {
-    /// All lanes, from the lowest.
+    /// All lanes, the lowest first.
     type Lanes: Copy + AsRef<[Self]> + AsMut<[Self]>;
     fn split(x: u128) -> Self::Lanes;
     fn join(lanes: Self::Lanes) -> u128;
@@ -42,7 +42,7 @@ lane!(i32, 4);
 lane!(u64, 2);
 lane!(i64, 2);
 
-/// `f` of each pair of lanes.
+/// Applies `f` to each pair of lanes.
 #[inline(always)]
 pub(super) fn zip<T: Lane>(a: u128, b: u128, f: impl Fn(T, T) -> T) -> u128 {
     let (mut x, y) = (T::split(a), T::split(b));
@@ -52,13 +52,13 @@ pub(super) fn zip<T: Lane>(a: u128, b: u128, f: impl Fn(T, T) -> T) -> u128 {
     T::join(x)
 }
 
-/// `f` of each lane.
+/// Applies `f` to each lane.
 #[inline(always)]
 pub(super) fn map<T: Lane>(a: u128, f: impl Fn(T) -> T) -> u128 {
     zip(a, 0, |x, _| f(x))
 }
 
-/// The first lanes of the result are `f` of the neighbours in `a`, the others of those in `b`.
+/// Applies `f` to each pair of neighbours in `a`, then in `b`.
 #[inline(always)]
 pub(super) fn horizontal<T: Lane>(a: u128, b: u128, f: impl Fn(T, T) -> T) -> u128 {
     let (x, y, mut r) = (T::split(a), T::split(b), T::split(0));
@@ -69,7 +69,7 @@ pub(super) fn horizontal<T: Lane>(a: u128, b: u128, f: impl Fn(T, T) -> T) -> u1
     T::join(r)
 }
 
-/// Each lane narrowed by `f`: those of `a`, then those of `b`.
+/// Narrows each lane by `f`: those of `a`, then those of `b`.
 #[inline(always)]
 pub(super) fn narrow<T: Lane, U: Lane>(a: u128, b: u128, f: impl Fn(T) -> U) -> u128 {
     let (x, y, mut r) = (T::split(a), T::split(b), U::split(0));
@@ -79,7 +79,7 @@ pub(super) fn narrow<T: Lane, U: Lane>(a: u128, b: u128, f: impl Fn(T) -> U) -> 
     U::join(r)
 }
 
-/// The low lanes widened by `f`, as many as there is room for.
+/// Widens the low lanes by `f`, as many as fit into the result.
 #[inline(always)]
 pub(super) fn widen<T: Lane, U: Lane>(a: u128, f: impl Fn(T) -> U) -> u128 {
     let (x, mut r) = (T::split(a), U::split(0));
@@ -89,7 +89,7 @@ pub(super) fn widen<T: Lane, U: Lane>(a: u128, f: impl Fn(T) -> U) -> u128 {
     U::join(r)
 }
 
-/// The low lanes of `a` and `b` in turn.
+/// Interleaves the low lanes of `a` and `b`.
 #[inline(always)]
 pub(super) fn interleave<T: Lane>(a: u128, b: u128) -> u128 {
     let (x, y, mut r) = (T::split(a), T::split(b), T::split(0));
@@ -100,7 +100,7 @@ pub(super) fn interleave<T: Lane>(a: u128, b: u128) -> u128 {
     T::join(r)
 }
 
-/// `f` of both halves.
+/// Applies `f` to both halves.
 #[inline(always)]
 pub(super) fn halves(a: u128, b: u128, f: impl Fn(u64, u64) -> u64) -> u128 {
     u128::from(f(a as u64, b as u64)) | u128::from(f((a >> 64) as u64, (b >> 64) as u64)) << 64
@@ -111,22 +111,23 @@ const fn tops(bits: u32) -> u64 {
     (u64::MAX / (u64::MAX >> (64 - bits))) << (bits - 1)
 }
 
-/// Lanes full of ones where their highest bit is set; the other bits of `x` are zero.
+/// Fills the lanes whose highest bit is set with ones; all other bits of `x` must be zero.
 #[inline(always)]
 fn fill<const BITS: u32>(x: u64) -> u64 {
     (x >> (BITS - 1)).wrapping_mul(u64::MAX >> (64 - BITS))
 }
 
-/// Ones where the lanes are equal.
+/// All ones in the lanes that are equal.
 #[inline(always)]
 pub(super) fn equal<const BITS: u32>(a: u64, b: u64) -> u64 {
     let (x, low) = (a ^ b, !tops(BITS));
-    // The highest bit of a lane of `x | sum` is set unless all of the lane is zero; sums do not leave their lanes.
+    // The highest bit of a lane of `x | sum` is set unless the whole lane is zero; no sum carries into the
+    // next lane.
     let sum = (x & low) + low;
     fill::<BITS>(!(x | sum) & tops(BITS))
 }
 
-/// Differences of the low bits of each lane, the highest bit telling that nothing was borrowed.
+/// Differences of the low bits of each lane; the highest bit is set if there was no borrow.
 #[inline(always)]
 fn differences<const BITS: u32>(a: u64, b: u64) -> u64 {
     (a | tops(BITS)) - (b & !tops(BITS))
@@ -145,7 +146,7 @@ pub(super) fn wrapping_differences<const BITS: u32>(a: u64, b: u64) -> u64 {
     differences::<BITS>(a, b) ^ !(a ^ b) & tops(BITS)
 }
 
-/// Ones where the lane of `a` is less than that of `b`, both without signs.
+/// All ones in the lanes where `a` is less than `b`, both unsigned.
 #[inline(always)]
 pub(super) fn less<const BITS: u32>(a: u64, b: u64) -> u64 {
     let borrows = !differences::<BITS>(a, b);

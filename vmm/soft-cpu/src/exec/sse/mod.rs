@@ -1,7 +1,7 @@
-//! SSE to SSE4.2: what all of its instructions share.
+//! SSE to SSE4.2: what their instructions share.
 //!
-//! A 16-byte memory operand has to be aligned (#GP), but for the few instructions that say otherwise. Register
-//! forms and memory forms are separate handlers; operands narrower than 16 bytes are loaded zero-extended.
+//! A 16-byte memory operand has to be aligned (else #GP), except for a few instructions. Register forms and
+//! memory forms have separate handlers; operands narrower than 16 bytes are loaded zero-extended.
 
 mod convert;
 mod element;
@@ -15,10 +15,9 @@ mod system;
 
 use iced_x86::{Instruction, OpKind};
 
-use crate::decode::Place;
-use crate::exit::Stop;
-use crate::float::Context;
-use crate::insn::Insn;
+use crate::exit::CpuStop;
+use crate::float::FloatContext;
+use crate::insn::{Insn, PlaceInBlock};
 use crate::state::Cpu;
 
 pub(super) use system::MXCSR_MASK;
@@ -33,23 +32,23 @@ const CR4_OSFXSR: u64 = 1 << 9;
 const CR4_OSXMMEXCPT: u64 = 1 << 10;
 
 /// Handlers of SSE and, as most of it is the same, of MMX.
-pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
+pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<PlaceInBlock> {
     let families =
         [moves::select, integer::select, shuffle::select, float::select, convert::select, element::select];
     let rare = [string::select, system::select];
     families.iter().chain(&rare).find_map(|select| select(ins, insn))?;
-    Some(Place::Middle)
+    Some(PlaceInBlock::Middle)
 }
 
-/// #UD or #NM when the guest's kernel has SSE switched off (SDM 3A, table 15-3).
+/// Raises #UD or #NM if the guest's kernel has SSE switched off (SDM 3A, table 15-3).
 #[inline(always)]
-fn guard(cpu: &mut Cpu) -> Result<(), Stop> {
+fn guard(cpu: &mut Cpu) -> Result<(), CpuStop> {
     if cpu.sys.cr0 & (CR0_EM | CR0_TS) | !cpu.sys.cr4 & CR4_OSFXSR != 0 { refuse(cpu) } else { Ok(()) }
 }
 
 #[cold]
 #[inline(never)]
-fn refuse(cpu: &mut Cpu) -> Result<(), Stop> {
+fn refuse(cpu: &mut Cpu) -> Result<(), CpuStop> {
     if cpu.sys.cr0 & CR0_EM != 0 || cpu.sys.cr4 & CR4_OSFXSR == 0 {
         return cpu.undefined();
     }
@@ -63,7 +62,7 @@ fn xmm(cpu: &mut Cpu, r: u8) -> &mut u128 {
 
 /// Reads a 16-byte memory operand that has to be aligned.
 #[inline(always)]
-fn load_aligned(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<u128, Stop> {
+fn load_aligned(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<u128, CpuStop> {
     let addr = cpu.ea(i);
     if addr & 15 != 0 {
         return cpu.general_protection(0);
@@ -73,14 +72,14 @@ fn load_aligned(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<u128, Stop> {
 
 /// Reads a 16-byte memory operand.
 #[inline(always)]
-fn load_unaligned(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<u128, Stop> {
+fn load_unaligned(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<u128, CpuStop> {
     let addr = cpu.ea(i);
     cpu.load_u128(ram, addr).map_err(|stop| cpu.operand_fault(i, stop))
 }
 
 /// Writes a 16-byte memory operand that has to be aligned.
 #[inline(always)]
-fn store_aligned(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, value: u128) -> Result<(), Stop> {
+fn store_aligned(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, value: u128) -> Result<(), CpuStop> {
     let addr = cpu.ea(i);
     if addr & 15 != 0 {
         return cpu.general_protection(0);
@@ -90,12 +89,12 @@ fn store_aligned(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, value: u128) -> Result
 
 /// Writes a 16-byte memory operand.
 #[inline(always)]
-fn store_unaligned(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, value: u128) -> Result<(), Stop> {
+fn store_unaligned(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, value: u128) -> Result<(), CpuStop> {
     let addr = cpu.ea(i);
     cpu.store_u128(ram, addr, value).map_err(|stop| cpu.operand_fault(i, stop))
 }
 
-/// What [`load_source`] loads when it is no XMM register; kept in [`Insn::src`].
+/// In [`Insn::src`]: [`load_source`] reads memory, of the width in the other bits.
 const SOURCE_MEMORY: u8 = 0x80;
 
 /// Notes the width of the memory operand, if there is one, for [`load_source`].
@@ -107,7 +106,7 @@ fn note_source(ins: &Instruction, insn: &mut Insn) {
 
 /// Reads an XMM register, or memory of the width that [`note_source`] noted, zero-extended.
 #[inline]
-fn load_source(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<u128, Stop> {
+fn load_source(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<u128, CpuStop> {
     Ok(match i.src {
         0..=0x7f => *xmm(cpu, i.src),
         0x81 => cpu.load_operand::<u8>(ram, i)?.into(),
@@ -118,11 +117,11 @@ fn load_source(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<u128, Stop> {
     })
 }
 
-/// Runs `f` under MXCSR and makes its flags sticky. An unmasked exception is #XM, or #UD if the guest's kernel
-/// does not know of #XM (SDM 1, 11.5.2); the caller stores no result then.
+/// Runs `f` with the settings in MXCSR, and sets the flags in it that `f` raises. An unmasked exception is
+/// #XM, or #UD if the guest's kernel does not support #XM (SDM 1, 11.5.2); then the caller stores no result.
 #[inline(always)]
-fn with_mxcsr<T>(cpu: &mut Cpu, f: impl FnOnce(&mut Context) -> T) -> Result<T, Stop> {
-    let mut cx = Context::from_mxcsr(cpu.mxcsr);
+fn with_mxcsr<T>(cpu: &mut Cpu, f: impl FnOnce(&mut FloatContext) -> T) -> Result<T, CpuStop> {
+    let mut cx = FloatContext::from_mxcsr(cpu.mxcsr);
     let value = f(&mut cx);
     cpu.mxcsr |= u32::from(cx.raised());
     if cx.unmasked() != 0 {

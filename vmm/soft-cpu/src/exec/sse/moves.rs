@@ -6,58 +6,59 @@ use super::{
     guard, load_aligned, load_source, load_unaligned, note_source, store_aligned, store_unaligned, xmm,
 };
 use crate::exec::mmx;
-use crate::exit::Stop;
-use crate::insn::{ADDR32, Handler, Insn, Int, flag, threaded};
+use crate::exit::CpuStop;
+use crate::insn::{ADDR32, Handler, Insn, flag, threaded};
+use crate::int::Int;
 use crate::paging::is_canonical;
 use crate::state::{Cpu, reg};
 
 const LOW: u128 = u64::MAX as u128;
 
-fn reg_reg(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn reg_reg(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     *xmm(cpu, i.dst) = *xmm(cpu, i.src);
     Ok(())
 }
 
-fn aligned_load(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn aligned_load(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     *xmm(cpu, i.dst) = load_aligned(cpu, ram, i)?;
     Ok(())
 }
 
-fn aligned_store(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn aligned_store(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     let value = *xmm(cpu, i.src);
     store_aligned(cpu, ram, i, value)
 }
 
-fn unaligned_load(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn unaligned_load(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     *xmm(cpu, i.dst) = load_unaligned(cpu, ram, i)?;
     Ok(())
 }
 
-fn unaligned_store(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn unaligned_store(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     let value = *xmm(cpu, i.src);
     store_unaligned(cpu, ram, i, value)
 }
 
-/// A scalar from memory clears the rest of the register.
-fn scalar_load<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+/// A scalar from memory; the rest of the register is cleared.
+fn scalar_load<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     *xmm(cpu, i.dst) = cpu.load_operand::<T>(ram, i)?.to_u64().into();
     Ok(())
 }
 
-fn scalar_store<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn scalar_store<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     let value = *xmm(cpu, i.src) as u64;
     cpu.store_operand(ram, i, T::from_u64(value))
 }
 
-/// A scalar from a register leaves the rest.
-fn scalar_merge<T: Int>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+/// A scalar from a register; the rest of the destination stays.
+fn scalar_merge<T: Int>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     let mask = u128::MAX >> (128 - T::BITS);
     let b = *xmm(cpu, i.src);
@@ -67,19 +68,19 @@ fn scalar_merge<T: Int>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Sto
 }
 
 /// MOVQ between registers clears the high half.
-fn low_half(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn low_half(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     *xmm(cpu, i.dst) = *xmm(cpu, i.src) & LOW;
     Ok(())
 }
 
-fn from_general<T: Int>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn from_general<T: Int>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     *xmm(cpu, i.dst) = cpu.reg::<T>(i.src).to_u64().into();
     Ok(())
 }
 
-fn to_general<T: Int>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn to_general<T: Int>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     let value = *xmm(cpu, i.src) as u64;
     cpu.set_reg(i.dst, T::from_u64(value));
@@ -87,7 +88,7 @@ fn to_general<T: Int>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop>
 }
 
 /// MOVLPS, MOVLPD.
-fn low_load(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn low_load(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     let value = cpu.load_operand::<u64>(ram, i)?;
     let a = xmm(cpu, i.dst);
@@ -96,7 +97,7 @@ fn low_load(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
 }
 
 /// MOVHPS, MOVHPD.
-fn high_load(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn high_load(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     let value = cpu.load_operand::<u64>(ram, i)?;
     let a = xmm(cpu, i.dst);
@@ -104,13 +105,13 @@ fn high_load(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
     Ok(())
 }
 
-fn high_store(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn high_store(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     let value = (*xmm(cpu, i.src) >> 64) as u64;
     cpu.store_operand(ram, i, value)
 }
 
-fn movhlps(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn movhlps(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     let b = *xmm(cpu, i.src);
     let a = xmm(cpu, i.dst);
@@ -118,7 +119,7 @@ fn movhlps(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
     Ok(())
 }
 
-fn movlhps(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn movlhps(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     let b = *xmm(cpu, i.src);
     let a = xmm(cpu, i.dst);
@@ -126,29 +127,29 @@ fn movlhps(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
     Ok(())
 }
 
-/// MOVNTI: an ordinary store, and not an SSE register in sight.
-fn movnti<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+/// MOVNTI: an ordinary store of a general register.
+fn movnti<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     let value = cpu.reg::<T>(i.src);
     cpu.store_operand(ram, i, value)
 }
 
 /// MASKMOVDQU: writes the bytes whose mask has its highest bit set.
-fn maskmovdqu(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn maskmovdqu(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     let (bytes, mask) = (*xmm(cpu, i.dst), *xmm(cpu, i.src));
     masked_store(cpu, ram, i, &bytes.to_le_bytes(), &mask.to_le_bytes())
 }
 
-fn maskmovq(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn maskmovq(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     mmx::guard(cpu)?;
     let (bytes, mask) = (mmx::get(cpu, i.dst), mmx::get(cpu, i.src));
     masked_store(cpu, ram, i, &bytes.to_le_bytes(), &mask.to_le_bytes())
 }
 
-/// Stores the chosen bytes. Faults are as on Intel's CPUs: it is a store of eight bytes, or two with the higher first,
-/// to addresses that have to be canonical and writable whichever bytes are chosen; a 32-bit offset wraps between
-/// the two.
-fn masked_store(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, bytes: &[u8], mask: &[u8]) -> Result<(), Stop> {
+/// Stores the bytes that the mask selects. Faults are as on Intel's CPUs: as for a store of eight bytes, or
+/// two such with the higher first, to addresses that have to be canonical and writable whichever bytes are
+/// selected; a 32-bit offset wraps between the two.
+fn masked_store(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, bytes: &[u8], mask: &[u8]) -> Result<(), CpuStop> {
     let addr = cpu.ea(i);
     cpu.check_alignment(addr, 8)?;
     let last = cpu.ea_at(i, mask.len() - 8).wrapping_add(7);
@@ -166,7 +167,7 @@ fn masked_store(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, bytes: &[u8], mask: &[u
     Ok(())
 }
 
-fn mm_from_mm(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn mm_from_mm(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     mmx::check(cpu)?;
     let value = if i.src < 8 { mmx::get(cpu, i.src) } else { load_source(cpu, ram, i)? as u64 };
     mmx::enter(cpu);
@@ -174,38 +175,38 @@ fn mm_from_mm(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
     Ok(())
 }
 
-fn mm_store<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn mm_store<T: Int>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     mmx::check(cpu)?;
     let value = mmx::get(cpu, i.src);
-    // A store that faults has changed TOP and not the tags.
+    // If the store faults, TOP has changed, but the tags have not.
     cpu.x87.top = 0;
     cpu.store_operand(ram, i, T::from_u64(value))?;
     mmx::enter(cpu);
     Ok(())
 }
 
-fn mm_from_general<T: Int>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn mm_from_general<T: Int>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     mmx::guard(cpu)?;
     let value = cpu.reg::<T>(i.src).to_u64();
     mmx::set(cpu, i.dst, value);
     Ok(())
 }
 
-fn mm_to_general<T: Int>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn mm_to_general<T: Int>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     mmx::guard(cpu)?;
     let value = mmx::get(cpu, i.src);
     cpu.set_reg(i.dst, T::from_u64(value));
     Ok(())
 }
 
-fn movq2dq(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn movq2dq(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     mmx::guard(cpu)?;
     *xmm(cpu, i.dst) = mmx::get(cpu, i.src).into();
     Ok(())
 }
 
-fn movdq2q(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn movdq2q(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     mmx::guard(cpu)?;
     let value = *xmm(cpu, i.src) as u64;
@@ -213,7 +214,7 @@ fn movdq2q(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
     Ok(())
 }
 
-/// MOVD and MOVQ, for whichever of their operands is no XMM register.
+/// MOVD and MOVQ, in all forms.
 fn mov_dq(ins: &Instruction, insn: &mut Insn) -> Option<Handler> {
     use Code::*;
     Some(match ins.code() {
@@ -262,7 +263,7 @@ pub(super) fn select(ins: &Instruction, insn: &mut Insn) -> Option<()> {
         | Mnemonic::Movupd
         | Mnemonic::Movdqu => threaded!(reg_reg),
         Mnemonic::Movd | Mnemonic::Movq => mov_dq(ins, insn)?,
-        // The string instruction MOVSD has the same name and other codes.
+        // The string instruction MOVSD has the same mnemonic and other codes.
         Mnemonic::Movss if loads => threaded!(scalar_load::<u32>),
         Mnemonic::Movss if stores => threaded!(scalar_store::<u32>),
         Mnemonic::Movss => threaded!(scalar_merge::<u32>),
@@ -288,12 +289,12 @@ pub(super) fn select(ins: &Instruction, insn: &mut Insn) -> Option<()> {
     Some(())
 }
 
-/// The memory operand is [RDI] and comes first, the registers after it.
+/// The memory operand is `[RDI]` and comes first, the registers after it.
 fn maskmov(ins: &Instruction, insn: &mut Insn) -> Option<()> {
     insn.exec =
         if ins.mnemonic() == Mnemonic::Maskmovq { threaded!(maskmovq) } else { threaded!(maskmovdqu) };
-    insn.dst = crate::decode::register(ins.op1_register());
-    insn.src = crate::decode::register(ins.op2_register());
+    insn.dst = crate::insn::register_index(ins.op1_register());
+    insn.src = crate::insn::register_index(ins.op2_register());
     insn.base = reg::RDI;
     if insn.flags & flag::ADDR32 != 0 {
         insn.scale |= ADDR32;

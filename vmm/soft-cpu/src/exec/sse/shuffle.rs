@@ -1,19 +1,19 @@
-//! Operations that move lanes about as an immediate or a mask says.
+//! Operations that rearrange lanes as an immediate or a mask selects.
 
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
-use super::integer::{Op, form};
+use super::integer::{VectorOp, form};
 use super::lanes::Lane;
 use super::{guard, load_source, note_source, xmm};
 use crate::exec::mmx;
-use crate::exit::Stop;
+use crate::exit::CpuStop;
 use crate::insn::{Handler, Insn, threaded};
 use crate::state::Cpu;
 
 macro_rules! ops {
     ($($name:ident = |$a:ident, $b:ident, $imm:ident| $body:expr;)*) => {
         $(struct $name;
-        impl Op for $name {
+        impl VectorOp for $name {
             #[inline(always)]
             fn run($a: u128, $b: u128, $imm: u8) -> u128 {
                 $body
@@ -28,7 +28,7 @@ macro_rules! ops {
     };
 }
 
-/// Four 32-bit lanes of `a` and `b`, chosen by two bits of `imm` each.
+/// Two 32-bit lanes of `a` and two of `b`, each selected by two bits of `imm`.
 #[inline(always)]
 fn choose_four(a: u128, b: u128, imm: u8) -> u128 {
     let (a, b) = (u32::split(a), u32::split(b));
@@ -36,13 +36,13 @@ fn choose_four(a: u128, b: u128, imm: u8) -> u128 {
     u32::join([a[lane(0)], a[lane(1)], b[lane(2)], b[lane(3)]])
 }
 
-/// Four 16-bit lanes, chosen by two bits of `imm` each.
+/// Four 16-bit lanes, each selected by two bits of `imm`.
 #[inline(always)]
 fn choose_words(x: u64, imm: u8) -> u64 {
     (0..4).fold(0, |r, i| r | (x >> (16 * (imm >> (2 * i) & 3)) & 0xffff) << (16 * i))
 }
 
-/// Ones in each of the lowest lanes, `bits` wide, whose bit of `imm` is set.
+/// All ones in each lane, `bits` wide, whose bit of `imm` is set.
 #[inline(always)]
 fn lane_mask(imm: u8, bits: u32) -> u128 {
     let ones = (1u128 << bits) - 1;
@@ -85,7 +85,7 @@ ops! {
 }
 
 struct Pshufb;
-impl Op for Pshufb {
+impl VectorOp for Pshufb {
     #[inline(always)]
     fn run(a: u128, b: u128, _: u8) -> u128 {
         let a = u8::split(a);
@@ -98,7 +98,7 @@ impl Op for Pshufb {
 }
 
 struct Palignr;
-impl Op for Palignr {
+impl VectorOp for Palignr {
     #[inline(always)]
     fn run(a: u128, b: u128, imm: u8) -> u128 {
         let by = 8 * u32::from(imm);
@@ -115,7 +115,7 @@ impl Op for Palignr {
 }
 
 /// Blends by the highest bit of each lane of XMM0.
-fn blend_variable<T: Lane + Sign>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn blend_variable<T: Lane + Sign>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     let b = load_source(cpu, ram, i)?;
     let mask = super::lanes::map(cpu.xmm[0], T::spread);
@@ -124,9 +124,9 @@ fn blend_variable<T: Lane + Sign>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Re
     Ok(())
 }
 
-/// Lanes whose sign is a choice.
+/// Lanes whose sign bit selects.
 trait Sign {
-    /// The sign in every bit.
+    /// The sign bit in every bit.
     fn spread(self) -> Self;
 }
 
@@ -141,8 +141,8 @@ macro_rules! sign {
 }
 sign!(i8 i32 i64);
 
-/// PTEST: whether the operands have no bit in common, and whether the source has none but those of the first.
-fn ptest(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+/// PTEST: ZF is set if the operands have no bit in common, CF if the source has only bits of the destination.
+fn ptest(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     use crate::flags::bits::{CF, ZF};
     guard(cpu)?;
     let b = load_source(cpu, ram, i)?;
@@ -156,14 +156,14 @@ fn mask(condition: bool, bits: u64) -> u64 {
 }
 
 /// PMOVMSKB: the highest bit of each byte.
-fn pmovmskb(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn pmovmskb(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     let x = *xmm(cpu, i.src);
     cpu.set_reg::<u64>(i.dst, byte_signs(x as u64) | byte_signs((x >> 64) as u64) << 8);
     Ok(())
 }
 
-fn pmovmskb_mm(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn pmovmskb_mm(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     mmx::guard(cpu)?;
     let signs = byte_signs(mmx::get(cpu, i.src));
     cpu.set_reg::<u64>(i.dst, signs);
@@ -176,14 +176,14 @@ fn byte_signs(x: u64) -> u64 {
     ((x >> 7 & 0x0101_0101_0101_0101).wrapping_mul(0x0102_0408_1020_4080)) >> 56
 }
 
-fn movmskps(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn movmskps(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     let x = u32::split(*xmm(cpu, i.src));
     cpu.set_reg::<u64>(i.dst, (0..4).fold(0, |r, k| r | u64::from(x[k] >> 31) << k));
     Ok(())
 }
 
-fn movmskpd(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn movmskpd(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     let x = u64::split(*xmm(cpu, i.src));
     cpu.set_reg::<u64>(i.dst, x[0] >> 63 | x[1] >> 63 << 1);
@@ -207,7 +207,7 @@ pub(super) fn select(ins: &Instruction, insn: &mut Insn) -> Option<()> {
     };
     note_source(ins, insn);
     if ins.mnemonic() == Mnemonic::Insertps && ins.op1_kind() == OpKind::Memory {
-        // The lane in memory is the only one.
+        // In memory there is only one lane.
         insn.imm &= 0x3f;
     }
     Some(())

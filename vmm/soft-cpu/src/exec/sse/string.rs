@@ -3,17 +3,18 @@
 use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 
 use super::{SOURCE_MEMORY, guard, load_unaligned, xmm};
-use crate::exit::Stop;
+use crate::exit::CpuStop;
 use crate::flags::bits::{CF, OF, SF, ZF};
 use crate::insn::{Insn, threaded};
 use crate::state::{Cpu, reg};
 
-/// In [`Insn::scale`] there is no room, so the kinds are a parameter: explicit lengths, 64-bit lengths, mask result.
+/// `EXPLICIT`: the lengths are in RAX and RDX (with `WIDE`, all 64 bits of them). `MASK`: the result is a
+/// mask.
 fn compare<const EXPLICIT: bool, const WIDE: bool, const MASK: bool>(
     cpu: &mut Cpu,
     ram: &mut [u8],
     i: &Insn,
-) -> Result<(), Stop> {
+) -> Result<(), CpuStop> {
     guard(cpu)?;
     let a = *xmm(cpu, i.dst);
     let b = if i.src == SOURCE_MEMORY { load_unaligned(cpu, ram, i)? } else { *xmm(cpu, i.src) };
@@ -41,7 +42,7 @@ fn compare<const EXPLICIT: bool, const WIDE: bool, const MASK: bool>(
     Ok(())
 }
 
-/// The elements as the immediate's format says; words fill the first half.
+/// The elements, in the format that the immediate selects; words fill the first half.
 fn split(x: u128, imm: u8) -> [i32; 16] {
     std::array::from_fn(|k| match imm & 3 {
         0 => i32::from((x >> (8 * k)) as u8),
@@ -56,7 +57,7 @@ fn terminated(elements: &[i32]) -> usize {
     elements.iter().position(|e| *e == 0).unwrap_or(elements.len())
 }
 
-/// The comparison's result after its polarity: a bit for each element of the second string.
+/// The result of the comparison, with the polarity applied: a bit for each element of the second string.
 fn aggregate(a: &[i32], len_a: usize, b: &[i32], len_b: usize, imm: u8) -> u32 {
     let bits = |f: &dyn Fn(usize) -> bool| (0..b.len()).filter(|j| f(*j)).fold(0u32, |r, j| r | 1 << j);
     let a = &a[..len_a];
@@ -65,9 +66,9 @@ fn aggregate(a: &[i32], len_a: usize, b: &[i32], len_b: usize, imm: u8) -> u32 {
         0 => bits(&|j| j < len_b && a.contains(&b[j])),
         // Ranges: the element is in one of the ranges.
         1 => bits(&|j| j < len_b && a.chunks_exact(2).any(|r| r[0] <= b[j] && b[j] <= r[1])),
-        // Equal each: ends match ends.
+        // Equal each: elements after the end of both strings are equal.
         2 => bits(&|j| if j < len_a && j < len_b { a[j] == b[j] } else { j >= len_a && j >= len_b }),
-        // Equal ordered: the first string begins here, as far as the register goes.
+        // Equal ordered: the first string begins here, up to the end of the register.
         _ => bits(&|j| a.iter().zip(j..b.len()).all(|(e, k)| k < len_b && *e == b[k])),
     };
     let all = (1u32 << b.len()) - 1;
@@ -78,7 +79,8 @@ fn aggregate(a: &[i32], len_a: usize, b: &[i32], len_b: usize, imm: u8) -> u32 {
     }
 }
 
-/// ECX becomes the index of a set bit, or XMM0 the bits as they are or as elements.
+/// Stores the index of the first or last set bit in ECX or, with `as_mask`, the bits in XMM0 (as bits or as
+/// elements).
 fn store(cpu: &mut Cpu, result: u32, elements: usize, imm: u8, as_mask: bool) {
     let last = imm & 0x40 != 0;
     if !as_mask {

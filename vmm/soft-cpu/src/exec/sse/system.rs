@@ -3,14 +3,15 @@
 use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 
 use super::guard;
-use crate::exit::Stop;
-use crate::insn::{Handler, Insn, Int, threaded};
+use crate::exit::CpuStop;
+use crate::insn::{Handler, Insn, threaded};
+use crate::int::Int;
 use crate::state::Cpu;
 
 /// The bits of MXCSR that exist (and MXCSR_MASK of FXSAVE).
 pub(crate) const MXCSR_MASK: u32 = 0xffff;
 
-fn ldmxcsr(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn ldmxcsr(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     let value = cpu.load_operand::<u32>(ram, i)?;
     if value & !MXCSR_MASK != 0 {
@@ -20,14 +21,14 @@ fn ldmxcsr(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
     Ok(())
 }
 
-fn stmxcsr(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn stmxcsr(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     let value = cpu.mxcsr;
     cpu.store_operand(ram, i, value)
 }
 
 /// Prefetches: there is no cache.
-fn nothing(_: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
+fn nothing(_: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), CpuStop> {
     Ok(())
 }
 
@@ -51,7 +52,7 @@ const CRC_TABLE: [u32; 256] = {
 };
 
 /// CRC32: `T` is the source's width. The destination's high half is cleared.
-fn crc32<T: Int, const MEMORY: bool>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn crc32<T: Int, const MEMORY: bool>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     let value = if MEMORY { cpu.load_operand::<T>(ram, i)? } else { cpu.reg::<T>(i.src) };
     let bytes = value.to_u64().to_le_bytes();
     let crc = bytes[..T::SIZE]

@@ -1,50 +1,50 @@
-//! FADD, FSUB, FMUL, FDIV with all their operands.
+//! FADD, FSUB, FMUL, FDIV, in all forms.
 
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
 use super::{context, get, guard, is_empty, pop, set, signal, stack_fault};
-use crate::exit::Stop;
-use crate::float::{self, Context, F32, F64, F80, Float, Operand};
+use crate::exit::CpuStop;
+use crate::float::{self, F32, F64, F80, Float, FloatContext, Operand};
 use crate::insn::{Handler, Insn, threaded};
 use crate::state::Cpu;
 
-/// Destination, source.
-type Op = fn(Operand, Operand, &mut Context) -> F80;
+/// An operation on destination and source.
+type X87Op = fn(Operand, Operand, &mut FloatContext) -> F80;
 
-const ADD: Op = float::add;
-const SUB: Op = float::sub;
-const MUL: Op = float::mul;
-const DIV: Op = float::div;
-const SUB_REVERSED: Op = |a, b, cx| float::sub(b, a, cx);
-const DIV_REVERSED: Op = |a, b, cx| float::div(b, a, cx);
+const ADD: X87Op = float::add;
+const SUB: X87Op = float::sub;
+const MUL: X87Op = float::mul;
+const DIV: X87Op = float::div;
+const SUB_REVERSED: X87Op = |a, b, cx| float::sub(b, a, cx);
+const DIV_REVERSED: X87Op = |a, b, cx| float::div(b, a, cx);
 
-/// A memory operand as a number.
-pub(super) type Load = fn(&mut Cpu, &mut [u8], &Insn) -> Result<Operand, Stop>;
+/// Reads a memory operand as a number.
+pub(super) type LoadOperand = fn(&mut Cpu, &mut [u8], &Insn) -> Result<Operand, CpuStop>;
 
-pub(super) fn single(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<Operand, Stop> {
+pub(super) fn single(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<Operand, CpuStop> {
     let bits = cpu.load_operand::<u32>(ram, i)?;
     Ok(F32(bits).unpack(&context(cpu)))
 }
 
-pub(super) fn double(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<Operand, Stop> {
+pub(super) fn double(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<Operand, CpuStop> {
     let bits = cpu.load_operand::<u64>(ram, i)?;
     Ok(F64(bits).unpack(&context(cpu)))
 }
 
-pub(super) fn word(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<Operand, Stop> {
+pub(super) fn word(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<Operand, CpuStop> {
     Ok(Operand::from_i64((cpu.load_operand::<u16>(ram, i)? as i16).into()))
 }
 
-pub(super) fn dword(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<Operand, Stop> {
+pub(super) fn dword(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<Operand, CpuStop> {
     Ok(Operand::from_i64((cpu.load_operand::<u32>(ram, i)? as i32).into()))
 }
 
-pub(super) fn qword(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<Operand, Stop> {
+pub(super) fn qword(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<Operand, CpuStop> {
     Ok(Operand::from_i64(cpu.load_operand::<u64>(ram, i)? as i64))
 }
 
 #[inline(always)]
-fn registers(cpu: &mut Cpu, i: &Insn, pops: bool, op: Op) -> Result<(), Stop> {
+fn registers(cpu: &mut Cpu, i: &Insn, pops: bool, op: X87Op) -> Result<(), CpuStop> {
     guard(cpu)?;
     if is_empty(cpu, i.dst) || is_empty(cpu, i.src) {
         if !stack_fault(cpu, false) {
@@ -66,7 +66,7 @@ fn registers(cpu: &mut Cpu, i: &Insn, pops: bool, op: Op) -> Result<(), Stop> {
 }
 
 #[inline(always)]
-fn memory(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, load: Load, op: Op) -> Result<(), Stop> {
+fn memory(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, load: LoadOperand, op: X87Op) -> Result<(), CpuStop> {
     guard(cpu)?;
     let b = load(cpu, ram, i)?;
     if is_empty(cpu, 0) {

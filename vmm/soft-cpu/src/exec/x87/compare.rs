@@ -1,19 +1,19 @@
-//! Comparisons: to the condition codes, to RFLAGS; FTST, FXAM.
+//! Comparisons, with their result in the condition codes or in RFLAGS; FTST, FXAM.
 
 use std::cmp::Ordering;
 
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
-use super::arith::{Load, double, dword, single, word};
+use super::arith::{LoadOperand, double, dword, single, word};
 use super::{C0, C1, C2, C3, context, get, guard, is_empty, pop, signal, stack_fault};
-use crate::exit::Stop;
+use crate::exit::CpuStop;
 use crate::flags::bits::{CF, PF, ZF};
-use crate::float::{self, Class, Operand};
+use crate::float::{self, FloatClass, Operand};
 use crate::insn::{Handler, Insn, threaded};
 use crate::state::Cpu;
 
-/// Compares ST(0) with `b` (`None`: an empty register). The order is to be told in any case; false: an unmasked
-/// exception keeps the stack from being popped.
+/// Compares ST(0) with `b` (`None`: an empty register). Returns the order, and whether the stack may be
+/// popped: an unmasked exception prevents that.
 fn order(cpu: &mut Cpu, b: Option<Operand>, quiet: bool) -> (Option<Ordering>, bool) {
     match b {
         Some(b) if !is_empty(cpu, 0) => {
@@ -29,7 +29,7 @@ fn register(cpu: &Cpu, i: u8) -> Option<Operand> {
     (!is_empty(cpu, i)).then(|| get(cpu, i).operand())
 }
 
-/// To the condition codes, then pops.
+/// Compares ST(0) with `b`, sets the condition codes, and pops.
 fn to_codes(cpu: &mut Cpu, b: Option<Operand>, quiet: bool, pops: u8) {
     let (order, may_pop) = order(cpu, b, quiet);
     let codes = match order {
@@ -44,15 +44,19 @@ fn to_codes(cpu: &mut Cpu, b: Option<Operand>, quiet: bool, pops: u8) {
     }
 }
 
-fn registers<const QUIET: bool, const POPS: u8>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn registers<const QUIET: bool, const POPS: u8>(
+    cpu: &mut Cpu,
+    _: &mut [u8],
+    i: &Insn,
+) -> Result<(), CpuStop> {
     guard(cpu)?;
     let b = register(cpu, i.src);
     to_codes(cpu, b, QUIET, POPS);
     Ok(())
 }
 
-/// FCOMPP, FUCOMPP: with ST(1).
-fn next<const QUIET: bool>(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
+/// FCOMPP, FUCOMPP: compare with ST(1).
+fn next<const QUIET: bool>(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     let b = register(cpu, 1);
     to_codes(cpu, b, QUIET, 2);
@@ -60,21 +64,25 @@ fn next<const QUIET: bool>(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), 
 }
 
 #[inline(always)]
-fn memory(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, load: Load, pops: u8) -> Result<(), Stop> {
+fn memory(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, load: LoadOperand, pops: u8) -> Result<(), CpuStop> {
     guard(cpu)?;
     let b = load(cpu, ram, i)?;
     to_codes(cpu, Some(b), false, pops);
     Ok(())
 }
 
-fn ftst(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
+fn ftst(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     to_codes(cpu, Some(Operand::zero(false)), false, 0);
     Ok(())
 }
 
-/// FCOMI, FUCOMI and their popping forms. They leave C1, but for a stack fault.
-fn to_flags<const QUIET: bool, const POP: bool>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+/// FCOMI, FUCOMI and their popping forms. They leave C1 unchanged, except for a stack fault.
+fn to_flags<const QUIET: bool, const POP: bool>(
+    cpu: &mut Cpu,
+    _: &mut [u8],
+    i: &Insn,
+) -> Result<(), CpuStop> {
     guard(cpu)?;
     let b = register(cpu, i.src);
     let c1 = if b.is_some() && !is_empty(cpu, 0) { cpu.x87.status & C1 } else { 0 };
@@ -92,17 +100,17 @@ fn to_flags<const QUIET: bool, const POP: bool>(cpu: &mut Cpu, _: &mut [u8], i: 
     Ok(())
 }
 
-fn fxam(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
+fn fxam(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     let x = get(cpu, 0);
     let class = match x.operand().class {
         _ if is_empty(cpu, 0) => C0 | C3,
-        Class::Unsupported => 0,
-        Class::Quiet | Class::Signaling => C0,
-        Class::Normal => C2,
-        Class::Infinity => C0 | C2,
-        Class::Zero => C3,
-        Class::Denormal => C2 | C3,
+        FloatClass::Unsupported => 0,
+        FloatClass::Quiet | FloatClass::Signaling => C0,
+        FloatClass::Normal => C2,
+        FloatClass::Infinity => C0 | C2,
+        FloatClass::Zero => C3,
+        FloatClass::Denormal => C2 | C3,
     };
     let sign = if x.sign_exp >> 15 != 0 { C1 } else { 0 };
     cpu.x87.status = cpu.x87.status & !(C0 | C1 | C2 | C3) | class | sign;

@@ -2,17 +2,17 @@
 
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
-use super::arith::{Load, double, dword, qword, single, word};
+use super::arith::{LoadOperand, double, dword, qword, single, word};
 use super::{clear_c1, context, free, get, guard, is_empty, pop, push, rotate, set, signal, stack_fault};
-use crate::exit::Stop;
+use crate::exit::CpuStop;
 use crate::float::transcendental::Constant;
-use crate::float::{self, Context, F32, F64, F80, IE, PE, Rounding};
+use crate::float::{self, F32, F64, F80, FloatContext, IE, PE, Rounding};
 use crate::insn::{Handler, Insn, threaded};
 use crate::state::Cpu;
 
-/// Reads ten bytes.
-fn load_ten(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<u128, Stop> {
-    // The low part comes first, which shows where only the other is not canonical.
+/// Reads a ten-byte memory operand.
+fn load_ten(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<u128, CpuStop> {
+    // The low part is read first, which matters if only the rest is not canonical.
     cpu.load_operand::<u64>(ram, i)?;
     let mut bytes = [0; 16];
     let addr = cpu.ea(i);
@@ -20,14 +20,15 @@ fn load_ten(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<u128, Stop> {
     Ok(u128::from_le_bytes(bytes))
 }
 
-/// Writes ten bytes: eight, then two, so that the first may be written when the others fault, as on hardware.
-fn store_ten(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, value: u128) -> Result<(), Stop> {
-    let behind = cpu.ea(i).wrapping_add(8);
+/// Writes a ten-byte memory operand: eight bytes, then two. If the latter fault, the former have been
+/// written, as on hardware.
+fn store_ten(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, value: u128) -> Result<(), CpuStop> {
+    let high = cpu.ea(i).wrapping_add(8);
     cpu.store_operand(ram, i, value as u64)?;
-    cpu.store(ram, behind, (value >> 64) as u16).map_err(|stop| cpu.operand_fault(i, stop))
+    cpu.store(ram, high, (value >> 64) as u16).map_err(|stop| cpu.operand_fault(i, stop))
 }
 
-/// Pushes a value that came without exceptions.
+/// Pushes a value whose load has raised no exception.
 fn push_value(cpu: &mut Cpu, value: F80) {
     if is_empty(cpu, 7) {
         clear_c1(cpu);
@@ -38,7 +39,7 @@ fn push_value(cpu: &mut Cpu, value: F80) {
 }
 
 #[inline(always)]
-fn load(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, load: Load) -> Result<(), Stop> {
+fn load(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, load: LoadOperand) -> Result<(), CpuStop> {
     guard(cpu)?;
     let operand = load(cpu, ram, i)?;
     if !is_empty(cpu, 7) {
@@ -54,21 +55,21 @@ fn load(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, load: Load) -> Result<(), Stop>
     Ok(())
 }
 
-fn load_extended(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn load_extended(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     let bits = load_ten(cpu, ram, i)?;
     push_value(cpu, F80 { significand: bits as u64, sign_exp: (bits >> 64) as u16 });
     Ok(())
 }
 
-fn load_bcd(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn load_bcd(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     let bits = load_ten(cpu, ram, i)?;
     push_value(cpu, float::from_bcd(bits));
     Ok(())
 }
 
-fn load_register(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn load_register(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     if is_empty(cpu, i.dst) {
         if stack_fault(cpu, false) {
@@ -82,34 +83,36 @@ fn load_register(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
 }
 
 #[inline(always)]
-fn load_constant(cpu: &mut Cpu, value: impl Fn(&Context) -> F80) -> Result<(), Stop> {
+fn load_constant(cpu: &mut Cpu, value: impl Fn(&FloatContext) -> F80) -> Result<(), CpuStop> {
     guard(cpu)?;
     let value = value(&context(cpu));
     push_value(cpu, value);
     Ok(())
 }
 
-/// What a store writes: the bits, how they come from a register, and what stands for an empty one.
-struct Format {
+/// The format that a store converts to: its width in bits, the conversion, and what is stored for an empty
+/// register.
+struct StoreFormat {
     bits: u32,
-    convert: fn(F80, &mut Context) -> u128,
+    convert: fn(F80, &mut FloatContext) -> u128,
     indefinite: u128,
 }
 
-const SINGLE: Format =
-    Format { bits: 32, convert: |x, cx| float::store::<F32>(x, cx).0.into(), indefinite: 0xffc0_0000 };
-const DOUBLE: Format =
-    Format { bits: 64, convert: |x, cx| float::store::<F64>(x, cx).0.into(), indefinite: 0xfff8 << 48 };
-const EXTENDED: Format = Format { bits: 80, convert: |x, _| bits(x), indefinite: bits(F80::DEFAULT_NAN) };
-const BCD: Format = Format { bits: 80, convert: float::to_bcd, indefinite: 0xffff_c000 << 48 };
+const SINGLE: StoreFormat =
+    StoreFormat { bits: 32, convert: |x, cx| float::store::<F32>(x, cx).0.into(), indefinite: 0xffc0_0000 };
+const DOUBLE: StoreFormat =
+    StoreFormat { bits: 64, convert: |x, cx| float::store::<F64>(x, cx).0.into(), indefinite: 0xfff8 << 48 };
+const EXTENDED: StoreFormat =
+    StoreFormat { bits: 80, convert: |x, _| bits(x), indefinite: bits(F80::DEFAULT_NAN) };
+const BCD: StoreFormat = StoreFormat { bits: 80, convert: float::to_bcd, indefinite: 0xffff_c000 << 48 };
 
 const fn bits(x: F80) -> u128 {
     (x.sign_exp as u128) << 64 | x.significand as u128
 }
 
-/// A signed integer of this width; FISTTP truncates.
-const fn integer<const BITS: u32, const TRUNCATE: bool>() -> Format {
-    Format {
+/// The format of a signed integer of this width; FISTTP truncates.
+const fn integer<const BITS: u32, const TRUNCATE: bool>() -> StoreFormat {
+    StoreFormat {
         bits: BITS,
         convert: |x, cx| {
             let rounding = if TRUNCATE { Rounding::Zero } else { cx.rounding };
@@ -120,7 +123,7 @@ const fn integer<const BITS: u32, const TRUNCATE: bool>() -> Format {
 }
 
 #[inline(always)]
-fn store(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, pops: bool, format: Format) -> Result<(), Stop> {
+fn store(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, pops: bool, format: StoreFormat) -> Result<(), CpuStop> {
     guard(cpu)?;
     let mut cx = context(cpu);
     let empty = is_empty(cpu, 0);
@@ -130,7 +133,7 @@ fn store(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, pops: bool, format: Format) ->
     } else {
         (format.convert)(get(cpu, 0), &mut cx)
     };
-    // But for an inexact result, an unmasked exception means that nothing is stored nor popped.
+    // With an unmasked exception other than an inexact result nothing is stored or popped.
     let stores = cx.unmasked() & !PE == 0;
     if stores {
         match format.bits {
@@ -152,7 +155,7 @@ fn store(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, pops: bool, format: Format) ->
 }
 
 /// FST ST(i), FSTP ST(i): a copy, bit for bit.
-fn store_register<const POP: bool>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn store_register<const POP: bool>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     let mut value = get(cpu, 0);
     if is_empty(cpu, 0) {
@@ -170,8 +173,8 @@ fn store_register<const POP: bool>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Res
     Ok(())
 }
 
-/// FSTPNCE: FSTP that does not mind an empty ST(0) and copies nothing then.
-fn store_register_quiet(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+/// FSTPNCE: FSTP that raises no stack fault for an empty ST(0), and then copies nothing.
+fn store_register_quiet(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     clear_c1(cpu);
     if !is_empty(cpu, 0) {
@@ -182,20 +185,20 @@ fn store_register_quiet(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Sto
     Ok(())
 }
 
-fn exchange(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn exchange(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     clear_c1(cpu);
     if (is_empty(cpu, 0) || is_empty(cpu, i.src)) && !stack_fault(cpu, false) {
         return Ok(());
     }
-    let taken = |r: u8| if is_empty(cpu, r) { F80::DEFAULT_NAN } else { get(cpu, r) };
-    let (a, b) = (taken(0), taken(i.src));
+    let value = |r: u8| if is_empty(cpu, r) { F80::DEFAULT_NAN } else { get(cpu, r) };
+    let (a, b) = (value(0), value(i.src));
     set(cpu, 0, b);
     set(cpu, i.src, a);
     Ok(())
 }
 
-fn conditional_move<const CC: u8>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn conditional_move<const CC: u8>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     if is_empty(cpu, 0) || is_empty(cpu, i.src) {
         if stack_fault(cpu, false) {
@@ -210,14 +213,14 @@ fn conditional_move<const CC: u8>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Resu
     Ok(())
 }
 
-fn fincstp(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
+fn fincstp(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     rotate(cpu, 1);
     clear_c1(cpu);
     Ok(())
 }
 
-fn fdecstp(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
+fn fdecstp(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     rotate(cpu, 7);
     clear_c1(cpu);
@@ -225,7 +228,7 @@ fn fdecstp(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
 }
 
 /// FFREE, FFREEP.
-fn ffree<const POP: bool>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn ffree<const POP: bool>(cpu: &mut Cpu, _: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     clear_c1(cpu);
     free(cpu, i.dst);

@@ -3,14 +3,14 @@
 use iced_x86::{Instruction, Mnemonic};
 
 use super::{C0, C1, C2, C3, context, get, guard, is_empty, pop, push, set, signal, stack_fault};
-use crate::exit::Stop;
-use crate::float::{self, Context, F80, transcendental};
+use crate::exit::CpuStop;
+use crate::float::{self, F80, FloatContext, transcendental};
 use crate::insn::{Handler, Insn, threaded};
 use crate::state::Cpu;
 
 /// ST(0) = f(ST(0)).
 #[inline(always)]
-fn unary(cpu: &mut Cpu, f: fn(F80, &mut Context) -> F80) -> Result<(), Stop> {
+fn unary(cpu: &mut Cpu, f: fn(F80, &mut FloatContext) -> F80) -> Result<(), CpuStop> {
     guard(cpu)?;
     replace(cpu, 0, |cpu, cx| f(get(cpu, 0), cx));
     Ok(())
@@ -18,14 +18,14 @@ fn unary(cpu: &mut Cpu, f: fn(F80, &mut Context) -> F80) -> Result<(), Stop> {
 
 /// ST(0) = f(ST(0), ST(1)).
 #[inline(always)]
-fn binary(cpu: &mut Cpu, f: fn(F80, F80, &mut Context) -> F80) -> Result<(), Stop> {
+fn binary(cpu: &mut Cpu, f: fn(F80, F80, &mut FloatContext) -> F80) -> Result<(), CpuStop> {
     guard(cpu)?;
     replace(cpu, 1, |cpu, cx| f(get(cpu, 0), get(cpu, 1), cx));
     Ok(())
 }
 
-/// Replaces ST(0) by a value that needs the registers up to ST(`last`).
-fn replace(cpu: &mut Cpu, last: u8, f: impl FnOnce(&mut Cpu, &mut Context) -> F80) {
+/// Replaces ST(0) by a value that is computed from the registers up to ST(`last`).
+fn replace(cpu: &mut Cpu, last: u8, f: impl FnOnce(&mut Cpu, &mut FloatContext) -> F80) {
     if (0..=last).any(|r| is_empty(cpu, r)) {
         if stack_fault(cpu, false) {
             set(cpu, 0, F80::DEFAULT_NAN);
@@ -41,7 +41,7 @@ fn replace(cpu: &mut Cpu, last: u8, f: impl FnOnce(&mut Cpu, &mut Context) -> F8
 
 /// ST(1) = f(ST(1), ST(0)), then pops.
 #[inline(always)]
-fn popping(cpu: &mut Cpu, f: fn(F80, F80, &mut Context) -> F80) -> Result<(), Stop> {
+fn popping(cpu: &mut Cpu, f: fn(F80, F80, &mut FloatContext) -> F80) -> Result<(), CpuStop> {
     guard(cpu)?;
     let value = if is_empty(cpu, 0) || is_empty(cpu, 1) {
         if !stack_fault(cpu, false) {
@@ -63,7 +63,7 @@ fn popping(cpu: &mut Cpu, f: fn(F80, F80, &mut Context) -> F80) -> Result<(), St
 
 /// FABS, FCHS: a change of the sign bit.
 #[inline(always)]
-fn sign(cpu: &mut Cpu, f: fn(u16) -> u16) -> Result<(), Stop> {
+fn sign(cpu: &mut Cpu, f: fn(u16) -> u16) -> Result<(), CpuStop> {
     guard(cpu)?;
     replace(cpu, 0, |cpu, _| {
         let x = get(cpu, 0);
@@ -72,9 +72,9 @@ fn sign(cpu: &mut Cpu, f: fn(u16) -> u16) -> Result<(), Stop> {
     Ok(())
 }
 
-/// FPREM, FPREM1: the quotient's low bits go to C0, C3 and C1, and C2 tells that the reduction is partial. Without a
-/// quotient C0 and C3 stay.
-fn remainder<const NEAREST: bool>(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), Stop> {
+/// FPREM, FPREM1: C0, C3 and C1 get the low bits of the quotient; C2 is set if the reduction is partial.
+/// Without a quotient C0 and C3 stay.
+fn remainder<const NEAREST: bool>(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     cpu.x87.status &= !C2;
     if is_empty(cpu, 0) || is_empty(cpu, 1) {
@@ -96,9 +96,9 @@ fn remainder<const NEAREST: bool>(cpu: &mut Cpu, _: &mut [u8], _: &Insn) -> Resu
     Ok(())
 }
 
-/// FSIN, FCOS: C2 tells that ST(0) is out of range and as it was.
+/// FSIN, FCOS: if ST(0) is out of range it stays, and C2 is set.
 #[inline(always)]
-fn circular(cpu: &mut Cpu, f: fn(F80, &mut Context) -> Option<F80>) -> Result<(), Stop> {
+fn circular(cpu: &mut Cpu, f: fn(F80, &mut FloatContext) -> Option<F80>) -> Result<(), CpuStop> {
     guard(cpu)?;
     replace(cpu, 0, |cpu, cx| {
         let x = get(cpu, 0);
@@ -109,16 +109,18 @@ fn circular(cpu: &mut Cpu, f: fn(F80, &mut Context) -> Option<F80>) -> Result<()
     Ok(())
 }
 
+/// Sets C2 if the operand was out of range.
 fn note_range(cpu: &mut Cpu, in_range: bool) {
     cpu.x87.status = cpu.x87.status & !C2 | if in_range { 0 } else { C2 };
 }
 
-/// What becomes of ST(0) and what is pushed, or nothing if ST(0) is out of range.
-type Pair = fn(F80, &mut Context) -> Option<(F80, F80)>;
+/// Computes the new ST(0) and the value to push, or `None` if ST(0) is out of range.
+type PairFunction = fn(F80, &mut FloatContext) -> Option<(F80, F80)>;
 
-/// FSINCOS, FPTAN, FXTRACT: replace ST(0) and push. For the first two C2 tells that ST(0) was out of range.
+/// FSINCOS, FPTAN, FXTRACT: replace ST(0) and push. For the first two (`has_range`) C2 is set if ST(0) is out
+/// of range.
 #[inline(always)]
-fn pushing(cpu: &mut Cpu, has_range: bool, f: Pair) -> Result<(), Stop> {
+fn pushing(cpu: &mut Cpu, has_range: bool, f: PairFunction) -> Result<(), CpuStop> {
     guard(cpu)?;
     let pair = if is_empty(cpu, 0) || !is_empty(cpu, 7) {
         let overflow = !is_empty(cpu, 0);
@@ -144,18 +146,18 @@ fn pushing(cpu: &mut Cpu, has_range: bool, f: Pair) -> Result<(), Stop> {
     Ok(())
 }
 
-fn sincos(x: F80, cx: &mut Context) -> Option<(F80, F80)> {
+fn sincos(x: F80, cx: &mut FloatContext) -> Option<(F80, F80)> {
     let sine = transcendental::fsin(x, cx)?;
     Some((sine, transcendental::fcos(x, cx)?))
 }
 
-fn ptan(x: F80, cx: &mut Context) -> Option<(F80, F80)> {
+fn ptan(x: F80, cx: &mut FloatContext) -> Option<(F80, F80)> {
     let tangent = transcendental::fptan(x, cx)?;
     let is_nan = tangent.operand().is_nan();
     Some((tangent, if is_nan { tangent } else { F80::ONE }))
 }
 
-fn xtract(x: F80, cx: &mut Context) -> Option<(F80, F80)> {
+fn xtract(x: F80, cx: &mut FloatContext) -> Option<(F80, F80)> {
     Some(float::extract(x, cx))
 }
 

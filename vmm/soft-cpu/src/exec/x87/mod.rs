@@ -1,9 +1,9 @@
 //! The x87: its register stack, its status word, and how an instruction reports exceptions.
 //!
-//! An unmasked exception sets ES; the next instruction that waits is #MF, whatever CR0.NE says (there is no external
-//! interrupt controller for FERR#). FIP, FDP and FOP are what FNINIT, FLDENV, FRSTOR and FXRSTOR have put there: no
-//! other instruction changes them, as on a CPU that saves them for pending exceptions only and has none. Condition codes
-//! that the architecture leaves undefined keep their values, except that C1 is cleared.
+//! An unmasked exception sets ES; the next waiting instruction raises #MF, whatever CR0.NE is (there is no
+//! external interrupt controller for FERR#). FIP, FDP and FOP are set by FNINIT, FLDENV, FRSTOR and FXRSTOR
+//! only, as on a CPU that saves them only for pending exceptions. Condition codes that the architecture
+//! leaves undefined keep their values, except that C1 is cleared.
 
 mod arith;
 mod compare;
@@ -15,17 +15,16 @@ mod save;
 use iced_x86::Instruction;
 
 use super::sse::{CR0_EM, CR0_TS};
-use crate::decode::Place;
-use crate::exit::Stop;
-use crate::float::{Context, F80, IE, PE};
-use crate::insn::Insn;
+use crate::exit::CpuStop;
+use crate::float::{F80, FloatContext, IE, PE};
+use crate::insn::{Insn, PlaceInBlock};
 use crate::state::Cpu;
 
 /// Status: stack fault.
 const SF: u16 = 1 << 6;
 /// Status: an unmasked exception is pending.
 const ES: u16 = 1 << 7;
-/// Status: what is left of the 8087's busy bit, a copy of ES.
+/// Status: the busy bit of the 8087, now a copy of ES.
 const BUSY: u16 = 1 << 15;
 const C0: u16 = 1 << 8;
 const C1: u16 = 1 << 9;
@@ -35,23 +34,23 @@ const C3: u16 = 1 << 14;
 const EXCEPTIONS: u16 = 0x3f;
 
 /// Handlers of this family.
-pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<Place> {
+pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<PlaceInBlock> {
     let families =
         [data::select, arith::select, compare::select, function::select, control::select, save::select];
     families.iter().find_map(|select| select(ins, insn))?;
-    Some(Place::Middle)
+    Some(PlaceInBlock::Middle)
 }
 
-/// #NM, and #MF for an exception that an earlier instruction left.
+/// Raises #NM, or #MF for an exception that an earlier instruction left pending.
 #[inline]
-fn guard(cpu: &mut Cpu) -> Result<(), Stop> {
+fn guard(cpu: &mut Cpu) -> Result<(), CpuStop> {
     guard_no_wait(cpu)?;
     if cpu.x87.status & ES != 0 { cpu.raise(16, None) } else { Ok(()) }
 }
 
-/// #NM only: for the instructions that do not wait.
+/// Raises #NM only: for the instructions that do not wait.
 #[inline]
-fn guard_no_wait(cpu: &mut Cpu) -> Result<(), Stop> {
+fn guard_no_wait(cpu: &mut Cpu) -> Result<(), CpuStop> {
     if cpu.sys.cr0 & (CR0_EM | CR0_TS) != 0 { cpu.raise(7, None) } else { Ok(()) }
 }
 
@@ -71,7 +70,7 @@ fn get(cpu: &Cpu, i: u8) -> F80 {
     F80 { significand: cpu.x87.significand[r], sign_exp: cpu.x87.sign_exponent[r] }
 }
 
-/// Writes ST(`i`), which is in use then.
+/// Writes ST(`i`) and marks it as in use.
 fn set(cpu: &mut Cpu, i: u8, value: F80) {
     let r = physical(cpu, i);
     cpu.x87.significand[r] = value.significand;
@@ -97,8 +96,8 @@ fn push(cpu: &mut Cpu, value: F80) {
     set(cpu, 0, value);
 }
 
-fn context(cpu: &Cpu) -> Context {
-    Context::from_control_word(cpu.x87.control)
+fn context(cpu: &Cpu) -> FloatContext {
+    FloatContext::from_control_word(cpu.x87.control)
 }
 
 /// Adds exceptions to the status word, sets C1, and marks an unmasked exception as pending.
@@ -108,7 +107,7 @@ fn report(cpu: &mut Cpu, exceptions: u16, c1: bool) {
     summarise(cpu);
 }
 
-/// ES and the busy bit follow from flags and masks.
+/// Derives ES and the busy bit from flags and masks.
 fn summarise(cpu: &mut Cpu) {
     let x87 = &mut cpu.x87;
     x87.status &= !(ES | BUSY);
@@ -117,14 +116,16 @@ fn summarise(cpu: &mut Cpu) {
     }
 }
 
-/// Reports what a computation found. False: an unmasked exception leaves nothing to store.
-fn signal(cpu: &mut Cpu, cx: &Context) -> bool {
+/// Reports the exceptions of a computation. Returns false if there is no result to store because of an
+/// unmasked one.
+fn signal(cpu: &mut Cpu, cx: &FloatContext) -> bool {
     let result = !cx.no_result();
     report(cpu, cx.raised().into(), result && cx.rounded_up && cx.flags & PE != 0);
     result
 }
 
-/// Reports a stack overflow or underflow. True: it is masked, and the real indefinite takes the place of the result.
+/// Reports a stack overflow or underflow. Returns true if it is masked; then the result is the real
+/// indefinite.
 fn stack_fault(cpu: &mut Cpu, overflow: bool) -> bool {
     report(cpu, SF | u16::from(IE), overflow);
     cpu.x87.control & u16::from(IE) != 0

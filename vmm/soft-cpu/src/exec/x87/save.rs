@@ -1,14 +1,15 @@
 //! FLDENV, FNSTENV, FRSTOR, FNSAVE; FXSAVE, FXRSTOR.
 //!
-//! The segment selectors of FIP and FDP are stored as zero and ignored, as on CPUs that have deprecated them.
+//! The segment selectors of FIP and FDP are stored as zero, and ignored when loaded, as on CPUs that have
+//! deprecated them.
 
 use iced_x86::{Code, Instruction};
 
 use super::control::{initialise, set_control, set_status, status};
 use super::{EXCEPTIONS, get, guard, guard_no_wait, physical};
 use crate::exec::sse::MXCSR_MASK;
-use crate::exit::Stop;
-use crate::float::{Class, F80};
+use crate::exit::CpuStop;
+use crate::float::{F80, FloatClass};
 use crate::insn::{Handler, Insn, threaded};
 use crate::paging::is_canonical;
 use crate::state::Cpu;
@@ -17,7 +18,7 @@ use crate::state::Cpu;
 const SHORT: usize = 14;
 /// Size of the environment otherwise.
 const LONG: usize = 28;
-/// Bytes that FXSAVE writes; the rest of its 512 are the kernel's.
+/// Bytes that FXSAVE writes; the rest of its 512 bytes are reserved or for software.
 const FXSAVE_WRITTEN: usize = 416;
 
 fn word(bytes: &[u8], at: usize) -> u16 {
@@ -44,8 +45,8 @@ fn tag_word(cpu: &Cpu) -> u16 {
         let r = physical(cpu, i);
         let tag = match get(cpu, i).operand().class {
             _ if cpu.x87.in_use >> r & 1 == 0 => 3,
-            Class::Normal => 0,
-            Class::Zero => 1,
+            FloatClass::Normal => 0,
+            FloatClass::Zero => 1,
             _ => 2,
         };
         tags | tag << (2 * r)
@@ -91,7 +92,7 @@ fn load_environment(cpu: &mut Cpu, bytes: &[u8]) {
     }
 }
 
-fn fnstenv<const LEN: usize>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn fnstenv<const LEN: usize>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     guard_no_wait(cpu)?;
     let mut bytes = [0; LEN];
     store_environment(cpu, &mut bytes);
@@ -101,7 +102,7 @@ fn fnstenv<const LEN: usize>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<
     Ok(())
 }
 
-fn fldenv<const LEN: usize>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn fldenv<const LEN: usize>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     let mut bytes = [0; LEN];
     load(cpu, ram, i, &mut bytes, &ends(LEN, LEN))?;
@@ -110,7 +111,7 @@ fn fldenv<const LEN: usize>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(
 }
 
 /// `LEN` is the size of the environment, which the eight registers follow.
-fn fnsave<const LEN: usize>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn fnsave<const LEN: usize>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     guard_no_wait(cpu)?;
     let mut bytes = [0; LONG + 80];
     let bytes = &mut bytes[..LEN + 80];
@@ -123,7 +124,7 @@ fn fnsave<const LEN: usize>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(
     Ok(())
 }
 
-fn frstor<const LEN: usize>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn frstor<const LEN: usize>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     guard(cpu)?;
     let mut bytes = [0; LONG + 80];
     let bytes = &mut bytes[..LEN + 80];
@@ -135,26 +136,28 @@ fn frstor<const LEN: usize>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(
     Ok(())
 }
 
-/// Contents of ST(`n`); whether it is in use is told elsewhere.
+/// Loads the contents of ST(`n`); whether it is in use is in the tag word.
 fn load_register(cpu: &mut Cpu, n: usize, bytes: &[u8]) {
     let r = physical(cpu, n as u8);
     cpu.x87.significand[r] = number(bytes, 0, 8) as u64;
     cpu.x87.sign_exponent[r] = word(bytes, 8);
 }
 
-/// Offset and length of bytes.
+/// Offset and length of bytes that are accessed.
 type Touch = (usize, usize);
 
-/// What hardware touches first of an environment and what follows it: the control word's field, then the last byte.
+/// What hardware accesses first of an operand that begins with an environment: the field of the control word,
+/// then the last byte.
 const fn ends(environment: usize, len: usize) -> [Touch; 2] {
     [(0, if environment == SHORT { 2 } else { 4 }), (len - 1, 1)]
 }
 
-/// What hardware touches first of FXSAVE's operand.
+/// What hardware accesses first of the operand of FXSAVE.
 const FXSAVE_END: [Touch; 1] = [(511, 1)];
 
-/// Reads the operand, touching `first` before anything else: this decides which address a fault reports.
-fn load(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, bytes: &mut [u8], first: &[Touch]) -> Result<(), Stop> {
+/// Reads the operand, but accesses `first` before anything else, which decides the address that a fault
+/// reports.
+fn load(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, bytes: &mut [u8], first: &[Touch]) -> Result<(), CpuStop> {
     let addr = cpu.ea(i);
     first
         .iter()
@@ -164,7 +167,7 @@ fn load(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, bytes: &mut [u8], first: &[Touc
 }
 
 /// Writes the operand in the same way.
-fn store(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, bytes: &[u8], first: &[Touch]) -> Result<(), Stop> {
+fn store(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, bytes: &[u8], first: &[Touch]) -> Result<(), CpuStop> {
     let addr = cpu.ea(i);
     first
         .iter()
@@ -177,9 +180,9 @@ fn store(cpu: &mut Cpu, ram: &mut [u8], i: &Insn, bytes: &[u8], first: &[Touch])
         .map_err(|stop| cpu.operand_fault(i, stop))
 }
 
-/// #GP unless the operand is aligned to 16 bytes; #AC where that is asked for and 4 bytes would not be aligned
-/// either. What is not canonical is #SS in the stack segment before that.
-fn check_alignment(cpu: &mut Cpu, i: &Insn) -> Result<(), Stop> {
+/// Raises #GP unless the operand is aligned to 16 bytes; instead #AC if alignment is checked and it is not
+/// aligned to 4 bytes either. Before that, #GP or #SS if the address is not canonical.
+fn check_alignment(cpu: &mut Cpu, i: &Insn) -> Result<(), CpuStop> {
     let addr = cpu.ea(i);
     if !is_canonical(addr) {
         return cpu.general_protection(0).map_err(|stop| cpu.operand_fault(i, stop));
@@ -192,7 +195,7 @@ fn check_alignment(cpu: &mut Cpu, i: &Insn) -> Result<(), Stop> {
 }
 
 /// FXSAVE; `WIDE` is FXSAVE64, with pointers of 64 bits.
-fn fxsave<const WIDE: bool>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn fxsave<const WIDE: bool>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     guard_no_wait(cpu)?;
     check_alignment(cpu, i)?;
     let pointer = if WIDE { 8 } else { 4 };
@@ -214,7 +217,7 @@ fn fxsave<const WIDE: bool>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(
     store(cpu, ram, i, &bytes, &FXSAVE_END)
 }
 
-fn fxrstor<const WIDE: bool>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), Stop> {
+fn fxrstor<const WIDE: bool>(cpu: &mut Cpu, ram: &mut [u8], i: &Insn) -> Result<(), CpuStop> {
     guard_no_wait(cpu)?;
     check_alignment(cpu, i)?;
     let mut bytes = [0; 512];

@@ -1,4 +1,4 @@
-//! Small guests that do what makes positions difficult, in an order that a seed decides.
+//! Small guests that do, in an order made from a seed, everything that makes positions difficult.
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
@@ -18,28 +18,28 @@ const HANDLERS: u64 = 0x5000;
 pub const CODE: u64 = 0x1_0000;
 const STACK: u64 = 0x3_0000;
 const DATA: u64 = 0x4_0000;
-/// Written with each input; read by programs and handlers.
+/// The word that each input writes, and that programs and handlers read.
 pub const INPUT: u64 = 0x3_8000;
-/// What interrupt handlers have seen: inputs, frames, registers.
+/// What interrupt handlers have read, mixed: inputs, frames, registers.
 const SEEN: u64 = 0x3_8100;
 /// Device memory.
 const DEVICE: u64 = 0x20_0000;
 pub const END_PORT: u16 = 0x604;
-/// A handler that retires no conditional branch.
+/// The vector of a handler that retires no conditional branch.
 pub const PLAIN: u8 = 0x30;
-/// A handler with a loop.
+/// The vector of a handler with a loop.
 pub const LOOPING: u8 = 0x31;
 
 type Asm = CodeAssembler;
 
-/// Assembles for an address.
+/// Assembles code for an address.
 pub fn assemble(at: u64, code: impl FnOnce(&mut Asm) -> Result<(), IcedError>) -> Vec<u8> {
     let mut a = Asm::new(64).unwrap();
     code(&mut a).unwrap();
     a.assemble(at).unwrap()
 }
 
-/// One thing that programs do. RBX is data, RCX, RSI, RDI, RAX and RDX are scratch, R15 and R14 count loops.
+/// One piece of a program. RBX is data; RCX, RSI, RDI, RAX and RDX are scratch; R15 counts rounds.
 fn piece(a: &mut Asm, kind: u64, n: u64) -> Result<(), IcedError> {
     let n = n as i32;
     match kind {
@@ -72,7 +72,7 @@ fn piece(a: &mut Asm, kind: u64, n: u64) -> Result<(), IcedError> {
             a.rep().movsb()?;
         }
         3 => {
-            // Shadows right before a branch.
+            // Interrupt shadows right before a branch.
             a.cli()?;
             a.test(ebx, 1 << (n % 8))?;
             let mut next = a.create_label();
@@ -107,7 +107,7 @@ fn piece(a: &mut Asm, kind: u64, n: u64) -> Result<(), IcedError> {
             a.xor(rbx, qword_ptr(DEVICE + 64))?;
         }
         7 => {
-            // Polling.
+            // A read of the last input.
             a.mov(rax, qword_ptr(INPUT))?;
             a.xor(rbx, rax)?;
             a.test(al, 1)?;
@@ -150,7 +150,7 @@ pub fn random(seed: u64) -> Vec<u8> {
     })
 }
 
-/// A program: set up, `body`, and the end.
+/// A program: set-up, `body`, and the end.
 pub fn program(body: impl FnOnce(&mut Asm) -> Result<(), IcedError>) -> Vec<u8> {
     assemble(CODE, |a| {
         a.mov(esp, STACK as i32)?;
@@ -165,7 +165,7 @@ pub fn program(body: impl FnOnce(&mut Asm) -> Result<(), IcedError>) -> Vec<u8> 
 }
 
 /// Mixes the frame, the interrupted registers and the last input into [`SEEN`].
-fn see(a: &mut Asm) -> Result<(), IcedError> {
+fn mix_in_what_is_seen(a: &mut Asm) -> Result<(), IcedError> {
     a.push(rax)?;
     a.mov(rax, qword_ptr(SEEN))?;
     a.imul_3(rax, rax, 0x1_0dcd)?;
@@ -182,9 +182,9 @@ fn see(a: &mut Asm) -> Result<(), IcedError> {
 fn handler(vector: u8, a: &mut Asm) -> Result<(), IcedError> {
     match vector {
         6 => a.add(qword_ptr(rsp), 2)?,
-        PLAIN | 0x32 => see(a)?,
+        PLAIN | 0x32 => mix_in_what_is_seen(a)?,
         LOOPING => {
-            see(a)?;
+            mix_in_what_is_seen(a)?;
             a.push(rcx)?;
             a.mov(ecx, 3)?;
             let mut again = a.create_label();
@@ -194,7 +194,7 @@ fn handler(vector: u8, a: &mut Asm) -> Result<(), IcedError> {
             a.jnz(again)?;
             a.pop(rcx)?;
         }
-        // #DB and what is not expected: counted, so that it makes a difference, and passed.
+        // #DB and unexpected exceptions are counted, so that they change the ending, and passed.
         _ => {
             a.inc(qword_ptr(SEEN + 16))?;
             a.or(dword_ptr(rsp + 16), 1 << 16)?;
@@ -203,7 +203,7 @@ fn handler(vector: u8, a: &mut Asm) -> Result<(), IcedError> {
     a.iretq()
 }
 
-/// Puts a program with tables and handlers into RAM, which is cleared.
+/// Clears RAM, and writes a program with its tables and handlers into it.
 pub fn load(ram: &mut Ram, program: &[u8]) -> Start {
     ram.clear().unwrap();
     let bytes = ram.as_mut_slice();

@@ -1,4 +1,4 @@
-//! Recording and replaying small guests with a counter that skids, and the troubles of [`Trap`] one by one.
+//! Records and replays small guests with a counter that skids, and tests each [`Hazard`].
 
 use std::collections::VecDeque;
 use std::hash::Hasher;
@@ -9,16 +9,16 @@ use twox_hash::{XxHash3_64, XxHash3_128};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::policy::Margin;
-use super::{Lander, Steered, Trap, anchor};
+use super::{Hazard, Lander, SteerableEngine, anchor};
 use crate::ram::Ram;
-use crate::vcpu::simulated::{Chance, Quirks, SimulatedCounter, SimulatedHost, SimulatedVcpu, Skid};
+use crate::vcpu::simulated::{Chance, Quirks, SimulatedCounter, SimulatedEngine, SimulatedVcpu, Skid};
 use crate::vcpu::{Exit, Limit, Vcpu, VcpuError, VcpuState};
 
 mod guest;
+mod hazards;
 mod properties;
-mod traps;
 
-/// Turns of the loop after which a guest goes in circles.
+/// Exits after which a guest is taken to run forever.
 const TURNS_MAX: u32 = 20_000;
 
 /// An input: a word written to the guest's memory, and an interrupt.
@@ -29,7 +29,7 @@ struct Input {
     vector: u8,
 }
 
-/// What a guest was and did.
+/// The final state of a guest, and a digest of what it did.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Ending {
     /// Digest of RAM and of all accesses to devices.
@@ -41,13 +41,13 @@ struct Ending {
 #[derive(Debug)]
 enum Failure {
     Vcpu(VcpuError),
-    /// A replayed guest came to where an input had to be applied before.
+    /// A replayed guest ran past the position of an input.
     Past,
-    /// It never ends.
-    Circles,
+    /// The guest does not end.
+    Endless,
     Shutdown,
-    /// A kicked guest was stopped where it cannot be stopped again.
-    BadPlace,
+    /// A kicked guest was stopped where a replay cannot stop it.
+    NotAPosition,
 }
 
 impl From<VcpuError> for Failure {
@@ -56,7 +56,7 @@ impl From<VcpuError> for Failure {
     }
 }
 
-/// The world around a vCPU: what changes with each exit.
+/// The world around a vCPU, which changes with each exit.
 #[derive(Clone, Debug, Default)]
 struct World {
     pending: VecDeque<u8>,
@@ -64,7 +64,7 @@ struct World {
     next: usize,
 }
 
-/// A vCPU with RAM that runs one program after the other.
+/// A vCPU with RAM, which runs one program after the other.
 struct Bench {
     vcpu: SimulatedVcpu,
     ram: Ram,
@@ -76,11 +76,11 @@ struct Bench {
 impl Bench {
     fn new() -> Bench {
         let counter = SimulatedCounter::new(Skid::default(), 0);
-        let host = SimulatedHost::new(guest::RAM, counter, Quirks::default());
+        let host = SimulatedEngine::new(guest::RAM, counter, Quirks::default());
         let mut vcpu = SimulatedVcpu::new(host, Lander::new(Margin::new(1, 1)));
         let mut ram = Ram::new(guest::RAM).unwrap();
         vcpu.reset(&guest::load(&mut ram, &[])).unwrap();
-        let origin = vcpu.host.engine().save().unwrap();
+        let origin = vcpu.engine.vcpu().save().unwrap();
         Bench { vcpu, ram, world: World::default(), origin }
     }
 
@@ -88,16 +88,16 @@ impl Bench {
         guest::load(&mut self.ram, program);
         let mut counter = SimulatedCounter::new(setting.skid, seed);
         counter.miscounts_one_in = setting.miscounts_one_in;
-        self.vcpu.host.replace(counter, setting.quirks, seed);
-        self.vcpu.host.kick_at(Vec::new());
+        self.vcpu.engine.replace(counter, setting.quirks, seed);
+        self.vcpu.engine.kick_at(Vec::new());
         let mut lander = Lander::new(Margin::new(setting.margin, 1 << 20));
-        lander.without = setting.without;
+        lander.ignored_hazard = setting.ignored;
         self.vcpu.lander = lander;
         self.vcpu.restore_at(&self.origin, Position::default()).unwrap();
         self.world = World::default();
     }
 
-    /// Runs a program whose guest is kicked at these instruction counts, an input each.
+    /// Records a program whose guest is kicked at these instruction counts and gets an input at each kick.
     fn record(
         &mut self,
         program: &[u8],
@@ -106,8 +106,8 @@ impl Bench {
         seed: u64,
     ) -> Result<(Vec<Input>, Ending), Failure> {
         self.start(program, setting, seed);
-        let from = self.vcpu.host.retired();
-        self.vcpu.host.kick_at(kicks.iter().map(|at| from + at).collect());
+        let from = self.vcpu.engine.retired();
+        self.vcpu.engine.kick_at(kicks.iter().map(|at| from + at).collect());
         let mut inputs = Vec::new();
         let mut chance = Chance::new(seed);
         let ending = self.run(&mut inputs, |at, n| {
@@ -117,7 +117,7 @@ impl Bench {
         Ok((inputs, ending))
     }
 
-    /// Replays. Gives the ending and how often a position was missed and sought again.
+    /// Replays a recording. Returns the ending, and how often a position was missed and tried again.
     fn replay(
         &mut self,
         program: &[u8],
@@ -131,7 +131,7 @@ impl Bench {
         Ok((ending, self.vcpu.landings().retries))
     }
 
-    /// The guest loop of both: `new` makes an input where a guest was kicked, unless its inputs are known.
+    /// The guest loop of recording and replay: `new` makes an input where the guest was kicked, in a recording.
     fn run(
         &mut self,
         inputs: &mut Vec<Input>,
@@ -159,7 +159,11 @@ impl Bench {
                     }
                 }
                 Exit::InterruptWindow => {
-                    let vector = self.world.pending.pop_front().expect("asked for with one pending");
+                    let vector = self
+                        .world
+                        .pending
+                        .pop_front()
+                        .expect("the window was requested because an interrupt is pending");
                     self.vcpu.inject(vector)?;
                 }
                 Exit::Halted if self.world.pending.is_empty() => self.world.pending.push_back(guest::LOOPING),
@@ -169,7 +173,7 @@ impl Bench {
                 exit => self.access(exit)?,
             }
         }
-        Err(Failure::Circles)
+        Err(Failure::Endless)
     }
 
     fn apply(&mut self, input: Input) {
@@ -192,34 +196,34 @@ impl Bench {
         Ok(())
     }
 
-    /// A position is no place inside REP, in a shadow, or with something in flight.
+    /// Checks that the position is at an exit, or at a branch outside an interrupt shadow and with nothing in flight.
     fn check(&mut self) -> Result<(), Failure> {
         let at = self.vcpu.position();
         let ram = &mut self.ram;
-        let cpu = self.vcpu.host.cpu();
-        let mut code = |at: u64, bytes: &mut anchor::Code| {
+        let cpu = self.vcpu.engine.cpu();
+        let mut code = |at: u64, bytes: &mut anchor::CodeBytes| {
             bytes.copy_from_slice(&ram.as_mut_slice()[at as usize..][..15]);
             15
         };
         let branch = anchor::decode(&mut code, cpu.rip).is_some_and(|i| anchor::is_conditional_branch(&i));
         let calm = (cpu.shadow, cpu.interrupt) == (Shadow::None, None);
         let good = at.rip == 0 || calm && branch && cpu.rip == at.rip;
-        if good { Ok(()) } else { Err(Failure::BadPlace) }
+        if good { Ok(()) } else { Err(Failure::NotAPosition) }
     }
 
     fn ending(&mut self) -> Ending {
         let digest = (XxHash3_128::oneshot(self.ram.as_mut_slice()), self.world.accesses);
-        let registers = *self.vcpu.host.cpu().regs.first_chunk().unwrap();
+        let registers = *self.vcpu.engine.cpu().regs.first_chunk().unwrap();
         Ending { digest, registers, at: self.vcpu.position() }
     }
 }
 
-/// What a run is made of beside the program.
+/// The parameters of a run.
 #[derive(Clone, Copy, Debug, Default)]
 struct Setting {
     margin: u64,
     skid: Skid,
     quirks: Quirks,
     miscounts_one_in: u64,
-    without: Option<Trap>,
+    ignored: Option<Hazard>,
 }

@@ -1,8 +1,8 @@
-//! Many schedules: programs, moments of inputs and skids that a seed decides.
+//! Many schedules of programs, moments of inputs and skid, each made from a seed.
 
 use super::*;
 
-/// Schedules in all, over the tests of this file.
+/// How many schedules have skid within the margin, and how many beyond it.
 const WITHIN: u64 = 8_000;
 const BEYOND: u64 = 4_000;
 
@@ -10,7 +10,7 @@ fn programs() -> Vec<Vec<u8>> {
     (0..64).map(guest::random).collect()
 }
 
-/// Up to six moments, some of them close together.
+/// Up to six instruction counts, some of them close together.
 fn kicks(chance: &mut Chance) -> Vec<u64> {
     let mut at = 0;
     let gaps = (0..1 + chance.below(6))
@@ -32,7 +32,7 @@ fn quirks(chance: &mut Chance) -> Quirks {
     }
 }
 
-/// What all schedules have together, so that a test that tests little is found.
+/// Sums over all schedules, to detect a test that tests too little.
 #[derive(Debug, Default)]
 struct Tally {
     inputs: usize,
@@ -94,7 +94,7 @@ fn a_counter_that_stops_counting_is_an_error() {
     let mut bench = Bench::new();
     let program = guest::random(1);
     bench.start(&program, &Setting { margin: 10, ..Setting::default() }, 1);
-    bench.vcpu.host.simulated_counter().broken = true;
+    bench.vcpu.engine.simulated_counter().broken = true;
     let failed = bench.run(&mut Vec::new(), |_, _| None);
     assert!(matches!(failed, Err(Failure::Vcpu(VcpuError::Landing(_)))), "{failed:?}");
 }

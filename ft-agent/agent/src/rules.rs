@@ -1,0 +1,42 @@
+//! The rules that the simulator can switch off one at a time, to show that its checker notices. It builds
+//! this crate with the feature `ablation` for that; in a program all rules are in force.
+
+/// A rule that the simulator can switch off.
+#[derive(Clone, Copy)]
+#[cfg_attr(feature = "ablation", derive(Debug, PartialEq, Eq))]
+pub enum Rule {
+    /// An output waits in the gate until its record is acknowledged.
+    HoldOutputs,
+    /// Every output has a record of its own.
+    #[cfg(feature = "ablation")]
+    LogOutputs,
+    /// Only the store's verdict makes a replica go on alone.
+    AskTheStore,
+    /// A suspicion is never taken back.
+    OneWaySuspicion,
+    /// A process that is started again has a new incarnation. The simulator's hosts apply this rule, not the
+    /// agent.
+    #[cfg(feature = "ablation")]
+    Incarnations,
+    /// The channel is closed before the store is asked.
+    CloseBeforeTake,
+    /// Outputs leave only under a lease.
+    ReleaseOnlyWhenFresh,
+    /// A backup replays everything that it received before it takes.
+    ReplayBeforeTake,
+}
+
+#[cfg(feature = "ablation")]
+impl Rule {
+    /// All of them.
+    pub const ALL: [Rule; 8] = [
+        Rule::HoldOutputs,
+        Rule::LogOutputs,
+        Rule::AskTheStore,
+        Rule::OneWaySuspicion,
+        Rule::Incarnations,
+        Rule::CloseBeforeTake,
+        Rule::ReleaseOnlyWhenFresh,
+        Rule::ReplayBeforeTake,
+    ];
+}

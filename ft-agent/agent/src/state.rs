@@ -1,0 +1,55 @@
+//! An agent's states, its side of the log, and what it knows about its peer.
+
+use entry::identity::Identity;
+use entry::log::EndReason;
+use logging_channel::receiver::Receiver;
+use logging_channel::sender::Sender;
+use store_rule::record::Member;
+
+use crate::event::{Outcome, Suspicion};
+
+/// Where a replica is in its life. The crate's documentation draws the transitions.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum AgentState {
+    /// No peer yet.
+    Waiting,
+    /// Primary: the store has been asked to open the generation or, if `taking`, an unprotected primary has
+    /// asked to take it.
+    Opening { taking: bool, lost: Option<Suspicion> },
+    /// Backup: it knows its primary; the guest does not run yet.
+    Met,
+    /// The log and its acknowledgements flow.
+    Protected,
+    /// Primary: the guest is paused; the backup is `told` to take once all records are acknowledged and all
+    /// outputs have left.
+    HandingOver { told: bool },
+    /// Backup: the primary has told it to take; the channel stays open.
+    ReceivingHandover,
+    /// The VM has ended.
+    Ending { reason: EndReason, told: bool },
+    /// The peer is lost and the channel is closed; this side is not yet able to take.
+    Suspecting,
+    /// The store has been asked for a verdict.
+    Taking,
+    /// The generation belongs to this side.
+    Alone,
+    /// The VM has ended and the store has been asked to forget it.
+    Forgetting(Outcome),
+    /// Final: nothing happens any more.
+    Out(Outcome),
+}
+
+/// This side's end of the log.
+#[derive(Debug)]
+pub(crate) enum LogSide {
+    Primary(Box<Sender>),
+    Backup(Box<Receiver>),
+}
+
+/// The other replica, as its hello describes it.
+#[derive(Debug)]
+pub(crate) struct PeerReplica {
+    pub(crate) member: Member,
+    pub(crate) identity: Identity,
+    pub(crate) buffer_bytes: u64,
+}

@@ -1,0 +1,144 @@
+//! A replica's report for `vmft status`, the metrics and the hook: as data, as JSON and as text.
+
+use std::fmt;
+
+use agent::{Phase, Role};
+use serde::{Deserialize, Serialize};
+
+use super::time_accounting::TimeTotals;
+
+/// What `vmft status` shows of a replica. Counts of records and outputs are from the log's start.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ReplicaReport {
+    /// Name of the VM.
+    pub name: String,
+    /// The role in which this side was started: `primary` or `backup`.
+    pub role: String,
+    /// `starting`, `protected`, `deciding`, `alone`, `ending` or `out`.
+    pub phase: String,
+    /// Whether the VM survives the loss of either host.
+    pub protected: bool,
+    /// The pair's generation.
+    pub generation: Option<u64>,
+    /// This side's incarnation.
+    pub incarnation: String,
+    /// The other side's incarnation.
+    pub peer: Option<String>,
+    /// Records made (primary) or received (backup).
+    pub recorded: u64,
+    /// Records sent.
+    pub sent: u64,
+    /// Records that the backup has acknowledged.
+    pub acked: u64,
+    /// Records that the backup has replayed.
+    pub replayed: u64,
+    /// Outputs that the guest has made.
+    pub outputs_recorded: u64,
+    /// Outputs that have left.
+    pub outputs_released: u64,
+    /// Outputs that wait in the gate.
+    pub outputs_held: u64,
+    /// How far the backup lags, ms. Only the primary knows it.
+    pub lag_ms: f64,
+    /// How far the backup lags, in bytes of records.
+    pub lag_bytes: u64,
+    /// The log's rate over the last seconds, bytes per second.
+    pub log_bytes_per_s: f64,
+    /// Bytes of the channel's messages since its start.
+    pub log_bytes: u64,
+    /// Where the time of the guest's thread went.
+    pub spent: TimeTotals,
+    /// Position of this side's guest.
+    pub position: u64,
+    /// Position of the other side's guest at its last heartbeat.
+    pub peer_position: u64,
+    /// How often this side went on without the other, planned or not.
+    pub failovers: u64,
+    /// The last failover, if there was one.
+    pub failover: Option<Failover>,
+}
+
+/// The steps of a failover. Times are in ms from the moment at which the peer was declared lost.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Failover {
+    /// Why the peer was declared lost.
+    pub reason: String,
+    /// When the peer was declared lost, seconds since 1970.
+    pub at_unix_s: f64,
+    /// When the rest of the log was replayed and the store was asked.
+    pub asked_ms: Option<f64>,
+    /// When the verdict came; the outputs left in the gate were sent and the guest's address was announced.
+    pub verdict_ms: Option<f64>,
+    /// When the guest ran on.
+    pub running_ms: Option<f64>,
+    /// When the guest's first new frame left.
+    pub first_frame_ms: Option<f64>,
+}
+
+/// The word that the user sees for a VM that is protected or not.
+pub fn protection_word(protected: bool) -> &'static str {
+    if protected { "PROTECTED" } else { "UNPROTECTED" }
+}
+
+/// The name of a phase.
+pub fn phase_name(phase: Phase) -> &'static str {
+    match phase {
+        Phase::Starting => "starting",
+        Phase::Protected => "protected",
+        Phase::Deciding => "deciding",
+        Phase::Alone => "alone",
+        Phase::Ending => "ending",
+        Phase::Out => "out",
+    }
+}
+
+/// The name of a role.
+pub fn role_name(role: Role) -> &'static str {
+    match role {
+        Role::Primary => "primary",
+        Role::Backup => "backup",
+    }
+}
+
+impl fmt::Display for ReplicaReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let word = protection_word(self.protected);
+        let generation = self.generation.map_or("none yet".into(), |g| g.to_string());
+        writeln!(f, "{word}: VM {}, {} ({}), generation {generation}", self.name, self.role, self.phase)?;
+        writeln!(
+            f,
+            "lag {:.1} ms, {} bytes; log {:.1} kB/s; {} outputs held",
+            self.lag_ms,
+            self.lag_bytes,
+            self.log_bytes_per_s / 1e3,
+            self.outputs_held
+        )?;
+        writeln!(
+            f,
+            "records: {} recorded, {} sent, {} acknowledged, {} replayed; outputs: {} recorded, {} released",
+            self.recorded, self.sent, self.acked, self.replayed, self.outputs_recorded, self.outputs_released
+        )?;
+        writeln!(f, "position {} here, {} there", self.position, self.peer_position)?;
+        match &self.failover {
+            None => Ok(()),
+            Some(failover) => writeln!(f, "last failover: {failover}"),
+        }
+    }
+}
+
+impl fmt::Display for Failover {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.reason)?;
+        for (what, ms) in [
+            ("store asked", self.asked_ms),
+            ("verdict", self.verdict_ms),
+            ("guest runs", self.running_ms),
+            ("first frame", self.first_frame_ms),
+        ] {
+            if let Some(ms) = ms {
+                write!(f, ", {what} after {ms:.1} ms")?;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,236 @@
+//! What both sides of a pair have in common before they meet and when they end: options, keys, store,
+//! devices, signals.
+
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use agent::{Agent, Config, Outcome, Phase, Role};
+use entry::End;
+use entry::identity::Identity;
+use entry::log::EndReason;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use test_and_set::blocking::BlockingStore;
+use test_and_set::keys::Keys;
+use test_and_set::names::{Generation, Incarnation};
+use test_and_set::record::Member;
+use test_and_set::store::chain;
+use test_and_set::url::StoreUrl;
+use tracing::warn;
+use tracing_subscriber::EnvFilter;
+use vmm::Machine;
+
+use super::announce::Announcer;
+use super::console::copy_to_stdout;
+use super::control::ControlSocket;
+use super::guest_thread::GuestThread;
+use super::hook::Hook;
+use super::options::PairPlan;
+use super::replica::{Replica, now_ns};
+use super::sidecar::Sidecars;
+use super::{metrics, quorum};
+use crate::confine::{self, Needs};
+use crate::error::Error;
+use crate::failpoint;
+use crate::guest::Guest;
+use crate::outside::console::Readers;
+use crate::outside::tap::Tap;
+use crate::outside::{ConsoleOut, Inlet, Outlet};
+
+/// The slot of the network device, if there is one.
+pub const NET_SLOT: u8 = 0;
+
+/// Sends the log messages of this process to standard error. `VMFT_LOG` filters them (`info`, `vmft=debug`).
+pub fn log_to_stderr() {
+    let filter = EnvFilter::try_from_env("VMFT_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let colours = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(colours).with_env_filter(filter).init();
+}
+
+/// What a side needs to run a replica.
+pub struct PairSide {
+    /// The options.
+    pub plan: PairPlan,
+    /// This host's keys.
+    pub keys: Arc<Keys>,
+    /// The store.
+    pub store: BlockingStore,
+    /// The guest's tap. It is opened at the start, so that going live does not depend on opening it.
+    pub tap: Option<Arc<Tap>>,
+    /// The sidecars of its disk images.
+    pub sidecars: Sidecars,
+    /// The user's command for each change between PROTECTED and UNPROTECTED.
+    hook: Option<Hook>,
+    /// The confinement of the guest's thread; `None` with `--no-confine`.
+    confinement: Option<confine::GuestConfinement>,
+}
+
+impl PairSide {
+    /// Opens what the side needs, and confines the process to that. To be called while the process has only
+    /// one thread.
+    ///
+    /// # Errors
+    /// An option is wrong, or the tap, a sidecar or the store cannot be opened.
+    pub fn open(plan: PairPlan) -> Result<PairSide, Error> {
+        let wrong_store = |e: &dyn std::error::Error| Error::config("store", chain(e));
+        let url = plan.store.parse::<StoreUrl>().map_err(|e| wrong_store(&e))?;
+        let keys = Keys::load(&plan.keys).map_err(|e| Error::config("keys", chain(&e)))?;
+        let tap = plan.machine.net.as_ref().map(|net| Tap::open(&net.tap)).transpose()?.map(Arc::new);
+        let sidecars = Sidecars::read(&plan.name, &plan.machine.disks, plan.discard_newer)?;
+        let hook = plan.hook.as_ref().map(|command| Hook::start(command, plan.name.clone())).transpose()?;
+        let confinement = match plan.confine {
+            true => Some(confine::process(&confinement_needs(&plan, &url, &sidecars))),
+            false => {
+                warn!("this process is not confined, because of --no-confine");
+                None
+            }
+        };
+        failpoint::watch();
+        let store = BlockingStore::connect(&plan.store).map_err(|e| wrong_store(&e))?;
+        std::thread::spawn(move || quorum::warn_if_lost_with_this_host(&url));
+        Ok(PairSide { plan, keys: keys.into(), store, tap, sidecars, hook, confinement })
+    }
+
+    /// Starts the guest's thread, which makes the machine and is then confined. Returns the machine, ready to
+    /// boot, and the thread.
+    ///
+    /// # Errors
+    /// The files cannot be booted, or the host has not enough memory.
+    pub fn boot(&self, guest: Guest) -> Result<(Machine, GuestThread), Error> {
+        let thread = GuestThread::start()?;
+        let confinement = self.confinement;
+        let machine = thread.run(move || {
+            let machine = guest.boot();
+            if let Some(confinement) = confinement {
+                confinement.confine();
+            }
+            machine
+        });
+        Ok((machine?, thread))
+    }
+
+    /// Starts to listen on the control socket and for scrapes of the metrics, as far as the options ask for
+    /// them. `find` returns the replica, or `None` if there is none yet.
+    ///
+    /// # Errors
+    /// The control socket cannot be created, or the process cannot listen on the address for the metrics.
+    pub fn start_control(
+        &self,
+        find: impl Fn() -> Option<Arc<Replica>> + Clone + Send + Sync + 'static,
+    ) -> Result<Option<ControlSocket>, Error> {
+        if let Some(address) = self.plan.metrics {
+            metrics::listen(address, self.plan.name.clone(), find.clone())?;
+        }
+        self.plan.control.as_deref().map(|path| ControlSocket::listen(path, find)).transpose()
+    }
+
+    /// Makes the inlet report a guest that makes no exits for long: on KVM such a guest takes no inputs, and
+    /// would otherwise seem stuck.
+    pub fn watch_for_starvation(&self, inlet: &mut Inlet) {
+        inlet.watch_for_starvation(self.plan.engine_unit(), self.plan.machine.starvation);
+    }
+
+    /// Makes the replica of a machine with this identity.
+    ///
+    /// # Errors
+    /// A thread or an eventfd cannot be created.
+    pub fn new_replica(
+        &self,
+        role: Role,
+        identity: Identity,
+        generation: Generation,
+    ) -> Result<Arc<Replica>, Error> {
+        let plan = &self.plan;
+        let config = Config {
+            role,
+            vm: plan.name.clone(),
+            me: Member { disks: self.sidecars.copies(), ..Member::new(Incarnation::random()) },
+            identity,
+            generation,
+            unprotected: role == Role::Primary && plan.peer.is_none(),
+            timing: plan.timing,
+            buffers: plan.buffers,
+        };
+        let mut readers = Readers::default();
+        copy_to_stdout(readers.add())?;
+        let mut outlet = Outlet::new(ConsoleOut::Readers(readers));
+        let mut ports = Vec::new();
+        if let (Some(tap), Some(net)) = (&self.tap, &plan.machine.net) {
+            outlet.attach_tap(NET_SLOT, tap.clone());
+            ports.push((tap.clone(), net.mac));
+        }
+        let agent = Agent::new(config, now_ns());
+        let announcer = Announcer::new(ports);
+        Replica::new(plan.name.clone(), self.store.clone(), agent, outlet, announcer, self.hook.clone())
+    }
+
+    /// Ends a replica whose guest no longer runs here, and turns its outcome into the result of the command.
+    /// `generation` is that of the pair, if it was opened. After an orderly end the disk images are marked as
+    /// closed.
+    ///
+    /// # Errors
+    /// The replica failed, was fenced or did not start, the guest crashed, or a sidecar cannot be written.
+    pub fn conclude(
+        &self,
+        generation: Option<Generation>,
+        replica: &Replica,
+        outcome: Outcome,
+        position: u64,
+    ) -> Result<(), Error> {
+        replica.guest_thread_done();
+        if let (Some(generation), Outcome::Ended(_) | Outcome::HandedOver) = (generation, &outcome) {
+            self.sidecars.write(generation, false)?;
+        }
+        match (outcome, replica.take_failure()) {
+            (Outcome::Ended(EndReason::Guest(End::TripleFault)), _) => Err(Error::GuestCrash { position }),
+            (Outcome::Ended(_) | Outcome::HandedOver | Outcome::Stopped, _) => Ok(()),
+            (Outcome::Failed(_), Some(failure)) => Err(failure),
+            (outcome, _) => Err(Error::Out(outcome)),
+        }
+    }
+}
+
+/// What a side still needs to open once it is confined.
+fn confinement_needs(plan: &PairPlan, url: &StoreUrl, sidecars: &Sidecars) -> Needs {
+    let kvm = plan.machine.engine.is_kvm();
+    let beside = |path: &Path| match path.parent() {
+        Some(dir) if dir != Path::new("") => dir.to_owned(),
+        _ => PathBuf::from("."),
+    };
+    Needs {
+        read: url.keys().map(Path::to_owned).into_iter().chain(["/dev/urandom".into()]).collect(),
+        devices: kvm.then(|| "/dev/kvm".into()).into_iter().collect(),
+        make_in: sidecars
+            .paths()
+            .chain(plan.control.as_deref())
+            .chain(failpoint::file())
+            .map(beside)
+            .collect(),
+        listen: plan.listen.into_iter().chain(plan.metrics).map(|address| address.port()).collect(),
+        kvm,
+    }
+}
+
+/// Handles SIGTERM and SIGINT: a primary hands over to its backup, a backup leaves, and a side that is alone
+/// ends the VM's run.
+///
+/// # Errors
+/// The signal handlers cannot be installed.
+pub fn leave_on_signals(replica: &Arc<Replica>) -> Result<(), Error> {
+    let mut signals =
+        Signals::new([SIGINT, SIGTERM]).map_err(Error::host("cannot install signal handlers"))?;
+    let replica = replica.clone();
+    std::thread::spawn(move || {
+        for _ in signals.forever() {
+            match replica.status().phase {
+                Phase::Protected => replica.hand_over(),
+                Phase::Alone => replica.stop(),
+                Phase::Starting => replica.leave(Outcome::Stopped),
+                // The side is ending already, or has to wait for a verdict first.
+                Phase::Deciding | Phase::Ending | Phase::Out => {}
+            }
+        }
+    });
+    Ok(())
+}

@@ -1,0 +1,283 @@
+//! Accepts connections, checks who connects, and answers their requests, all within bounds.
+//!
+//! A connection that has not completed TLS and its greeting costs little, and there are at most [`GREETINGS_MAX`] of them: one more
+//! closes the oldest. So slow or silent connections never keep out a client that completes its greeting.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::time::Duration;
+
+use rustls::pki_types::CertificateDer;
+use serde::Serialize;
+use tokio::io::{AsyncRead, AsyncWriteExt, ReadHalf, WriteHalf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Mutex, Semaphore};
+use tokio::task::AbortHandle;
+use tokio::time::timeout;
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
+
+use crate::keys::Keys;
+use crate::server::node::Node;
+use crate::wire::{
+    self, CLIENT_FRAME_BYTES_MAX, ConnectionRefusal, FRAME_BYTES_MAX, MemberHello, StoreHello, Welcome,
+    WireError,
+};
+
+/// The largest number of connections that have not completed their greeting.
+pub const GREETINGS_MAX: usize = 192;
+/// The largest number of clients that are connected at once.
+pub const CLIENTS_MAX: usize = 512;
+/// The largest number of requests of one connection that are answered at once; more wait in the socket.
+const REQUESTS_MAX: usize = 64;
+const HANDSHAKE_PATIENCE: Duration = Duration::from_secs(5);
+/// How long the rest of a frame may take to arrive, and how long the other side may take to accept a response.
+const FRAME_PATIENCE: Duration = Duration::from_secs(10);
+/// A connection without a request for this long is closed; our clients send one every second.
+const IDLE_MAX: Duration = Duration::from_secs(60);
+
+/// Accepts connections for a member; all connections share it.
+pub struct StoreAcceptor {
+    node: Arc<Node>,
+    keys: Arc<Keys>,
+    tls: TlsAcceptor,
+    clients: Arc<AtomicUsize>,
+}
+
+impl StoreAcceptor {
+    /// An acceptor for this member.
+    pub fn new(node: Arc<Node>, keys: Arc<Keys>, tls: TlsAcceptor) -> Arc<Self> {
+        Arc::new(Self { node, keys, tls, clients: Arc::default() })
+    }
+
+    /// Accepts connections for ever, and serves each in its own task.
+    pub async fn accept(self: Arc<Self>, listener: TcpListener) {
+        let mut greeting: VecDeque<(AbortHandle, Arc<Greeted>)> = VecDeque::new();
+        loop {
+            let tcp = match listener.accept().await {
+                Ok((tcp, _)) => tcp,
+                Err(error) => {
+                    // Most likely there is no free file descriptor: connections that end free theirs.
+                    eprintln!("cannot accept a connection, trying again: {error}");
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                    continue;
+                }
+            };
+            greeting.retain(|(task, greeted)| !task.is_finished() && !greeted.is_done());
+            if greeting.len() >= GREETINGS_MAX
+                && let Some((oldest, _)) = greeting.pop_front()
+            {
+                oldest.abort();
+                self.node.stats.connections_faulty.fetch_add(1, Relaxed);
+            }
+            let (acceptor, greeted) = (self.clone(), Arc::new(Greeted::default()));
+            let done = greeted.clone();
+            let task = tokio::spawn(async move {
+                let _open = CountedConnection::new(&acceptor.node.stats.connections);
+                if let Err(error) = acceptor.serve(tcp, &done).await
+                    && !matches!(&error, WireError::Io(e) if e.kind() == std::io::ErrorKind::UnexpectedEof)
+                {
+                    acceptor.node.stats.connections_faulty.fetch_add(1, Relaxed);
+                }
+            });
+            greeting.push_back((task.abort_handle(), greeted));
+        }
+    }
+
+    async fn serve(&self, tcp: TcpStream, greeted: &Greeted) -> Result<(), WireError> {
+        tcp.set_nodelay(true)?;
+        let shaken = timeout(HANDSHAKE_PATIENCE, self.handshake(tcp)).await;
+        let (stream, member) = shaken.map_err(|_| std::io::Error::from(std::io::ErrorKind::TimedOut))??;
+        greeted.set_done();
+        let (read, write) = tokio::io::split(stream);
+        match member {
+            Some(_) => {
+                self.serve_requests(read, write, FRAME_BYTES_MAX, Requester::Member(Mutex::default())).await
+            }
+            None => self.serve_requests(read, write, CLIENT_FRAME_BYTES_MAX, self.admit_client()).await,
+        }
+    }
+
+    fn admit_client(&self) -> Requester {
+        self.clients.fetch_add(1, Relaxed);
+        Requester::Client(self.clients.clone())
+    }
+
+    /// Does the TLS handshake and exchanges greetings. A refusal is sent to the other side before it is returned as an error.
+    async fn handshake(
+        &self,
+        tcp: TcpStream,
+    ) -> Result<(TlsStream<TcpStream>, Option<MemberHello>), WireError> {
+        let mut stream = self.tls.accept(tcp).await?;
+        let hello: StoreHello = wire::read_greeting(&mut stream).await?;
+        let certificate = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
+        let refused = self.refusal_of(&hello, certificate);
+        let welcome = Welcome {
+            cluster: self.node.cluster.clone(),
+            id: self.node.id,
+            data: self.node.disk.data(),
+            refused,
+        };
+        wire::write_greeting(&mut stream, &welcome).await?;
+        match refused {
+            None => Ok((stream, hello.member)),
+            Some(reason) => {
+                stream.shutdown().await?;
+                Err(std::io::Error::other(format!("{reason:?}")).into())
+            }
+        }
+    }
+
+    fn refusal_of(
+        &self,
+        hello: &StoreHello,
+        certificate: Option<&CertificateDer<'_>>,
+    ) -> Option<ConnectionRefusal> {
+        if hello.cluster != self.node.cluster {
+            return Some(ConnectionRefusal::WrongCluster);
+        }
+        let Some(member) = &hello.member else {
+            return (self.clients.load(Relaxed) >= CLIENTS_MAX).then_some(ConnectionRefusal::Busy);
+        };
+        if member.to != self.node.id {
+            return Some(ConnectionRefusal::WrongMember);
+        }
+        if !certificate.is_some_and(|c| self.keys.is_this_member(member.id, c)) {
+            return Some(ConnectionRefusal::NotThatMember);
+        }
+        (!self.node.peers.data_of.admits(member.id, member.data)).then_some(ConnectionRefusal::DataReplaced)
+    }
+
+    /// Reads requests until the connection ends, and answers each in its own task.
+    async fn serve_requests(
+        &self,
+        mut read: ReadHalf<TlsStream<TcpStream>>,
+        write: WriteHalf<TlsStream<TcpStream>>,
+        most: u32,
+        asker: Requester,
+    ) -> Result<(), WireError> {
+        let answers = Arc::new(ResponseWriter { write: Mutex::new(write), broken: AtomicBool::new(false) });
+        let (slots, asker) = (Arc::new(Semaphore::new(REQUESTS_MAX)), Arc::new(asker));
+        while let Some((number, body)) = next_frame(&mut read, most).await? {
+            let Ok(slot) = slots.clone().acquire_owned().await else { break };
+            let question = asker.decode(&body)?;
+            if answers.broken.load(Relaxed) {
+                break;
+            }
+            let (node, asker, answers) = (self.node.clone(), asker.clone(), answers.clone());
+            tokio::spawn(async move {
+                // A response that cannot be encoded is dropped: the other side runs into its deadline.
+                if let Ok(frame) = asker.answer(&node, question, number).await {
+                    answers.send(&frame).await;
+                }
+                drop(slot);
+            });
+        }
+        Ok(())
+    }
+}
+
+async fn next_frame(
+    read: &mut (impl AsyncRead + Unpin),
+    most: u32,
+) -> Result<Option<(u64, Vec<u8>)>, WireError> {
+    let late = |_| WireError::Io(std::io::ErrorKind::TimedOut.into());
+    let Some(length) = timeout(IDLE_MAX, wire::read_length(read, most)).await.map_err(late)?? else {
+        return Ok(None);
+    };
+    timeout(FRAME_PATIENCE, wire::read_rest(read, length)).await.map_err(late)?.map(Some)
+}
+
+/// Writes the responses of a connection. Each is written by the task that made it.
+struct ResponseWriter {
+    write: Mutex<WriteHalf<TlsStream<TcpStream>>>,
+    broken: AtomicBool,
+}
+
+impl ResponseWriter {
+    /// Sends a response. After one that fails or takes too long, nothing more is sent.
+    async fn send(&self, frame: &[u8]) {
+        let mut write = self.write.lock().await;
+        if self.broken.load(Relaxed) {
+            return;
+        }
+        let written = timeout(FRAME_PATIENCE, async {
+            write.write_all(frame).await?;
+            write.flush().await
+        });
+        self.broken.store(!matches!(written.await, Ok(Ok(()))), Relaxed);
+    }
+}
+
+/// Who is at the other end of a connection, and the state that belongs to it.
+enum Requester {
+    Client(Arc<AtomicUsize>),
+    /// With the parts of a snapshot that have arrived.
+    Member(Mutex<Vec<u8>>),
+}
+
+impl Drop for Requester {
+    fn drop(&mut self) {
+        if let Requester::Client(clients) = self {
+            clients.fetch_sub(1, Relaxed);
+        }
+    }
+}
+
+enum DecodedRequest {
+    Client(wire::StoreRequest),
+    Member(wire::PeerRequest),
+}
+
+impl Requester {
+    fn decode(&self, body: &[u8]) -> Result<DecodedRequest, WireError> {
+        Ok(match self {
+            Requester::Client(_) => DecodedRequest::Client(wire::decode(body)?),
+            Requester::Member(_) => DecodedRequest::Member(wire::decode(body)?),
+        })
+    }
+
+    async fn answer(&self, node: &Node, question: DecodedRequest, number: u64) -> Result<Vec<u8>, WireError> {
+        match (question, self) {
+            (DecodedRequest::Member(ask), Requester::Member(parts)) => {
+                frame(number, &node.raft.answer(ask, parts).await)
+            }
+            (DecodedRequest::Client(ask), _) => frame(number, &node.answer(ask).await),
+            (DecodedRequest::Member(_), Requester::Client(_)) => Err(WireError::Tail(0)),
+        }
+    }
+}
+
+fn frame(number: u64, answer: &impl Serialize) -> Result<Vec<u8>, WireError> {
+    wire::frame(number, answer)
+}
+
+/// Whether a connection has completed its greeting.
+#[derive(Default)]
+struct Greeted(AtomicBool);
+
+impl Greeted {
+    fn is_done(&self) -> bool {
+        self.0.load(Relaxed)
+    }
+
+    fn set_done(&self) {
+        self.0.store(true, Relaxed);
+    }
+}
+
+/// Counts an open connection while it lives.
+struct CountedConnection<'c>(&'c AtomicU64);
+
+impl<'c> CountedConnection<'c> {
+    fn new(count: &'c AtomicU64) -> Self {
+        count.fetch_add(1, Relaxed);
+        Self(count)
+    }
+}
+
+impl Drop for CountedConnection<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Relaxed);
+    }
+}

@@ -1,0 +1,105 @@
+//! A running member, and its answers to clients.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Instant;
+
+use crate::names::{ClusterName, VmName};
+use crate::record::VmRecord;
+use crate::server::disk::MemberDisk;
+use crate::server::peers::OtherMembers;
+use crate::server::raft::Raft;
+use crate::server::stats::{LatencyHistogram, NodeStats};
+use crate::store::PAGE_RECORDS_MAX;
+use crate::wire::{NodeId, NodeStatus, PAGE_BYTES, RequestFailure, StoreRequest, StoreResponse};
+
+/// A running member.
+pub struct Node {
+    pub(super) id: NodeId,
+    pub(super) cluster: ClusterName,
+    pub(super) disk: Arc<MemberDisk>,
+    pub(super) peers: Arc<OtherMembers>,
+    pub(super) raft: Raft,
+    pub(super) stats: NodeStats,
+}
+
+impl Node {
+    /// Answers a client's request.
+    pub(super) async fn answer(&self, ask: StoreRequest) -> StoreResponse {
+        let answer = match ask {
+            StoreRequest::Command(vm, command) => {
+                timed(&self.stats.commands, self.raft.command(vm, command)).await.map(StoreResponse::Reply)
+            }
+            StoreRequest::Get(vm) => {
+                let look = self.raft.read(|state| state.get(&vm).cloned());
+                timed(&self.stats.reads, look).await.map(StoreResponse::Record)
+            }
+            StoreRequest::List(after) => {
+                let look = self.raft.read(|state| page(state.list(after.as_ref())));
+                timed(&self.stats.reads, look).await.map(StoreResponse::Page)
+            }
+            StoreRequest::Ping => Ok(StoreResponse::Leader(self.raft.leader().map(|(_, address)| address))),
+            StoreRequest::Status => Ok(StoreResponse::Status(Box::new(self.status()))),
+            StoreRequest::AddMember(id, address) => {
+                self.raft.add_member(id, address).await.map(|()| StoreResponse::MembersChanged)
+            }
+            StoreRequest::RemoveMember(id) => {
+                self.raft.remove_member(id).await.map(|()| StoreResponse::MembersChanged)
+            }
+        };
+        answer.unwrap_or_else(|failure| {
+            if !matches!(failure, RequestFailure::NotLeader(_)) {
+                self.stats.failures.fetch_add(1, Relaxed);
+            }
+            StoreResponse::Failed(failure)
+        })
+    }
+
+    fn status(&self) -> NodeStatus {
+        let view = self.raft.view();
+        let (disk_free_bytes, data_bytes) = self.disk.space();
+        let commands = &self.stats.commands;
+        NodeStatus {
+            id: self.id,
+            cluster: self.cluster.clone(),
+            role: view.role.into(),
+            term: view.term,
+            leader: view.leader,
+            members: view.members,
+            last_log_index: view.last_log_index,
+            applied_index: view.applied_index,
+            snapshot_index: view.snapshot_index,
+            purged_index: view.purged_index,
+            vms: view.vms,
+            commands: commands.count(),
+            command_us: (commands.quantile_us(0.5), commands.quantile_us(0.99)),
+            disk_free_bytes,
+            data_bytes,
+            disk_full: self.disk.is_full(),
+        }
+    }
+}
+
+/// Adds the time that an answer took to `latency`; failures are not added.
+async fn timed<T>(
+    latency: &LatencyHistogram,
+    answer: impl Future<Output = Result<T, RequestFailure>>,
+) -> Result<T, RequestFailure> {
+    let begun = Instant::now();
+    let answer = answer.await;
+    if answer.is_ok() {
+        latency.add(begun.elapsed());
+    }
+    answer
+}
+
+/// As many of the records as fit into one response.
+fn page<'s>(records: impl Iterator<Item = (&'s VmName, &'s VmRecord)>) -> Vec<(VmName, VmRecord)> {
+    let mut bytes = 0;
+    let fits = |(vm, record): &(&VmName, &VmRecord)| {
+        let before = bytes;
+        bytes += postcard::experimental::serialized_size(&(vm, record)).unwrap_or(PAGE_BYTES);
+        before < PAGE_BYTES
+    };
+    records.take(PAGE_RECORDS_MAX).take_while(fits).map(|(vm, record)| (vm.clone(), record.clone())).collect()
+}

@@ -1,0 +1,49 @@
+//! Our types in openraft's, and their bytes.
+
+use std::io::Cursor;
+
+use openraft::error::{ClientWriteError, RaftError};
+use openraft::{BasicNode, SnapshotMeta, StorageError, StorageIOError, StoredMembership};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::names::VmName;
+use crate::record::{Command, CommandReply};
+use crate::server::disk::DiskError;
+use crate::wire::NodeId;
+
+/// One command in the log.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct LoggedCommand {
+    /// Whose record it changes.
+    pub vm: VmName,
+    /// The change.
+    pub command: Command,
+}
+
+openraft::declare_raft_types!(
+    /// Our types in openraft's.
+    pub Types: D = LoggedCommand, R = CommandReply, Node = BasicNode
+);
+
+pub type RaftEntry = openraft::Entry<Types>;
+pub type RaftMembership = StoredMembership<NodeId, BasicNode>;
+pub type RaftSnapshotMeta = SnapshotMeta<NodeId, BasicNode>;
+pub type RaftStorageError = StorageError<NodeId>;
+pub type RaftWriteError = RaftError<NodeId, ClientWriteError<NodeId, BasicNode>>;
+
+pub fn encode(value: &impl Serialize) -> Result<Vec<u8>, DiskError> {
+    postcard::to_stdvec(value).map_err(|source| DiskError::Decode { what: "value", source })
+}
+
+pub fn decode<T: DeserializeOwned>(what: &'static str, bytes: &[u8]) -> Result<T, DiskError> {
+    postcard::from_bytes(bytes).map_err(|source| DiskError::Decode { what, source })
+}
+
+pub fn reading(error: DiskError) -> RaftStorageError {
+    StorageIOError::read(&error).into()
+}
+
+pub fn writing(error: DiskError) -> RaftStorageError {
+    StorageIOError::write(&error).into()
+}
