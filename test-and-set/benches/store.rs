@@ -1,4 +1,4 @@
-//! What is measured and tried for long: `cargo bench -p test-and-set --bench store -- COMMAND`.
+//! Measurements and long trials: `cargo bench -p test-and-set --bench store -- COMMAND`.
 
 #[path = "../tests/support/mod.rs"]
 mod support;
@@ -9,18 +9,18 @@ use clap::{Parser, Subcommand};
 struct Bench {
     #[command(subcommand)]
     what: What,
-    /// Cargo says so.
+    /// Passed by cargo.
     #[arg(long, global = true, hide = true)]
     bench: bool,
 }
 
 #[derive(Subcommand)]
 enum What {
-    /// Verdicts of three local members beside etcd's transactions.
+    /// The latency of verdicts of three local members, beside that of etcd's transactions.
     Latency {
         #[arg(long, default_value_t = 10_000)]
         verdicts: usize,
-        /// While as many threads as there are CPUs compute without pause.
+        /// Load every CPU with a busy thread meanwhile.
         #[arg(long)]
         loaded: bool,
     },
@@ -29,7 +29,7 @@ enum What {
         #[arg(long, default_value_t = 100)]
         kills: usize,
     },
-    /// Clients under a nemesis in network namespaces; what they saw is checked.
+    /// Clients while a nemesis disturbs members in network namespaces; what the clients observed is checked.
     Nemesis {
         #[arg(long, default_value_t = 300)]
         rounds: usize,
@@ -38,7 +38,7 @@ enum What {
         /// Milliseconds between two calls of one worker, on average.
         #[arg(long, default_value_t = 40)]
         pause_ms: u64,
-        /// Of the faults and of the calls; random unless given.
+        /// The seed of the faults and calls; random by default.
         #[arg(long)]
         seed: Option<u64>,
     },
@@ -47,7 +47,7 @@ enum What {
         #[arg(long, default_value_t = 10_000)]
         clients: usize,
     },
-    /// Many VMs: memory, disk, restart.
+    /// Memory, disk and restart with many VMs.
     Scale {
         #[arg(long, default_value_t = 100_000)]
         vms: usize,

@@ -1,61 +1,61 @@
-//! Whether what clients saw is the history of one test-and-set store: linearizability, with unknown outcomes.
+//! Checks that what clients observed is the history of one test-and-set store: linearizability, with unknown outcomes.
 //!
-//! The model is [`crate::record::decide`] itself. A client repeats a command inside one call, so a call is one or more
-//! applications of its command between its begin and its end, the last of which gives the answer; all but one of them change
-//! nothing, by the rule. A call without an answer is an application at any time after its begin, or none.
+//! The model is [`crate::record::decide`] itself. A client repeats a command within one call, so a call is one or more
+//! applications of its command between its start and its end. The last application gives the answer, and by the rule all but one
+//! of them change nothing. A call without an answer is one application at any time after its start, or none.
 //!
-//! The search is that of Wing and Gong with the memory of Lowe: it tries the calls in every order that time allows, and
-//! remembers which sets of calls have led to which record already.
+//! The search is Wing and Gong's with Lowe's memoization: it tries the calls in every order that their times allow, and remembers
+//! which sets of calls have already led to which record.
 
 use std::collections::{BTreeMap, HashSet};
 
 use crate::names::VmName;
 use crate::record::{Command, CommandReply, VmRecord, decide};
 
-/// What was asked.
+/// What a client requested.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Call {
-    /// A command.
+    /// To apply a command.
     Command(Command),
-    /// The record.
+    /// To read the record.
     Get,
 }
 
-/// What was answered.
+/// What a client was answered.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Observed {
-    /// To a command.
+    /// The reply to a command.
     Reply(CommandReply),
-    /// To a get.
+    /// The record that was read.
     Record(Option<VmRecord>),
 }
 
-/// One call of a client. Times are of one clock, in any unit.
+/// One call of a client. All times are from one clock, in any unit.
 #[derive(Clone, Debug)]
 pub struct Operation {
-    /// When the client asked.
+    /// When the call started.
     pub begun: u64,
-    /// When it had the answer, and what it was; `None` if it never had one.
+    /// When the answer came, and the answer; `None` if there was none.
     pub ended: Option<(u64, Observed)>,
-    /// What it asked.
+    /// What was requested.
     pub call: Call,
 }
 
-/// A history that no test-and-set store can have.
+/// Says that a history is not one of a test-and-set store.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "{vm}: no order of its {operations} calls explains the answers; at most {explained} can be explained"
+    "VM {vm}: no order of its {operations} calls explains their answers; at most {explained} of them can be explained"
 )]
 pub struct Violation {
-    /// The VM whose calls they are.
+    /// The VM that the calls are about.
     pub vm: VmName,
-    /// How many calls there are.
+    /// The number of calls.
     pub operations: usize,
-    /// How many of them the longest order explained that was found.
+    /// The largest number of calls whose answers an order explains.
     pub explained: usize,
 }
 
-/// Checks the calls of every VM; each VM is a register of its own.
+/// Checks the calls of each VM by themselves.
 pub fn check(history: &BTreeMap<VmName, Vec<Operation>>) -> Result<(), Violation> {
     history.iter().try_for_each(|(vm, operations)| {
         let mut operations = operations.clone();
@@ -96,7 +96,7 @@ impl Bits {
     }
 }
 
-/// A place in the search: which calls have had their answer, which have been applied before it, and what the record is.
+/// A point in the search: which calls have been answered, which have been applied before their answer, and the record.
 #[derive(Clone, PartialEq, Eq, Hash)]
 struct SearchPoint {
     done: Bits,
@@ -111,7 +111,8 @@ struct Search<'h> {
 }
 
 impl Search<'_> {
-    /// Whether some order of the rest explains its answers. The stack is a list: histories may be longer than a thread's stack.
+    /// Whether some order of the remaining calls explains their answers. This keeps its own stack, because a history may be too long
+    /// for recursion.
     fn explains(&mut self, start: SearchPoint) -> bool {
         let mut open = vec![start];
         while let Some(point) = open.pop() {
@@ -122,7 +123,7 @@ impl Search<'_> {
             let waiting = |i: &usize| !point.done.has(*i);
             let ends =
                 (0..self.operations.len()).filter(waiting).filter_map(|i| self.operations[i].ended.as_ref());
-            // Whatever comes next must have begun before the first of the waiting calls ended.
+            // The next call must have started before the first of the unanswered calls ended.
             let Some(first_end) = ends.map(|(at, _)| *at).min() else { return true };
             let next =
                 (0..self.operations.len()).filter(waiting).filter(|i| self.operations[*i].begun <= first_end);
@@ -131,7 +132,7 @@ impl Search<'_> {
         false
     }
 
-    /// Where one call can lead from here.
+    /// Adds the points that call `i` can lead to.
     fn step(&self, from: &SearchPoint, i: usize, open: &mut Vec<SearchPoint>) {
         let operation = &self.operations[i];
         let Call::Command(command) = &operation.call else {
@@ -142,7 +143,7 @@ impl Search<'_> {
         };
         let (changed, reply) = decide(from.record.as_ref(), command);
         if changed.is_some() && !from.applied.has(i) {
-            // An application whose answer was lost; for a call without an answer, its only one.
+            // An application whose answer was lost; the only one of a call without an answer.
             open.push(SearchPoint {
                 done: from.done.clone(),
                 applied: from.applied.with(i),
@@ -227,24 +228,24 @@ mod tests {
             op(2, 3, take(1, 1), CommandReply::Won),
             op(4, 5, take(1, 2), CommandReply::Lost(who(1)))
         ]));
-        // At once: the answers say in which order.
+        // Concurrently: the answers show in which order.
         assert!(is_possible(&[
             opened(),
             op(2, 9, take(1, 1), CommandReply::Lost(who(2))),
             op(3, 8, take(1, 2), CommandReply::Won)
         ]));
-        // Asked again by the same one.
+        // Repeated by the same member.
         assert!(is_possible(&[
             opened(),
             op(2, 3, take(1, 1), CommandReply::Won),
             op(4, 5, take(1, 1), CommandReply::Won)
         ]));
-        // An unknown take that was done much later, or never.
+        // A take without an answer that was applied much later, or never.
         let late = [opened(), unknown(2, take(1, 2)), saw_holder(8, 9, 1, pair(1, 2), None)];
         assert!(is_possible(&late));
         assert!(is_possible(&[&late[..], &[op(10, 11, take(1, 1), CommandReply::Lost(who(2)))]].concat()));
         assert!(is_possible(&[&late[..], &[op(10, 11, take(1, 1), CommandReply::Won)]].concat()));
-        // A take that was done, whose answer was lost, and which was repeated inside its call after the VM was forgotten.
+        // A take that was applied, but whose answer was lost, and which its call repeated after the VM was forgotten.
         let repeated = [
             opened(),
             op(2, 9, take(1, 1), CommandReply::Stale),
@@ -282,7 +283,7 @@ mod tests {
         // The VM is unknown afterwards.
         let gone = Operation { begun: 4, ended: Some((5, Observed::Record(None))), call: Call::Get };
         assert!(!is_possible(&[opened(), won.clone(), gone]));
-        // Its number comes again after it was forgotten.
+        // The generation can be opened again after the VM was forgotten.
         let again = op(6, 7, open(1, 3, 4), CommandReply::Done);
         assert!(!is_possible(&[opened(), won, op(4, 5, forget(1), CommandReply::Done), again]));
     }
@@ -290,9 +291,9 @@ mod tests {
     #[test]
     fn reads_of_the_past_and_of_the_future_are_refused() {
         let won = op(4, 5, take(1, 1), CommandReply::Won);
-        // It was read as taken before anybody asked for it.
+        // It was read as taken before anybody tried to take it.
         assert!(!is_possible(&[opened(), saw_holder(2, 3, 1, pair(1, 2), Some(1)), won.clone()]));
-        // Two reads, the later of which is older.
+        // Of two reads the later one returns the older record.
         let reads = [saw_holder(6, 7, 1, pair(1, 2), Some(1)), saw_holder(8, 9, 1, pair(1, 2), None)];
         assert!(!is_possible(&[&[opened(), unknown(2, take(1, 1))], &reads[..]].concat()));
     }
@@ -300,7 +301,8 @@ mod tests {
     #[test]
     fn a_wrong_stale_is_refused() {
         assert!(!is_possible(&[opened(), op(2, 3, take(1, 1), CommandReply::Stale)]));
-        // A stranger that won, an opener that does not hold the last generation, an unknown call that cannot have done it.
+        // Impossible: a non-member that won, an opener that does not hold the last generation, and a take without an answer by a
+        // non-member that took effect.
         assert!(!is_possible(&[opened(), op(2, 3, take(1, 9), CommandReply::Won)]));
         assert!(!is_possible(&[
             opened(),

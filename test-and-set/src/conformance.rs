@@ -1,6 +1,6 @@
-//! What every store must do, whoever implements it: [`run`] checks it and panics at the first difference.
+//! Checks that a store behaves as every store must: [`run`] panics at the first difference.
 //!
-//! For tests; it uses VM names of its own making, so it may run against a store in use.
+//! For tests. It uses new random VM names, so it may run against a store in use.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -23,7 +23,7 @@ fn pair(primary: Incarnation, backup: Incarnation) -> Members {
     Members { primary: Member::new(primary), backup: Some(Member::new(backup)) }
 }
 
-/// One VM, and the store that it is in.
+/// A VM with a new name, and the store that holds its record.
 struct TestVm {
     store: Arc<dyn TestAndSet>,
     vm: VmName,
@@ -78,7 +78,7 @@ async fn first_take_wins(case: &TestVm) {
     assert_eq!(case.get().await.and_then(|r| r.holder()), None);
     expect!(case.take(1, b).await, Verdict::Won);
     expect!(case.take(1, a).await, Verdict::Lost(holder) if holder == b);
-    // Repeats have the same answers.
+    // Repetitions get the same answers.
     expect!(case.take(1, b).await, Verdict::Won);
     expect!(case.take(1, a).await, Verdict::Lost(holder) if holder == b);
     assert_eq!(case.open(1, &pair(a, b)).await, Applied::Done);
@@ -117,7 +117,7 @@ async fn only_the_holder_opens_the_next(case: &TestVm) {
     expect!(case.take(1, b).await, Verdict::Stale);
     expect!(case.take(2, b).await, Verdict::Stale);
     expect!(case.take(2, c).await, Verdict::Won);
-    // Unprotected: alone in its generation.
+    // A generation without a backup.
     let alone = Members { primary: Member::new(c), backup: None };
     assert_eq!(case.open(3, &alone).await, Applied::Done);
     expect!(case.take(3, c).await, Verdict::Won);
@@ -133,7 +133,7 @@ async fn generations_survive_forgetting(case: &TestVm) {
     assert_eq!(case.open(1, &pair(a, b)).await, Applied::Stale);
     let record = case.get().await.expect("the number of a forgotten VM");
     assert_eq!((record.generation, &record.phase), (Generation(1), &VmPhase::Forgotten));
-    // As if new: whoever comes first, but with the next number.
+    // A forgotten VM is opened like a new one, by whoever is first, but with the next number.
     assert_eq!(case.open(2, &pair(c, d)).await, Applied::Done);
     assert_eq!(case.open(2, &pair(d, c)).await, Applied::Stale);
     assert_eq!(case.forget(1).await, Applied::Stale);

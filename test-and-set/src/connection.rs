@@ -35,7 +35,7 @@ pub enum ConnectionError {
     WrongCluster(ClusterName),
     /// Another member answers at this address, or one with an unknown certificate.
     #[error(
-        "the node says that it is member {0}, which is not the expected member or does not have its certificate: correct the address or members/{0}.crt"
+        "the node calls itself member {0}, but that is not the expected member, or members/{0}.crt is not its certificate"
     )]
     WrongMember(u64),
     /// The node refuses this connection.

@@ -1,7 +1,7 @@
 //! The client of `etcd://`: one key for each VM, changed by transactions that compare its revision; etcd's locks are not used.
 //!
-//! Of etcd's protocol (version 3, gRPC) this needs one request for reading and one for transactions, whose messages stand here
-//! as far as they are used; fields of them that are not named are skipped by protobuf's rules.
+//! Of etcd's protocol (version 3, gRPC) this needs one request for reading and one for transactions. The messages here have only
+//! the fields that are used; protobuf skips the others.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -45,7 +45,7 @@ struct RangeResponse {
     kvs: Vec<KeyValue>,
 }
 
-/// "The key's modification revision equals this"; the numbers for `EQUAL` and `MOD` are those of etcd's protocol.
+/// The condition that a key's modification revision equals a number; `EQUAL` and `MOD` are values of etcd's protocol.
 #[derive(Clone, PartialEq, Message)]
 struct Compare {
     #[prost(int32, tag = "1")]
@@ -103,7 +103,7 @@ pub struct EtcdStore {
 }
 
 impl EtcdStore {
-    /// Makes a client; it connects when something is asked. Must be called inside a tokio runtime.
+    /// Makes a client, which connects with the first request. Must be called in a tokio runtime.
     pub fn new(nodes: &[String], prefix: &str, keys: Option<&Path>) -> Result<Self, StoreError> {
         let tls = keys.map(tls).transpose()?;
         let scheme = if tls.is_some() { "https" } else { "http" };
@@ -126,8 +126,8 @@ impl EtcdStore {
         format!("{}/vm/{vm}", self.prefix).into_bytes()
     }
 
-    /// One transaction of etcd: sets a VM's key if it still has this modification revision (0: if it is absent).
-    /// `false` if it has another.
+    /// Sets a VM's key in one transaction, if it still has this modification revision (0: if it does not exist). Returns `false` if
+    /// it has another one.
     pub async fn compare_and_put(
         &self,
         vm: &VmName,
@@ -164,7 +164,7 @@ impl EtcdStore {
     }
 }
 
-/// Whether an answer of etcd stays the same until somebody corrects something.
+/// Whether etcd will answer in the same way until an operator corrects something.
 fn is_lasting(code: tonic::Code) -> bool {
     use tonic::Code::{InvalidArgument, PermissionDenied, Unauthenticated, Unimplemented};
     matches!(code, InvalidArgument | PermissionDenied | Unauthenticated | Unimplemented)
@@ -183,7 +183,7 @@ fn tls(dir: &Path) -> Result<ClientTlsConfig, StoreError> {
 }
 
 impl CasStore for EtcdStore {
-    /// The key's modification revision; 0 if it is absent.
+    /// The key's modification revision; 0 if it does not exist.
     type Revision = i64;
 
     // A range request without `serializable` is linearizable: every read is fresh.
@@ -225,10 +225,10 @@ impl TestAndSet for EtcdStore {
         deadline: Instant,
     ) -> Result<Vec<(VmName, VmRecord)>, StoreError> {
         let base = format!("{}/vm/", self.prefix);
-        // '0' is the byte behind '/': the end of everything below the prefix.
+        // '0' is the byte after '/', so this key follows all keys below the prefix.
         let end = format!("{}/vm0", self.prefix).into_bytes();
         let mut from = after.map_or(base.clone().into_bytes(), |vm| [self.key(vm), vec![0]].concat());
-        // A stretch of forgotten VMs must not look like the end.
+        // A page of only forgotten VMs must not be returned empty, because an empty page means the end.
         loop {
             let request =
                 RangeRequest { key: from.clone(), range_end: end.clone(), limit: PAGE_RECORDS_MAX as i64 };

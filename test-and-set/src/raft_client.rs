@@ -13,17 +13,17 @@ use crate::record::{Command, CommandReply, VmRecord};
 use crate::store::{NodeError, StoreError, TestAndSet};
 use crate::wire::{NodeStatus, RequestFailure, StoreRequest, StoreResponse};
 
-/// How long one node may take before another is asked. A repeated command does no harm.
+/// How long a node may take before the next one is asked. Repeating a command is harmless.
 const NODE_PATIENCE: Duration = Duration::from_millis(400);
 /// How long connecting to one node may take.
 const CONNECT_PATIENCE: Duration = Duration::from_millis(400);
-/// How often the warm connection is tried when nothing is asked.
+/// How often the idle connection is checked.
 const PING_INTERVAL: Duration = Duration::from_secs(1);
-/// Pause before the first repeat; it doubles with every round over all nodes, up to [`PAUSE_MAX`], and a random part of it is waited.
+/// The pause before the first repetition. It doubles with every round over all nodes up to [`PAUSE_MAX`]; half of it is random.
 const PAUSE_FIRST: Duration = Duration::from_millis(10);
 const PAUSE_MAX: Duration = Duration::from_millis(50);
 
-/// A client of our own store. It keeps one connection to the leader, so that a verdict costs one round trip.
+/// A client of our own store. It keeps a connection to the leader open, so that a verdict costs one round trip.
 pub struct RaftStore {
     inner: Arc<SharedClient>,
     pinger: tokio::task::AbortHandle,
@@ -31,9 +31,9 @@ pub struct RaftStore {
 
 struct SharedClient {
     dialer: Dialer,
-    /// The connection in use, with its node's address. Held while connecting, so that one connection is made for all askers.
+    /// The connection in use and its node's address. Locked while connecting, so that all callers share one connection.
     link: tokio::sync::Mutex<Option<(Arc<NodeConnection>, String)>>,
-    /// Which node to ask next; the first is the most promising.
+    /// The nodes in the order in which to ask them.
     order: Mutex<Vec<String>>,
 }
 
@@ -44,7 +44,7 @@ impl Drop for RaftStore {
 }
 
 impl RaftStore {
-    /// Makes a client and begins to connect, without waiting for it. Must be called inside a tokio runtime.
+    /// Makes a client and starts to connect, without waiting for the connection. Must be called in a tokio runtime.
     pub fn new(nodes: Vec<String>, keys: Keys, cluster: ClusterName) -> Result<Self, StoreError> {
         let keys = Arc::new(keys);
         let dialer = Dialer { tls: crate::tls::connector(&keys)?, keys, cluster };
@@ -64,7 +64,7 @@ impl RaftStore {
         }
     }
 
-    /// Adds a member that is started with `--join`, or removes one.
+    /// Adds a member, which must have been started with `--join`, or removes one.
     pub async fn change_members(&self, ask: StoreRequest, deadline: Instant) -> Result<(), StoreError> {
         match self.inner.ask(&ask, deadline.saturating_duration_since(Instant::now()), deadline).await? {
             StoreResponse::MembersChanged => Ok(()),
@@ -83,11 +83,11 @@ fn from_failure(failure: RequestFailure) -> NodeError {
     }
 }
 
-/// Keeps the connection alive and at the leader while nothing is asked.
+/// Keeps a connection to the leader open while there are no requests.
 async fn keep_warm(inner: Weak<SharedClient>) {
     loop {
         let Some(strong) = inner.upgrade() else { return };
-        // What goes wrong here goes wrong again when something is asked, and is told then.
+        // A failure here will occur again with the next request, and be reported then.
         strong.ask(&StoreRequest::Ping, NODE_PATIENCE, Instant::now() + 2 * NODE_PATIENCE).await.ok();
         drop(strong);
         tokio::time::sleep(PING_INTERVAL).await;
@@ -99,7 +99,7 @@ impl SharedClient {
         self.order.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    /// Puts a node behind all others.
+    /// Moves a node to the end of the order.
     fn demote(&self, node: &str) {
         let mut order = self.order();
         if let Some(at) = order.iter().position(|n| n == node) {
@@ -108,7 +108,7 @@ impl SharedClient {
         }
     }
 
-    /// Puts a node before all others; one that the URL does not name has been added since.
+    /// Moves a node to the front of the order. It may be missing from the URL, if it was added to the cluster later.
     fn promote(&self, node: String) {
         let mut order = self.order();
         order.retain(|n| *n != node);
@@ -134,7 +134,7 @@ impl SharedClient {
         }
     }
 
-    /// Leaves the connection, unless another has taken its place.
+    /// Drops the kept connection, unless it has already been replaced.
     async fn forget_connection(&self, link: &Arc<NodeConnection>) {
         let mut kept = self.link.lock().await;
         if kept.as_ref().is_some_and(|(now, _)| Arc::ptr_eq(now, link)) {
@@ -142,7 +142,7 @@ impl SharedClient {
         }
     }
 
-    /// Asks one node once; a node that does not answer well is left and goes to the end of the order.
+    /// Sends the request to one node. If it fails, the connection is dropped and the node moves to the end of the order.
     async fn ask_one(
         &self,
         ask: &StoreRequest,
@@ -159,7 +159,7 @@ impl SharedClient {
         };
         let error = match link.ask(ask, patience.min(left())).await {
             Ok(StoreResponse::Failed(failure)) => from_failure(failure),
-            // A follower that is pinged names the leader: go there now, not when a verdict is needed.
+            // A follower answers a ping with the leader's address: connect to the leader now, not when a verdict is needed.
             Ok(StoreResponse::Leader(Some(leader))) if leader != node => NodeError::NotLeader(Some(leader)),
             Ok(StoreResponse::Leader(None)) => NodeError::NotLeader(None),
             Ok(answer) => return Ok(answer),

@@ -105,7 +105,7 @@ pub enum StoreError {
         nodes: Vec<(String, NodeError)>,
     },
     /// No node can serve this client: correct the URL, the keys or the program's version.
-    #[error("no node of the store can serve this client: {}; correct the store's URL, the keys, or the version of vmft", NodeErrors(.0))]
+    #[error("no node of the store can serve this client: {}; correct the URL, the keys or the release", NodeErrors(.0))]
     Unusable(Vec<(String, NodeError)>),
     /// The store's disk is full, and it accepts no more commands; earlier answers stay valid. Free space on that node.
     #[error("the disk of store node {0} is full: free space on it")]
@@ -115,12 +115,12 @@ pub enum StoreError {
     SessionLost,
     /// The record in etcd or ZooKeeper was not written by vmft.
     #[error(
-        "cannot read the record of VM {vm} in the store: another program wrote it; give vmft a prefix of its own in the URL"
+        "cannot read the record of VM {vm}: another program wrote it; give vmft its own prefix in the store's URL"
     )]
     Foreign {
-        /// Whose record it is.
+        /// The VM of the record.
         vm: VmName,
-        /// What is wrong with it.
+        /// Why it cannot be decoded.
         source: postcard::Error,
     },
     /// The record cannot be encoded.

@@ -1,7 +1,7 @@
 //! The client of `zookeeper://`: one znode for each VM, created if absent and then set by version.
 //!
-//! ZooKeeper's reads may be old, and its `sync` is not a decision of the quorum; so a fresh read is one behind a write of this
-//! session's own to a barrier znode: what the same server shows after that write includes everything decided before it.
+//! ZooKeeper's reads may be old, and its `sync` is not confirmed by a quorum. So for a fresh read this session first writes to a
+//! barrier znode: what the same server returns after that write includes everything that was decided before it.
 
 use std::time::{Duration, Instant};
 
@@ -21,12 +21,12 @@ const PERSISTENT: CreateOptions<'static> = CreateMode::Persistent.with_acls(Acls
 pub struct ZooKeeperStore {
     servers: String,
     prefix: String,
-    /// The session; `None` before the first and after a lost one.
+    /// The session; `None` before the first request, and after the session was lost.
     client: Mutex<Option<Client>>,
 }
 
 impl ZooKeeperStore {
-    /// Makes a client; it connects when something is asked. Must be called inside a tokio runtime.
+    /// Makes a client, which connects with the first request. Must be called in a tokio runtime.
     pub fn new(nodes: &[String], prefix: &str) -> Self {
         Self { servers: nodes.join(","), prefix: prefix.into(), client: Mutex::new(None) }
     }
@@ -43,7 +43,7 @@ impl ZooKeeperStore {
         CasError::Retry(self.servers.clone(), NodeError::ZooKeeper(error))
     }
 
-    /// The session, made if there is none. Nothing is under way while it is made, so a failure here loses nothing.
+    /// Returns the session, after making one if there is none. A failure loses nothing: no request is pending at that time.
     async fn client(&self) -> Result<Client, CasError> {
         let mut kept = self.client.lock().await;
         if let Some(client) = kept.as_ref() {
@@ -58,7 +58,7 @@ impl ZooKeeperStore {
         Ok(client)
     }
 
-    /// What an error under way means. A lost session is told as such; the next call makes a new one.
+    /// Decides whether a failed request is repeated. A lost session is reported; the next call makes a new one.
     async fn failed(&self, error: Error) -> CasError {
         match error {
             Error::SessionExpired | Error::SessionMoved | Error::ClientClosed | Error::NoHosts => {
@@ -91,7 +91,7 @@ impl ZooKeeperStore {
 }
 
 impl CasStore for ZooKeeperStore {
-    /// The znode's version; `None` if it is absent.
+    /// The znode's version; `None` if it does not exist.
     type Revision = Option<i32>;
 
     async fn read(&self, vm: &VmName, fresh: bool) -> Result<(Option<Vec<u8>>, Option<i32>), CasError> {
@@ -146,7 +146,7 @@ impl TestAndSet for ZooKeeperStore {
         names.sort();
         let mut page = vec![];
         for vm in names {
-            // Names are of one moment, records of a later one each.
+            // The names were read at one moment; each record is read later.
             let record = cas::retry_until(deadline, || self.read(&vm, false)).await?.0;
             let record = record.map(|bytes| cas::decode(&vm, &bytes)).transpose()?;
             if let Some(record) = record.filter(|r| r.phase != VmPhase::Forgotten) {

@@ -1,4 +1,4 @@
-//! What our own store does when something is wrong, or is changed, or dies. Quick versions of what `benches/store.rs` tries for long.
+//! Our own store under wrong configuration, changes of members, and failures. `benches/store.rs` has long versions of some tests.
 
 mod support;
 
@@ -41,7 +41,7 @@ fn holder(store: &BlockingStore, name: &str) -> Option<Incarnation> {
     store.get(&vm(name), PATIENCE).expect("get").expect("a record").holder()
 }
 
-/// What a store that cannot be used says.
+/// The error of a client of a store that cannot be used.
 fn complaint(url: &str, patience: Duration) -> String {
     let store = BlockingStore::connect(url).expect("a client");
     let asked = Instant::now();
@@ -63,11 +63,11 @@ fn wrong_store_is_named() -> Result<(), Failed> {
     let cluster = Cluster::start(1);
     win(&BlockingStore::connect(&cluster.url())?, "vm");
     expect_complaint(&format!("{}&cluster=other", cluster.url()), &["cluster vmft", &cluster.address(1)]);
-    // Nobody listens.
+    // An address at which nobody listens.
     let nowhere =
         format!("raft://127.0.0.1:{}?keys={}", support::free_port(), cluster.keys("client").display());
     expect_complaint(&nowhere, &["cannot connect", "refused"]);
-    // A server that we do not know, and one that does not know us.
+    // A server whose certificate we do not have, then one that does not have ours.
     let others = tempfile::tempdir()?;
     keys::make_set(others.path(), &[1], &["client".into()])?;
     let strange = format!("raft://{}?keys={}", cluster.address(1), others.path().join("client").display());
@@ -77,7 +77,7 @@ fn wrong_store_is_named() -> Result<(), Failed> {
     Ok(())
 }
 
-/// A server of a later version, as far as a client can tell.
+/// A server that greets like one of a later version.
 fn wrong_version_is_named() -> Result<(), Failed> {
     let dir = tempfile::tempdir()?;
     keys::make_set(dir.path(), &[1], &["client".into()])?;
@@ -126,7 +126,7 @@ fn members_come_and_go() -> Result<(), Failed> {
     win(&store, "between");
     run(&cluster, &["member", "remove", "1", "--patience", "20"]);
     cluster.kill(1);
-    // Two of the three that are left, one of them new.
+    // Two of the three remaining members run, one of them new.
     cluster.kill(2);
     win(&store, "after");
     assert_eq!(holder(&store, "before"), Some(who));
@@ -136,7 +136,7 @@ fn members_come_and_go() -> Result<(), Failed> {
     Ok(())
 }
 
-/// A member that has lost its data has lost its vote: it must not be taken for the one it was.
+/// A member that has lost its data has lost its vote, too: the others must not accept it as before.
 fn replaced_data_is_refused() -> Result<(), Failed> {
     let mut cluster = Cluster::start(3);
     let store = BlockingStore::connect(&cluster.url())?;
@@ -147,7 +147,7 @@ fn replaced_data_is_refused() -> Result<(), Failed> {
     std::thread::sleep(Duration::from_secs(1));
     let status = cluster.status()[2]["answer"]["status"].clone();
     assert_eq!((&status["vms"], &status["leader"]), (&0.into(), &serde_json::Value::Null), "{status}");
-    // Removed and added anew it is welcome.
+    // After it was removed and added again it is accepted.
     let run = |args: &[&str]| assert!(cluster.tool(args).status.success(), "{args:?}");
     run(&["member", "remove", "3", "--patience", "20"]);
     cluster.kill(3);
@@ -161,7 +161,7 @@ fn replaced_data_is_refused() -> Result<(), Failed> {
     Ok(())
 }
 
-/// Commands do not pile up: snapshots are taken, the log is purged, and a member that comes late gets the snapshot.
+/// The log does not grow for ever: snapshots are taken, the log is purged, and a member that lags gets the snapshot.
 fn disk_stays_bounded() -> Result<(), Failed> {
     let mut cluster = Cluster::start_with(3, &["--snapshot-every", "50"]);
     let store = BlockingStore::connect(&cluster.url())?;
@@ -186,12 +186,12 @@ fn disk_stays_bounded() -> Result<(), Failed> {
     Ok(())
 }
 
-/// Why no small file system can be mounted here.
+/// Why a small file system cannot be mounted here, if it cannot.
 fn no_mount() -> Option<&'static str> {
     (!rustix::process::geteuid().is_root()).then_some("a small file system can be mounted by root only")
 }
 
-/// A file system that is unmounted at the end.
+/// A mounted file system, which is unmounted when this is dropped.
 struct Small(std::path::PathBuf);
 
 impl Drop for Small {
@@ -216,7 +216,7 @@ fn full_disk_is_named_and_loses_nothing() -> Result<(), Failed> {
     let store = BlockingStore::connect(&cluster.url())?;
     let who = win(&store, "before");
     let waiting = open(&store, "waiting")?;
-    // To the last byte.
+    // Fill it to the last byte.
     let mut ballast = std::fs::File::create(data.join("ballast"))?;
     while ballast.write_all(&[1; 1 << 16]).is_ok() {}
     let verdict = store.take(&vm("waiting"), Generation::FIRST, waiting, Duration::from_secs(2));
@@ -251,7 +251,7 @@ fn status_and_metrics_show_the_cluster() -> Result<(), Failed> {
     Ok(())
 }
 
-/// The data of one member is not for another, nor for two at once.
+/// A member's data cannot be used by another member.
 fn data_has_one_owner() -> Result<(), Failed> {
     let mut cluster = Cluster::start(1);
     win(&BlockingStore::connect(&cluster.url())?, "vm");
@@ -279,7 +279,7 @@ fn zookeeper_that_dies_is_unknown() -> Result<(), Failed> {
 }
 
 fn etcd_that_is_not_there_is_named() -> Result<(), Failed> {
-    // A port that somebody else has, so that nobody answers in etcd's protocol.
+    // A port on which nobody answers in etcd's protocol.
     let taken = TcpListener::bind("127.0.0.1:0")?;
     let said = complaint(&format!("etcd://{}", taken.local_addr()?), Duration::from_secs(2));
     assert!(said.contains("no answer from the store"), "{said}");
@@ -289,7 +289,7 @@ fn etcd_that_is_not_there_is_named() -> Result<(), Failed> {
 
 fn next_verdict_after_the_leader_is_killed() -> Result<(), Failed> {
     let took = latency::failover(3);
-    // The bench shows the times; here they must only be of the right size on a busy machine.
+    // The bench measures the times; here only their order of magnitude is checked, since the machine may be busy.
     assert!(took.quantile(1.0) < Duration::from_secs(5), "{took}");
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! One suite for every store. What is not installed here is ignored, with the reason in the test's name.
+//! Runs the conformance suite for every store. A store that is not installed is ignored, with the reason in the test's name.
 
 mod support;
 

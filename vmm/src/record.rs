@@ -55,7 +55,7 @@ pub trait RecordSink {
 pub struct Recorder<O, L> {
     live: Live<O>,
     log: L,
-    pace: LogIntervals,
+    intervals: LogIntervals,
     next_digest: u64,
     next_digest_ns: u64,
     next_mark_ns: u64,
@@ -68,11 +68,11 @@ pub struct Recorder<O, L> {
 
 impl<O: Outside, L: RecordSink<Error = O::Error>> Recorder<O, L> {
     /// Records the inputs and outputs of `live`.
-    pub fn new(live: Live<O>, log: L, pace: LogIntervals) -> Recorder<O, L> {
+    pub fn new(live: Live<O>, log: L, intervals: LogIntervals) -> Recorder<O, L> {
         Recorder {
             live,
             log,
-            pace,
+            intervals,
             next_digest: 0,
             next_digest_ns: 0,
             next_mark_ns: 0,
@@ -166,13 +166,13 @@ impl<O: Outside, L: RecordSink<Error = O::Error>> Source for Recorder<O, L> {
         let digest = at.count >= self.next_digest || time_ns >= self.next_digest_ns;
         // The time of a halted guest moves although its position does not: a mark before a digest there says how far.
         if time_ns >= self.next_mark_ns || digest && machine.is_halted() {
-            self.next_mark_ns = time_ns.saturating_add(self.pace.mark_ns);
+            self.next_mark_ns = time_ns.saturating_add(self.intervals.mark_ns);
             self.append(at, Entry::Mark { time_ns })?;
         }
         if digest {
-            let instructions = self.pace.digest_instructions / instructions_per(self.live.unit());
+            let instructions = self.intervals.digest_instructions / instructions_per(self.live.unit());
             self.next_digest = at.count.saturating_add(instructions);
-            self.next_digest_ns = time_ns.saturating_add(self.pace.digest_ns);
+            self.next_digest_ns = time_ns.saturating_add(self.intervals.digest_ns);
             self.own_digest = true;
             return Ok(Next::Digest);
         }

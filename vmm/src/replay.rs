@@ -10,7 +10,7 @@ use crate::record::{disk_status, logged_output, logged_state};
 use crate::source::{AfterEnd, Next, Source};
 
 /// Number of records before a divergence that its report shows.
-const CONTEXT: usize = 16;
+const RECORDS_SHOWN: usize = 16;
 
 /// Where records come from.
 pub trait Records {
@@ -121,7 +121,7 @@ pub struct Replayer<L, D> {
     front: Option<Record>,
     /// There are no more records.
     done: bool,
-    before: VecDeque<Record>,
+    previous: VecDeque<Record>,
     equal_until: Option<Position>,
     applied: u64,
     ended: Option<EndReason>,
@@ -141,7 +141,7 @@ impl<L: Records, D: Standby> Replayer<L, D> {
             standby,
             front: None,
             done: false,
-            before: VecDeque::new(),
+            previous: VecDeque::new(),
             equal_until: None,
             applied: 0,
             ended: None,
@@ -199,10 +199,10 @@ impl<L: Records, D: Standby> Replayer<L, D> {
     fn advance(&mut self) {
         if let Some(done) = self.front.take() {
             self.applied += 1;
-            if self.before.len() == CONTEXT {
-                self.before.pop_front();
+            if self.previous.len() == RECORDS_SHOWN {
+                self.previous.pop_front();
             }
-            self.before.push_back(done);
+            self.previous.push_back(done);
         }
     }
 
@@ -211,7 +211,7 @@ impl<L: Records, D: Standby> Replayer<L, D> {
             position,
             what,
             expected: self.front.clone(),
-            before: self.before.iter().cloned().collect(),
+            before: self.previous.iter().cloned().collect(),
             equal_until: self.equal_until,
         })))
     }

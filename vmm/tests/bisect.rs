@@ -1,4 +1,4 @@
-//! The first position at which two replays differ is found, and what differs is named.
+//! Bisecting: the first position at which two replays differ is found, and what differs is named.
 
 mod guest;
 
@@ -161,7 +161,7 @@ fn a_fault_that_comes_once_is_reported_as_such() {
         panic!()
     };
     assert!(equal_at < 4_444_444 && 4_444_444 <= differs_at, "{equal_at} {differs_at}");
-    // A fault that comes every third time is found nevertheless.
+    // A fault that comes every third time is found too.
     let sometimes = |pair: u32| (pair % 3 == 1).then_some(Fault::Bit(4_444_444, IDLE_BYTE));
     let Bisection::Different(difference) = bisect_with(&log, sometimes) else { panic!() };
     assert_eq!(difference.position, 4_444_444);

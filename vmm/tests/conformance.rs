@@ -1,4 +1,4 @@
-//! The suite that every engine passes: the same programs make the same exits, registers and memory.
+//! The suite that every engine must pass: the same programs lead to the same exits, registers and memory.
 
 mod vcpu;
 
@@ -11,21 +11,21 @@ use vmm::vcpu::perf::events::CpuModel;
 use vcpu::programs::{Program, all};
 use vcpu::{Guest, emulates_ring_0, has_counter, has_kvm, normal, skip};
 
-/// Interrupts need exact windows.
+/// Whether the engine can run the program here: interrupts need exact interrupt windows.
 fn can_run(engine: Engine, program: &Program) -> bool {
     let can = !engine.is_kvm() || program.interrupts.is_empty() || !emulates_ring_0();
     if !can {
         skip(
             program.name,
-            "on KVM: needs one that does not emulate ring 0 (interrupt windows, flags that are pushed)",
+            "on KVM: needs a KVM that does not emulate ring 0 (interrupt windows, pushed flags)",
         );
     }
     can
 }
 
-/// The software CPU is what the others are compared with.
+/// Compares the engine with the software CPU, which is the reference.
 fn conforms(engine: Engine) {
-    // The handler of a fault is no place for a trap flag: single steps are not for programs that fault.
+    // Single steps do not survive the handler of a fault, which runs without the trap flag.
     let steps = matches!(engine, Engine::KvmStep | Engine::KvmStepCounter);
     let fit = |program: &Program| !(steps && program.faults);
     for program in all().into_iter().filter(|program| fit(program) && can_run(engine, program)) {
@@ -39,7 +39,7 @@ fn conforms(engine: Engine) {
                 "{engine:?}, {}: {n}",
                 program.name
             );
-            // Between the iterations of a string instruction, registers are the engine's own.
+            // Between the iterations of a string instruction each engine has its own registers.
             let both = [seen, expected].iter().all(|s| s.registers != [0; 18]);
             if both && !program.repeats {
                 assert_eq!(seen.registers, expected.registers, "{engine:?}, {}: exit {n}", program.name);
@@ -53,7 +53,7 @@ fn conforms(engine: Engine) {
     }
 }
 
-/// Stopped at each position on the way, saved, and gone on with in a fresh vCPU, a guest ends as it would have.
+/// A guest that is stopped at each position, saved, and continued in a new vCPU ends like one that ran straight through.
 fn survives_saving(engine: Engine) {
     for program in all().into_iter().filter(|program| can_run(engine, program)) {
         let mut straight = Guest::new(engine, &program);
@@ -68,7 +68,7 @@ fn survives_saving(engine: Engine) {
             assert!(guest.vcpu.position() >= Position::exact(count), "{}", program.name);
             let state = guest.vcpu.save().unwrap();
             guest.ram_digest();
-            // A CPU of its own around the same memory.
+            // A new vCPU with the same memory.
             guest.vcpu = engine.vcpu(&guest.ram).unwrap();
             guest.vcpu.restore(&state).unwrap();
             let again = guest.vcpu.save().unwrap();
@@ -120,7 +120,7 @@ fn counted_branches_on_kvm_conform() {
     }
 }
 
-/// The counter is the host's.
+/// With the host's own counter.
 #[test]
 fn branches_that_the_host_counts_conform() {
     if has_counter("branches_that_the_host_counts_conform") {
@@ -138,8 +138,8 @@ fn kvm_agrees_with_the_software_cpu_after_every_step() {
     if !has_kvm("kvm_agrees_with_the_software_cpu_after_every_step") {
         return;
     }
-    // Status flags that the SDM leaves undefined (IMUL, shifts and rotations by more than one bit) are with us as Intel has
-    // them. What the programs read of them is compared everywhere, by what they make of it.
+    // Where the SDM leaves status flags undefined (IMUL, shifts and rotations by more than one bit), the software CPU sets them as
+    // Intel's CPUs do. Flags that the programs read are compared on every host, through the results.
     let status = if CpuModel::host().vendor == "GenuineIntel" { 0 } else { soft_cpu::flags::bits::STATUS };
     let defined = |guest: &Guest| {
         let cpu = guest.cpu();
@@ -178,16 +178,16 @@ fn run_kicked(guest: &mut Guest) {
     });
 }
 
-/// Where kicks have stopped a guest between two exits, another one is landed, in the same state.
+/// A second guest is landed at each position at which kicks have stopped the first one between two exits, in the same state.
 #[test]
 fn a_guest_is_landed_where_another_was_kicked() {
     const TEST: &str = "a_guest_is_landed_where_another_was_kicked";
-    // The software CPU is through these programs before anybody kicks it.
+    // Not the software CPU, which has run these programs to their end before the first kick comes.
     let engines = [(Engine::KvmStepCounter, has_kvm(TEST)), (Engine::KvmCounter, has_counter(TEST))];
     for (engine, _) in engines.into_iter().filter(|(_, can)| *can) {
         let programs: Vec<_> = steps().filter(|program| can_run(engine, program)).collect();
         let (mut stops, mut rounds) = (0, 0);
-        // Whether a kick meets a guest between two exits is the host's scheduler's choice.
+        // Whether a kick stops the guest between two exits depends on the host's scheduler.
         while rounds < 60 || stops <= 2 && rounds < 5000 {
             rounds += 1;
             for program in &programs {
@@ -212,7 +212,7 @@ fn a_guest_is_landed_where_another_was_kicked() {
     }
 }
 
-/// A kick from another thread is answered where it may be, and changes nothing.
+/// Kicks from another thread stop a guest only where they may, and change nothing.
 #[test]
 fn kicks_change_nothing() {
     let kvm = [Engine::KvmSync, Engine::KvmStep, Engine::KvmStepCounter];
@@ -231,7 +231,7 @@ fn kicks_change_nothing() {
     }
 }
 
-/// An access that is finished at the next entry, or by a stop behind every so many, is the same access.
+/// Whether an access is finished at once, at the next entry, or by a stop after every few positions makes no difference.
 #[test]
 fn when_an_access_is_finished_changes_nothing() {
     if !has_kvm("when_an_access_is_finished_changes_nothing") {

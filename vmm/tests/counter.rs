@@ -1,5 +1,5 @@
-//! The machine where positions are counted branches: recording while the guest is kicked anywhere, and replaying.
-#![allow(clippy::disallowed_methods, reason = "who kicks sleeps in between")]
+//! The machine on engines whose positions are counted branches: recording while the guest is kicked anywhere, and replaying.
+#![allow(clippy::disallowed_methods, reason = "the thread that kicks sleeps between two kicks")]
 
 mod guest;
 mod vcpu;
@@ -20,8 +20,8 @@ use guest::world::World;
 use guest::{image_of, machine_on, total};
 use vcpu::{emulates_ring_0, has_counter, has_kvm, skip};
 
-/// Records the small guest, which computes for `work` rounds between two halts and is kicked, typed at, and its clock moved all
-/// the while.
+/// Records the small guest, which computes for `work` rounds between two halts. All the while it is kicked, bytes are typed, and
+/// the host's clock moves.
 fn record(engine: Engine, work: u32, seed: u32, every: Duration) -> GuestLoop<Recorder<World, MemoryLog>> {
     let machine = machine_on(engine, &image_of(work, 12), Vec::new());
     let typing =
@@ -46,7 +46,7 @@ fn record(engine: Engine, work: u32, seed: u32, every: Duration) -> GuestLoop<Re
     recording
 }
 
-/// Inputs between two exits of the guest.
+/// Number of inputs at positions between two exits of the guest.
 fn at_branches(log: &[Record]) -> usize {
     let input = |r: &&Record| {
         matches!(&r.entry, Entry::Input(LoggedInput::Console { .. } | LoggedInput::Clock { .. }))
@@ -54,7 +54,7 @@ fn at_branches(log: &[Record]) -> usize {
     log.iter().filter(input).filter(|r| r.position.rip != 0).count()
 }
 
-/// Records and replays; gives the inputs at branches and what became of them.
+/// Records and replays. Returns the number of inputs at branches, and the counts of the landings.
 fn replays(engine: Engine, work: u32, seeds: u32, every: Duration) -> (usize, Landings) {
     let (mut inputs, mut all) = (0, Landings::default());
     for seed in 0..seeds {
@@ -77,7 +77,7 @@ fn replays(engine: Engine, work: u32, seeds: u32, every: Duration) -> (usize, La
 fn inputs_at_any_branch_replay_on_the_software_cpu() {
     let (inputs, landings) = replays(Engine::SoftCounter, 3000, 40, Duration::from_micros(50));
     assert!(inputs > 200 && landings.landed > 200 && landings.passed > landings.landed, "{landings:?}");
-    // Its overflows are later than its margin now and then.
+    // Now and then an overflow of the simulated counter comes later than the margin allows.
     assert!(landings.retries > 10, "{landings:?}");
 }
 
@@ -94,7 +94,7 @@ fn inputs_at_any_branch_replay_on_kvm() {
     assert!(inputs > 15 && landings.landed > 15 && landings.passed > 0, "{landings:?}");
 }
 
-/// The counter is the host's.
+/// With the host's own counter.
 #[test]
 fn inputs_at_any_branch_replay_by_the_hosts_counter() {
     if has_counter("inputs_at_any_branch_replay_by_the_hosts_counter") {

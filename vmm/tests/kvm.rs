@@ -1,4 +1,4 @@
-//! The machine on KVM: recording and replaying where positions are exits or steps.
+//! The machine on KVM: recording and replaying with exits or single steps as positions.
 
 mod guest;
 mod vcpu;
@@ -17,13 +17,14 @@ use guest::world::World;
 use guest::{image_of, machine_on, total};
 use vcpu::has_kvm;
 
-/// A few ticks of the small guest: it halts, computes, prints, and is typed at.
+/// The small guest for a few ticks: it halts, computes, prints, and reads typed bytes.
 fn machine(engine: Engine) -> Machine {
     machine_on(engine, &image_of(30, 12), Vec::new())
 }
 
-/// Records it while it is kicked and, where each step is a position, typed at and its clock moved, at moments that `seed`
-/// decides. (Interrupts that meet its main loop need exact windows in ring 0, which a KVM that emulates it does not give.)
+/// Records the guest while it is kicked. If each step is a position, bytes are also typed and the host's clock moves, at moments
+/// chosen by `seed`. (Interrupts in the guest's main loop need exact interrupt windows in ring 0, which a KVM that emulates
+/// ring 0 does not provide.)
 fn record(engine: Engine, seed: u32) -> GuestLoop<Recorder<World, MemoryLog>> {
     let machine = machine(engine);
     let typed = if engine == Engine::KvmStep { 12 } else { 1 };
@@ -44,7 +45,7 @@ fn replays(engine: Engine, seeds: u32) {
         let mut recorded = record(engine, seed);
         let log = recorded.source.log().0.clone();
         let typed = log.iter().filter(|r| matches!(r.entry, Entry::Input(LoggedInput::Console { .. })));
-        assert!(typed.count() > 3 || engine == Engine::KvmSync, "inputs are typed at this guest");
+        assert!(typed.count() > 3 || engine == Engine::KvmSync, "bytes were typed at this guest");
         let mut replay = replay(machine(engine), log);
         assert_eq!(replay.run().unwrap(), Turn::Finished(End::PowerOff));
         assert!(replay.source.is_done());
@@ -66,7 +67,7 @@ fn single_steps_replay_with_inputs_at_any_count() {
     }
 }
 
-/// Replays a log that does not fit.
+/// Replays a log from which the guest diverges.
 fn divergence(log: Vec<Record>) -> Divergence {
     match replay(machine(Engine::KvmSync), log).run() {
         Err(LoopError::Source(ReplayError::Divergence(d))) => *d,
@@ -75,12 +76,12 @@ fn divergence(log: Vec<Record>) -> Divergence {
 }
 
 #[test]
-fn what_differs_is_found_at_its_exit() {
-    if !has_kvm("what_differs_is_found_at_its_exit") {
+fn a_divergence_is_found_at_its_exit() {
+    if !has_kvm("a_divergence_is_found_at_its_exit") {
         return;
     }
     let log = record(Engine::KvmSync, 1).source.log().0.clone();
-    // Every check word of the log is looked at, at its own position.
+    // Every check word of the log is compared at its own position.
     let mut first = 1;
     for (n, record) in log.iter().enumerate() {
         let Entry::Exits(words) = &record.entry else { continue };

@@ -1,4 +1,4 @@
-//! The machine with a small guest: determinism whatever stops it, saving and restoring, reset.
+//! The machine with a small guest: it is deterministic whatever stops it, and can be saved, restored and reset.
 
 mod guest;
 
@@ -10,7 +10,7 @@ use vmm::source::{Live, PlannedStops};
 use guest::world::World;
 use guest::{assemble, machine, machine_of, out, total};
 
-/// Runs to a position whatever it stops for on the way; guest time is virtual. Returns what was printed.
+/// Runs to a position, whatever the machine stops for on the way; guest time is virtual. Returns what was printed.
 fn run_to(machine: &mut Machine, until: Option<Position>) -> (Option<End>, Vec<u8>) {
     let mut printed = Vec::new();
     loop {
@@ -47,7 +47,7 @@ fn the_guest_ticks_halts_and_switches_itself_off() {
     let (end, printed) = run_to(&mut machine, None);
     assert_eq!(end, Some(End::PowerOff));
     assert_eq!(String::from_utf8(printed).unwrap(), "bcdefgha\n".repeat(5));
-    // 40 ticks of 10 ms, the last of which it slept for.
+    // 40 ticks of 10 ms; the guest halted until the last one.
     assert_eq!(machine.time_ns() / 10_000_000, 40);
     assert_eq!(machine.counts().interrupts, 40);
     assert!(machine.counts().idle_ns > 100_000_000);
@@ -88,7 +88,7 @@ fn a_restored_machine_goes_on_alike() {
         saved.clear();
         machine.save(&mut saved).unwrap();
     }
-    // What is restored over a machine that ran elsewhere is the same.
+    // Restoring over a machine that has run before gives the same state.
     let mut other = machine();
     run_to(&mut other, Some(Position::exact(5_000_000)));
     other.restore(&mut &saved[..]).unwrap();
@@ -146,7 +146,7 @@ fn a_damaged_or_foreign_file_is_refused() {
 
 #[test]
 fn a_reset_boots_again_and_time_goes_on() {
-    // The battery-backed memory tells the second boot from the first.
+    // The guest tells its second boot from its first by the battery-backed memory.
     let code = assemble(guest::BASE, |a| {
         use iced_x86::code_asm::*;
         let mut second = a.create_label();
@@ -175,7 +175,7 @@ fn a_reset_boots_again_and_time_goes_on() {
 }
 
 #[test]
-fn nobody_answers_with_ones_and_a_triple_fault_ends_the_run() {
+fn an_address_without_a_device_reads_as_ones_and_a_triple_fault_ends_the_run() {
     let code = assemble(guest::BASE, |a| {
         use iced_x86::code_asm::*;
         a.mov(edx, 0x1234)?;
@@ -203,7 +203,7 @@ fn the_host_clock_pulls_a_slow_guest_along() {
     );
     let mut guest = GuestLoop { machine: machine(), source: live };
     assert_eq!(guest.run().unwrap(), Turn::Finished(End::PowerOff));
-    // It sees each of its ticks although it had the time for few of its own.
+    // The guest gets each of its ticks, although it ran for a fraction of their time only.
     assert_eq!(guest.machine.counts().interrupts, 40);
     assert!(guest.machine.position().count < 20_000_000);
     assert_eq!(guest.source.outside().printed, "bcdefgha\n".repeat(5).as_bytes());

@@ -1,5 +1,5 @@
-//! Recording and replaying a small guest: equal whatever happened at whatever moment, and nothing that was changed in a
-//! log goes unnoticed.
+//! Recording and replaying a small guest: a replay is equal to its recording whatever happened and when, and every change of a
+//! log is noticed.
 
 mod guest;
 
@@ -31,7 +31,7 @@ fn recording(world: World, stops: PlannedStops, pace: LogIntervals) -> Recording
     GuestLoop { machine: machine(), source: Recorder::new(live, MemoryLog::default(), pace) }
 }
 
-/// Replays the recording, that must end as it did, and compares the machines.
+/// Replays a recording. The replay must end like the recording, with the same machine.
 fn check(mut recorded: Recording) {
     let mut replay = replay(machine(), recorded.source.log().0.clone());
     assert_eq!(replay.run().unwrap(), Turn::Finished(End::PowerOff));
@@ -52,14 +52,14 @@ fn typing(raw: Vec<(u32, Vec<u8>)>) -> VecDeque<(u32, Vec<u8>)> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
-    /// Inputs, kicks and pauses at any moment, the host's clock fast or slow: the log alone makes the same run.
+    /// With inputs, kicks and pauses at any moment, and a fast or slow host clock, the log alone leads to the same run.
     #[test]
     fn what_is_recorded_replays(
         raw in prop::collection::vec((1u32..60, prop::collection::vec(any::<u8>(), 1..20)), 0..8),
         pauses in prop::collection::vec(1u64..400_000, 0..30),
         clock_step_ns in prop_oneof![Just(0u64), 1u64..100_000, 1_000_000u64..30_000_000],
         pace in prop_oneof![Just(LogIntervals::FILE), Just(LogIntervals::BACKUP)],
-        // After a kick the guest stops at the first place where it may.
+        // After a kick the guest stops at the first position at which it may.
         kicks in prop_oneof![Just(0u32), 1u32..20_000],
     ) {
         let world = World { typing: typing(raw), clock_step_ns, ..World::default() };
@@ -80,7 +80,7 @@ proptest! {
     }
 }
 
-/// Kicks from another thread land everywhere, also where an interrupt has just been delivered or time been skipped: an
+/// Kicks from another thread stop the guest anywhere, also when an interrupt was just delivered or time was just skipped. An
 /// input that is applied there meets the same state in the replay.
 #[test]
 fn a_storm_of_kicks_leaves_no_trace() {
@@ -109,7 +109,7 @@ fn a_storm_of_kicks_leaves_no_trace() {
         kicks += recording.machine.counts().kicks;
         check(recording);
     }
-    // How many depends on the host: it may be busy with other things.
+    // The number of kicks depends on how busy the host is.
     assert!(kicks > 12, "{kicks} kicks");
 }
 
@@ -130,7 +130,7 @@ fn short() -> (Vec<Record>, Machine) {
     (log, recording.machine)
 }
 
-/// Records as they come out of a log's bytes.
+/// The records of an encoded log.
 struct Bytes {
     decoder: Decoder,
     block: std::vec::IntoIter<Record>,
@@ -154,12 +154,12 @@ impl Records for Bytes {
 
 type Failure = ReplayError<DecodeError, Infallible>;
 
-/// Runs a log's bytes through the replay: how many a crash seems to have cut off.
+/// Replays an encoded log. Returns the number of bytes at its end that are not a whole block, as after a crash.
 fn replay_bytes(bytes: &[u8]) -> Result<usize, LoopError<Failure>> {
     let mut decoder = Decoder::new();
     decoder.push(bytes);
     let identity = decoder.identity().map_err(|e| LoopError::Source(ReplayError::Log(e)))?;
-    assert!(identity.is_some(), "without a header no replay begins");
+    assert!(identity.is_some(), "a replay needs the header");
     let source = Replayer::new(Bytes { decoder, block: Vec::new().into_iter() }, NoDisk);
     let mut replay = GuestLoop { machine: machine(), source };
     replay.run()?;
@@ -172,7 +172,7 @@ fn a_changed_byte_anywhere_in_a_log_is_refused_where_it_is() {
     let (log, _) = short();
     let mut encoder = Encoder::new(&Identity::new(PositionUnit::Instructions));
     let mut bytes = encoder.take_bytes();
-    // Where headers and blocks begin.
+    // Offsets at which the header and the blocks begin.
     let mut starts = vec![0, bytes.len()];
     for records in log.chunks(6) {
         records.iter().for_each(|record| encoder.append(record));
@@ -182,7 +182,7 @@ fn a_changed_byte_anywhere_in_a_log_is_refused_where_it_is() {
     }
     assert_eq!(replay_bytes(&bytes).unwrap(), 0);
     for at in 0..bytes.len() {
-        // The identity's length: damage there leaves no header to begin with (the codec's tests have it).
+        // The length of the identity: if it is damaged there is no header to begin with (the codec's tests check that).
         if (10..14).contains(&at) {
             continue;
         }
@@ -198,8 +198,8 @@ fn a_changed_byte_anywhere_in_a_log_is_refused_where_it_is() {
     }
 }
 
-/// What if the checksums were right? Then the machine finds it: not before the changed record, and at the next digest
-/// at the latest.
+/// If the checksums match although a record was changed, the replay finds it: not before the changed record, and at the next
+/// digest at the latest.
 #[test]
 fn a_changed_record_is_a_divergence_where_it_takes_effect() {
     let (log, mut recorded) = short();
@@ -233,7 +233,7 @@ fn a_changed_record_is_a_divergence_where_it_takes_effect() {
                 let found = replay.source.applied() as usize;
                 assert!((first..=found_by).contains(&found), "byte {at}: {found}, not {first}..={found_by}");
             }
-            // Another reading of the clock that the next reading makes up for, before the guest has looked.
+            // A changed reading of the clock can go unnoticed if the next reading comes before the guest looks at the time.
             Ok(Turn::Paused) if log[first].entry.kind() == "clock" => {
                 assert_eq!(replay.machine.digest().unwrap(), end);
                 made_up_for += 1;
@@ -259,7 +259,7 @@ fn a_cut_log_replays_up_to_its_last_whole_block() {
 fn nothing_follows_the_end() {
     let (mut log, _) = short();
     let position = log.last().unwrap().position;
-    // With its last state and without.
+    // With the last state of the log, and without it.
     for _ in 0..2 {
         log.push(Record { position, entry: Entry::Mark { time_ns: 0 } });
         let error = replay(machine(), log.clone()).run().unwrap_err().to_string();

@@ -1,5 +1,5 @@
-//! A guest that asks for the time and for chance, on engines that cannot trap that: its instructions are exits, and what it
-//! is told is in the log.
+//! A guest that reads the time and random numbers, on engines that cannot trap these instructions: they were rewritten to be
+//! exits, and their results are in the log.
 
 mod guest;
 mod vcpu;
@@ -20,7 +20,7 @@ use vcpu::has_kvm;
 const RESULTS: u64 = 0x28_0000;
 const ROUNDS: u64 = 5;
 
-/// Stores what it is told, round by round: RDTSC, RDTSCP with RCX, RDRAND with its flags, RDSEED of 16 bits, RDPMC.
+/// A guest that stores its results, round by round: RDTSC, RDTSCP with RCX, RDRAND with its flags, RDSEED of 16 bits, RDPMC.
 fn image() -> Vec<u8> {
     assemble(BASE, |a| {
         a.mov(rsp, 0x30_0000u64)?;
@@ -47,7 +47,7 @@ fn image() -> Vec<u8> {
         a.xor(ecx, ecx)?;
         a.rdpmc()?;
         a.mov(qword_ptr(rdi + 48), rax)?;
-        // The port by itself is nobody's.
+        // An OUT to the port that is not a rewritten instruction does nothing.
         a.out(0xeb, al)?;
         a.add(rdi, 56)?;
         a.dec(r15d)?;
@@ -62,7 +62,7 @@ fn results(machine: &mut Machine) -> Vec<u64> {
     bytes.as_chunks().0.iter().map(|word| u64::from_le_bytes(*word)).collect()
 }
 
-/// What the guest has stored, recorded and replayed.
+/// The results that the guest has stored, in a recording that was also replayed.
 fn told(engine: Engine) -> Vec<u64> {
     let machine = machine_on(engine, &image(), Vec::new());
     let counts = machine.rewritten().unwrap().instructions.clone();
@@ -82,9 +82,9 @@ fn told(engine: Engine) -> Vec<u64> {
 }
 
 #[test]
-fn what_the_guest_is_told_is_an_answer_in_the_log() {
+fn the_results_of_rewritten_instructions_are_answers_in_the_log() {
     let soft = told(Engine::Soft);
-    // Time goes on, also where nothing else moves it.
+    // Each answer moves guest time forward, also on engines on which nothing else does.
     let times: Vec<_> = soft.chunks(7).flat_map(|round| [round[0], round[1]]).collect();
     assert!(times.is_sorted() && times[0] > 0x1_0000_0000, "{times:x?}");
     assert!(
@@ -92,7 +92,7 @@ fn what_the_guest_is_told_is_an_answer_in_the_log() {
             .all(|round| round[2] == 0 && round[4] & 0x8d5 == 1 && round[5] >> 16 == round[4] >> 16)
     );
     assert_eq!(told(Engine::SoftCounter), soft);
-    if has_kvm("what_the_guest_is_told_is_an_answer_in_the_log") {
+    if has_kvm("the_results_of_rewritten_instructions_are_answers_in_the_log") {
         for engine in [Engine::KvmSync, Engine::KvmStep, Engine::KvmStepCounter] {
             assert_eq!(told(engine), soft, "{engine:?}");
         }

@@ -1,185 +1,37 @@
-//! The agent's rules, each as a story of two agents and a store.
+//! The agent's rules, each in a short scenario of two agents and a store.
 #![allow(clippy::disallowed_methods)]
 
+mod pair;
+
 use agent::{
-    Action, Agent, Buffers, Config, Event, GuestPace, Hello, NextRecord, Outcome, PairTiming, PeerRefusal,
-    Phase, Role, Suspicion,
+    Action, Agent, Config, Event, GuestPace, Hello, NextRecord, Outcome, PeerRefusal, Phase, Role, Suspicion,
 };
 use entry::identity::Identity;
-use entry::log::{EndReason, Entry, LoggedOutput, OutputTo, Record};
-use entry::{Digest, End, Position, PositionUnit};
+use entry::log::{EndReason, Entry, Record};
+use entry::{End, Position, PositionUnit};
+use pair::{MS, Pair, TIMING, actions, config, phase, take, take_bytes};
 use store_rule::names::{Generation, Incarnation};
-use store_rule::record::{Applied, Command, CommandReply, Member, StoreState, Verdict};
-
-const MS: u64 = 1_000_000;
-const TIMING: PairTiming = PairTiming {
-    timeout_ns: 1000 * MS,
-    beat_interval_ns: 50 * MS,
-    progress_timeout_ns: 5000 * MS,
-    retry_ns: 50 * MS,
-};
-
-fn config(role: Role, incarnation: u128) -> Config {
-    Config {
-        role,
-        vm: "trial".parse().unwrap(),
-        me: Member::new(Incarnation::try_from(incarnation).unwrap()),
-        identity: Identity::new(PositionUnit::Instructions).field("kernel", "k1"),
-        generation: Generation::FIRST,
-        unprotected: false,
-        timing: TIMING,
-        buffers: Buffers::default(),
-    }
-}
-
-/// Two agents, a connection without delay, and a store.
-struct Pair {
-    now: u64,
-    primary: Agent,
-    backup: Agent,
-    store: StoreState,
-    position: u64,
-    /// Whether bytes get to the primary and to the backup.
-    heard: [bool; 2],
-}
-
-impl Pair {
-    fn new(primary: Config, backup: Config) -> Pair {
-        let (primary, backup) = (Agent::new(primary, 0), Agent::new(backup, 0));
-        Pair { now: 0, primary, backup, store: StoreState::default(), position: 0, heard: [true; 2] }
-    }
-
-    /// A protected pair.
-    fn protected() -> Pair {
-        let mut pair = Pair::new(config(Role::Primary, 1), config(Role::Backup, 2));
-        pair.backup.handle(0, Event::Ready);
-        pair.connect();
-        let actions = pair.primary_actions();
-        let [Action::Open { generation, members }] = &actions[..] else { panic!("{actions:?}") };
-        let open = Command::Open { generation: *generation, members: members.clone() };
-        assert_eq!(pair.ask(&open), CommandReply::Done);
-        pair.primary.handle(0, Event::Opened(Some(Applied::Done)));
-        pair.talk();
-        assert_eq!(pair.primary_actions(), [Action::Start { generation: Generation::FIRST }]);
-        assert_eq!(pair.backup_actions(), [Action::Start { generation: Generation::FIRST }]);
-        pair
-    }
-
-    fn connect(&mut self) {
-        self.primary.handle(self.now, Event::Connected);
-        self.backup.handle(self.now, Event::Connected);
-        self.talk();
-    }
-
-    fn ask(&mut self, command: &Command) -> CommandReply {
-        self.store.apply(&"trial".parse().unwrap(), command)
-    }
-
-    /// Bytes flow both ways until nobody has more to say.
-    fn talk(&mut self) {
-        loop {
-            let to_backup = take_bytes(&mut self.primary);
-            let to_primary = take_bytes(&mut self.backup);
-            if to_backup.is_empty() && to_primary.is_empty() {
-                return;
-            }
-            if self.heard[1] && !to_backup.is_empty() {
-                self.backup.handle(self.now, Event::Received(&to_backup));
-            }
-            if self.heard[0] && !to_primary.is_empty() {
-                self.primary.handle(self.now, Event::Received(&to_primary));
-            }
-        }
-    }
-
-    /// Time passes as in a living pair.
-    fn pass(&mut self, ns: u64) {
-        let end = self.now + ns;
-        while self.now < end {
-            self.now = (self.now + 10 * MS).min(end);
-            self.primary.guest_loop_turned(self.now, Position::exact(self.position));
-            self.backup.guest_loop_turned(self.now, Position::exact(self.position));
-            self.primary.handle(self.now, Event::Tick);
-            self.backup.handle(self.now, Event::Tick);
-            self.talk();
-        }
-    }
-
-    /// The primary's guest says something; it is in the gate now.
-    fn output(&mut self) {
-        self.position += 1;
-        let output = LoggedOutput { to: OutputTo::Net(0), len: 60, digest: Digest(1) };
-        let record = Record { position: Position::exact(self.position), entry: Entry::Output(output) };
-        self.primary.append(self.now, &record);
-        self.primary.guest_loop_waits(self.now);
-    }
-
-    /// The primary's gate lets out what it may.
-    fn release(&mut self, outputs: u64) {
-        assert_eq!(self.primary.release_limit(self.now).min(outputs), outputs);
-        self.primary.released(outputs);
-    }
-
-    /// The backup replays everything that it has.
-    fn replay(&mut self) {
-        let mut records = self.backup.status(self.now).cursors.replayed;
-        while let NextRecord::Record(_) = self.backup.next_record() {
-            records += 1;
-        }
-        let position = Position::exact(self.position);
-        self.backup.handle(self.now, Event::Replayed { records, position });
-    }
-
-    fn primary_actions(&mut self) -> Vec<Action> {
-        actions(&mut self.primary)
-    }
-
-    fn backup_actions(&mut self) -> Vec<Action> {
-        actions(&mut self.backup)
-    }
-}
-
-fn take_bytes(agent: &mut Agent) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    while !agent.outgoing().is_empty() {
-        let n = agent.outgoing().len();
-        bytes.extend(agent.outgoing());
-        agent.wrote(n);
-    }
-    bytes
-}
-
-fn actions(agent: &mut Agent) -> Vec<Action> {
-    std::iter::from_fn(|| agent.next_action()).collect()
-}
-
-fn take(who: u128) -> Action {
-    Action::Take { generation: Generation::FIRST, who: Incarnation::try_from(who).unwrap() }
-}
-
-fn phase(agent: &Agent) -> Phase {
-    agent.status(0).phase
-}
+use store_rule::record::{Applied, Command, CommandReply, Member, Verdict};
 
 #[test]
 fn an_output_leaves_when_the_backup_has_its_record() {
     let mut pair = Pair::protected();
-    pair.pass(100 * MS);
-    pair.output();
+    pair.pass_time(100 * MS);
+    pair.emit_output();
     assert_eq!(pair.primary.release_limit(pair.now), 0);
-    pair.talk();
+    pair.exchange();
     assert_eq!(pair.primary.release_limit(pair.now), 1);
     assert_eq!(pair.primary_actions(), [Action::Release]);
     assert_eq!(pair.backup.release_limit(pair.now), 0, "a backup emits nothing");
     pair.release(1);
-    pair.output();
-    pair.talk();
+    pair.emit_output();
+    pair.exchange();
     assert_eq!(pair.backup.drop_limit(), 1);
     assert_eq!(pair.backup_actions(), [Action::Drop]);
 }
 
 #[test]
-fn rule_1_a_peer_started_anew_is_lost() {
+fn rule_1_a_peer_that_was_restarted_is_lost() {
     let mut pair = Pair::protected();
     let hello = |vm: &str, incarnation| Hello {
         vm: vm.into(),
@@ -200,11 +52,11 @@ fn rule_1_a_peer_started_anew_is_lost() {
 #[test]
 fn rule_2_silence_is_suspected_after_the_timeout() {
     let mut pair = Pair::protected();
-    pair.pass(200 * MS);
-    pair.heard = [false, true];
-    pair.pass(950 * MS);
+    pair.pass_time(200 * MS);
+    pair.reachable = [false, true];
+    pair.pass_time(950 * MS);
     assert_eq!(phase(&pair.primary), Phase::Protected);
-    pair.pass(100 * MS);
+    pair.pass_time(100 * MS);
     let actions = pair.primary_actions();
     assert!(matches!(actions[0], Action::Suspected(Suspicion::Silent(_))), "{actions:?}");
     assert_eq!(actions[1..], [Action::Close, take(1)]);
@@ -213,13 +65,13 @@ fn rule_2_silence_is_suspected_after_the_timeout() {
 #[test]
 fn rule_2_a_side_that_was_stopped_listens_before_it_judges() {
     let mut pair = Pair::protected();
-    pair.pass(100 * MS);
+    pair.pass_time(100 * MS);
     pair.now += 10_000 * MS;
     pair.backup.handle(pair.now, Event::Tick);
     assert_eq!(phase(&pair.backup), Phase::Protected);
     pair.now += 700 * MS;
     pair.backup.handle(pair.now, Event::Received(&[]));
-    pair.pass(500 * MS);
+    pair.pass_time(500 * MS);
     assert_eq!(phase(&pair.backup), Phase::Protected);
 }
 
@@ -232,7 +84,7 @@ fn rule_2_a_wedged_guest_with_a_living_heartbeat_is_lost() {
         pair.backup.guest_loop_turned(pair.now, Position::default());
         pair.primary.handle(pair.now, Event::Tick);
         pair.backup.handle(pair.now, Event::Tick);
-        pair.talk();
+        pair.exchange();
     }
     let actions = pair.backup_actions();
     assert!(matches!(actions[0], Action::Suspected(Suspicion::NoProgress(_))), "{actions:?}");
@@ -246,7 +98,7 @@ fn rule_2_an_idle_backup_is_not_lost_for_having_nothing_to_replay() {
         pair.primary.guest_loop_turned(pair.now, Position::default());
         pair.primary.handle(pair.now, Event::Tick);
         pair.backup.handle(pair.now, Event::Tick);
-        pair.talk();
+        pair.exchange();
     }
     assert_eq!(phase(&pair.primary), Phase::Protected);
 }
@@ -254,8 +106,8 @@ fn rule_2_an_idle_backup_is_not_lost_for_having_nothing_to_replay() {
 #[test]
 fn rule_3_only_a_verdict_ends_a_suspicion() {
     let mut pair = Pair::protected();
-    pair.pass(100 * MS);
-    pair.output();
+    pair.pass_time(100 * MS);
+    pair.emit_output();
     let late = take_bytes(&mut pair.primary);
     pair.backup.handle(pair.now, Event::Disconnected);
     pair.backup.handle(pair.now, Event::Received(&late));
@@ -269,7 +121,7 @@ fn rule_3_only_a_verdict_ends_a_suspicion() {
     assert_eq!(pair.backup_actions(), [Action::GoLive]);
     assert_eq!(pair.backup.release_limit(pair.now), u64::MAX);
     pair.backup.handle(pair.now, Event::Verdict(Verdict::Stale));
-    assert_eq!(phase(&pair.backup), Phase::Alone, "the answer to a question that was asked twice");
+    assert_eq!(phase(&pair.backup), Phase::Alone, "the second answer to a question that was asked twice");
 }
 
 #[test]
@@ -277,10 +129,10 @@ fn rule_4_a_backup_replays_everything_and_is_ready_before_it_takes() {
     let mut pair = Pair::new(config(Role::Primary, 1), config(Role::Backup, 2));
     pair.connect();
     pair.primary.handle(0, Event::Opened(Some(Applied::Done)));
-    pair.talk();
-    pair.output();
-    pair.output();
-    pair.talk();
+    pair.exchange();
+    pair.emit_output();
+    pair.emit_output();
+    pair.exchange();
     pair.backup_actions();
     pair.backup.handle(0, Event::Disconnected);
     assert_eq!(pair.backup_actions(), [Action::Suspected(Suspicion::Disconnected), Action::Close]);
@@ -297,7 +149,7 @@ fn rule_4_a_backup_that_failed_says_so_and_never_takes() {
     pair.backup.handle(0, Event::HostFailed("disk root: input/output error"));
     let failed = "disk root: input/output error".to_string();
     assert_eq!(pair.backup_actions(), [Action::Halt(Outcome::Failed(failed.clone()))]);
-    pair.talk();
+    pair.exchange();
     let suspected = Action::Suspected(Suspicion::Failed(failed));
     assert_eq!(pair.primary_actions(), [suspected, Action::Close, take(1)]);
     pair.backup.handle(0, Event::Disconnected);
@@ -308,7 +160,7 @@ fn rule_4_a_backup_that_failed_says_so_and_never_takes() {
 #[test]
 fn rule_4_a_primary_whose_guest_is_stuck_does_not_take() {
     let mut pair = Pair::protected();
-    pair.pass(100 * MS);
+    pair.pass_time(100 * MS);
     let stuck = pair.now;
     let tick = |pair: &mut Pair, until: u64| {
         while pair.now < until {
@@ -322,13 +174,17 @@ fn rule_4_a_primary_whose_guest_is_stuck_does_not_take() {
     assert_eq!(pair.primary_actions(), [suspected, Action::Close]);
     tick(&mut pair, stuck + TIMING.progress_timeout_ns - 10 * MS);
     pair.primary.guest_loop_turned(pair.now, Position::default());
-    assert_eq!(pair.primary_actions(), [take(1)], "it turns again, late, and could live");
+    assert_eq!(
+        pair.primary_actions(),
+        [take(1)],
+        "its guest loop makes turns again, late, so that it could live"
+    );
 }
 
 #[test]
 fn a_side_whose_guest_stays_stuck_while_it_is_alone_gives_up() {
     let mut pair = Pair::protected();
-    pair.pass(100 * MS);
+    pair.pass_time(100 * MS);
     let stuck = pair.now;
     pair.backup.handle(pair.now, Event::Disconnected);
     pair.backup_actions();
@@ -344,20 +200,24 @@ fn a_side_whose_guest_stays_stuck_while_it_is_alone_gives_up() {
 #[test]
 fn rule_5_nothing_leaves_when_the_peer_was_not_heard_for_half_the_timeout() {
     let mut pair = Pair::protected();
-    pair.pass(100 * MS);
-    pair.output();
-    pair.talk();
-    assert_eq!(pair.primary.release_limit(pair.now + 501 * MS), 0, "neither turn nor word is fresh");
+    pair.pass_time(100 * MS);
+    pair.emit_output();
+    pair.exchange();
+    assert_eq!(
+        pair.primary.release_limit(pair.now + 501 * MS),
+        0,
+        "the last turn and the last echo are too old"
+    );
     let late = pair.now + 400 * MS;
     pair.primary.guest_loop_turned(late, Position::default());
     assert_eq!(pair.primary.release_limit(late), 1);
 }
 
 #[test]
-fn rule_5_an_old_word_that_is_read_now_is_old() {
+fn rule_5_an_old_acknowledgement_that_is_read_late_does_not_renew_the_lease() {
     let mut pair = Pair::protected();
-    pair.pass(100 * MS);
-    pair.output();
+    pair.pass_time(100 * MS);
+    pair.emit_output();
     let log = take_bytes(&mut pair.primary);
     pair.backup.handle(pair.now, Event::Received(&log));
     let ack = take_bytes(&mut pair.backup);
@@ -367,17 +227,17 @@ fn rule_5_an_old_word_that_is_read_now_is_old() {
     pair.primary.handle(pair.now, Event::Received(&ack));
     assert_eq!(pair.primary.status(pair.now).cursors.outputs_acked, 1);
     assert_eq!(pair.primary.release_limit(pair.now), 0);
-    // It leaves when the backup has heard of it again.
-    pair.pass(200 * MS);
+    // The output leaves once the backup is known to hear the primary again.
+    pair.pass_time(200 * MS);
     assert_eq!(pair.primary.release_limit(pair.now), 1);
 }
 
 #[test]
-fn rule_5_the_winners_tail_leaves_and_the_losers_does_not() {
+fn rule_5_the_outputs_in_the_winners_gate_leave_and_the_losers_do_not() {
     for (verdict, limit) in [(Verdict::Won, u64::MAX), (Verdict::Stale, 0)] {
         let mut pair = Pair::protected();
-        pair.pass(100 * MS);
-        pair.output();
+        pair.pass_time(100 * MS);
+        pair.emit_output();
         pair.primary.handle(pair.now, Event::Disconnected);
         assert_eq!(pair.primary.release_limit(pair.now), 0);
         assert_eq!(pair.primary.pace(pair.now), GuestPace::Stop);
@@ -395,7 +255,7 @@ fn rule_6_one_of_two_that_lost_each_other_lives() {
         [(2, CommandReply::Won), (1, CommandReply::Lost(Incarnation::try_from(2).unwrap()))]
     {
         let who = Incarnation::try_from(who).unwrap();
-        assert_eq!(pair.ask(&Command::Take { generation: Generation::FIRST, who }), expected);
+        assert_eq!(pair.ask_store(&Command::Take { generation: Generation::FIRST, who }), expected);
     }
     pair.primary_actions();
     let holder = Incarnation::try_from(2).unwrap();
@@ -412,11 +272,11 @@ fn rule_7_another_machine_is_refused_and_the_field_named() {
     let actions = pair.primary_actions();
     let [Action::Refused(refusal), Action::Close] = &actions[..] else { panic!("{actions:?}") };
     assert_eq!(refusal.to_string(), "identity: kernel: \"k2\" there, \"k1\" here");
-    assert_eq!(phase(&pair.primary), Phase::Starting, "and the next one may come");
+    assert_eq!(phase(&pair.primary), Phase::Starting, "another peer may come");
 }
 
 #[test]
-fn rule_7_name_role_and_timeout_have_to_fit() {
+fn rule_7_name_role_and_timeout_have_to_match() {
     let refused = |change: fn(&mut Config)| {
         let mut theirs = config(Role::Backup, 2);
         change(&mut theirs);
@@ -444,7 +304,7 @@ fn rule_7_garbage_is_refused() {
 }
 
 #[test]
-fn rule_7_a_generation_that_is_not_to_be_had_is_not_run() {
+fn rule_7_the_guest_does_not_run_in_a_generation_that_cannot_be_opened() {
     let mut pair = Pair::new(config(Role::Primary, 1), config(Role::Backup, 2));
     pair.connect();
     assert_eq!(pair.primary.pace(0), GuestPace::Stop);
@@ -471,16 +331,16 @@ fn rule_7_an_unprotected_primary_takes_and_is_alone() {
 #[test]
 fn rule_8_a_power_off_is_acknowledged_and_nobody_takes() {
     let mut pair = Pair::protected();
-    pair.pass(100 * MS);
-    pair.output();
+    pair.pass_time(100 * MS);
+    pair.emit_output();
     let reason = EndReason::Guest(End::PowerOff);
     pair.primary
         .append(pair.now, &Record { position: Position::exact(pair.position), entry: Entry::End(reason) });
     pair.primary.handle(pair.now, Event::GuestEnded(reason));
-    pair.talk();
+    pair.exchange();
     assert_eq!(phase(&pair.backup), Phase::Protected, "the last output has not left");
     pair.release(1);
-    pair.talk();
+    pair.exchange();
     let forget = Action::Forget { generation: Generation::FIRST };
     assert_eq!(pair.primary_actions().last(), Some(&forget));
     pair.primary.handle(pair.now, Event::Forgotten(true));
@@ -497,19 +357,19 @@ fn rule_8_a_power_off_is_acknowledged_and_nobody_takes() {
 #[test]
 fn rule_8_a_handover_loses_nothing() {
     let mut pair = Pair::protected();
-    pair.pass(100 * MS);
-    pair.output();
+    pair.pass_time(100 * MS);
+    pair.emit_output();
     pair.primary.handle(pair.now, Event::HandOver);
-    pair.talk();
+    pair.exchange();
     assert_eq!(pair.primary_actions(), [Action::Pause, Action::Release]);
     assert_eq!(phase(&pair.backup), Phase::Protected, "the output has not left");
     pair.release(1);
-    pair.talk();
+    pair.exchange();
     assert_eq!(phase(&pair.backup), Phase::Ending);
     pair.replay();
     assert_eq!(pair.backup_actions().last(), Some(&take(2)));
     pair.backup.handle(pair.now, Event::Verdict(Verdict::Won));
-    pair.talk();
+    pair.exchange();
     assert_eq!(pair.backup_actions(), [Action::GoLive]);
     assert_eq!(pair.primary_actions(), [Action::Halt(Outcome::HandedOver)]);
 }
@@ -519,6 +379,6 @@ fn rule_8_a_backup_that_leaves_says_so() {
     let mut pair = Pair::protected();
     pair.backup.handle(0, Event::HandOver);
     assert_eq!(pair.backup_actions(), [Action::Halt(Outcome::Stopped)]);
-    pair.talk();
+    pair.exchange();
     assert_eq!(pair.primary_actions().last(), Some(&take(1)));
 }

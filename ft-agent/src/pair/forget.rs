@@ -72,8 +72,8 @@ fn unconfirmed(vm: &VmName, record: &VmRecord) -> String {
         VmPhase::Forgotten => "nobody".into(),
     };
     format!(
-        "according to the store {who} may run generation {generation} of VM {vm}, and vmft cannot know whether their hosts \
-         are dead: a replica that is only cut off or stopped may go on beside the VM that you start next, with the same \
-         addresses, and what it writes to its disks is lost. Check both hosts, then give --yes"
+        "according to the store {who} may run generation {generation} of VM {vm}, and vmft cannot know whether \
+         their hosts are dead: a replica that is only cut off or stopped may go on beside the VM that you start \
+         next, with the same addresses, and what it writes to its disks is lost. Check both hosts, then give --yes"
     )
 }

@@ -88,7 +88,8 @@ impl RecordSink for ChannelLog {
 
     fn append(&mut self, record: &Record) -> Result<(), Error> {
         if let Entry::State(state) = &record.entry {
-            debug!(at = record.position.count, vcpu = %state.vcpu, devices = %state.devices, ram = %state.ram, "state recorded");
+            let at = record.position.count;
+            debug!(at, vcpu = %state.vcpu, devices = %state.devices, ram = %state.ram, "state recorded");
         }
         self.0.append(record);
         Ok(())
@@ -132,7 +133,8 @@ impl Records for ChannelRecords {
 
     fn next(&mut self) -> Result<Option<Record>, Infallible> {
         if let Some((at, state)) = self.state.take() {
-            debug!(at = at.count, vcpu = %state.vcpu, devices = %state.devices, ram = %state.ram, "state checked");
+            let at = at.count;
+            debug!(at, vcpu = %state.vcpu, devices = %state.devices, ram = %state.ram, "state checked");
         }
         let record = self.replica.next_record(self.taken, self.at);
         if let Some(Record { position, entry }) = &record {
@@ -185,12 +187,12 @@ impl BackupStandby {
     /// Starts the disks with these images, by slot.
     pub fn new(replica: Arc<Replica>, images: impl Iterator<Item = (u8, Image)>) -> BackupStandby {
         let start = |(slot, image)| {
-            let (tell, done): (Sender<FinishedRequest>, _) = channel();
+            let (sender, done): (Sender<FinishedRequest>, _) = channel();
             let replica = replica.clone();
             // A failure is reported at once: the primary goes on alone, and this side never asks for a
             // verdict.
             let disk = DiskThread::start(image, move |id, result| match result {
-                Ok(result) => tell.send((id, result)).is_ok(),
+                Ok(result) => sender.send((id, result)).is_ok(),
                 Err(e) => {
                     replica.fail(e);
                     false

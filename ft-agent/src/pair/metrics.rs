@@ -84,7 +84,7 @@ fn text(vm: &VmName, report: Option<&ReplicaReport>) -> String {
         vm,
         "protected",
         "gauge",
-        "1 if the loss of either host is survived",
+        "1 if the VM survives the loss of either host",
         f64::from(protected),
     );
     let Some(r) = report else { return text };
@@ -98,16 +98,26 @@ fn text(vm: &VmName, report: Option<&ReplicaReport>) -> String {
             f64::from(r.phase == "alone"),
         ),
         ("generation", "gauge", "the pair's generation", count(r.generation.unwrap_or(0))),
-        ("records_recorded_total", "counter", "records made or received", count(r.recorded)),
+        (
+            "records_recorded_total",
+            "counter",
+            "records made (primary) or received (backup)",
+            count(r.recorded),
+        ),
         ("records_sent_total", "counter", "records sent", count(r.sent)),
-        ("records_acknowledged_total", "counter", "records that the backup has", count(r.acked)),
+        ("records_acknowledged_total", "counter", "records that the backup has acknowledged", count(r.acked)),
         ("records_replayed_total", "counter", "records that the backup has replayed", count(r.replayed)),
-        ("outputs_recorded_total", "counter", "outputs of the guest", count(r.outputs_recorded)),
+        ("outputs_recorded_total", "counter", "outputs that the guest has made", count(r.outputs_recorded)),
         ("outputs_released_total", "counter", "outputs that have left", count(r.outputs_released)),
         ("outputs_held", "gauge", "outputs that wait for the backup", count(r.outputs_held)),
-        ("lag_seconds", "gauge", "how far the backup is behind", r.lag_ms / 1e3),
-        ("lag_bytes", "gauge", "records that the backup has not replayed", count(r.lag_bytes)),
-        ("log_bytes_total", "counter", "bytes of the channel, as sent or received", count(r.log_bytes)),
+        ("lag_seconds", "gauge", "how far the backup lags", r.lag_ms / 1e3),
+        ("lag_bytes", "gauge", "bytes of the records that the backup has not replayed", count(r.lag_bytes)),
+        (
+            "log_bytes_total",
+            "counter",
+            "bytes of the channel's messages, sent and received",
+            count(r.log_bytes),
+        ),
         ("failovers_total", "counter", "times that this side went on without the other", count(r.failovers)),
     ] {
         metric(&mut text, vm, name, kind, help, value);

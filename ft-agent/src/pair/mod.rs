@@ -1,12 +1,14 @@
 //! The fault-tolerant pair: `vmft primary` and `vmft backup`.
 //!
 //! ```text
-//!   primary.rs                                               backup.rs
-//!   guest loop <-> Recorder <-> Live <-> GatedOutside        guest loop <-> Replayer <-> ChannelRecords, BackupStandby
-//!        | ChannelLog                                             ^ records         from go_live.rs on: Live <-> GatedOutside
-//!     Replica (agent, gate, outlet) ══ PeerLink: TLS ══ Replica (agent, gate, outlet)
-//!        | the store's verdicts                          | the store's verdicts
+//!   primary.rs                                          backup.rs
+//!   guest loop <-> Recorder <-> Live <-> GatedOutside   guest loop <-> Replayer <-> BackupStandby
+//!        | ChannelLog                                        ^ ChannelRecords
+//!     Replica (agent, gate, outlet) ════ PeerLink: TLS ════ Replica (agent, gate, outlet)
+//!        | the store's verdicts                              | the store's verdicts
 //! ```
+//!
+//! A backup that goes live (`go_live.rs`) gets the primary's source: `Live` around a `GatedOutside`.
 //!
 //! The crate `agent`, a state machine, decides which side may live. [`replica`] passes time, bytes and the
 //! store's answers to it, and carries out its actions. [`guest_io`] connects the guest loop with the replica.

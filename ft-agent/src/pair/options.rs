@@ -76,47 +76,47 @@ pub struct PairPlan {
     pub name: VmName,
     /// The store's URL.
     pub store: String,
-    /// Directory of keys.
+    /// Directory of this host's keys.
     pub keys: PathBuf,
     /// Where the backup listens; `None` for an unprotected primary.
     pub peer: Option<String>,
     /// Where a backup listens.
     pub listen: Option<SocketAddr>,
-    /// Older disk images are good.
+    /// Start even from disk images that are not the newest copies.
     pub discard_newer: bool,
-    /// Control socket.
+    /// Path of the control socket.
     pub control: Option<PathBuf>,
-    /// The user's command for each change.
+    /// The user's command for each change between PROTECTED and UNPROTECTED.
     pub hook: Option<String>,
-    /// Where metrics are told.
+    /// Where Prometheus scrapes the metrics.
     pub metrics: Option<SocketAddr>,
-    /// The process is confined after its start.
+    /// Confine the process by seccomp and Landlock.
     pub confine: bool,
-    /// When somebody is late.
+    /// The timeouts of the pair, and the interval of heartbeats.
     pub timing: PairTiming,
-    /// Bounds of what is kept.
+    /// Limits of the log that is in transit or waits for replay.
     pub buffers: Buffers,
     /// The machine.
     pub machine: GuestPlan,
 }
 
 impl PairPlan {
-    /// Unit of the positions.
+    /// The unit of positions, which depends on the engine.
     pub fn engine_unit(&self) -> PositionUnit {
         self.machine.engine.unit()
     }
 
-    /// Guest time's origin.
+    /// Where guest time comes from.
     pub fn clock(&self) -> ClockMode {
         self.machine.clock.unwrap_or_default()
     }
 }
 
 impl PairOptions {
-    /// Checks the options, together with those of the file they name.
+    /// Checks the options, after adding those of the file that `--config` names.
     ///
     /// # Errors
-    /// [`Error::Config`] names the field.
+    /// [`Error::Config`] if the file cannot be read, or an option is missing or wrong.
     pub fn check(mut self, role: Role) -> Result<PairPlan, Error> {
         let o = match self.machine.config.take() {
             Some(path) => self.over(read_file(&path)?),
@@ -154,6 +154,7 @@ impl PairOptions {
         })
     }
 
+    /// These options, with those of the file where an option is not given.
     fn over(self, file: PairOptions) -> PairOptions {
         PairOptions {
             name: self.name.or(file.name),
@@ -178,20 +179,22 @@ impl PairOptions {
 }
 
 fn read_file(path: &Path) -> Result<PairOptions, Error> {
-    let unusable = |e: &dyn std::fmt::Display| Error::config("config", format!("{}: {e}", path.display()));
+    let unusable =
+        |e: &dyn std::fmt::Display| Error::config("config", format!("cannot read {}: {e}", path.display()));
     let text = std::fs::read_to_string(path).map_err(|e| unusable(&e))?;
     toml::from_str(&text).map_err(|e| unusable(&e))
 }
 
+/// The value of an option, or its default. The value has to be within `min` and `max`.
 fn within(field: &str, given: Option<u64>, default: u64, min: u64, max: u64) -> Result<u64, Error> {
     let value = given.unwrap_or(default);
     if (min..=max).contains(&value) {
         return Ok(value);
     }
-    Err(Error::config(field, format!("{value} is not within {min} to {max}")))
+    Err(Error::config(field, format!("{value} is not in the range {min} to {max}")))
 }
 
-/// ns of an option in ms.
+/// The value in ns of an option that is given in ms.
 fn ms(field: &str, given: Option<u64>, default_ns: u64, min: u64, max: u64) -> Result<u64, Error> {
     Ok(within(field, given, default_ns / 1_000_000, min, max)? * 1_000_000)
 }
@@ -212,7 +215,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn flags_win_over_the_file_and_faults_are_named() {
+    fn flags_win_over_the_file_and_errors_name_the_option() {
         let file: PairOptions = toml::from_str(
             "name = 'web'\nstore = 's'\nkeys = 'k'\npeer = 'b:1'\ntimeout_ms = 400\n[machine]\nkernel = 'vmlinux'\n",
         )

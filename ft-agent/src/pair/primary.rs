@@ -88,7 +88,7 @@ fn next_generation(side: &PairSide) -> Result<Generation, Error> {
     })
 }
 
-/// Tries to connect to the backup, on a thread of its own, until the pair is open or this side is out.
+/// Tries to connect to the backup, on a thread of its own, until the pair is open or this side ends.
 fn keep_connecting(side: &PairSide, peer: &str, replica: &Arc<Replica>) -> Result<(), Error> {
     let tls = test_and_set::tls::peer_client(&side.keys).map_err(|e| Error::config("keys", chain(&e)))?;
     let (peer, replica) = (peer.to_owned(), replica.clone());

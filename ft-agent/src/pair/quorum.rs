@@ -17,8 +17,8 @@ pub fn warn_if_lost_with_this_host(url: &StoreUrl) {
     let here = nodes.iter().filter(|node| is_here(node, &ours)).count();
     if is_lost(nodes.len(), here) {
         warn!(
-            "{here} of the store's {} nodes run on this host: if this host is lost, the store has no quorum and the other \
-             side cannot go on; move nodes to other hosts",
+            "{here} of the store's {} nodes run on this host: if this host is lost, the store has no quorum and \
+             the other side cannot go on; move nodes to other hosts",
             nodes.len()
         );
     }

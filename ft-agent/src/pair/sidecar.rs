@@ -90,8 +90,8 @@ impl Sidecars {
             if !self.discard && !newest.is_empty() && !newest.contains(copy) {
                 let newest = newest.iter().map(CopyId::to_string).collect::<Vec<_>>().join(" or ");
                 let why = format!(
-                    "{} names copy {copy}, but the newest copy of {name} is {newest}; start the primary on the host that has \
-                     the newest copy, or give --discard-newer to lose what the guest wrote to it",
+                    "{} names copy {copy}, but the newest copy of {name} is {newest}; start the primary on the host \
+                     that has the newest copy, or give --discard-newer to lose what the guest wrote to it",
                     path.display()
                 );
                 return Err(Error::config("disk", why));

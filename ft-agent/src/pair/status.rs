@@ -26,7 +26,7 @@ pub struct StatusArgs {
 /// Which replica a command talks to.
 #[derive(Args, Debug)]
 pub struct ControlArgs {
-    /// The replica's control socket
+    /// Control socket of the replica
     #[arg(long, value_name = "FILE")]
     control: PathBuf,
 }

@@ -1,4 +1,4 @@
-//! `vmft-store`: a member of the store, and the commands for its operator.
+//! `vmft-store`: runs a member of the store, and the commands of its operator.
 
 use std::collections::BTreeMap;
 use std::error::Error;
@@ -17,39 +17,40 @@ use test_and_set::store::{NodeError, StoreError, chain};
 use test_and_set::url::{StoreUrl, parse_node};
 use test_and_set::wire::{NodeId, NodeStatus, StoreRequest};
 
-/// The test-and-set store of vmft: one verdict, whatever fails.
+/// The test-and-set store of vmft: decides which side of a pair lives when they lose each other.
 #[derive(Parser)]
 #[command(version)]
 struct StoreCli {
     #[command(subcommand)]
-    verb: StoreCommand,
+    command: StoreCommand,
 }
 
 #[derive(Subcommand)]
 enum StoreCommand {
-    /// Run a member of the store.
+    /// Run a member of the store until it is stopped or its storage fails.
     Serve(ServeArgs),
-    /// Show each node's members, leader, term, indexes and latency.
+    /// Show each node's view of the cluster: its role, leader, term, log indexes, latency, disk and members.
     Status {
         #[command(flatten)]
-        at: StoreArgs,
-        /// As JSON.
+        target: StoreArgs,
+        /// Print JSON.
         #[arg(long)]
         json: bool,
     },
-    /// Change the members of a running store.
+    /// Add a member to a running store, or remove one.
     Member {
         #[command(subcommand)]
-        change: MemberCommand,
+        command: MemberCommand,
     },
-    /// Make the keys and pinned certificates for a trial.
+    /// Make the keys and certificates of members and clients (the hosts of pairs). Each party gets a directory, complete and ready to
+    /// be copied to its host.
     Keys {
-        /// A new directory; it gets one directory for each member and client.
+        /// The directory in which to make one directory for each member and client; files in it are never overwritten.
         dir: PathBuf,
-        /// The numbers of the members.
+        /// The numbers of the members, separated by commas.
         #[arg(long, value_delimiter = ',', default_value = "1,2,3")]
         members: Vec<NodeId>,
-        /// The names of the clients.
+        /// The names of the clients, separated by commas.
         #[arg(long, value_delimiter = ',', default_value = "client")]
         clients: Vec<String>,
     },
@@ -60,74 +61,75 @@ struct ServeArgs {
     /// This member's number.
     #[arg(long)]
     id: NodeId,
-    /// Where to listen for members and clients.
+    /// The address on which to listen for members and clients, IP:PORT.
     #[arg(long)]
     listen: SocketAddr,
-    /// The first members, this one among them: 1=HOST:PORT,2=HOST:PORT,3=HOST:PORT. The same list on each of them.
+    /// The first members, including this one, as 1=HOST:PORT,2=HOST:PORT,3=HOST:PORT. Give the same list to each of them.
     #[arg(long, value_delimiter = ',', value_parser = parse_peer)]
     peers: Vec<(NodeId, String)>,
-    /// This member's data.
+    /// The directory of this member's data, made if it does not exist.
     #[arg(long)]
     data: PathBuf,
-    /// This member's keys: own.key, own.crt, members/, clients/.
+    /// The directory of this member's keys: own.key, own.crt, members/, clients/.
     #[arg(long)]
     keys: PathBuf,
-    /// The cluster's name.
+    /// The name of the cluster; all members and clients must give the same.
     #[arg(long, default_value = "vmft")]
     cluster: ClusterName,
-    /// Wait to be added by `member add` instead of forming a cluster with --peers.
+    /// Wait to be added to a running cluster with `vmft-store member add`, instead of forming one with --peers.
     #[arg(long, conflicts_with = "peers")]
     join: bool,
-    /// Where Prometheus scrapes /metrics, over plain HTTP.
+    /// The address on which to serve /metrics for Prometheus, over plain HTTP, IP:PORT.
     #[arg(long)]
     metrics: Option<SocketAddr>,
-    /// How often the leader is heard at least; it is suspected after 7.5 to 10 times this.
+    /// The interval of the leader's heartbeats in milliseconds; the leader is suspected after 7.5 to 10 intervals of silence.
     #[arg(long, default_value_t = RaftTiming::default().heartbeat_ms, value_parser = clap::value_parser!(u64).range(10..=10_000))]
     heartbeat_ms: u64,
-    /// Commands between two snapshots.
+    /// The number of commands between two snapshots.
     #[arg(long, default_value_t = RaftTiming::default().snapshot_every, value_parser = clap::value_parser!(u64).range(10..))]
     snapshot_every: u64,
 }
 
 #[derive(Args)]
 struct StoreArgs {
-    /// The store: raft://HOST:PORT,HOST:PORT?keys=DIR
+    /// The store's URL: raft://HOST:PORT,HOST:PORT?keys=DIR[&cluster=NAME]
     #[arg(long)]
     store: String,
-    /// Seconds to wait.
+    /// How many seconds to wait for an answer.
     #[arg(long, default_value_t = 5)]
     patience: u64,
 }
 
 #[derive(Subcommand)]
 enum MemberCommand {
-    /// Add a member that was started with --join. Its certificate must be in members/ of all others, and theirs in its own.
+    /// Add a member, which must run with --join. First copy its certificate into members/ of all other members, and theirs into its
+    /// members/.
     Add {
         #[command(flatten)]
-        at: StoreArgs,
-        /// Its number.
+        target: StoreArgs,
+        /// The member's number, as it was started with --id.
         id: NodeId,
-        /// Where the others reach it, HOST:PORT.
+        /// The address at which the others reach it, HOST:PORT.
         #[arg(value_parser = |text: &str| parse_node(text))]
         address: String,
     },
-    /// Remove a member.
+    /// Remove a member. Stop it afterwards.
     Remove {
         #[command(flatten)]
-        at: StoreArgs,
-        /// Its number.
+        target: StoreArgs,
+        /// The member's number.
         id: NodeId,
     },
 }
 
 fn parse_peer(text: &str) -> Result<(NodeId, String), String> {
-    let (id, address) = text.split_once('=').ok_or_else(|| format!("{text:?} is not ID=HOST:PORT"))?;
-    let id = id.parse().map_err(|_| format!("{id:?} is not a member's number"))?;
+    let (id, address) = text.split_once('=').ok_or_else(|| format!("{text:?} is not NUMBER=HOST:PORT"))?;
+    let id = id.parse().map_err(|_| format!("{id:?} is not a number"))?;
     Ok((id, parse_node(address).map_err(|e| e.to_string())?))
 }
 
 fn main() -> ExitCode {
-    match run(StoreCli::parse().verb) {
+    match run(StoreCli::parse().command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("vmft-store: {}", chain(&*error));
@@ -136,11 +138,11 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(verb: StoreCommand) -> Result<(), Box<dyn Error>> {
-    // One thread: a verdict is a chain of small steps, and each one that another thread takes costs a wake-up.
+fn run(command: StoreCommand) -> Result<(), Box<dyn Error>> {
+    // One thread: a verdict is a chain of small steps, and each step on another thread would cost a wake-up.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
-        match verb {
+        match command {
             StoreCommand::Serve(serve) => {
                 let settings = settings(serve)?;
                 tokio::select! {
@@ -148,13 +150,17 @@ fn run(verb: StoreCommand) -> Result<(), Box<dyn Error>> {
                     interrupted = tokio::signal::ctrl_c() => Ok(interrupted?),
                 }
             }
-            StoreCommand::Status { at, json } => status(&at, json).await,
-            StoreCommand::Member { change: MemberCommand::Add { at, id, address } } => {
-                Ok(store(&at)?.1.change_members(StoreRequest::AddMember(id, address), deadline(&at)).await?)
+            StoreCommand::Status { target, json } => status(&target, json).await,
+            StoreCommand::Member { command: MemberCommand::Add { target, id, address } } => {
+                Ok(store(&target)?
+                    .1
+                    .change_members(StoreRequest::AddMember(id, address), deadline(&target))
+                    .await?)
             }
-            StoreCommand::Member { change: MemberCommand::Remove { at, id } } => {
-                Ok(store(&at)?.1.change_members(StoreRequest::RemoveMember(id), deadline(&at)).await?)
-            }
+            StoreCommand::Member { command: MemberCommand::Remove { target, id } } => Ok(store(&target)?
+                .1
+                .change_members(StoreRequest::RemoveMember(id), deadline(&target))
+                .await?),
             StoreCommand::Keys { dir, members, clients } => Ok(keys::make_set(&dir, &members, &clients)?),
         }
     })
@@ -163,10 +169,14 @@ fn run(verb: StoreCommand) -> Result<(), Box<dyn Error>> {
 fn settings(serve: ServeArgs) -> Result<ServerSettings, Box<dyn Error>> {
     let peers: BTreeMap<_, _> = serve.peers.iter().cloned().collect();
     if peers.len() != serve.peers.len() {
-        return Err("--peers names a number twice".into());
+        return Err("--peers gives the same number to two members".into());
     }
     if !serve.join && !peers.contains_key(&serve.id) {
-        return Err(format!("--peers must name this member, {}, too; or use --join", serve.id).into());
+        return Err(format!(
+            "--peers must include this member, {}; to be added to a running cluster, use --join instead",
+            serve.id
+        )
+        .into());
     }
     Ok(ServerSettings {
         id: serve.id,
@@ -181,25 +191,28 @@ fn settings(serve: ServeArgs) -> Result<ServerSettings, Box<dyn Error>> {
     })
 }
 
-fn deadline(at: &StoreArgs) -> Instant {
-    Instant::now() + Duration::from_secs(at.patience)
+fn deadline(target: &StoreArgs) -> Instant {
+    Instant::now() + Duration::from_secs(target.patience)
 }
 
-fn store(at: &StoreArgs) -> Result<(Vec<String>, RaftStore), Box<dyn Error>> {
-    match at.store.parse().map_err(StoreError::Url)? {
+fn store(target: &StoreArgs) -> Result<(Vec<String>, RaftStore), Box<dyn Error>> {
+    match target.store.parse().map_err(StoreError::Url)? {
         StoreUrl::Raft { nodes, keys, cluster } => {
             Ok((nodes.clone(), RaftStore::new(nodes, Keys::load(&keys).map_err(StoreError::Keys)?, cluster)?))
         }
-        _ => Err("this is for raft:// only; etcd and ZooKeeper have tools of their own".into()),
+        _ => {
+            Err("--store must be a raft:// URL: use etcd's and ZooKeeper's own tools for their members"
+                .into())
+        }
     }
 }
 
-async fn status(at: &StoreArgs, json: bool) -> Result<(), Box<dyn Error>> {
-    let (nodes, store) = store(at)?;
+async fn status(target: &StoreArgs, json: bool) -> Result<(), Box<dyn Error>> {
+    let (nodes, store) = store(target)?;
     let mut found = vec![];
     for node in nodes {
         let asked = Instant::now();
-        let status = store.status(&node, deadline(at)).await;
+        let status = store.status(&node, deadline(target)).await;
         found.push((node, status, asked.elapsed()));
     }
     let reached = found.iter().any(|(_, status, _)| status.is_ok());
@@ -215,7 +228,11 @@ async fn status(at: &StoreArgs, json: bool) -> Result<(), Box<dyn Error>> {
     } else {
         found.iter().for_each(|(node, status, took)| show(node, status, *took));
     }
-    if reached { Ok(()) } else { Err("no node answered".into()) }
+    if reached {
+        Ok(())
+    } else {
+        Err("no node of the store answered; see above what each did instead".into())
+    }
 }
 
 fn show(node: &str, status: &Result<NodeStatus, NodeError>, took: Duration) {
@@ -235,7 +252,7 @@ fn show(node: &str, status: &Result<NodeStatus, NodeError>, took: Duration) {
     );
     let (half, most) = status.command_us;
     println!("  {} VMs; {} commands here, p50 {half} us, p99 {most} us", status.vms, status.commands);
-    let full = if status.disk_full { ", FULL: free some" } else { "" };
+    let full = if status.disk_full { ", FULL: free some space" } else { "" };
     println!("  data {} KiB, disk free {} MiB{full}", status.data_bytes >> 10, status.disk_free_bytes >> 20);
     for (id, member) in &status.members {
         let votes = if member.votes { "votes" } else { "does not vote" };

@@ -1,6 +1,6 @@
-//! A member that is stopped at the k-th write or fsync, for every k of a session, comes back with all that it has acknowledged.
+//! A member that is stopped at the k-th write or fsync, for every k of a session, restarts with everything that it acknowledged.
 //!
-//! The disk is a simulated one, harder than a real process kill: what was not synced may be lost, in any part and any order.
+//! The simulated disk is harsher than a killed process: any part of what was not synced may be lost, in any order.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -21,7 +21,7 @@ use crate::wire::{NodeId, PeerRequest, PeerResponse};
 
 const SECTOR: usize = 512;
 
-/// A file: its bytes as the process sees them and as they are surely on the disk, and the writes between the two.
+/// A file: its bytes as the process sees them, the bytes that are synced, and the writes since then.
 #[derive(Debug, Default, Clone)]
 struct File {
     seen: Vec<u8>,
@@ -37,13 +37,13 @@ struct Sim {
 }
 
 impl Sim {
-    /// Counts a write or an fsync; from the one that it stops at on, all fail.
+    /// Counts a write or an fsync; fails from number `stop_at` on.
     fn step(&mut self) -> io::Result<()> {
         self.steps += 1;
         if self.steps >= self.stop_at { Err(io::Error::other("the power is off")) } else { Ok(()) }
     }
 
-    /// What is on the disk afterwards: all that was synced, and any sectors of what was not.
+    /// What is on the disk afterwards: everything that was synced, and random sectors of the rest.
     fn survivors(&self, random: &mut StdRng) -> [File; 2] {
         self.files.clone().map(|file| {
             let mut disk = file.synced;
@@ -91,7 +91,7 @@ impl StorageBackend for Backend {
 
     fn set_len(&self, len: u64) -> io::Result<()> {
         self.sim.lock().unwrap().step()?;
-        // As on a journalling file system the size is kept at once; new bytes are zero.
+        // As on a journalling file system, a new size takes effect at once; new bytes are zero.
         self.with(|f| {
             f.seen.resize(len as usize, 0);
             f.synced.resize(len as usize, 0);
@@ -113,7 +113,7 @@ impl StorageBackend for Backend {
     fn write(&self, at: u64, data: &[u8]) -> io::Result<()> {
         let stopped = self.sim.lock().unwrap().step();
         self.with(|f| {
-            // The write that the power fails in may be on the disk in part.
+            // The write during which the power fails may be on the disk in part.
             f.since.push((at as usize, data.to_vec()));
             write_at(&mut f.seen, at as usize, data);
         });
@@ -121,12 +121,12 @@ impl StorageBackend for Backend {
     }
 }
 
-/// Counts from `stop_at` down on these files.
+/// A simulated disk with these files, which fails from step `stop_at` on.
 fn sim(files: [File; 2], stop_at: u64) -> Arc<Mutex<Sim>> {
     Arc::new(Mutex::new(Sim { files, steps: 0, stop_at }))
 }
 
-/// Starts member 1 of these on a simulated disk.
+/// Starts member 1 of `members` on a simulated disk.
 async fn start(
     sim: &Arc<Mutex<Sim>>,
     members: &[NodeId],
@@ -147,7 +147,8 @@ async fn start(
     }
 }
 
-/// Runs a session against a disk that stops at each step, until one is not stopped; then what survived is checked.
+/// Runs a session for each k on a disk that fails at step k, and checks what survived, until a session ends before step k. Returns
+/// the number of steps.
 fn at_every_step<S: Default>(
     session: impl AsyncFn(&Arc<Mutex<Sim>>, &mut S),
     check: impl AsyncFn(&Arc<Mutex<Sim>>, &S),
@@ -173,7 +174,7 @@ fn members_of(who: Incarnation) -> Members {
     Members { primary: Member::new(who), backup: None }
 }
 
-/// A command, as long as there is no leader again and again.
+/// Applies a command, and repeats it while there is no leader.
 async fn command(raft: &Raft, vm: &VmName, command: Command) -> Option<CommandReply> {
     let begun = Instant::now();
     while begun.elapsed() < Duration::from_secs(20) {
@@ -219,10 +220,10 @@ fn no_committed_verdict_is_lost() {
     println!("stopped at each of {steps} writes and fsyncs");
 }
 
-/// What a follower has acknowledged: in which terms it voted for member 3, and up to which index it holds member 3's log.
+/// What a follower has acknowledged: the terms in which it voted for member 3, and the index up to which it has member 3's log.
 ///
-/// To openraft a term is a number and a candidate: a vote for member 3 may follow one for member 2 of the same number, as one
-/// of a later term; a vote for member 2 after one for member 3 would be the second in a term.
+/// In openraft a term is a number and a candidate: a vote for member 3 may follow one for member 2 with the same number, as if it
+/// were of a later term. A vote for member 2 after one for member 3 would be the second in a term.
 #[derive(Default)]
 struct Promises {
     votes: Vec<u64>,
@@ -265,7 +266,7 @@ fn no_vote_is_given_twice_and_no_acknowledged_entry_is_lost() {
             let answer = ask(&raft, vote_ask(*term, 2, 1000)).await.expect("an answer");
             assert!(!is_granted(&answer), "a second vote in term {term}");
         }
-        // It is not that it refuses everybody.
+        // It does not refuse everybody.
         let begun = Instant::now();
         while !is_granted(&ask(&raft, vote_ask(100, 3, 1000)).await.expect("an answer")) {
             assert!(begun.elapsed() < Duration::from_secs(20), "no vote in a new term");

@@ -19,19 +19,19 @@ pub struct Etcd {
 }
 
 impl Etcd {
-    /// Why it cannot be started here.
+    /// Why it cannot be started here, if it cannot.
     pub fn missing() -> Option<&'static str> {
         find_program("etcd")
             .is_none()
             .then_some("etcd is not installed, run test-and-set/tests/install-peers")
     }
 
-    /// Starts so many members that speak without TLS.
+    /// Starts this number of members, without TLS.
     pub fn start(members: usize) -> Self {
         Self::start_as(members, false)
     }
 
-    /// Starts so many members with mutual TLS between them and to their clients.
+    /// Starts this number of members, with mutual TLS among them and to their clients.
     pub fn start_with_tls(members: usize) -> Self {
         Self::start_as(members, true)
     }
@@ -82,7 +82,7 @@ impl Etcd {
     }
 }
 
-/// One certificate for all members and clients, and the authority that signed it.
+/// Makes one certificate for all members and clients, and the authority that signs it.
 fn make_keys(dir: &Path) {
     let mut authority = CertificateParams::default();
     authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);

@@ -1,4 +1,4 @@
-//! Garbage, oversized and slow clients, strangers and friends, while a good client goes on working.
+//! Clients that send garbage, oversized or slow data, with and without accepted certificates, while a good client keeps working.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use test_and_set::keys::{self, Keys};
 use test_and_set::names::{Generation, VmName};
 use test_and_set::record::Verdict;
+use test_and_set::store::TestAndSet;
 use test_and_set::tls;
 use test_and_set::wire::{self, StoreHello, Welcome};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -18,20 +19,20 @@ use tokio_rustls::client::TlsStream;
 use super::latency::{Sample, open};
 use super::{Cluster, client};
 
-/// Hostile clients that are connected at once.
+/// The largest number of hostile clients that are connected at once.
 const AT_ONCE: usize = 600;
 
-/// What the server went through.
-pub struct Outcome {
+/// The result of [`run`].
+pub struct HostileReport {
     pub clients: usize,
     pub kinds: Vec<(&'static str, usize)>,
     pub verdicts: Sample,
-    /// Resident memory in KiB: before, and the most there ever was.
+    /// The server's resident memory in KiB: before, and at most.
     pub memory_kib: (u64, u64),
     pub took: Duration,
 }
 
-impl std::fmt::Display for Outcome {
+impl std::fmt::Display for HostileReport {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let (before, most) = self.memory_kib;
         writeln!(f, "{} hostile clients in {:.0?}: {:?}", self.clients, self.took, self.kinds)?;
@@ -43,7 +44,7 @@ impl std::fmt::Display for Outcome {
     }
 }
 
-/// A number of /proc/PID/status, in KiB.
+/// A field of /proc/PID/status, in KiB.
 pub fn memory_kib(pid: u32, field: &str) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("the server runs");
     let line = status.lines().find(|line| line.starts_with(field)).expect("the field");
@@ -64,8 +65,8 @@ const KINDS: [&str; 9] = [
 
 struct Attack {
     address: String,
-    friend: TlsConnector,
-    stranger: TlsConnector,
+    accepted: TlsConnector,
+    unknown: TlsConnector,
 }
 
 impl Attack {
@@ -74,9 +75,9 @@ impl Attack {
         tls.connect("vmft-store".try_into().expect("a name"), tcp).await
     }
 
-    /// A client with a good certificate, behind its greeting.
+    /// A client with an accepted certificate, after its greeting.
     async fn greeted(&self) -> std::io::Result<TlsStream<TcpStream>> {
-        let mut stream = self.connect(&self.friend).await?;
+        let mut stream = self.connect(&self.accepted).await?;
         let hello = StoreHello { cluster: "vmft".parse().expect("a name"), member: None };
         let greet = async {
             wire::write_greeting(&mut stream, &hello).await?;
@@ -86,7 +87,7 @@ impl Attack {
         Ok(stream)
     }
 
-    /// One hostile client, until the server or its patience ends it. What becomes of it is all the same.
+    /// Runs one hostile client until the server closes the connection or it has done enough. An error is as good as success.
     async fn once(&self, kind: &str, garbage: &[u8]) -> std::io::Result<()> {
         let hold = Duration::from_millis(500);
         match kind {
@@ -101,16 +102,16 @@ impl Attack {
             }
             "half a handshake" => {
                 let mut tcp = TcpStream::connect(&self.address).await?;
-                // A TLS record header that promises more than comes.
+                // A TLS record header that announces more bytes than follow.
                 tcp.write_all(&[22, 3, 1, 64, 0, 1]).await?;
                 tokio::time::sleep(hold).await;
             }
             "unknown certificate" => {
-                let mut stream = self.connect(&self.stranger).await?;
+                let mut stream = self.connect(&self.unknown).await?;
                 stream.read_to_end(&mut vec![]).await?;
             }
             "wrong magic" | "wrong version" => {
-                let mut stream = self.connect(&self.friend).await?;
+                let mut stream = self.connect(&self.accepted).await?;
                 let head: &[u8] =
                     if kind == "wrong magic" { b"GET / HTTP/1.1\r\n\r\n" } else { b"VMTS\xff\xff\0\0" };
                 stream.write_all(head).await?;
@@ -141,19 +142,19 @@ impl Attack {
     }
 }
 
-/// Sends so many hostile clients against one member, and measures what a good client sees of it.
-pub fn run(clients: usize) -> Outcome {
+/// Runs `clients` hostile clients against one member, and measures the latency of a good client meanwhile.
+pub fn run(clients: usize) -> HostileReport {
     let cluster = Cluster::start(1);
     let strangers = tempfile::tempdir().expect("a directory");
     keys::make_set(strangers.path(), &[1], &["stranger".into()]).expect("keys");
-    // The stranger knows the server; the server does not know the stranger.
+    // The unknown client accepts the server's certificate, but not the other way round.
     let known = strangers.path().join("stranger/members/1.crt");
     std::fs::copy(cluster.keys("client").join("members/1.crt"), known).expect("a copy");
     let connector = |dir| tls::connector(&Arc::new(Keys::load(dir).expect("keys"))).expect("TLS");
     let attack = Arc::new(Attack {
         address: cluster.address(1),
-        friend: connector(&cluster.keys("client")),
-        stranger: connector(&strangers.path().join("stranger")),
+        accepted: connector(&cluster.keys("client")),
+        unknown: connector(&strangers.path().join("stranger")),
     });
     let pid = cluster.nodes[0].as_ref().expect("a member").0.id();
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -168,54 +169,58 @@ pub fn run(clients: usize) -> Outcome {
         let first: VmName = "good".parse().expect("a name");
         open(&*store, &first).await;
         let before = memory_kib(pid, "VmRSS:");
-        let good = tokio::spawn({
-            let done = done.clone();
-            async move {
-                let mut took = vec![];
-                while !done.load(Relaxed) {
-                    let vm = format!("good-{}", took.len()).parse().expect("a name");
-                    let who = open(&*store, &vm).await;
-                    let asked = Instant::now();
-                    let verdict =
-                        store.take(&vm, Generation::FIRST, who, asked + Duration::from_secs(10)).await;
-                    assert!(matches!(verdict, Verdict::Won), "{verdict:?}");
-                    took.push(asked.elapsed());
-                    tokio::time::sleep(Duration::from_millis(5)).await;
-                }
-                took
-            }
-        });
-        let (slots, counts) =
-            (Arc::new(Semaphore::new(AT_ONCE)), Arc::new([const { AtomicUsize::new(0) }; KINDS.len()]));
-        for i in 0..clients {
-            let slot = slots.clone().acquire_owned().await.expect("a slot");
-            let (attack, counts) = (attack.clone(), counts.clone());
-            tokio::spawn(async move {
-                let kind = i % KINDS.len();
-                let garbage: [u8; 64] = rand::random();
-                let once = attack.once(KINDS[kind], &garbage);
-                // How it ends is the server's business; that it ends is ours.
-                tokio::time::timeout(Duration::from_secs(15), once)
-                    .await
-                    .expect("the server ends bad connections")
-                    .ok();
-                counts[kind].fetch_add(1, Relaxed);
-                drop(slot);
-            });
-        }
-        drop(slots.acquire_many(AT_ONCE as u32).await.expect("all slots"));
+        let good = tokio::spawn(take_until(done.clone(), store));
+        let counts = attack_with(attack, clients).await;
         done.store(true, Relaxed);
         let took = good.await.expect("the good client");
-        let counts = counts.iter().map(|count| count.load(Relaxed)).collect::<Vec<_>>();
         (counts, Sample::new(took), before)
     });
-    assert_eq!(counts.iter().sum::<usize>(), clients, "every hostile client must have come to its end");
+    assert_eq!(counts.iter().sum::<usize>(), clients, "every hostile client must have ended");
     let kinds = KINDS.into_iter().zip(counts).collect();
-    Outcome {
+    HostileReport {
         clients,
         kinds,
         verdicts,
         memory_kib: (before, memory_kib(pid, "VmHWM:")),
         took: begun.elapsed(),
     }
+}
+
+/// Takes new VMs until `done` is set; returns how long each verdict took.
+async fn take_until(done: Arc<AtomicBool>, store: Arc<dyn TestAndSet>) -> Vec<Duration> {
+    let mut took = vec![];
+    while !done.load(Relaxed) {
+        let vm = format!("good-{}", took.len()).parse().expect("a name");
+        let who = open(&*store, &vm).await;
+        let asked = Instant::now();
+        let verdict = store.take(&vm, Generation::FIRST, who, asked + Duration::from_secs(10)).await;
+        assert!(matches!(verdict, Verdict::Won), "{verdict:?}");
+        took.push(asked.elapsed());
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    took
+}
+
+/// Runs hostile clients of all kinds in turn; returns how many of each kind have ended.
+async fn attack_with(attack: Arc<Attack>, clients: usize) -> Vec<usize> {
+    let slots = Arc::new(Semaphore::new(AT_ONCE));
+    let counts = Arc::new([const { AtomicUsize::new(0) }; KINDS.len()]);
+    for i in 0..clients {
+        let slot = slots.clone().acquire_owned().await.expect("a slot");
+        let (attack, counts) = (attack.clone(), counts.clone());
+        tokio::spawn(async move {
+            let kind = i % KINDS.len();
+            let garbage: [u8; 64] = rand::random();
+            let once = attack.once(KINDS[kind], &garbage);
+            // It must end; how it ends does not matter.
+            tokio::time::timeout(Duration::from_secs(15), once)
+                .await
+                .expect("the server ends bad connections")
+                .ok();
+            counts[kind].fetch_add(1, Relaxed);
+            drop(slot);
+        });
+    }
+    drop(slots.acquire_many(AT_ONCE as u32).await.expect("all slots"));
+    counts.iter().map(|count| count.load(Relaxed)).collect()
 }

@@ -1,4 +1,4 @@
-//! How long a verdict takes: beside etcd's transaction, and when the leader dies.
+//! The latency of verdicts: beside etcd's transactions, and after the leader was killed.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -44,7 +44,7 @@ pub async fn open(store: &dyn TestAndSet, vm: &VmName) -> Incarnation {
     who
 }
 
-/// Takes, and says how long the verdict took.
+/// Takes a generation; returns how long the verdict took.
 async fn timed_take(store: &dyn TestAndSet, vm: &VmName, who: Incarnation) -> Duration {
     let asked = Instant::now();
     let verdict = store.take(vm, Generation::FIRST, who, soon()).await;
@@ -52,15 +52,15 @@ async fn timed_take(store: &dyn TestAndSet, vm: &VmName, who: Incarnation) -> Du
     asked.elapsed()
 }
 
-/// One transaction of etcd that sets an absent key to as many bytes as a record has.
+/// Sets a new key of etcd, in one transaction, to as many bytes as a record has; returns how long that took.
 async fn timed_transaction(etcd: &EtcdStore, vm: &VmName) -> Duration {
     let asked = Instant::now();
-    // One that had to be repeated may find what it has written before.
+    // `false` is possible: a repeated transaction may find what it wrote before.
     etcd.compare_and_put(vm, vec![7; 60], 0, soon()).await.expect("a transaction");
     asked.elapsed()
 }
 
-/// Of etcd's nodes the one that answers fastest: its leader, in general.
+/// A client of the etcd node that answers fastest, usually the leader.
 async fn fastest(etcd: &Etcd) -> EtcdStore {
     let mut best: Option<(Duration, EtcdStore)> = None;
     for i in 0..etcd.clients.len() {
@@ -77,7 +77,7 @@ async fn fastest(etcd: &Etcd) -> EtcdStore {
     best.expect("a node").1
 }
 
-/// Threads of the caller's priority that compute without pause, as many as there are CPUs, while it lives.
+/// A busy thread for each CPU, at the caller's priority, until this is dropped.
 struct Load(Arc<AtomicBool>);
 
 impl Load {
@@ -97,9 +97,9 @@ impl Drop for Load {
     }
 }
 
-/// What [`beside_etcd`] measures.
+/// The result of [`beside_etcd`].
 pub struct Beside {
-    /// Verdicts of three of our members: mutual TLS, always.
+    /// Verdicts of three of our members, with mutual TLS.
     pub ours: Sample,
     /// Transactions of three of etcd's members, without TLS.
     pub plain: Sample,
@@ -107,7 +107,7 @@ pub struct Beside {
     pub with_tls: Sample,
 }
 
-/// Verdicts and etcd's transactions in turns of 100 from one thread on one machine, whose CPUs may be loaded besides.
+/// Measures verdicts and etcd's transactions, alternately 100 of each, from one thread on one machine, with a load if wanted.
 pub fn beside_etcd(verdicts: usize, is_loaded: bool) -> Beside {
     let (cluster, plain, with_tls) = (Cluster::start(3), Etcd::start(3), Etcd::start_with_tls(3));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
@@ -137,7 +137,7 @@ pub fn beside_etcd(verdicts: usize, is_loaded: bool) -> Beside {
     })
 }
 
-/// How long after the leader is killed the next verdict is there, again and again; asked at once, on a warm connection.
+/// Kills the leader again and again; returns how long the next verdict took, requested at once on an open connection.
 pub fn failover(kills: usize) -> Sample {
     let mut cluster = Cluster::start(3);
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -154,7 +154,7 @@ pub fn failover(kills: usize) -> Sample {
         cluster.kill(leader);
         took.push(runtime.block_on(timed_take(&*store, &vm, who)));
         cluster.start_node(leader);
-        // Until the member is back, another one killed would leave no majority.
+        // Another kill before the member is back would leave no majority.
         super::wait_for("caught up member", || {
             let status = cluster.status();
             let all: Vec<_> = status

@@ -1,4 +1,4 @@
-//! Stores that a test starts on loopback ports of its own, and stops at its end.
+//! Stores that a test starts on free loopback ports, and that end with the test.
 #![allow(dead_code, reason = "each test uses its part")]
 
 mod etcd;
@@ -27,7 +27,7 @@ pub fn free_port() -> u16 {
     listener.local_addr().expect("its address").port()
 }
 
-/// A process that ends with its owner.
+/// A process that is killed when this is dropped.
 pub struct Running(pub Child);
 
 impl Running {
@@ -38,7 +38,7 @@ impl Running {
         Self(command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}")))
     }
 
-    /// Ends it as a power cut would.
+    /// Kills it, without a chance to clean up.
     pub fn kill(&mut self) {
         self.0.kill().expect("to kill the process");
         self.0.wait().expect("its end");
@@ -47,7 +47,7 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        // It may have ended by itself.
+        // An error means that it has already ended.
         self.0.kill().ok();
         self.0.wait().ok();
     }
@@ -62,12 +62,12 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    /// Starts so many members.
+    /// Starts this number of members.
     pub fn start(members: usize) -> Self {
         Self::start_with(members, &[])
     }
 
-    /// Starts so many members with more arguments for each.
+    /// Starts this number of members, each with these additional arguments.
     pub fn start_with(members: usize, extra: &[&str]) -> Self {
         let dir = tempfile::tempdir().expect("a directory");
         let ids: Vec<u64> = (1..=members as u64 + 1).collect();
@@ -79,7 +79,7 @@ impl Cluster {
         cluster
     }
 
-    /// How many members it was started with.
+    /// The number of members that it was started with.
     pub fn first_members(&self) -> usize {
         self.nodes.len() - 1
     }
@@ -102,7 +102,7 @@ impl Cluster {
         self.start_node_as(id, &["--peers", &peers.join(",")]);
     }
 
-    /// Starts a member with these arguments for how it comes into the cluster.
+    /// Starts a member; `how` has the arguments by which it joins or forms the cluster.
     pub fn start_node_as(&mut self, id: usize, how: &[&str]) {
         let mut command = Command::new(env!("CARGO_BIN_EXE_vmft-store"));
         command
@@ -117,7 +117,7 @@ impl Cluster {
         self.dir.path().join(format!("{id}.log"))
     }
 
-    /// Ends a member as a power cut would.
+    /// Kills a member, without a chance to clean up.
     pub fn kill(&mut self, id: usize) {
         self.nodes[id - 1].take().expect("a running member").kill();
     }
@@ -127,7 +127,7 @@ impl Cluster {
         format!("raft://{}?keys={}", nodes.join(","), self.keys("client").display())
     }
 
-    /// What `vmft-store` says to a command for this store.
+    /// The output of a `vmft-store` command for this store.
     pub fn tool(&self, args: &[&str]) -> std::process::Output {
         let mut command = Command::new(env!("CARGO_BIN_EXE_vmft-store"));
         command.args(args).args(["--store", &self.url()]);
@@ -139,7 +139,7 @@ impl Cluster {
         serde_json::from_slice(&self.tool(&["status", "--json", "--patience", "2"]).stdout).expect("JSON")
     }
 
-    /// Which member leads; waits for one.
+    /// The number of the leader; waits until there is one.
     pub fn leader(&self) -> usize {
         wait_for("a leader", || {
             let status = self.status();
@@ -162,12 +162,12 @@ pub fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
     }
 }
 
-/// A client, made inside the current runtime.
+/// A client; must be called in a runtime.
 pub fn client(url: &str) -> std::sync::Arc<dyn TestAndSet> {
     test_and_set::connect(&url.parse().expect("a URL")).expect("a client")
 }
 
-/// Where a program is, if it is installed.
+/// The path of a program, if it is installed.
 pub fn find_program(name: &str) -> Option<PathBuf> {
     let places = ["/usr/bin", "/usr/sbin", "/usr/local/bin", "/bin", "/sbin"];
     places.iter().map(|dir| Path::new(dir).join(name)).find(|path| path.exists())
@@ -183,7 +183,7 @@ pub struct ZooKeeper {
 const ZOOKEEPER_JAR: &str = "/usr/share/java/zookeeper.jar";
 
 impl ZooKeeper {
-    /// Why it cannot be started here.
+    /// Why it cannot be started here, if it cannot.
     pub fn missing() -> Option<&'static str> {
         let there = Path::new(ZOOKEEPER_JAR).exists() && find_program("java").is_some();
         (!there).then_some("ZooKeeper is not installed, run test-and-set/tests/install-peers")
@@ -206,13 +206,13 @@ impl ZooKeeper {
         Self { url: format!("zookeeper://127.0.0.1:{port}"), _dir: dir, node }
     }
 
-    /// Ends it as a power cut would.
+    /// Kills it, without a chance to clean up.
     pub fn kill(&mut self) {
         self.node.kill();
     }
 }
 
-/// The part of the store that a plain thread uses.
+/// Checks the interface for plain threads.
 pub fn blocking_suite(store: &test_and_set::blocking::BlockingStore) {
     use test_and_set::names::{Generation, Incarnation};
     use test_and_set::record::{Applied, Member, Members, Verdict};
@@ -231,8 +231,8 @@ pub fn blocking_suite(store: &test_and_set::blocking::BlockingStore) {
     assert_eq!(store.forget(&vm, first, patience).expect("forget"), Applied::Done);
 }
 
-/// A test that is skipped, and says why, where something that it needs is missing: in the file named by VMFT_SKIPPED
-/// if there is one, whose keeper takes it out of those that passed; otherwise as an ignored test with the reason in its name.
+/// A test that is skipped if something that it needs is missing. The reason goes to the file that $VMFT_SKIPPED names, whose reader
+/// does not count the test as passed; without that variable the test is ignored, with the reason in its name.
 pub fn with_need(
     name: &str,
     missing: Option<&'static str>,

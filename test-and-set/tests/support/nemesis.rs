@@ -1,4 +1,5 @@
-//! Concurrent clients of three members, and a nemesis that kills, pauses, restarts and cuts; what the clients saw is checked.
+//! Concurrent clients of three members, and a nemesis that kills, pauses and restarts members and cuts links. What the clients
+//! observed is checked.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -23,23 +24,24 @@ use super::{Running, client};
 const MEMBERS: [u8; 3] = [1, 2, 3];
 const CLIENT: u8 = 100;
 const PORT: u16 = 7000;
-/// VMs in use at once; each is left for a new one after so many calls, because checking is the harder the longer a history is.
+/// The number of VMs in use at once. After [`CALLS_PER_VM`] calls each is replaced by a new one, because the time to check a history
+/// grows fast with its length.
 const VMS: usize = 6;
 const CALLS_PER_VM: usize = 30;
 /// How long a call may take before its outcome is unknown.
 const PATIENCE: Duration = Duration::from_millis(700);
 
-/// How hard to try.
+/// The parameters of a trial.
 pub struct Plan {
     pub rounds: usize,
     pub workers: usize,
-    /// Between two calls of one worker, on average.
+    /// The average pause between two calls of a worker.
     pub pause: Duration,
     pub seed: u64,
 }
 
-/// What happened.
-pub struct Outcome {
+/// The result of a trial.
+pub struct NemesisReport {
     pub calls: usize,
     pub unknown: usize,
     pub vms: usize,
@@ -48,7 +50,7 @@ pub struct Outcome {
     pub took: Duration,
 }
 
-impl std::fmt::Display for Outcome {
+impl std::fmt::Display for NemesisReport {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self { calls, unknown, vms, won, took, .. } = self;
         writeln!(
@@ -72,7 +74,7 @@ impl Members3<'_> {
         let mut command = Process::new("ip");
         command.args(["netns", "exec", &self.net.namespace(id), env!("CARGO_BIN_EXE_vmft-store"), "serve"]);
         command.args(["--id", &id.to_string(), "--listen", &format!("{}:{PORT}", Net::address(id))]);
-        // Snapshots and purges belong to the trial.
+        // Few commands between snapshots, so that snapshots and purges are tried, too.
         command.args(["--peers", &peers.join(","), "--snapshot-every", "500"]);
         command
             .arg("--data")
@@ -91,7 +93,7 @@ impl Members3<'_> {
         self.nodes.remove(&id).expect("a running member").kill();
     }
 
-    /// Does one thing for a while and undoes it.
+    /// Causes a random fault, waits, and repairs it; returns its name.
     fn round(&mut self, random: &mut StdRng, wait: impl Fn(Duration)) -> &'static str {
         let hold = Duration::from_millis(random.random_range(200..1500));
         let mut order = MEMBERS;
@@ -122,7 +124,7 @@ impl Members3<'_> {
                 self.healed_after(hold, wait, "one link one way")
             }
             8 => {
-                // It is heard but does not hear, or the other way round.
+                // It receives nothing but can send, or the other way round.
                 let deaf = random.random_bool(0.5);
                 [b, c]
                     .into_iter()
@@ -130,7 +132,7 @@ impl Members3<'_> {
                 self.healed_after(hold, wait, "one from the others, one way")
             }
             _ => {
-                // The client reaches only one that the others do not reach, and a third link is one way.
+                // The client reaches only one member, which the others do not reach, and one more link is cut in one direction.
                 [(a, b), (a, c), (b, CLIENT)].into_iter().for_each(|(x, y)| cut_both(x, y));
                 self.net.cut(c, CLIENT);
                 self.healed_after(hold, wait, "client and leader apart")
@@ -171,7 +173,7 @@ impl Members3<'_> {
     }
 }
 
-/// What the workers know of a VM, from what they saw.
+/// What the workers know about a VM, from the answers so far.
 #[derive(Clone)]
 struct Known {
     vm: VmName,
@@ -198,7 +200,7 @@ impl Workload {
         self.begun.elapsed().as_nanos() as u64
     }
 
-    /// Calls, and notes what was seen and when.
+    /// Makes a call, and records its answer and times.
     async fn call(&self, vm: &VmName, call: Call) -> Option<Observed> {
         let deadline = Instant::now() + PATIENCE;
         let begun = self.now();
@@ -209,7 +211,7 @@ impl Workload {
             Call::Get => self.store.get(vm, deadline).await.ok().map(Observed::Record),
         };
         let ended = seen.clone().map(|seen| (self.now(), seen));
-        // A get without an answer says nothing.
+        // A get without an answer proves nothing.
         if ended.is_some() || call != Call::Get {
             let mut history = self.history.lock().expect("the history");
             history.entry(vm.clone()).or_default().push(Operation { begun, ended, call });
@@ -217,8 +219,8 @@ impl Workload {
         seen
     }
 
-    /// One call that makes sense for what is known of some VM. Takes are never of a generation that is not open yet: a repeat
-    /// of one that was answered Stale may be done later, when it is, and no agent asks so.
+    /// Makes a call that makes sense after what is known about a random VM. Never takes a generation that is not open yet: the
+    /// client's repetition of a take that was answered Stale may be applied later, when it is open, and no agent makes such calls.
     async fn step(&self, random: &mut StdRng) {
         let at = random.random_range(0..VMS);
         let Known { vm, record, .. } = self.use_vm(at);
@@ -243,7 +245,7 @@ impl Workload {
                     }
                     58..61 => Call::Command(Command::Forget { generation: *generation }),
                     61..85 => match holder {
-                        // By the holder, or by the one who lost.
+                        // By the holder, or by the member that lost.
                         Some(holder) => {
                             let primary = if random.random_bool(0.8) { *holder } else { member };
                             opening(generation.next().expect("a next generation"), primary)
@@ -257,7 +259,7 @@ impl Workload {
         let seen = self.call(&vm, call).await;
         let record = match seen {
             Some(Observed::Record(record)) => record,
-            // Everything else is learned by looking.
+            // After any other answer the record is read.
             _ => match self.call(&vm, Call::Get).await {
                 Some(Observed::Record(record)) => record,
                 _ => return,
@@ -290,8 +292,8 @@ impl Workload {
     }
 }
 
-/// Runs the trial, and checks it. Panics with the seed if what was seen cannot be.
-pub fn run(plan: &Plan) -> Outcome {
+/// Runs a trial and checks it. Panics with the seed if no store can have given these answers.
+pub fn run(plan: &Plan) -> NemesisReport {
     let begun = Instant::now();
     let net = Net::new(&[MEMBERS[0], MEMBERS[1], MEMBERS[2], CLIENT]);
     let dir = tempfile::tempdir().expect("a directory");
@@ -324,13 +326,13 @@ pub fn run(plan: &Plan) -> Outcome {
             let fault = members.round(&mut random, std::thread::sleep);
             *faults.entry(fault).or_default() += 1;
         }
-        // In the end all is well, and everybody looks once more.
+        // At the end there are no faults, and every VM is read once more.
         std::thread::sleep(Duration::from_secs(3));
         workload.stop.store(true, Relaxed);
         clients.join().expect("the clients")
     });
     let calls: Vec<_> = history.values().flatten().collect();
-    let outcome = Outcome {
+    let outcome = NemesisReport {
         calls: calls.len(),
         unknown: calls.iter().filter(|c| c.ended.is_none()).count(),
         vms: history.len(),
@@ -368,12 +370,15 @@ async fn work(workload: Arc<Workload>, plan: &Plan) -> BTreeMap<VmName, Vec<Oper
     }
     let vms: Vec<_> = workload.history.lock().expect("the history").keys().cloned().collect();
     for vm in vms {
-        assert!(workload.call(&vm, Call::Get).await.is_some(), "{vm} cannot be read when all is well");
+        assert!(
+            workload.call(&vm, Call::Get).await.is_some(),
+            "{vm} cannot be read after all faults were repaired"
+        );
     }
     std::mem::take(&mut *workload.history.lock().expect("the history"))
 }
 
-/// What the checker says in its way, said again in plain words.
+/// Checks the main property without the checker: no generation has two winners.
 fn one_winner_of_each_generation(history: &BTreeMap<VmName, Vec<Operation>>) {
     let mut winners: BTreeMap<(&VmName, Generation), BTreeSet<Incarnation>> = BTreeMap::new();
     for (vm, calls) in history {

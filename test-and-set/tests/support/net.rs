@@ -1,14 +1,14 @@
-//! Network namespaces: a bridge, and hosts on it whose links can be cut one way without a sound.
+//! Network namespaces: a bridge, and hosts on it whose links can be cut silently, also in one direction.
 
 use std::process::Command;
 
-/// A small network that is gone when this is dropped.
+/// A small network, which is removed when this is dropped.
 pub struct Net {
     name: String,
     hosts: Vec<u8>,
 }
 
-/// Runs `ip`, and says what it said if it fails.
+/// Runs `ip`; an error has its output.
 fn ip(arguments: &str) -> Result<(), String> {
     let output = Command::new("ip").args(arguments.split_whitespace()).output().map_err(|e| e.to_string())?;
     if output.status.success() {
@@ -18,7 +18,7 @@ fn ip(arguments: &str) -> Result<(), String> {
 }
 
 impl Net {
-    /// Why there can be none here.
+    /// Why a network cannot be made here, if it cannot.
     pub fn missing() -> Option<&'static str> {
         if super::find_program("ip").is_none() {
             return Some("ip is not installed, run test-and-set/tests/install-peers");
@@ -28,7 +28,7 @@ impl Net {
         made.is_err().then_some("network namespaces cannot be made, run as root")
     }
 
-    /// Makes a network of these hosts.
+    /// Makes a network with these hosts.
     pub fn new(hosts: &[u8]) -> Self {
         let net = Self {
             name: format!("vmft-{}-{}", std::process::id(), super::free_port()),
@@ -61,24 +61,24 @@ impl Net {
         format!("10.77.0.{host}")
     }
 
-    /// Packets from one host to the other vanish: they go to an Ethernet address that nobody has.
+    /// Drops all packets from one host to the other, by sending them to an Ethernet address that no host has.
     pub fn cut(&self, from: u8, to: u8) {
         let (own, to) = (self.namespace(from), Self::address(to));
         ip(&format!("-n {own} neigh replace {to} lladdr 02:00:00:00:00:99 dev eth0 nud permanent"))
             .expect("to cut");
     }
 
-    /// Every link is whole again.
+    /// Restores every link.
     pub fn heal(&self) {
         for &from in &self.hosts {
             for &to in self.hosts.iter().filter(|to| **to != from) {
-                // A link that was never used has no entry to delete.
+                // This fails if the link was never used, because it then has no entry.
                 ip(&format!("-n {} neigh del {} dev eth0", self.namespace(from), Self::address(to))).ok();
             }
         }
     }
 
-    /// Moves this thread into a host's namespace: sockets that it makes from now on are that host's.
+    /// Moves this thread into a host's namespace, in which it makes its sockets from now on.
     pub fn enter(&self, host: u8) {
         use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
         use std::os::fd::AsFd;

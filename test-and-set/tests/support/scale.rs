@@ -1,4 +1,4 @@
-//! Many VMs: memory, disk and restart.
+//! Memory, disk and restart with many VMs.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -9,8 +9,8 @@ use test_and_set::record::Verdict;
 use super::latency::open;
 use super::{Cluster, client};
 
-/// What so many VMs cost one member.
-pub struct Outcome {
+/// What many VMs cost one member.
+pub struct ScaleReport {
     pub vms: usize,
     pub memory_kib: u64,
     pub data_kib: u64,
@@ -19,7 +19,7 @@ pub struct Outcome {
     pub restarted_in: Duration,
 }
 
-impl std::fmt::Display for Outcome {
+impl std::fmt::Display for ScaleReport {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self { vms, memory_kib, data_kib, registered_in, restarted_in } = self;
         write!(
@@ -30,8 +30,8 @@ impl std::fmt::Display for Outcome {
     }
 }
 
-/// Registers so many VMs with three members, then kills and restarts all of them.
-pub fn run(vms: usize) -> Outcome {
+/// Registers `vms` VMs with three members, then kills and restarts all members.
+pub fn run(vms: usize) -> ScaleReport {
     let mut cluster = Cluster::start(3);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -72,5 +72,5 @@ pub fn run(vms: usize) -> Outcome {
     let deadline = Instant::now() + Duration::from_secs(60);
     let verdict = runtime.block_on(store.take(&name(vms - 1), Generation::FIRST, last, deadline));
     assert!(matches!(verdict, Verdict::Won), "{verdict:?}");
-    Outcome { vms, memory_kib, data_kib, registered_in, restarted_in: begun.elapsed() }
+    ScaleReport { vms, memory_kib, data_kib, registered_in, restarted_in: begun.elapsed() }
 }

@@ -128,7 +128,7 @@ pub struct Sites(BTreeMap<u64, Site>);
 
 impl Sites {
     /// The site at this address.
-    pub fn at(&self, rip: u64) -> Option<Site> {
+    pub fn find(&self, rip: u64) -> Option<Site> {
         self.0.get(&rip).copied()
     }
 

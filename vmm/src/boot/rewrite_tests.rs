@@ -60,7 +60,7 @@ fn run(code: &[u8], sites: &Sites) -> (CpuState, Vec<u8>, usize) {
                 let rip = cpu.cpu().rip;
                 let value = cpu.cpu().tsc();
                 assert_eq!(cpu.complete(&mut ram, 0), None);
-                let site = sites.at(rip).expect("the exit is that of a rewritten instruction");
+                let site = sites.find(rip).expect("the exit is that of a rewritten instruction");
                 let mut state = cpu.save();
                 let mut general = GeneralRegisters { gpr: state.gpr, rip: state.rip, rflags: state.rflags };
                 site.apply(value, &mut general);

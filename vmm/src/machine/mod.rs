@@ -131,7 +131,7 @@ pub struct Machine {
     /// The last run stopped at a HLT, and the caller was told.
     halted: bool,
     /// The last run stopped between two positions.
-    between: bool,
+    between_positions: bool,
     counts: Counts,
 }
 
@@ -160,7 +160,7 @@ impl Machine {
             effects: Effects::default(),
             unfinished: None,
             halted: false,
-            between: false,
+            between_positions: false,
             counts: Counts::default(),
         })
     }
@@ -201,7 +201,7 @@ impl Machine {
 
     /// Whether the last run stopped between two positions: the state belongs to neither.
     pub fn is_between_positions(&self) -> bool {
-        self.between
+        self.between_positions
     }
 
     /// A check word for each synchronous exit since the last call, on engines whose positions are these exits.
@@ -257,7 +257,7 @@ impl Machine {
     }
 
     fn run_guest(&mut self, until: Option<Position>) -> Result<Stop, MachineError> {
-        self.between = false;
+        self.between_positions = false;
         let mut halt_is_known = std::mem::take(&mut self.halted);
         loop {
             self.fire_timers();
@@ -276,7 +276,7 @@ impl Machine {
                     return Ok(Stop::Kicked);
                 }
                 Exit::Between => {
-                    self.between = true;
+                    self.between_positions = true;
                     return Ok(Stop::Between);
                 }
                 Exit::InterruptWindow => {

@@ -29,7 +29,7 @@ impl Machine {
         let Some(rewritten) = self.plan.rewritten() else { return Ok(None) };
         let mut rip = 0;
         self.vcpu.change_registers(&mut |registers| rip = registers.rip)?;
-        Ok(rewritten.sites.at(rip.wrapping_sub(rewrite::OUT)))
+        Ok(rewritten.sites.find(rip.wrapping_sub(rewrite::OUT)))
     }
 
     /// Does what the rewritten instruction would have done, with the answer to its question as its value.

@@ -246,14 +246,14 @@ pub enum VcpuError {
     ExceptionPending(u8),
 }
 
-/// What is not as it should be with an engine that works.
+/// A limitation of an engine, of which the user should be told. It works nevertheless.
 #[derive(Debug, thiserror::Error)]
 pub enum VcpuWarning {
     /// The host allows no memory for translated code.
     #[error(
         "no memory for translated code ({0}): the software CPU interprets the guest's code, which is slower"
     )]
-    NoTranslatedCode(#[source] std::io::Error),
+    NoTranslatedCode(std::io::Error),
 }
 
 /// The general registers, RIP and RFLAGS.

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use entry::Position;
 use soft_cpu::state::{Registers, Segment, TableRegister, seg};
-use soft_cpu::{CpuExit as SoftExit, CpuState, RunLimit, SoftCpu};
+use soft_cpu::{CpuExit, CpuState, RunLimit, SoftCpu};
 
 use super::{Exit, GeneralRegisters, Kick, Limit, Start, Vcpu, VcpuError, VcpuState, VcpuWarning};
 use crate::ram::Ram;
@@ -20,7 +20,7 @@ pub struct SoftVcpu {
     warning: Option<VcpuWarning>,
 }
 
-/// Kicks a vCPU by a flag that it looks at.
+/// Kicks the software CPU by setting a flag that it polls.
 pub(super) struct SoftKick(pub(super) Arc<AtomicBool>);
 
 impl Kick for SoftKick {
@@ -63,6 +63,7 @@ impl SoftVcpu {
         self.cpu.set_tsc_offset(time_offset_ns);
     }
 
+    /// Drops what the CPU has derived from pages that were changed.
     fn take_changed(&mut self, ram: &mut Ram) {
         ram.take_changed(|page| self.cpu.ram_changed(page));
     }
@@ -70,13 +71,13 @@ impl SoftVcpu {
     /// Runs a kicked guest on until its next instruction has retired. The delivery of a fault or interrupt does not move the
     /// position, so the kick may have stopped the guest at a position where it was before; after an instruction it is at a
     /// new one, at which a replay can stop.
-    fn run_to_next_instruction(&mut self, ram: &mut Ram, window: bool) -> SoftExit {
+    fn run_to_next_instruction(&mut self, ram: &mut Ram, window: bool) -> CpuExit {
         let limit = RunLimit { until: self.cpu.retired() + 1, interrupt_window: window };
         loop {
             match self.cpu.run(ram.as_mut_slice(), &limit) {
-                SoftExit::Reached => return SoftExit::Kicked,
+                CpuExit::Reached => return CpuExit::Kicked,
                 // Kicked again before the instruction has retired: go on.
-                SoftExit::Kicked => {}
+                CpuExit::Kicked => {}
                 other => {
                     self.kick.store(true, Ordering::Release);
                     return other;
@@ -99,7 +100,7 @@ impl Vcpu for SoftVcpu {
         }
         let limit = RunLimit { until, interrupt_window: limit.interrupt_window };
         let exit = match self.cpu.run(ram.as_mut_slice(), &limit) {
-            SoftExit::Kicked => self.run_to_next_instruction(ram, limit.interrupt_window),
+            CpuExit::Kicked => self.run_to_next_instruction(ram, limit.interrupt_window),
             exit => exit,
         };
         Ok(exit.into())
@@ -159,18 +160,18 @@ impl Vcpu for SoftVcpu {
     }
 }
 
-impl From<SoftExit> for Exit {
-    fn from(exit: SoftExit) -> Exit {
+impl From<CpuExit> for Exit {
+    fn from(exit: CpuExit) -> Exit {
         match exit {
-            SoftExit::Reached => Exit::Reached,
-            SoftExit::Kicked => Exit::Kicked,
-            SoftExit::InterruptWindow => Exit::InterruptWindow,
-            SoftExit::Hlt => Exit::Halted,
-            SoftExit::PioIn { port, size } => Exit::PioIn { port, size },
-            SoftExit::PioOut { port, size, value } => Exit::PioOut { port, size, value },
-            SoftExit::MmioRead { addr, size } => Exit::MmioRead { addr, size },
-            SoftExit::MmioWrite { addr, size, value } => Exit::MmioWrite { addr, size, value },
-            SoftExit::Shutdown => Exit::Shutdown,
+            CpuExit::Reached => Exit::Reached,
+            CpuExit::Kicked => Exit::Kicked,
+            CpuExit::InterruptWindow => Exit::InterruptWindow,
+            CpuExit::Hlt => Exit::Halted,
+            CpuExit::PioIn { port, size } => Exit::PioIn { port, size },
+            CpuExit::PioOut { port, size, value } => Exit::PioOut { port, size, value },
+            CpuExit::MmioRead { addr, size } => Exit::MmioRead { addr, size },
+            CpuExit::MmioWrite { addr, size, value } => Exit::MmioWrite { addr, size, value },
+            CpuExit::Shutdown => Exit::Shutdown,
         }
     }
 }

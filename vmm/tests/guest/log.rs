@@ -1,4 +1,4 @@
-//! A log in memory, and its replay. The tests of ft-agent have this file too, where the machine's crate has another name.
+//! A log in memory, and its replay. ft-agent's tests include this file too.
 
 use std::convert::Infallible;
 
@@ -24,7 +24,7 @@ impl RecordSink for MemoryLog {
     }
 }
 
-/// The records of a log in memory.
+/// Yields the records of a log in memory.
 pub struct MemoryRecords(pub std::vec::IntoIter<Record>);
 
 impl Records for MemoryRecords {

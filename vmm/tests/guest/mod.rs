@@ -1,5 +1,5 @@
-//! A small guest in machine code: it counts timer ticks, computes, halts, and takes bytes from the serial port.
-#![allow(dead_code, reason = "each test binary uses its part")]
+//! A small guest in machine code. It counts timer ticks, computes, halts, and reads bytes from the serial port.
+#![allow(dead_code, reason = "each test binary uses a part of this module")]
 
 pub mod log;
 pub mod world;
@@ -16,10 +16,10 @@ const TICK: u64 = BASE + 0x400;
 const TYPED: u64 = BASE + 0x600;
 const IDTR: u64 = BASE + 0x800;
 const IDT: u64 = BASE + 0x1000;
-/// Ticks until the guest switches itself off.
+/// Number of ticks after which the guest switches itself off.
 pub const TICKS: u32 = 40;
 
-/// An ELF file that is loaded at [`BASE`] and entered at its start, all of it one executable section.
+/// An ELF file that is loaded at [`BASE`] and entered at its start. Its content is one executable section.
 pub fn elf(image: &[u8]) -> Vec<u8> {
     let mut file = vec![0; 64 + 56];
     file[..8].copy_from_slice(b"\x7fELF\x02\x01\x01\0");
@@ -37,7 +37,7 @@ pub fn elf(image: &[u8]) -> Vec<u8> {
     let sections = file.len() as u64;
     file[40..48].copy_from_slice(&sections.to_le_bytes());
     file[58..64].copy_from_slice(&[64, 0, 2, 0, 1, 0]);
-    // Names: all empty, in bytes that are zero. SHT_PROGBITS with SHF_ALLOC and SHF_EXECINSTR; SHT_STRTAB.
+    // Two sections: SHT_PROGBITS with SHF_ALLOC and SHF_EXECINSTR, and SHT_STRTAB. Their names are empty.
     for (kind, flags, address, at, len) in [(1u32, 6u64, BASE, 120, image.len() as u64), (3, 0, 0, 8, 8)] {
         file.extend(0u32.to_le_bytes());
         file.extend(kind.to_le_bytes());
@@ -60,7 +60,7 @@ pub fn out(a: &mut CodeAssembler, port: u32, value: u32) -> Result<(), IcedError
     a.out(dx, al)
 }
 
-/// Ticks in r15, a hash of typed bytes in r14, a running sum in rcx that is written over 64 KiB of memory.
+/// The main loop: counts ticks in r15, has a hash of the typed bytes in r14, and writes a running sum, rcx, over 64 KiB of memory.
 fn main_loop(a: &mut CodeAssembler, work: u32, ticks: u32) -> Result<(), IcedError> {
     a.mov(rsp, 0x30_0000u64)?;
     a.mov(rax, IDTR)?;
@@ -111,7 +111,7 @@ fn tick(a: &mut CodeAssembler) -> Result<(), IcedError> {
     a.push(rax)?;
     a.push(rdx)?;
     a.inc(r15d)?;
-    // A letter for each tick, a line for every eight.
+    // Prints a letter for each tick, and ends the line after eight.
     a.mov(eax, r15d)?;
     a.and(eax, 7)?;
     a.add(eax, b'a' as i32)?;
@@ -139,7 +139,7 @@ fn typed(a: &mut CodeAssembler) -> Result<(), IcedError> {
     a.imul_3(r14, r14, 31)?;
     a.add(r14, rax)?;
     a.add(rcx, r14)?;
-    // The line is an edge to the controller: all that is there is to be read.
+    // The interrupt line is edge-triggered, so all bytes that are there must be read.
     a.mov(edx, 0x3fd)?;
     a.in_(al, dx)?;
     a.test(al, 1)?;
@@ -150,12 +150,12 @@ fn typed(a: &mut CodeAssembler) -> Result<(), IcedError> {
     a.iretq()
 }
 
-/// The guest's image.
+/// The image of the guest.
 pub fn image() -> Vec<u8> {
     image_of(70_000, TICKS)
 }
 
-/// The same with so many rounds of work between two halts, and so many ticks.
+/// The image of the guest with `work` rounds of computing between two halts, which ends after `ticks` ticks.
 pub fn image_of(work: u32, ticks: u32) -> Vec<u8> {
     let mut image = vec![0; 0x2000];
     let mut put = |at: u64, bytes: &[u8], end: u64| {
@@ -179,10 +179,10 @@ pub fn machine() -> Machine {
     machine_of(&image(), Vec::new())
 }
 
-/// Digest of the whole machine, which is what its parts' changes add up to.
+/// Digest of the whole machine. Checks that all writes to RAM were reported.
 pub fn total(machine: &mut Machine) -> Digest {
     let digest = machine.digest().unwrap();
-    assert_eq!(digest, machine.full_digest().unwrap(), "what was written is what was reported");
+    assert_eq!(digest, machine.full_digest().unwrap(), "a write to RAM was not reported");
     digest.total()
 }
 

@@ -1,4 +1,4 @@
-//! A world around the guest.
+//! The outside of a test's machine.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -9,18 +9,19 @@ use vmm::machine::StateDigest;
 use vmm::source::Outside;
 use vmm::vcpu::Kick;
 
-/// A world that types and whose clock moves on each time it is looked at.
+/// An outside that types, and whose clock moves forward each time it is read.
 #[derive(Clone, Default)]
 pub struct World {
-    /// After how many looks, what.
+    /// What is typed, and after how many polls.
     pub typing: VecDeque<(u32, Vec<u8>)>,
-    pub looks: u32,
+    /// Number of polls so far.
+    pub polls: u32,
     pub now_ns: u64,
     pub clock_step_ns: u64,
     pub printed: Vec<u8>,
-    /// What the guest is told that asks for the time or chance: the next of this row, which goes up by ever more.
+    /// The last answer to a question for the time or a random number. Each answer is larger than the last by a third.
     pub told: Option<u64>,
-    /// Kicks the guest at about half of so many looks more.
+    /// During this number of further polls, kicks the guest at about half of them.
     pub kicks: Option<(u32, Arc<dyn Kick>)>,
 }
 
@@ -28,14 +29,14 @@ impl Outside for World {
     type Error = Infallible;
 
     fn poll(&mut self, takes: &mut dyn FnMut(&Input) -> bool) -> Result<Option<Input>, Infallible> {
-        self.looks += 1;
+        self.polls += 1;
         if let Some((left @ 1.., kicker)) = &mut self.kicks {
             *left -= 1;
-            if self.looks.wrapping_mul(0x9e37_79b9) >> 31 == 0 {
+            if self.polls.wrapping_mul(0x9e37_79b9) >> 31 == 0 {
                 kicker.kick();
             }
         }
-        if self.typing.front().is_none_or(|(look, _)| *look > self.looks) {
+        if self.typing.front().is_none_or(|(look, _)| *look > self.polls) {
             return Ok(None);
         }
         let bytes = self.typing[0].1.clone();
@@ -56,7 +57,7 @@ impl Outside for World {
     }
 
     fn wait(&mut self, until_ns: Option<u64>) -> Result<(), Infallible> {
-        // Wakes early, as a wait may.
+        // Wakes early, as an outside may.
         let until_ns = until_ns.expect("the timer of this guest always runs");
         self.now_ns += (until_ns - self.now_ns).div_ceil(2);
         Ok(())

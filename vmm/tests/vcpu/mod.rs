@@ -1,5 +1,5 @@
-//! A vCPU with a little world around it: what each engine must do alike.
-#![allow(dead_code, reason = "each test binary uses its part")]
+//! A vCPU with a minimal machine around it, to compare engines.
+#![allow(dead_code, reason = "each test binary uses a part of this module")]
 
 pub mod programs;
 
@@ -37,8 +37,8 @@ pub fn has_kvm(test: &str) -> bool {
     }
 }
 
-/// The host's KVM executes ring 0 by its emulator, and opens interrupt windows there at some later boundary, which the
-/// host's own interrupts decide.
+/// Whether the host's KVM executes ring 0 by its emulator. Such a KVM opens interrupt windows there at a later instruction
+/// boundary, which depends on the host's own interrupts.
 pub fn emulates_ring_0() -> bool {
     std::path::Path::new("/sys/module/kvm_pvm").exists()
 }
@@ -90,7 +90,7 @@ impl Guest {
                 write(at + 8 * n, &word.to_le_bytes());
             }
         };
-        // Everything that the CPU would set in the tables is set.
+        // All bits that the CPU would set in the page tables are set.
         words(PAGE_TABLES, &[PAGE_TABLES + 0x1000 | 0x63]);
         words(PAGE_TABLES + 0x1000, &[PAGE_TABLES + 0x2000 | 0x63]);
         let pages: Vec<u64> = (0..8).map(|n| n << 21 | 0xe3).collect();
@@ -113,8 +113,8 @@ impl Guest {
         }
     }
 
-    /// Runs to the position, or to the program's end: a HLT for which no interrupt is left, or a shutdown. `true`: at
-    /// the end.
+    /// Runs to the position, or to the program's end: a HLT for which no interrupt is left, or a shutdown. Returns `true` at the
+    /// end.
     pub fn run(&mut self, until: Option<Position>) -> bool {
         loop {
             if until.is_some_and(|until| self.vcpu.position() >= until) {
@@ -124,7 +124,7 @@ impl Guest {
                 }
                 continue;
             }
-            // An interrupt waits from the first HLT on.
+            // From the first HLT on an interrupt is pending.
             let window = self.seen.iter().any(|s| s.exit == Exit::Halted) && !self.interrupts.is_empty();
             let limit = Limit { until, interrupt_window: window, time_offset_ns: 0 };
             let exit = self.vcpu.run(&mut self.ram, &limit).unwrap();
@@ -173,7 +173,7 @@ impl Guest {
                     }
                 },
                 Some(next) => {
-                    // Registers in the middle of an instruction are nobody's.
+                    // Registers in the middle of an instruction are undefined.
                     self.seen.push(Seen { exit, answer, registers: [0; 18] });
                     exit = next;
                 }
@@ -192,16 +192,16 @@ impl Guest {
         self.seen.push(Seen { exit, answer, registers });
     }
 
-    /// The registers, without what engines keep differently.
+    /// The registers, without those in which engines differ.
     pub fn cpu(&self) -> CpuState {
         normal(&self.vcpu.save().unwrap())
     }
 
-    /// Digest of RAM, which is what the engine has reported to have written.
+    /// Digest of RAM. Checks that the engine has reported all its writes.
     pub fn ram_digest(&mut self) -> Digest {
         self.vcpu.report_written(&mut self.ram).unwrap();
         let digest = self.ram.digest();
-        assert_eq!(digest, self.ram.full_digest(), "what was written is what was reported");
+        assert_eq!(digest, self.ram.full_digest(), "a write to RAM was not reported");
         digest
     }
 }
@@ -210,8 +210,8 @@ fn mask(size: u8) -> u64 {
     u64::MAX >> (64 - 8 * u32::from(size))
 }
 
-/// Registers that engines must agree on. Positions and the TLB are an engine's own, and so are the hidden parts of segments that
-/// 64-bit mode does not look at; KVM does not save the x87's pointers.
+/// Registers in which engines must agree. Each engine has its own positions, its own TLB, and its own hidden parts of segments
+/// that 64-bit mode ignores; KVM does not save the x87's pointers.
 pub fn normal(state: &VcpuState) -> CpuState {
     let mut cpu = state.cpu().clone();
     (cpu.retired, cpu.tsc_offset, cpu.tlb) = (0, 0, Default::default());

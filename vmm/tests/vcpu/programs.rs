@@ -1,4 +1,4 @@
-//! Small programs in ring 0, of instructions that KVM's emulator knows too.
+//! Small programs in ring 0, made of instructions that KVM's emulator supports too.
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
@@ -19,16 +19,16 @@ const DEVICE: u64 = 0x20_0000;
 type Asm = CodeAssembler;
 type Made = Result<(), IcedError>;
 
-/// What is loaded at [`CODE`].
+/// A program. Its code is loaded at [`CODE`].
 pub struct Program {
     pub name: &'static str,
     pub code: Vec<u8>,
     pub handlers: Vec<(u8, u64)>,
     /// Interrupts that come from the first HLT on.
     pub interrupts: Vec<u8>,
-    /// It has a REP instruction, whose iterations engines count differently.
+    /// The program has a REP instruction, whose iterations engines count differently.
     pub repeats: bool,
-    /// It makes an exception, whose handler a stepping CPU does not see.
+    /// The program causes an exception, whose handler a CPU with the trap flag does not step through.
     pub faults: bool,
 }
 
@@ -60,7 +60,7 @@ fn program(name: &'static str, body: impl FnOnce(&mut Asm) -> Made) -> Program {
         code.resize(end, 0);
         handlers.push((vector, at));
     };
-    // Interrupts: what was interrupted is added up, all of it.
+    // Handlers of interrupts: they add up RIP, RFLAGS and RSP of the interrupted program.
     for vector in [0x30, 0x31] {
         put(vector, &|a| {
             a.push(rax)?;
@@ -73,7 +73,7 @@ fn program(name: &'static str, body: impl FnOnce(&mut Asm) -> Made) -> Program {
             a.iretq()
         });
     }
-    // Faults, without and with an error code: past the instruction, whose length is in R11.
+    // Handlers of faults, without and with an error code: they return after the instruction, whose length is in R11.
     for (vector, has_code) in [(0, false), (6, false), (13, true), (14, true)] {
         put(vector, &|a| {
             if has_code {
@@ -193,7 +193,7 @@ fn strings(a: &mut Asm) -> Made {
     a.repe().scasb()
 }
 
-/// Interrupts meet a sleeping CPU, shadows and closed doors.
+/// Interrupts for a halted CPU, in interrupt shadows, and while interrupts are disabled.
 fn interrupts(a: &mut Asm) -> Made {
     a.sti()?;
     a.hlt()?;
@@ -227,7 +227,7 @@ fn faults(a: &mut Asm) -> Made {
     a.xor(edx, edx)?;
     a.xor(ecx, ecx)?;
     a.div(ecx)?;
-    // Not mapped, then not canonical: MOV with a SIB byte and no displacement are 3 bytes.
+    // An address that is not mapped, then one that is not canonical. This MOV has 3 bytes.
     a.mov(r11d, 3)?;
     a.mov(rsi, 0x4000_0000u64)?;
     a.mov(rax, qword_ptr(rsi))?;
@@ -249,7 +249,7 @@ fn registers(a: &mut Asm) -> Made {
         a.rdmsr()?;
         a.add(rbx, rax)?;
     }
-    // Those that stay outside KVM, and one that does not exist.
+    // MSRs that KVM leaves to user space, and ones that do not exist.
     a.mov(r11d, 2)?;
     for number in [0x1a0u32, 0x8b, 0x17, 0x1234, 0x802, 0x4b56_4d01] {
         a.mov(ecx, number)?;
@@ -275,7 +275,7 @@ fn crash(a: &mut Asm) -> Made {
     a.ud2()
 }
 
-/// All of them.
+/// All programs.
 pub fn all() -> Vec<Program> {
     vec![
         program("arithmetic", arithmetic),
@@ -290,7 +290,7 @@ pub fn all() -> Vec<Program> {
     ]
 }
 
-/// Programs that make an exit of one kind so often, for what one costs.
+/// Programs that make `count` exits of one kind, to measure what one costs.
 pub fn exits(count: u32) -> Vec<Program> {
     let looped = |a: &mut Asm, body: &dyn Fn(&mut Asm) -> Made| {
         a.mov(ecx, count)?;

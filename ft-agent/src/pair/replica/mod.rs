@@ -177,23 +177,21 @@ impl Replica {
                 warn!("the peer is lost: {suspicion}");
                 state.history.peer_lost(now_ns(), suspicion.to_string());
             }
-            Action::Take { generation, who } => self.take(state, generation, who),
+            Action::Take { generation, who } => self.ask_for_verdict(state, generation, who),
             Action::GoLive => {
                 state.release_outputs();
                 state.alone = true;
                 state.history.verdict_won(now_ns());
                 // A primary that was started without a backup has not lost one.
                 state.history.failovers += u64::from(state.agent.status(now_ns()).peer.is_some());
-                warn!(
-                    "this side lives and runs the VM alone: UNPROTECTED, it does not survive the loss of this host"
-                );
+                warn!("this side lives and runs the VM alone: UNPROTECTED against the loss of this host");
                 state.start_announcing();
             }
             Action::Pause => state.paused = true,
-            Action::Forget { generation } => self.forget(state, generation),
+            Action::Forget { generation } => self.ask_to_forget(state, generation),
             Action::Halt(outcome) => {
                 info!("this side ends: {outcome}");
-                // If this fails, the connection is gone, and with it the use of the last messages.
+                // If this fails the connection is gone, and the last messages cannot be sent.
                 state.write_link().ok();
                 self.close_link(state);
                 state.outcome = Some(outcome);
@@ -203,7 +201,7 @@ impl Replica {
     }
 
     /// Asks the store for a verdict.
-    fn take(self: &Arc<Self>, state: &mut ReplicaState, generation: Generation, who: Incarnation) {
+    fn ask_for_verdict(self: &Arc<Self>, state: &mut ReplicaState, generation: Generation, who: Incarnation) {
         info!(%generation, "asking the store which side lives");
         state.history.store_asked(now_ns());
         let replica = self.clone();
@@ -214,7 +212,7 @@ impl Replica {
     }
 
     /// Asks the store to forget the VM.
-    fn forget(self: &Arc<Self>, state: &ReplicaState, generation: Generation) {
+    fn ask_to_forget(self: &Arc<Self>, state: &ReplicaState, generation: Generation) {
         let (replica, store, vm) = (self.clone(), self.store.clone(), self.vm.clone());
         state.run_on_worker(move || {
             let forgotten = store.forget(&vm, generation, STORE_PATIENCE);

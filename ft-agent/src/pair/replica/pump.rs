@@ -23,9 +23,7 @@ impl Replica {
     pub(super) fn pump(self: Arc<Self>) {
         // Outputs wait for this thread, and it may share a CPU with the guest's.
         if let Err(e) = test_and_set::time_slice::shorten() {
-            debug!(
-                "cannot shorten the time slice of the pump thread, so that outputs wait longer on a busy host: {e}"
-            );
+            debug!("cannot shorten the pump's time slice, so that outputs wait longer on a busy host: {e}");
         }
         loop {
             let (socket, wants_write, sleep) = {
@@ -68,7 +66,7 @@ impl Replica {
         {
             let out = Error::Out(outcome.clone());
             error!(
-                "{out}; this process exits although its guest's thread is stuck and did not finish in {END_PATIENCE:?}"
+                "{out}; the guest's thread is stuck and has not finished in {END_PATIENCE:?}: exiting without it"
             );
             std::process::exit(out.code().into());
         }

@@ -6,7 +6,7 @@
 const INTERVAL_NS: u64 = 100_000;
 /// How long the pump leaves the socket to the guest's thread after the last bulk transfer.
 const GRACE_NS: u64 = 2_000_000;
-/// A transfer of so many bytes at once is a bulk transfer.
+/// The number of bytes from which on a transfer is a bulk transfer.
 const BULK: u64 = 16 << 10;
 
 /// Decides between the pump and the guest's thread. Times are those of one monotonic clock, in ns.
@@ -19,7 +19,7 @@ pub(super) struct SocketOwner {
 }
 
 impl SocketOwner {
-    /// So many bytes were written or read at once.
+    /// `bytes` bytes were written or read at once.
     pub(super) fn bytes_moved(&mut self, now: u64, bytes: u64) {
         if bytes >= BULK {
             self.guest_until = now + GRACE_NS;

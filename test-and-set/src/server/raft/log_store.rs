@@ -1,4 +1,4 @@
-//! The log and the vote, as openraft wants them.
+//! The log and the vote, behind openraft's storage trait.
 
 use std::fmt::Debug;
 use std::io;
@@ -21,7 +21,7 @@ pub struct LogStore {
     pub id: NodeId,
     pub log: Arc<RaftLog>,
     pub disk: Arc<MemberDisk>,
-    /// Whether the vote is that of a leader, this member.
+    /// Whether the stored vote makes this member the leader.
     pub leads: Arc<AtomicBool>,
 }
 
@@ -67,9 +67,9 @@ impl RaftLogStorage<Types> for LogStore {
         Ok(())
     }
 
-    /// A leader's vote is read as a candidate's. openraft 0.9 would resume the leadership of a member that restarts within its
-    /// term, and then answer reads from the first entry of that term on, before it has applied the later ones that it
-    /// acknowledged. A candidate has to be elected anew, and its first entry comes behind all of them.
+    /// Returns this member's vote as a leader as that of a candidate. openraft 0.9 would let a leader that restarts within its term
+    /// resume its leadership, and answer reads as soon as the first entry of that term is applied, before the later entries that
+    /// it acknowledged. A candidate has to be elected again, and its first entry follows all of them.
     async fn read_vote(&mut self) -> Result<Option<Vote<NodeId>>, RaftStorageError> {
         let vote: Option<Vote<NodeId>> = self.read("vote")?;
         Ok(vote.map(|vote| Vote {
@@ -78,7 +78,7 @@ impl RaftLogStorage<Types> for LogStore {
         }))
     }
 
-    // The committed index is not saved: at start the snapshot is applied, and the rest of the log once it is known to be committed.
+    // The commit index is not saved: at start the snapshot is applied, and the rest of the log when it is known to be committed.
 
     async fn append<I>(&mut self, entries: I, flushed: LogFlushed<Types>) -> Result<(), RaftStorageError>
     where

@@ -1,8 +1,8 @@
-//! The only place that names openraft: our types in its traits, and a small handle that hides it again.
+//! The only module that names openraft: implements its traits with our types, and hides it behind a small handle.
 //!
-//! The entries, votes and messages of openraft are bytes to all other modules. What Raft needs on the disk is there before its
-//! call returns, but for what a leader appends: see [`crate::server::raft_log`].
-#![allow(clippy::result_large_err, reason = "openraft's errors are what they are")]
+//! To all other modules openraft's entries, votes and messages are bytes. What Raft wants to have on the disk is there when the
+//! call returns, except for what a leader appends: see [`crate::server::raft_log`].
+#![allow(clippy::result_large_err, reason = "openraft's errors are large")]
 
 mod log_store;
 mod network;
@@ -35,23 +35,23 @@ use crate::server::peers::OtherMembers;
 use crate::server::raft_log::RaftLog;
 use crate::wire::{self, MemberStatus, NodeId, PeerRequest, PeerResponse, RequestFailure};
 
-/// How long the leader waits for a majority before it says that there is none.
+/// How long the leader waits for a majority before it reports that it cannot reach one.
 const QUORUM_PATIENCE: Duration = Duration::from_millis(350);
 /// How long adding or removing a member may take.
 const MEMBERS_PATIENCE: Duration = Duration::from_secs(20);
-/// Pause before a change of members is tried again while another is under way.
+/// The pause before a change of members is tried again while another is in progress.
 const MEMBERS_PAUSE: Duration = Duration::from_millis(50);
 
 fn not_leader(to: ForwardToLeader<NodeId, BasicNode>) -> RequestFailure {
     RequestFailure::NotLeader(to.leader_node.map(|node| node.addr))
 }
 
-/// When to suspect the leader, and when to compact the log.
+/// When a member suspects the leader, and when it compacts the log.
 #[derive(Debug, Clone, Copy)]
 pub struct RaftTiming {
-    /// The leader is heard at least so often, in milliseconds. It is suspected after 7.5 to 10 of these intervals.
+    /// The interval of the leader's heartbeats in milliseconds. The leader is suspected after 7.5 to 10 intervals of silence.
     pub heartbeat_ms: u64,
-    /// Commands between two snapshots.
+    /// The number of commands between two snapshots.
     pub snapshot_every: u64,
 }
 
@@ -61,7 +61,7 @@ impl Default for RaftTiming {
     }
 }
 
-/// Commands that stay in the log behind a snapshot, for members that are a little late.
+/// The number of commands before a snapshot that stay in the log, for members that lag a little.
 const LOG_KEPT: u64 = 1000;
 
 /// A member's Raft: the handle that the rest of the server uses.
@@ -72,19 +72,19 @@ pub struct Raft {
     disk: Arc<MemberDisk>,
 }
 
-/// How a member cannot start.
+/// Why a member cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum RaftStartError {
     /// Its data cannot be read.
     #[error(transparent)]
     Disk(#[from] DiskError),
-    /// openraft's reason.
-    #[error("Raft cannot start: {0}")]
+    /// openraft cannot start, for this reason.
+    #[error("cannot start Raft: {0}")]
     Raft(String),
 }
 
 impl Raft {
-    /// Starts the member with what its disk holds.
+    /// Starts the member with the data on its disk.
     pub async fn start(
         id: NodeId,
         disk: Arc<MemberDisk>,
@@ -109,7 +109,7 @@ impl Raft {
         Ok(Self { raft: raft.map_err(|e| RaftStartError::Raft(e.to_string()))?, machine, disk })
     }
 
-    /// Forms the cluster, unless this member is in one already. Every first member does so, with the same list.
+    /// Forms the cluster, unless this member already belongs to one. Each of the first members does this with the same list.
     pub async fn initialize(&self, members: &BTreeMap<NodeId, String>) -> Result<(), RaftStartError> {
         let failed = |e: String| RaftStartError::Raft(e);
         if self.raft.is_initialized().await.map_err(|e| failed(e.to_string()))? {
@@ -118,13 +118,13 @@ impl Raft {
         let nodes: BTreeMap<_, _> =
             members.iter().map(|(id, address)| (*id, BasicNode::new(address))).collect();
         match self.raft.initialize(nodes).await {
-            // Another member was faster, and its log is here already.
+            // `NotAllowed`: another member was faster, and its log has already arrived.
             Ok(()) | Err(RaftError::APIError(openraft::error::InitializeError::NotAllowed(_))) => Ok(()),
             Err(error) => Err(failed(error.to_string())),
         }
     }
 
-    /// Applies a command, if this member leads and reaches a majority.
+    /// Applies a command, if this member is the leader and reaches a majority.
     pub async fn command(&self, vm: VmName, command: Command) -> Result<CommandReply, RequestFailure> {
         if self.disk.is_full() {
             return Err(RequestFailure::DiskFull);
@@ -137,7 +137,7 @@ impl Raft {
         }
     }
 
-    /// Looks at the state as it is now: everything answered before the call is in it.
+    /// Calls `look` with the current state, which includes every command that was answered before this call.
     pub async fn read<T>(&self, look: impl FnOnce(&StoreState) -> T) -> Result<T, RequestFailure> {
         match tokio::time::timeout(QUORUM_PATIENCE, self.raft.ensure_linearizable()).await {
             Ok(Ok(_)) => Ok(look(&self.machine.applied().state)),
@@ -163,7 +163,7 @@ impl Raft {
         if self.disk.is_full() { RequestFailure::DiskFull } else { RequestFailure::Stopped }
     }
 
-    /// Adds a member, first as a learner until it has caught up.
+    /// Adds a member: as a learner until it has caught up, then with a vote.
     pub async fn add_member(&self, id: NodeId, address: String) -> Result<(), RequestFailure> {
         let address = &address;
         self.change_members(|| async move {
@@ -177,7 +177,7 @@ impl Raft {
     pub async fn remove_member(&self, id: NodeId) -> Result<(), RequestFailure> {
         let members = self.raft.metrics().borrow().membership_config.clone();
         if members.membership().get_node(&id).is_none() {
-            return Err(RequestFailure::Members(format!("{id} is not a member")));
+            return Err(RequestFailure::Members(format!("there is no member {id}")));
         }
         let is_voter = members.membership().voter_ids().any(|voter| voter == id);
         let change = match is_voter {
@@ -187,7 +187,7 @@ impl Raft {
         self.change_members(|| self.raft.change_membership(change.clone(), false)).await
     }
 
-    /// Does a change, which may be asked for while an earlier one still ends: its last entry need not be committed.
+    /// Makes a change of members, and waits for an earlier one whose last entry is not committed yet.
     async fn change_members<T, F>(&self, change: impl Fn() -> F) -> Result<(), RequestFailure>
     where
         F: Future<Output = Result<T, RaftWriteError>>,
@@ -204,13 +204,13 @@ impl Raft {
         };
         match tokio::time::timeout(MEMBERS_PATIENCE, in_its_turn).await {
             Err(_) => Err(RequestFailure::Members(format!(
-                "not done within {MEMBERS_PATIENCE:?}; ask for the status"
+                "the change did not complete within {MEMBERS_PATIENCE:?}, but may still do so; see `vmft-store status`"
             ))),
             Ok(changed) => changed.map(drop).map_err(|e| self.write_failure(e)),
         }
     }
 
-    /// What Raft knows now.
+    /// The current view of Raft.
     pub fn view(&self) -> RaftView {
         let metrics = self.raft.metrics();
         let metrics = metrics.borrow();
@@ -241,7 +241,7 @@ impl Raft {
         }
     }
 
-    /// The leader's number and address, as far as it is known.
+    /// The leader's number and address, if they are known.
     pub fn leader(&self) -> Option<(NodeId, String)> {
         let metrics = self.raft.metrics();
         let metrics = metrics.borrow();
@@ -249,7 +249,7 @@ impl Raft {
         Some((id, metrics.membership_config.membership().get_node(&id)?.addr.clone()))
     }
 
-    /// Waits until Raft has stopped, and says why.
+    /// Waits until Raft has stopped; returns the reason.
     pub async fn stopped(&self) -> String {
         let mut metrics = self.raft.metrics();
         loop {
@@ -265,13 +265,13 @@ impl Raft {
     /// Stops the member.
     pub async fn stop(&self) {
         if let Err(error) = self.raft.shutdown().await {
-            eprintln!("Raft did not stop well: {error}");
+            eprintln!("cannot stop Raft: {error}");
         }
     }
 }
 
 impl Raft {
-    /// Answers another member. `snapshot` collects the parts of a snapshot of one connection.
+    /// Answers another member's request. `snapshot` collects the parts of the snapshot that arrives on its connection.
     pub async fn answer(&self, ask: PeerRequest, snapshot: &tokio::sync::Mutex<Vec<u8>>) -> PeerResponse {
         self.try_answer(ask, snapshot).await.map_or_else(PeerResponse::Failed, PeerResponse::Done)
     }
@@ -322,7 +322,7 @@ fn decode_rpc<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, RequestFailure> {
     wire::decode(bytes).map_err(|_| RequestFailure::Stopped)
 }
 
-/// What Raft knows at one moment; the fields are those of [`crate::wire::NodeStatus`].
+/// Raft's state at one moment; the fields are those of [`crate::wire::NodeStatus`].
 #[derive(Debug)]
 #[expect(missing_docs, reason = "described in wire::NodeStatus")]
 pub struct RaftView {

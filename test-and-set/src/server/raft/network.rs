@@ -1,4 +1,4 @@
-//! What members say to each other: this one asks, and answers when it is asked.
+//! The requests that openraft sends to other members.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -21,25 +21,25 @@ use crate::wire::{self, CHUNK_BYTES, NodeId, PeerRequest, PeerResponse};
 
 type CallError = RPCError<NodeId, BasicNode, RaftError<NodeId>>;
 
-/// How long one part of a snapshot may take, its installation included.
+/// How long one part of a snapshot may take, including its installation.
 const CHUNK_PATIENCE: Duration = Duration::from_secs(10);
-/// Pause before a member that cannot be reached is tried again.
+/// The pause before a member that cannot be reached is tried again.
 const UNREACHABLE_PAUSE: Duration = Duration::from_millis(60);
 
-/// Makes the callers for other members.
+/// Makes the clients for other members.
 pub struct PeerClients {
     pub peers: Arc<OtherMembers>,
     pub log: Arc<RaftLog>,
 }
 
-/// Calls one other member.
+/// Sends requests to one other member.
 pub struct PeerClient {
     peers: Arc<OtherMembers>,
     peer: Arc<OtherMember>,
     log: Arc<RaftLog>,
-    /// The last committed id that the member was told.
+    /// The last commit index that was sent to the member.
     told: Option<LogId<NodeId>>,
-    /// When the member last confirmed that its log is this leader's, and up to which entry.
+    /// When the member last confirmed that its log agrees with this leader's, and up to which entry.
     confirmed: Option<(Instant, Option<LogId<NodeId>>)>,
 }
 
@@ -53,7 +53,7 @@ impl RaftNetworkFactory<Types> for PeerClients {
 }
 
 impl PeerClient {
-    /// Every failure is "unreachable": the pause that openraft makes then is right for all of them.
+    /// Sends a request. Every failure is reported as "unreachable", because the pause that openraft then makes suits all of them.
     async fn call<T: DeserializeOwned>(
         &self,
         ask: &PeerRequest,
@@ -78,20 +78,21 @@ impl RaftNetwork<Types> for PeerClient {
         mut rpc: AppendEntriesRequest<Types>,
         option: RPCOption,
     ) -> Result<AppendEntriesResponse<NodeId>, CallError> {
-        // openraft tells at once what is committed, in a call of its own that the next entry would have to wait for. A member
-        // that was heard just now learns it with that entry, or with the next heartbeat.
+        // openraft sends each commit index at once, in a separate request for which the next entry would have to wait. If the
+        // member has answered recently, that request is left out: the member learns the index with the next entry or heartbeat.
         let is_fresh =
             |(at, upto): &(Instant, _)| *upto == rpc.prev_log_id && at.elapsed() < option.hard_ttl() / 2;
         if rpc.entries.is_empty() && self.confirmed.as_ref().is_some_and(is_fresh) {
             return Ok(AppendEntriesResponse::Success);
         }
-        // openraft counts this member's own copy at once; the others hear of it when it is on the disk.
+        // openraft counts this member's copy of an entry at once. The others are told that it is committed only when this copy is
+        // on the disk.
         let flushed = |index| self.log.first_unflushed().is_none_or(|first| first > index);
         if rpc.leader_commit.is_some_and(|commit| flushed(commit.index)) {
             self.told = rpc.leader_commit;
         }
         rpc.leader_commit = self.told;
-        // openraft gives up at its own time, in which case this call's end is never seen: so it ends a little before.
+        // openraft drops this future at its own deadline, and `confirmed` would not be updated: so this ends a little earlier.
         let patience = option.hard_ttl().mul_f64(0.9);
         let answer = self.call(&PeerRequest::Append(bytes_for(&rpc)?), patience).await?;
         let upto = rpc.entries.last().map_or(rpc.prev_log_id, |entry| Some(entry.log_id));
@@ -115,7 +116,7 @@ impl RaftNetwork<Types> for PeerClient {
         InstallSnapshotResponse<NodeId>,
         RPCError<NodeId, BasicNode, RaftError<NodeId, openraft::error::InstallSnapshotError>>,
     > {
-        // `full_snapshot` below takes its place.
+        // Never called: `full_snapshot` below replaces it.
         Err(Unreachable::new(&ConnectionError::Ended).into())
     }
 

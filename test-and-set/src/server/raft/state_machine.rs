@@ -1,4 +1,4 @@
-//! The state machine and its snapshots, as openraft wants them.
+//! The state machine and its snapshots, behind openraft's traits.
 
 use std::io::Cursor;
 use std::sync::{Arc, RwLock};
@@ -17,7 +17,7 @@ use crate::server::peers::OtherMembers;
 use crate::server::raft_log::RaftLog;
 use crate::wire::NodeId;
 
-/// The state and how far the log was applied to it.
+/// The state, and the last entry of the log that was applied to it.
 #[derive(Default)]
 pub struct AppliedState {
     pub state: StoreState,
@@ -25,7 +25,7 @@ pub struct AppliedState {
     membership: RaftMembership,
 }
 
-/// The state machine: the pure rule, applied in log order.
+/// The state machine: applies the store's rule in log order.
 #[derive(Clone)]
 pub struct StoreMachine {
     applied: Arc<RwLock<AppliedState>>,
@@ -42,7 +42,7 @@ impl StoreMachine {
     ) -> Result<Self, DiskError> {
         let mut applied = AppliedState::default();
         if let Some(stored) = disk.snapshot()? {
-            let meta: RaftSnapshotMeta = decode("snapshot's description", &stored.meta)?;
+            let meta: RaftSnapshotMeta = decode("snapshot's metadata", &stored.meta)?;
             applied = AppliedState {
                 state: decode("snapshot", &stored.state)?,
                 last: meta.last_log_id,
@@ -60,7 +60,7 @@ impl StoreMachine {
         self.applied.write().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    /// Members that are gone may come back with other data.
+    /// Forgets the data of members that were removed, because they may be added again with other data.
     fn forget_removed(&self, before: &RaftMembership, now: &RaftMembership) -> Result<(), RaftStorageError> {
         let gone = before.nodes().filter(|(id, _)| now.membership().get_node(id).is_none());
         gone.map(|(id, _)| *id).try_for_each(|id| self.peers.data_of.forget(id)).map_err(writing)
@@ -124,7 +124,7 @@ impl RaftStateMachine<Types> for StoreMachine {
 
     async fn get_current_snapshot(&mut self) -> Result<Option<Snapshot<Types>>, RaftStorageError> {
         let Some(stored) = self.disk.snapshot().map_err(reading)? else { return Ok(None) };
-        let meta = decode("snapshot's description", &stored.meta).map_err(reading)?;
+        let meta = decode("snapshot's metadata", &stored.meta).map_err(reading)?;
         Ok(Some(Snapshot { meta, snapshot: Box::new(Cursor::new(stored.state)) }))
     }
 }

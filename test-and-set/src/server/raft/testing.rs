@@ -1,4 +1,4 @@
-//! What other members would send, for tests of one member.
+//! Requests as other members would send them, for tests of a single member.
 
 use openraft::raft::{AppendEntriesRequest, VoteRequest, VoteResponse};
 use openraft::{EntryPayload, LogId, Vote};
@@ -10,7 +10,7 @@ use crate::record::Command;
 use crate::wire::{self, NodeId, PeerRequest};
 
 impl Raft {
-    /// The member stays what it is.
+    /// Prevents the member from starting elections.
     pub fn disable_elections(&self) {
         self.raft.runtime_config().elect(false);
     }
@@ -20,7 +20,7 @@ fn at(term: u64, leader: NodeId, index: u64) -> LogId<NodeId> {
     LogId::new(openraft::CommittedLeaderId::new(term, leader), index)
 }
 
-/// A candidate that has a log up to this index asks for a vote.
+/// The request for a vote from a candidate whose log ends at this index.
 pub fn vote_ask(term: u64, candidate: NodeId, index: u64) -> PeerRequest {
     let rpc = VoteRequest::new(Vote::new(term, candidate), Some(at(term - 1, candidate, index)));
     PeerRequest::Vote(wire::encode(&rpc).unwrap())
@@ -31,7 +31,8 @@ pub fn is_granted(answer: &[u8]) -> bool {
     wire::decode::<VoteResponse<NodeId>>(answer).unwrap().vote_granted
 }
 
-/// A leader sends the entry of this index, at most 1 behind the last; the first follows the cluster's own at 0.
+/// The request of a leader to append the entry with this index. The previous entry is its own, or for index 1 the cluster's first
+/// entry at index 0.
 pub fn append_ask(term: u64, leader: NodeId, index: u64, (vm, command): (VmName, Command)) -> PeerRequest {
     let previous = if index == 1 { LogId::default() } else { at(term, leader, index - 1) };
     let entry = RaftEntry {

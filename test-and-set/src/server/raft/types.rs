@@ -1,4 +1,4 @@
-//! Our types in openraft's, and their bytes.
+//! The types with which openraft is instantiated, and the encoding of what is stored.
 
 use std::io::Cursor;
 
@@ -12,17 +12,17 @@ use crate::record::{Command, CommandReply};
 use crate::server::disk::DiskError;
 use crate::wire::NodeId;
 
-/// One command in the log.
+/// A command in the log.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct LoggedCommand {
-    /// Whose record it changes.
+    /// The VM whose record it changes.
     pub vm: VmName,
     /// The change.
     pub command: Command,
 }
 
 openraft::declare_raft_types!(
-    /// Our types in openraft's.
+    /// The types with which openraft is instantiated.
     pub Types: D = LoggedCommand, R = CommandReply, Node = BasicNode
 );
 

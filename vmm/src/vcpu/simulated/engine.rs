@@ -35,13 +35,15 @@ pub struct SimulatedEngine {
     counter: SimulatedCounter,
     quirks: Quirks,
     chance: Chance,
+    /// Set by a kick.
     kick: Arc<AtomicBool>,
     /// Instruction counts at which the guest is kicked, in descending order.
     kicks: Vec<u64>,
+    /// How many more stops there may be, see [`STOPS_MAX`].
     stops_left: u64,
 }
 
-/// Stops after which a test is taken to run in circles; it counts from [`SimulatedEngine::replace`].
+/// After this many stops since [`SimulatedEngine::replace`] a test is taken to run forever.
 const STOPS_MAX: u64 = 200_000;
 
 impl SimulatedEngine {
@@ -57,7 +59,7 @@ impl SimulatedEngine {
         self.stops_left = STOPS_MAX;
     }
 
-    /// Kicks the guest when as many instructions have retired as each of `at` says.
+    /// Kicks the guest when the number of retired instructions reaches each of `at`.
     pub fn kick_at(&mut self, mut at: Vec<u64>) {
         at.sort_unstable_by(|a, b| b.cmp(a));
         self.kicks = at;
