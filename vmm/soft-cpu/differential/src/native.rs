@@ -1,10 +1,9 @@
 //! Runs cases on the host's own CPU, in a forked child.
 //!
-//! The child maps the [`layout`] at its fixed addresses, and every case ends with a signal. The signal
-//! handler, on its own stack, takes the case's registers from the signal frame, compares memory with what it
-//! was before, puts the next case's registers into the frame and returns, so that the kernel's `sigreturn`
-//! loads all of them, including RIP. One signal is one case. A BPF filter turns system calls of cases into a
-//! signal as well.
+//! The child maps the [`layout`] at its fixed addresses, and every case ends with a signal. The handler, on
+//! its own stack, takes the registers from the signal frame, finds the changes in memory, puts the next
+//! case's registers into the frame and returns: the kernel's `sigreturn` then loads all of them, including
+//! RIP. A BPF filter turns system calls of cases into a signal as well.
 //!
 //! After `fork` the child touches neither the heap nor thread-local storage: FS belongs to the cases.
 #![allow(unsafe_code)]
@@ -26,7 +25,7 @@ pub const BATCH: usize = 512;
 const CHANGES: usize = 1 << 18;
 /// Period of the timer, in CPU time: a case is given up if it is still running after one to two periods.
 const TICK_US: i64 = 50_000;
-/// Bit 8 of XCR0-style masks: x87 and SSE state.
+/// In XSTATE_BV: x87 and SSE state.
 const XSTATE_X87_SSE: u64 = 3;
 /// Offset of XSTATE_BV from the start of an XSAVE area.
 const XSTATE_BV: usize = 512;
@@ -96,8 +95,7 @@ pub enum NativeError {
     /// The host refused a system call.
     #[error("cannot run cases on the host's CPU: {0}")]
     Host(#[from] io::Error),
-    /// The child died, which is an error in the harness. Exit codes below 20 are those of its `require`
-    /// calls.
+    /// The child died: an error in the harness. Exit codes below 20 are those of its `require` calls.
     #[error("the native child ended with wait status {status:#x} at case {case} of its batch")]
     Died {
         /// Index in the batch.
@@ -124,8 +122,7 @@ pub struct Batch<'a> {
 impl NativeCpu {
     /// Sets up the memory shared with children.
     pub fn new() -> io::Result<NativeCpu> {
-        // SAFETY: an anonymous mapping at an address of the kernel's choice; all-zero bytes are a valid
-        // `SharedBatch`.
+        // SAFETY: a new anonymous mapping; all-zero bytes are a valid `SharedBatch`.
         let at = unsafe {
             libc::mmap(
                 ptr::null_mut(),
@@ -382,8 +379,8 @@ unsafe fn filter_system_calls() {
     }
 }
 
-/// Where the kernel enters the signal handler. AC and NT may still be set by the case; they are cleared,
-/// because they would disturb compiled code and the next case.
+/// The entry of the signal handler: clears flags of the case that would disturb compiled code and the next
+/// case.
 #[unsafe(naked)]
 extern "C" fn entry() {
     // ID, AC and NT.
@@ -491,9 +488,9 @@ unsafe fn load(child: &Child, input: &NativeInput, context: &mut ucontext_t) {
     gregs[libc::REG_RIP as usize] = input.rip as i64;
     gregs[libc::REG_EFL as usize] = input.rflags as i64;
     let frame: *mut u8 = context.uc_mcontext.fpregs.cast();
+    // MXCSR_MASK, 4 bytes, stays the host's.
     const MXCSR_MASK: usize = 28;
-    // SAFETY: an FXSAVE image, followed by an XSAVE header if the magic number is there. MXCSR_MASK stays the
-    // host's.
+    // SAFETY: an FXSAVE image, followed by an XSAVE header if the magic number is there.
     unsafe {
         ptr::copy_nonoverlapping(input.fx.as_ptr(), frame, MXCSR_MASK);
         let rest = MXCSR_MASK + 4;

@@ -68,29 +68,7 @@ pub(crate) fn add(memory: &mut CodeMemory, handler: HandlerThunk) -> Stubs {
     let base = LAYOUT.regs + 8 * RIP_BASE as i32;
     let mut ops = VecAssembler::<X64Relocation>::new(0);
     let enter = ops.offset().0;
-    dynasm!(ops
-        ; .arch x64
-        ; push rbx
-        ; push rbp
-        ; push r12
-        ; push r13
-        ; push r14
-        ; push r15
-        // With the return address and the six registers this aligns the stack to 16 bytes.
-        ; sub rsp, 40
-        ; mov rax, [rdi + field!(jumps)]
-        ; mov [rsp + JUMPS], rax
-        ; mov rax, [rdi + field!(code_tlb)]
-        ; mov [rsp + CODE_TLB], rax
-        ; mov rax, [rdi + field!(ram_len)]
-        ; mov [rsp + RAM_LEN], rax
-        ; mov rbx, [rdi + field!(cpu)]
-        ; mov r12, [rdi + field!(slots)]
-        ; mov r13, [rdi + field!(fast)]
-        ; mov r14, [rdi + field!(ram)]
-        ; mov r15, [rdi + field!(budget)]
-        ; jmp QWORD [rdi + field!(code)]
-    );
+    emit_enter(&mut ops);
     let leave = ops.offset().0;
     dynasm!(ops
         ; .arch x64
@@ -143,4 +121,31 @@ pub(crate) fn add(memory: &mut CodeMemory, handler: HandlerThunk) -> Stubs {
     let enter = unsafe { std::mem::transmute::<usize, Enter>(at as usize + enter) };
     let address = |offset: usize| at + offset as u64;
     Stubs { enter, leave: address(leave), leave_at_rip: address(leave_at_rip), perform: address(perform) }
+}
+
+/// Saves the host's registers, loads those of translated code from the [`EntryFrame`], and jumps to the code.
+fn emit_enter(ops: &mut VecAssembler<X64Relocation>) {
+    dynasm!(ops
+        ; .arch x64
+        ; push rbx
+        ; push rbp
+        ; push r12
+        ; push r13
+        ; push r14
+        ; push r15
+        // With the return address and the six registers this aligns the stack to 16 bytes.
+        ; sub rsp, 40
+        ; mov rax, [rdi + field!(jumps)]
+        ; mov [rsp + JUMPS], rax
+        ; mov rax, [rdi + field!(code_tlb)]
+        ; mov [rsp + CODE_TLB], rax
+        ; mov rax, [rdi + field!(ram_len)]
+        ; mov [rsp + RAM_LEN], rax
+        ; mov rbx, [rdi + field!(cpu)]
+        ; mov r12, [rdi + field!(slots)]
+        ; mov r13, [rdi + field!(fast)]
+        ; mov r14, [rdi + field!(ram)]
+        ; mov r15, [rdi + field!(budget)]
+        ; jmp QWORD [rdi + field!(code)]
+    );
 }
