@@ -55,7 +55,7 @@ enum CliCommand {
     Bench(bench::BenchArgs),
     /// Allow a VM to start again after all its hosts have died
     Forget(pair::ForgetArgs),
-    /// Test which engines this host supports, and why not the others
+    /// Test which engines this host supports, and say why it does not support the others
     Doctor(doctor::DoctorArgs),
     /// Show what is in a log
     #[command(subcommand)]

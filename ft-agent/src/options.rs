@@ -142,7 +142,7 @@ impl RunOptions {
         let memory_mib = o.memory_mib.unwrap_or(MEMORY_MIB_DEFAULT);
         let (least, most) = (MEMORY_BYTES.start() >> 20, MEMORY_BYTES.end() >> 20);
         if !(least..=most).contains(&memory_mib) {
-            let why = format!("{memory_mib} MiB is not within {least} to {most}");
+            let why = format!("{memory_mib} MiB is not in the range {least} to {most}");
             return Err(Error::config("memory-mib", why));
         }
         let ip = o.ip.as_deref().map(ip_argument).transpose()?;
@@ -196,7 +196,7 @@ impl RunOptions {
 fn read_file(path: &Path) -> Result<RunOptions, Error> {
     let text = std::fs::read_to_string(path)
         .map_err(|e| Error::config("config", format!("cannot read {}: {e}", path.display())))?;
-    toml::from_str(&text).map_err(|e| Error::config("config", format!("cannot use {}: {e}", path.display())))
+    toml::from_str(&text).map_err(|e| Error::config("config", format!("cannot read {}: {e}", path.display())))
 }
 
 fn parse_mac(text: &str) -> Result<[u8; 6], Error> {

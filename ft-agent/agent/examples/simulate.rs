@@ -1,4 +1,4 @@
-//! Many seeds of the simulator, or one with a trace:
+//! Runs many seeds of the simulator, or one with a trace:
 //!
 //! ```text
 //! cargo run --release -p agent --example simulate -- --seeds 200000 [--from N] [--without RULE]
@@ -15,21 +15,21 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use agent::Rule;
 use simulator::{Counts, run};
 
-/// What the command line says.
+/// The command line's arguments.
 #[derive(Default)]
-struct Options {
+struct SimulateArgs {
     from: u64,
     seeds: u64,
     without: Option<Rule>,
     trace: bool,
 }
 
-fn options() -> Result<Options, String> {
-    let mut options = Options { seeds: 5_000, ..Options::default() };
+fn arguments() -> Result<SimulateArgs, String> {
+    let mut options = SimulateArgs { seeds: 5_000, ..SimulateArgs::default() };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
         let mut value = || words.next().ok_or(format!("{word} needs a value"));
-        let number = |text: String| text.parse::<u64>().map_err(|e| format!("{text}: {e}"));
+        let number = |text: String| text.parse::<u64>().map_err(|e| format!("{text:?} is not a number: {e}"));
         match word.as_str() {
             "--seeds" => options.seeds = number(value()?)?,
             "--from" => options.from = number(value()?)?,
@@ -38,16 +38,17 @@ fn options() -> Result<Options, String> {
             "--without" => {
                 let name = value()?;
                 let rule = Rule::ALL.into_iter().find(|rule| format!("{rule:?}") == name);
-                options.without = Some(rule.ok_or(format!("no rule {name}; there are {:?}", Rule::ALL))?);
+                options.without =
+                    Some(rule.ok_or(format!("there is no rule {name:?}; the rules are {:?}", Rule::ALL))?);
             }
-            _ => return Err(format!("unknown option {word}")),
+            _ => return Err(format!("unknown option {word:?}")),
         }
     }
     Ok(options)
 }
 
 fn main() -> ExitCode {
-    let options = match options() {
+    let options = match arguments() {
         Ok(options) => options,
         Err(what) => {
             eprintln!("{what}");

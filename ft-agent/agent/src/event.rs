@@ -70,7 +70,7 @@ pub enum Action {
     Release,
     /// Backup: drop the outputs up to [`crate::Agent::drop_limit`]; they have left at the primary.
     Drop,
-    /// Log that the peer is lost. There is nothing to do yet: the guest loop sees [`crate::Pace::Stop`], or
+    /// Log that the peer is lost. There is nothing to do yet: the guest loop sees [`crate::GuestPace::Stop`], or
     /// the end of the records.
     Suspected(Suspicion),
     /// Ask the store for a verdict; answer with [`Event::Verdict`].
@@ -179,8 +179,8 @@ pub enum Outcome {
     Stopped,
     /// The generation cannot be opened: the VM runs elsewhere, or its record has to be forgotten first.
     #[error(
-        "the store has another generation of this VM, or other members: the VM runs elsewhere, or has to be forgotten first \
-         (`vmft forget`)"
+        "the store has another generation of this VM, or other members: the VM runs elsewhere, or has to be \
+         forgotten first (`vmft forget`)"
     )]
     NotOpened,
     /// The peer was lost before the guest ran.

@@ -1,4 +1,4 @@
-//! Crashes, pauses, partitions and the rest, by seed, around the production agent.
+//! Seeded simulations of the production agent with crashes, pauses, partitions and other faults.
 #![allow(clippy::disallowed_methods)]
 
 mod simulator;
@@ -6,9 +6,9 @@ mod simulator;
 use agent::Rule;
 use simulator::{Counts, run};
 
-/// Seeds of every test run. `examples/simulate` runs more.
+/// Seeds in each run of the tests. `examples/simulate` runs more.
 const SEEDS: u64 = 5_000;
-/// Seeds until a rule that is switched off has to be noticed.
+/// Number of seeds among which one must fail while a rule is switched off.
 const SEEDS_WITHOUT: u64 = 4_000;
 
 #[test]
@@ -24,10 +24,10 @@ fn what_the_client_saw_is_one_history() {
 }
 
 #[test]
-fn without_any_one_rule_it_is_not() {
+fn the_checker_notices_every_rule_that_is_switched_off() {
     let unnoticed: Vec<_> = Rule::ALL
         .into_iter()
         .filter(|rule| (0..SEEDS_WITHOUT).all(|seed| run(seed, Some(*rule), false).is_ok()))
         .collect();
-    assert!(unnoticed.is_empty(), "switched off and not noticed: {unnoticed:?}");
+    assert!(unnoticed.is_empty(), "rules that were switched off without a failure: {unnoticed:?}");
 }

@@ -110,11 +110,11 @@ impl BenchReport {
         for (what, text) in last.iter().flat_map(|slice| &slice.about) {
             writeln!(out, "| {what} | {} |", text.replace('|', "\\|"))?;
         }
-        let mut told: BTreeSet<_> = self.slices.iter().map(Slice::command_and_commit).collect();
+        let mut commands: BTreeSet<_> = self.slices.iter().map(Slice::command_and_commit).collect();
         if let Some(last) = last {
-            told.remove(&last.command_and_commit());
+            commands.remove(&last.command_and_commit());
         }
-        for (command, commit) in told {
+        for (command, commit) in commands {
             writeln!(out, "| also | {command} ({commit}) |")?;
         }
         Ok(())

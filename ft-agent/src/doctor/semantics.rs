@@ -115,7 +115,7 @@ const HOST_DEPENDENT: [(&str, &[u8]); 7] = [
     ("RDSEED", &[0x0f, 0xc7, 0xf8]),
     ("RDPID", &[0xf3, 0x0f, 0xc7, 0xf8]),
     ("RDPMC", &[0x0f, 0x33]),
-    ("CPUID.1", &[0xb8, 1, 0, 0, 0, 0x0f, 0xa2]),
+    ("CPUID.1 (shows RDRAND)", &[0xb8, 1, 0, 0, 0, 0x0f, 0xa2]),
 ];
 /// The bit of CPUID.1:ECX for RDRAND, which the guest's table hides.
 const CPUID_RDRAND: u64 = 1 << 30;

@@ -121,7 +121,7 @@ impl DiskThread {
         DiskThread { requests, thread }
     }
 
-    /// Queues a request. `false`: the disk has failed, which `done` was told.
+    /// Queues a request. `false`: the disk has failed, and `done` got its error.
     pub fn request(&self, request: DiskRequest) -> bool {
         self.requests.send(request).is_ok()
     }

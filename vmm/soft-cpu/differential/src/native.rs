@@ -2,14 +2,12 @@
 //!
 //! The child maps the [`layout`] at its fixed addresses, and every case ends with a signal. The handler, on
 //! its own stack, takes the registers from the signal frame, finds the changes in memory, puts the next
-//! case's registers into the frame and returns: the kernel's `sigreturn` then loads all of them, including
-//! RIP. A BPF filter turns system calls of cases into a signal as well.
+//! case's registers into the frame and returns. A BPF filter turns system calls of cases into signals.
 //!
 //! After `fork` the child touches neither the heap nor thread-local storage: FS belongs to the cases.
 #![allow(unsafe_code)]
 
 use std::io;
-use std::mem::size_of;
 use std::ptr;
 use std::sync::atomic::{AtomicPtr, Ordering};
 
@@ -379,11 +377,10 @@ unsafe fn filter_system_calls() {
     }
 }
 
-/// The entry of the signal handler: clears flags of the case that would disturb compiled code and the next
-/// case.
+/// The entry of the signal handler: clears AC, NT and ID of the case, which would disturb compiled code and
+/// the next case.
 #[unsafe(naked)]
 extern "C" fn entry() {
-    // ID, AC and NT.
     std::arch::naked_asm!("pushfq", "and dword ptr [rsp], {keep}", "popfq", "jmp {handler}",
         keep = const !(1u32 << 21 | 1 << 18 | 1 << 14) as i32, handler = sym handler)
 }
