@@ -51,10 +51,9 @@ fn split_names(line: &str) -> String {
     let mut split = String::from(" ");
     let mut last = ' ';
     for c in line.chars() {
-        if c.is_uppercase() && last.is_lowercase() || !c.is_alphanumeric() && c != '\'' {
-            if !split.ends_with(' ') {
-                split.push(' ');
-            }
+        let divides = c.is_uppercase() && last.is_lowercase() || !c.is_alphanumeric() && c != '\'';
+        if divides && !split.ends_with(' ') {
+            split.push(' ');
         }
         if c.is_alphanumeric() || c == '\'' {
             split.extend(c.to_lowercase());

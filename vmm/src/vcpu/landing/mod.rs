@@ -3,7 +3,7 @@
 //! Hardware counts them exactly, but cannot stop at a count: its overflow comes late, by a number of branches that varies
 //! (the skid). So a position is approached in two steps. The counter is armed to overflow a [`policy::Margin`] before it;
 //! from there a breakpoint stops the guest each time it comes to the position's RIP, and the count tells whether the position
-//! is reached ([`lander`]).
+//! is reached ([`Lander`]).
 //!
 //! **A position is an arrival at a conditional branch**: the number of branches retired before it, RIP, and a digest of the
 //! registers. A kicked guest runs on to its next conditional branch ([`anchor`]) and is stopped there. Between two arrivals

@@ -42,6 +42,11 @@ pub fn assemble(at: u64, code: impl FnOnce(&mut Asm) -> Result<(), IcedError>) -
 /// One piece of a program. RBX is data; RCX, RSI, RDI, RAX and RDX are scratch; R15 counts rounds.
 fn piece(a: &mut Asm, kind: u64, n: u64) -> Result<(), IcedError> {
     let n = n as i32;
+    if kind < 5 { inner_piece(a, kind, n) } else { outer_piece(a, kind, n) }
+}
+
+/// A piece that needs nothing from outside the vCPU.
+fn inner_piece(a: &mut Asm, kind: u64, n: i32) -> Result<(), IcedError> {
     match kind {
         0 => {
             // A loop of one conditional branch.
@@ -89,12 +94,19 @@ fn piece(a: &mut Asm, kind: u64, n: u64) -> Result<(), IcedError> {
             a.set_label(&mut last)?;
             a.nop()?;
         }
-        4 => {
+        _ => {
             a.pushfq()?;
             a.pop(rax)?;
             a.add(rbx, rax)?;
             a.ud2()?;
         }
+    }
+    Ok(())
+}
+
+/// A piece that accesses devices or inputs, waits for an interrupt, or raises one.
+fn outer_piece(a: &mut Asm, kind: u64, n: i32) -> Result<(), IcedError> {
+    match kind {
         5 => {
             a.mov(edx, 0x100 + n % 8)?;
             a.mov(eax, ebx)?;
