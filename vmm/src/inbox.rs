@@ -32,7 +32,7 @@ struct Queues {
     sleeping: bool,
     /// Number of senders that wait for room.
     senders: usize,
-    /// Something arrived since the last [`Inbox::take`], and the guest's thread was kicked or woken for it.
+    /// Something arrived since the last [`Inbox::take_first`], and the guest's thread was kicked or woken for it.
     has_news: bool,
 }
 
@@ -109,7 +109,7 @@ impl Inbox {
     }
 
     /// Sleeps until something arrives, at most for `timeout`. Returns at once if something arrived since the last
-    /// [`Inbox::take`].
+    /// [`Inbox::take_first`].
     pub fn wait(&self, timeout: Option<Duration>) {
         let mut state = self.0.lock();
         if state.has_news || state.stop {

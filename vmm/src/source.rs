@@ -197,8 +197,8 @@ impl<O: Outside> Live<O> {
 
     /// The position at which a busy guest has to stop.
     fn run_until(&self, machine: &Machine) -> Option<Position> {
-        let look = Position::exact(machine.position().count + clock_check_interval(self.unit));
-        Some(self.stops.next().map_or(look, |stop| stop.min(look)))
+        let next_check = Position::exact(machine.position().count + clock_check_interval(self.unit));
+        Some(self.stops.next().map_or(next_check, |stop| stop.min(next_check)))
     }
 }
 

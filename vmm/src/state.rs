@@ -1,9 +1,9 @@
 //! Saving a machine to bytes, and restoring it from them.
 //!
-//! The file begins with [`MAGIC`] and the version of the format (u32). Then come the sections identity, vCPU, clock, devices and RAM:
-//! tag (u32), length of the content (u64), content, XXH3-64 of the content. Numbers are little-endian. Identity, vCPU, clock
-//! and devices are in postcard's encoding; RAM is the pages that are not zero, each as page number (u32) and 4096 bytes, in
-//! ascending order.
+//! The file begins with [`MAGIC`] and the version of the format (u32). Then come five sections: identity, vCPU, clock, devices
+//! and RAM. Each is a tag (u32, 1 to 5 in this order), the length of the content (u64), the content, and XXH3-64 of the content.
+//! Numbers are little-endian. Identity, vCPU, clock and devices are in postcard's encoding; RAM is the pages that are not zero,
+//! each as page number (u32) and 4096 bytes, in ascending order.
 //!
 //! Reading never panics and never allocates by a number from the file. Every error says at which offset.
 

@@ -93,7 +93,7 @@ pub struct Ram {
     changed: Arc<WriteLog>,
     /// Pages whose hash is stale.
     stale: PageSet,
-    /// Made by the first [`Ram::keep`].
+    /// Made by the first [`Ram::take_snapshot`].
     snapshot: Option<Snapshot>,
     loaded: Option<LoadedFile>,
     /// Hash of each page and its number, 0 for a page whose content is that of the start; and the sum of the hashes.
@@ -225,7 +225,7 @@ impl Ram {
         }
     }
 
-    /// Takes a snapshot of RAM for [`Ram::go_back`]. The first one copies all of RAM that is not zero, later ones copy the pages
+    /// Takes a snapshot of RAM for [`Ram::restore_snapshot`]. The first one copies all of RAM that is not zero, later ones copy the pages
     /// written since. The engine must have reported its writes.
     pub fn take_snapshot(&mut self) {
         self.note_device_writes();
@@ -242,7 +242,7 @@ impl Ram {
         self.snapshot = Some(snapshot);
     }
 
-    /// Makes RAM what it was at the last [`Ram::keep`]. The engine must have reported its writes before, and gets the pages
+    /// Makes RAM what it was at the last [`Ram::take_snapshot`]. The engine must have reported its writes before, and gets the pages
     /// that this changes from [`Ram::take_changed`].
     pub fn restore_snapshot(&mut self) {
         self.note_device_writes();
