@@ -162,7 +162,7 @@ fn mixing_program() -> Vec<u8> {
     code
 }
 
-/// Runs [`mixing`] with these answers. Returns a digest of memory and registers at its end, `None` after an unexpected exit.
+/// Runs [`mixing_program`] with these answers. Returns a digest of memory and registers at its end, `None` after an unexpected exit.
 fn run_mixing_program(kvm: &Kvm, mut answer: impl FnMut(u32) -> u8) -> KvmResult<Option<u128>> {
     let mut guest = MicroGuest::new(kvm, &mixing_program())?;
     let mut asked = 0;

@@ -26,7 +26,7 @@ use crate::outside::disk::Image;
 /// Runs a backup until the VM or this side ends.
 ///
 /// # Errors
-/// As [`super::backup`].
+/// As [`super::backup()`].
 pub fn run(plan: PairPlan) -> Result<(), Error> {
     let (mut guest, images) = Guest::new(&plan.machine, plan.clock())?;
     // Reads the disks now, so that the primary does not have to wait for it.

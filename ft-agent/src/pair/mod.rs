@@ -55,7 +55,7 @@ pub fn primary(options: PairOptions) -> Result<(), Error> {
 /// `vmft backup`.
 ///
 /// # Errors
-/// As [`primary`]; and the replay differs from the recording.
+/// As [`primary()`]; and the replay differs from the recording.
 pub fn backup(options: PairOptions) -> Result<(), Error> {
     side::log_to_stderr();
     backup::run(options.check(agent::Role::Backup)?)
