@@ -171,8 +171,8 @@ impl Agent {
     }
 
     /// Primary: appends a record before what it records takes effect. An output's record is sent at
-    /// [`Agent::turn`] or [`Agent::rest`]. Returns true if there is something to write or to do, or if
-    /// [`Agent::deadline`] has changed.
+    /// [`Agent::guest_loop_turned`] or [`Agent::guest_loop_waits`]. Returns true if there is something to
+    /// write or to do, or if [`Agent::deadline`] has changed.
     pub fn append(&mut self, now: u64, record: &Record) -> bool {
         self.position = record.position;
         #[cfg(feature = "ablation")]

@@ -70,8 +70,8 @@ pub enum Action {
     Release,
     /// Backup: drop the outputs up to [`crate::Agent::drop_limit`]; they have left at the primary.
     Drop,
-    /// Log that the peer is lost. There is nothing to do yet: the guest loop sees [`crate::GuestPace::Stop`], or
-    /// the end of the records.
+    /// Log that the peer is lost. There is nothing to do yet: the guest loop sees [`crate::GuestPace::Stop`],
+    /// or the end of the records.
     Suspected(Suspicion),
     /// Ask the store for a verdict; answer with [`Event::Verdict`].
     Take {

@@ -18,8 +18,8 @@
 //! - **Time** is a monotonic clock in ns that goes on while the host sleeps (`CLOCK_BOOTTIME`).
 //!   [`Event::Tick`] comes when there was nothing to read from the socket, at [`Agent::deadline`] at the
 //!   latest.
-//! - **The guest loop** calls [`Agent::turn`] in each iteration, which is called a turn here, even if it only
-//!   waits, and runs as fast as [`Agent::pace`] allows.
+//! - **The guest loop** calls [`Agent::guest_loop_turned`] in each iteration, which is called a turn here,
+//!   even if it only waits, and runs as fast as [`Agent::pace`] allows.
 //!
 //! The code refers to these rules by their numbers:
 //!

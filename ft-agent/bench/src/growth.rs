@@ -5,10 +5,10 @@ use std::fmt::Write as _;
 
 use serde::Serialize;
 
+use crate::figures::{interval, number};
 use crate::report::{BenchReport, Row};
 use crate::rounds::BenchSide;
 use crate::stats::{Median, slope};
-use crate::tables::{interval, number};
 
 /// One workload along an axis.
 #[derive(Debug, Serialize)]

@@ -6,6 +6,8 @@
 //! Each round yields one ratio; the report gives the center of the rounds' ratios with its 95 % interval (`stats`).
 //! Runs during which other programs used the host are repeated, whatever their result (`monitor::Disturbance`).
 
+mod figures;
+mod files;
 mod growth;
 mod load;
 mod monitor;
@@ -146,5 +148,5 @@ pub fn run(args: &BenchArgs) -> Result<(), BenchError> {
         report.timeline = Some(timeline::record_timeline(args, seconds)?);
     }
     report.save(&args.out)?;
-    report.write(&args.out)
+    files::write(&report, &args.out)
 }

@@ -1,16 +1,15 @@
-//! The report: a directory with the raw data, the tables and the pictures, all made from `raw.json`.
+//! What was measured: the content of `raw.json`, and the rows that are made from it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use crate::growth::{axes, curves};
 use crate::rounds::{BenchRun, BenchSide, PairRun};
 use crate::stats::{Median, center_of_ratios, median};
 use crate::timeline::Timeline;
 use crate::workloads::{BenchGuest, Load, Workload};
-use crate::{BenchArgs, BenchError, plot, tables};
+use crate::{BenchArgs, BenchError};
 
 /// Everything that was measured: the content of `raw.json`.
 #[derive(Debug, Serialize, Deserialize)]
@@ -50,7 +49,8 @@ impl Row<'_> {
         median(self.sides[side as usize].iter().filter_map(|run| value(run))).map_or(f64::NAN, |m| m.median)
     }
 
-    fn json(&self) -> serde_json::Value {
+    /// The row in `table.json`.
+    pub fn json(&self) -> serde_json::Value {
         let rate = |side| median(self.sides[side as usize].iter().map(|run| run.rate()));
         let latency = |side, value: fn(&BenchRun) -> f64| {
             self.median_of(side, |run| Some(value(run)).filter(|us| *us > 0.0))
@@ -188,33 +188,7 @@ impl BenchReport {
     /// It cannot be written.
     pub fn save(&self, folder: &Path) -> Result<(), BenchError> {
         let json = serde_json::to_vec(self).unwrap_or_else(|e| unreachable!("plain data: {e}"));
-        write(folder, "raw.json", &json)
-    }
-
-    /// Writes tables and pictures.
-    ///
-    /// # Errors
-    /// It cannot be written or drawn.
-    pub fn write(&self, folder: &Path) -> Result<(), BenchError> {
-        let curves = curves(self);
-        write(folder, "report.md", tables::text(self, &curves).as_bytes())?;
-        let settings = self.settings().into_iter();
-        let tables = settings.map(|s| (s, self.rows(s).iter().map(Row::json).collect::<Vec<_>>()));
-        let tables: BTreeMap<_, _> = tables.collect();
-        let table = serde_json::to_vec_pretty(&serde_json::json!({ "tables": tables, "curves": curves }));
-        write(folder, "table.json", &table.unwrap_or_else(|e| unreachable!("plain data: {e}")))?;
-        let rows = self.main_rows("");
-        plot::ratios(&folder.join("ratios.svg"), &rows)?;
-        plot::latencies(&folder.join("latency.svg"), &rows)?;
-        for axis in axes(&curves) {
-            let name = axis.split(' ').next().unwrap_or_default();
-            let curves: Vec<_> = curves.iter().filter(|curve| curve.axis == axis).collect();
-            plot::growth(&folder.join(format!("growth-{name}.svg")), axis, &curves)?;
-        }
-        match &self.timeline {
-            Some(timeline) => plot::timeline(&folder.join("timeline.svg"), timeline),
-            None => Ok(()),
-        }
+        write_file(folder, "raw.json", &json)
     }
 
     /// The rows for everything that was measured with a setting.
@@ -248,7 +222,11 @@ impl BenchReport {
     }
 }
 
-fn write(folder: &Path, name: &str, bytes: &[u8]) -> Result<(), BenchError> {
+/// Writes a file of the report.
+///
+/// # Errors
+/// It cannot be written.
+pub fn write_file(folder: &Path, name: &str, bytes: &[u8]) -> Result<(), BenchError> {
     let path = folder.join(name);
     std::fs::write(&path, bytes).map_err(|source| BenchError::File { path, source })
 }

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
+use crate::figures::{interval, number};
 use crate::growth::{self, Curve};
 use crate::report::{BenchReport, Row, Slice};
 use crate::rounds::{BenchRun, BenchSide, PairRun};
@@ -165,11 +166,6 @@ fn judgement(ratio: Median, bar: f64) -> &'static str {
     }
 }
 
-/// A ratio with its interval.
-pub fn interval(ratio: Median) -> String {
-    format!("{:.3} ({:.3}–{:.3})", ratio.median, ratio.low, ratio.high)
-}
-
 fn unit(row: &Row) -> (&'static str, f64) {
     match row.workload.load {
         Load::Receive | Load::Transmit => ("Mbit/s", 1e-6),
@@ -295,17 +291,6 @@ fn spent(out: &mut String, row: &Row) -> std::fmt::Result {
     )
 }
 
-/// Formats a number with three significant digits.
-pub fn number(value: f64) -> String {
-    match value.abs() {
-        _ if value.is_nan() => "–".into(),
-        a if a >= 100.0 => format!("{value:.0}"),
-        a if a >= 10.0 => format!("{value:.1}"),
-        a if a >= 1.0 => format!("{value:.2}"),
-        _ => format!("{value:.3}"),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -316,11 +301,5 @@ mod tests {
         assert_eq!(judgement(ratio(0.96, 1.0), 0.95), "met");
         assert_eq!(judgement(ratio(0.94, 0.96), 0.95), "not excluded by the interval");
         assert_eq!(judgement(ratio(0.8, 0.9), 0.95), "**missed**");
-    }
-
-    #[test]
-    fn numbers_have_three_significant_digits() {
-        let numbers = [1234.5, 12.34, 1.234, 0.0123, f64::NAN].map(number);
-        assert_eq!(numbers, ["1234", "12.3", "1.23", "0.012", "–"]);
     }
 }
