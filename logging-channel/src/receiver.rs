@@ -11,7 +11,7 @@ use crate::message::Ack;
 use crate::{ChannelError, check_cursor, weight};
 
 /// How long after an acknowledgement the next one may be delayed if it covers no output.
-const ACK_SPACING_NS: u64 = 10_000_000;
+const ACK_INTERVAL_NS: u64 = 10_000_000;
 
 /// The backup's end of the log.
 #[derive(Debug)]
@@ -151,7 +151,7 @@ impl Receiver {
 
     /// When an acknowledgement that is not urgent is due from [`Receiver::ack_if_due`].
     pub fn deadline(&self) -> Option<u64> {
-        (!self.closed && self.received > self.acked).then(|| self.acked_at + ACK_SPACING_NS)
+        (!self.closed && self.received > self.acked).then(|| self.acked_at + ACK_INTERVAL_NS)
     }
 
     /// Records received.

@@ -181,7 +181,7 @@ proptest! {
 }
 
 #[test]
-fn every_byte_of_a_small_log_is_guarded() {
+fn damage_to_any_byte_of_a_small_log_is_detected() {
     let bytes = encode(PositionUnit::Instructions, &sample());
     for at in 0..bytes.len() {
         for flip in 1..=0xff {

@@ -49,7 +49,7 @@ const CR4_PGE: u64 = 1 << 7;
 /// EFER.NXE.
 const EFER_NXE: u64 = 1 << 11;
 
-/// Is `addr` canonical (bits 63:47 all the same)?
+/// Is `addr` canonical (bits 63 to 47 all equal)?
 #[inline(always)]
 pub fn is_canonical(addr: u64) -> bool {
     ((addr as i64) << 16 >> 16) as u64 == addr
