@@ -194,7 +194,7 @@ fn virtio(config: &Slot, data: &[u8]) {
     assert!(run() == run());
 }
 
-/// The network device: see [`virtio`].
+/// The network device: a driver runs the program twice, which must not panic and must come to the same state.
 ///
 /// # Panics
 /// The device misbehaves.
@@ -202,7 +202,7 @@ pub fn virtio_net(data: &[u8]) {
     virtio(&Slot::Net { mac: [2; 6] }, data);
 }
 
-/// The block device: see [`virtio`].
+/// The block device: a driver runs the program twice, which must not panic and must come to the same state.
 ///
 /// # Panics
 /// The device misbehaves.
@@ -210,7 +210,7 @@ pub fn virtio_blk(data: &[u8]) {
     virtio(&Slot::Disk { bytes: 1 << 20, read_only: false }, data);
 }
 
-/// The entropy device: see [`virtio`].
+/// The entropy device: a driver runs the program twice, which must not panic and must come to the same state.
 ///
 /// # Panics
 /// The device misbehaves.
@@ -218,7 +218,7 @@ pub fn virtio_rng(data: &[u8]) {
     virtio(&Slot::Entropy, data);
 }
 
-/// The console: see [`virtio`].
+/// The console: a driver runs the program twice, which must not panic and must come to the same state.
 ///
 /// # Panics
 /// The device misbehaves.

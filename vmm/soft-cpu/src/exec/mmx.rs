@@ -6,7 +6,7 @@
 
 use iced_x86::{Instruction, Mnemonic};
 
-use super::sse::{CR0_EM, CR0_TS};
+use super::{CR0_EM, CR0_TS};
 use crate::exit::CpuStop;
 use crate::insn::{Insn, PlaceInBlock, threaded};
 use crate::state::Cpu;

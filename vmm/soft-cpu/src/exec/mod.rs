@@ -32,6 +32,11 @@ use iced_x86::Instruction;
 
 use crate::insn::{Insn, PlaceInBlock};
 
+/// CR0.EM: there is no x87 unit, instructions for it and SIMD instructions are refused (SDM 3A, 2.5).
+const CR0_EM: u64 = 1 << 2;
+/// CR0.TS: the x87 and SIMD registers are those of another task (SDM 3A, 2.5).
+const CR0_TS: u64 = 1 << 3;
+
 /// Chooses the handler of an instruction, `None` when it is not implemented.
 pub fn select(ins: &Instruction, insn: &mut Insn) -> Option<PlaceInBlock> {
     let families = [

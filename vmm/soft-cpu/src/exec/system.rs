@@ -3,6 +3,7 @@
 
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
+use super::CR0_TS;
 use crate::exit::CpuStop;
 use crate::flags::bits;
 use crate::insn::{Handler, Insn, PlaceInBlock, threaded};
@@ -10,8 +11,6 @@ use crate::int::Int;
 use crate::paging::is_canonical;
 use crate::state::{Cpu, GS_BASE, Shadow, TableRegister, reg};
 
-/// CR0.TS.
-const CR0_TS: u64 = 1 << 3;
 /// CR4.TSD.
 const CR4_TSD: u64 = 1 << 2;
 

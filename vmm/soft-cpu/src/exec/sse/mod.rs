@@ -15,6 +15,7 @@ mod system;
 
 use iced_x86::{Instruction, OpKind};
 
+use super::{CR0_EM, CR0_TS};
 use crate::exit::CpuStop;
 use crate::float::FloatContext;
 use crate::insn::{Insn, PlaceInBlock};
@@ -22,10 +23,6 @@ use crate::state::Cpu;
 
 pub(super) use system::MXCSR_MASK;
 
-/// CR0.EM.
-pub(super) const CR0_EM: u64 = 1 << 2;
-/// CR0.TS.
-pub(super) const CR0_TS: u64 = 1 << 3;
 /// CR4.OSFXSR.
 const CR4_OSFXSR: u64 = 1 << 9;
 /// CR4.OSXMMEXCPT.

@@ -14,7 +14,7 @@ mod save;
 
 use iced_x86::Instruction;
 
-use super::sse::{CR0_EM, CR0_TS};
+use super::{CR0_EM, CR0_TS};
 use crate::exit::CpuStop;
 use crate::float::{F80, FloatContext, IE, PE};
 use crate::insn::{Insn, PlaceInBlock};
