@@ -70,7 +70,9 @@ pub fn choose(cpu: CpuChoice, positions: PositionsChoice) -> Result<Engine, Erro
         (CpuChoice::Kvm, PositionsChoice::Counter) => match doctor::check_exact_positions() {
             Ok(why) => (Engine::KvmCounter, why),
             Err(why) => {
-                return Err(Error::config("positions", format!("this host has no exact counter: {why}")));
+                let why =
+                    format!("this host has no exact counter: {why}; give --positions sync, or --cpu soft");
+                return Err(Error::config("positions", why));
             }
         },
     };

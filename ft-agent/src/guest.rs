@@ -168,7 +168,7 @@ impl Guest {
         match guest.identity()?.check(identity) {
             Ok(()) => Ok(guest),
             Err(difference) => {
-                let why = format!("this machine is not the recorded one: {difference}");
+                let why = format!("this machine is not the recorded one: they differ in {difference}");
                 Err(Error::config(&difference.field, why))
             }
         }

@@ -24,7 +24,7 @@ pub enum LogCommand {
         /// Print JSON
         #[arg(long)]
         json: bool,
-        /// Count only from this guest time on, in seconds (precise to one second): to leave out the boot
+        /// Count only from this guest time on, in seconds (precise to one second); use it to leave out the boot
         #[arg(long, value_name = "S", default_value_t = 0.0)]
         from_s: f64,
     },
@@ -104,7 +104,7 @@ pub fn warn_if_cut_off(reader: &LogReader) {
     if reader.cut_off() > 0 {
         let (bytes, offset) = (reader.cut_off(), reader.offset());
         eprintln!(
-            "the log was cut off by a crash of the recorder: {bytes} bytes after its last whole block, which ends at byte \
+            "the log was cut off by a crash of the recorder: {bytes} bytes after its last complete block, which ends at byte \
              {offset}, are ignored"
         );
     }
@@ -181,6 +181,6 @@ fn print_table(stat: &LogStat) {
         println!("network frames that came in: {} bytes; the log is {over:.2} % larger", stat.frame_bytes);
     }
     if stat.cut_off_bytes > 0 {
-        println!("cut off: {} bytes after the last whole block", stat.cut_off_bytes);
+        println!("cut off: {} bytes after the last complete block", stat.cut_off_bytes);
     }
 }

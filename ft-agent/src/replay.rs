@@ -205,7 +205,7 @@ fn report(guest: &LogReplay, wall: Duration, args: &ReplayArgs) -> Result<(), Er
     let wall_s = wall.as_secs_f64().max(1e-9);
     eprintln!(
         "replayed {} entries to position {at} in {wall_s:.3} s: {:.1} MIPS; {guest_s:.3} guest seconds, {busy_s:.3} of \
-         them busy; busy time was replayed {:.2} times as fast",
+         them busy; the replay ran {:.2} times as fast as the busy time",
         source.applied(),
         at as f64 / 1e6 / wall_s,
         busy_s / wall_s,

@@ -33,7 +33,7 @@ use crate::summary::Summary;
 pub struct RunArgs {
     #[command(flatten)]
     options: CommonArgs,
-    /// Continue from a state saved by --save-at; give the same kernel, initrd, cmdline and devices as then
+    /// Continue from a state saved by --save-at; give the same kernel, initrd, cmdline and devices as the run that saved it
     #[arg(long, value_name = "FILE")]
     restore: Option<PathBuf>,
 }
@@ -59,10 +59,10 @@ struct CommonArgs {
     /// Stop after exactly this many retired instructions; implies --clock virtual
     #[arg(long, value_name = "COUNT")]
     stop_at: Option<u64>,
-    /// Print a digest of the whole machine after exactly this many; implies --clock virtual
+    /// Print a digest of the whole machine after exactly this many retired instructions; implies --clock virtual
     #[arg(long, value_name = "COUNT,...", value_delimiter = ',')]
     digest_at: Vec<u64>,
-    /// Save the machine to --save after exactly this many, and go on; implies --clock virtual
+    /// Save the machine to the file --save after exactly this many retired instructions, and go on; implies --clock virtual
     #[arg(long, value_name = "COUNT", requires = "save")]
     save_at: Option<u64>,
     /// The file that --save-at writes
@@ -194,7 +194,7 @@ impl<'a> Session<'a> {
         }
         let sender = host.inlet.sender().clone();
         let signals = stop_on_signals(&sender)?;
-        let terminal = RawMode::enter().map_err(Error::host("cannot make the terminal raw"))?;
+        let terminal = RawMode::enter().map_err(Error::host("cannot set the terminal to raw mode"))?;
         std::thread::spawn(move || read_keys(sender));
         // A restored machine cannot give digests of positions that it has already passed.
         let from = machine.position().count;

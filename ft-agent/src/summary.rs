@@ -123,7 +123,7 @@ impl fmt::Display for Summary {
         if self.starved > 0 {
             writeln!(
                 f,
-                "{} times an input waited for an exit of the guest, at most {:.1} s: the guest runs long without an exit",
+                "{} times an input waited for the guest's next exit, for up to {:.1} s: the guest runs for long without an exit",
                 self.starved, self.starved_longest_s
             )?;
         }

@@ -100,7 +100,7 @@ fn a_guest_that_makes_no_exits_is_reported_and_can_be_stopped() {
     assert!(stopped.success());
     let (status, output) = vm.finish(20);
     assert!(status.success(), "{output}");
-    assert!(output.contains("1 times an input waited for an exit"), "{output}");
+    assert!(output.contains("1 times an input waited for the guest's next exit"), "{output}");
     let (code, text) = vmft(&["replay", log.to_str().unwrap()]);
     assert!(code == 0 && text.contains("stopped here"), "{text}");
     std::fs::remove_file(&log).unwrap();

@@ -39,7 +39,7 @@ fn report(control: &Path) -> (i32, serde_json::Value) {
     (code, serde_json::from_str(&out).unwrap_or_else(|e| panic!("{e} in {out:?}, {errors}")))
 }
 
-/// The same once the peer's position is known, which its next heartbeat carries.
+/// [`report`] once the peer's position is known, which its next heartbeat carries.
 fn report_with_peer(control: &Path) -> (i32, serde_json::Value) {
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {

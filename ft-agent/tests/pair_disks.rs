@@ -59,7 +59,7 @@ fn writer(site: &Site, host: Host, disk: &Path) -> Command {
     site.replica(host, &["--guest", "linux", "--disk", &name(disk), "--cmdline", &cmdline])
 }
 
-/// The same with the disk image on a file system that is soon full.
+/// The command of a side whose disk image is on a file system that is soon full.
 fn writer_on_a_small_host(site: &Site, host: Host, disk: &Path) -> Command {
     const ROOM_KIB: u64 = 1024;
     use std::os::unix::fs::MetadataExt;

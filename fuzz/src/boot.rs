@@ -3,10 +3,10 @@
 use vmm::ram::Ram;
 use vmm::{BootFile, BootFiles, BootPlan, Engine, MachineConfig};
 
-/// Any bytes as kernel and initramfs: they are refused or laid out in RAM.
+/// Takes any bytes as kernel and initramfs, which must be refused or laid out in RAM.
 ///
 /// # Panics
-/// The boot loader does, or it cannot load what it has planned.
+/// The boot loader panics, or cannot load what it has planned.
 pub fn boot(data: &[u8]) {
     let config =
         MachineConfig { engine: Engine::Soft, memory_bytes: 32 << 20, epoch_s: 0, slots: Vec::new() };

@@ -4,8 +4,8 @@ use logging_channel::message::{Message, MessageError, encode};
 use logging_channel::receiver::{NextRecord, Receiver};
 use logging_channel::stream::MessageReader;
 
-/// Any bytes, in any pieces: messages or an error, the same however they are cut; what decodes encodes to bytes that
-/// decode alike; and a log's messages go through a receiver without a panic.
+/// Decodes any bytes, cut into any pieces: the messages or the error do not depend on the cuts; what decodes encodes to
+/// bytes that decode alike; and a log's messages go through a receiver without a panic.
 ///
 /// # Panics
 /// The decoder or the receiver misbehaves.

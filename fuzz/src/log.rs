@@ -9,8 +9,8 @@ use entry::identity::Identity;
 const UNITS: [PositionUnit; 4] =
     [PositionUnit::Instructions, PositionUnit::SynchronousExits, PositionUnit::Branches, PositionUnit::Steps];
 
-/// Any bytes, in any pieces: records or an error, the same however they are cut, and what decodes encodes back to the
-/// same bytes.
+/// Decodes any bytes, cut into any pieces: the records or the error do not depend on the cuts, and what decodes encodes
+/// back to the same bytes.
 ///
 /// # Panics
 /// The decoder misbehaves.
@@ -23,7 +23,7 @@ pub fn log(data: &[u8]) {
     }
 }
 
-/// A whole log, header and checksums included.
+/// Decodes a whole log, header and checksums included.
 fn whole_log(bytes: &[u8], piece: usize) {
     let decode = |piece: usize| {
         let mut d = Decoder::new();
@@ -39,7 +39,7 @@ fn whole_log(bytes: &[u8], piece: usize) {
     assert_eq!(decode(piece), decode(bytes.len()));
 }
 
-/// The entries of a block: checksums would keep a fuzzer out.
+/// Decodes the entries of a block without its checksums, which would keep a fuzzer out.
 fn entries(bytes: &[u8], unit: PositionUnit) {
     let (mut read, mut written) = (Position::default(), Position::default());
     let mut reader = ByteReader::new(bytes, 0);

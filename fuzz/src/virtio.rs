@@ -75,7 +75,7 @@ impl Driver {
     }
 
     fn poke(&self, at: u64, bytes: &[u8]) {
-        // What does not fit is no write.
+        // A write that does not fit into RAM is left out.
         if let Err(error) = self.ram.memory().write_slice(bytes, GuestAddress(at)) {
             assert!(at + bytes.len() as u64 > RAM, "{error}");
         }
@@ -89,7 +89,7 @@ impl Driver {
         self.set(0x50, queue as u32);
     }
 
-    /// One step of the program. False: it is at its end.
+    /// Runs one step of the program. Returns false at its end.
     fn step(&mut self, program: &mut Program<'_>) -> bool {
         let Some(op) = program.byte() else { return false };
         match op % 9 {
@@ -150,7 +150,7 @@ impl Driver {
         self.cx(|device, cx| device.apply(Input::DiskDone { slot: SLOT, id, result }, cx));
     }
 
-    /// What left the machine is within its bounds; questions are answered.
+    /// Checks that what left the machine is within its bounds, and answers questions.
     fn check(&mut self) {
         while let Some(question) = self.effects.question.take() {
             let Question::Entropy { slot, len } = question else { panic!("{question:?}") };

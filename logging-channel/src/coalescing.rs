@@ -1,9 +1,9 @@
 //! Output coalescing: when outputs leave at once, and when they wait to leave together with others.
 
-/// Departures at once after the guest loop has waited: one for its acknowledgement of a request, one for its
-/// answer.
+/// Number of departures that need not wait after the guest loop has waited: one for its acknowledgement of a
+/// request, one for its answer.
 const AT_ONCE: u32 = 2;
-/// The most departures at once, reached where outputs have been held back in vain.
+/// The largest such number, reached when outputs are held back in vain again and again.
 const AT_ONCE_MAX: u32 = 64;
 /// Number of waits that are half as long after the guest loop has waited while outputs were held back: the
 /// guest had nothing to do until those were answered.

@@ -14,7 +14,7 @@ use crate::{ChannelError, check_cursor, weight};
 
 /// A block is closed once it has this many bytes of entries, even if no output waits.
 const BLOCK_BYTES: usize = 63 << 10;
-/// The part of a bound, in per mille, from which on the guest is slowed.
+/// The guest is slowed from this part of a bound on, in per mille.
 const SLOW_FROM: u64 = 250;
 /// The smallest share of time, in per mille, for a guest whose backup lags but has room in its buffer.
 const SHARE_MIN: u64 = 50;

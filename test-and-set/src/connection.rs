@@ -24,8 +24,10 @@ pub enum ConnectionError {
     /// The node cannot be reached.
     #[error("cannot connect: {0}")]
     Connect(std::io::Error),
-    /// One side does not know the other's certificate: copy each side's certificate to the other.
-    #[error("the certificates do not fit: {0}; copy each side's own.crt into the other's directory of keys")]
+    /// One side does not accept the other's certificate: copy each side's certificate to the other.
+    #[error(
+        "one side does not accept the other's certificate: {0}; copy each side's own.crt into the other's keys directory"
+    )]
     Certificate(std::io::Error),
     /// A message could not be sent or received.
     #[error("{0}")]

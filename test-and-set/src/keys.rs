@@ -46,7 +46,7 @@ pub enum KeysError {
         source: rustls::pki_types::pem::Error,
     },
     /// A file in `members/` is not named by a member's number.
-    #[error("{0} is not named by a member's number, like 1.crt: rename or remove it")]
+    #[error("{0} is not named after a member's number, such as 1.crt: rename or remove it")]
     MemberName(PathBuf),
     /// A certificate cannot be made.
     #[error("cannot make a certificate for {name}")]
@@ -56,7 +56,7 @@ pub enum KeysError {
         /// Why.
         source: rcgen::Error,
     },
-    /// The key and its certificate do not fit each other, or cannot be used for TLS.
+    /// The key and the certificate do not belong together, or cannot be used for TLS.
     #[error("cannot use own.key and own.crt for TLS: make both anew with `vmft-store keys`")]
     Tls(#[from] rustls::Error),
 }
@@ -137,7 +137,9 @@ impl Keys {
             match AcceptedCertificates::load(&self.dir) {
                 Ok(read) => pins.0 = read,
                 Err(error) => {
-                    eprintln!("cannot read the accepted certificates again, those in use stay: {error}")
+                    eprintln!(
+                        "cannot reload the accepted certificates, so those read before stay in use: {error}"
+                    )
                 }
             }
             pins.1 = Instant::now();

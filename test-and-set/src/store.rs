@@ -96,7 +96,7 @@ pub enum StoreError {
     /// The keys cannot be used: correct them.
     #[error("cannot use the keys for the store")]
     Keys(#[from] KeysError),
-    /// No node answered in time: ask again, and see what each node did instead.
+    /// No node answered in time: ask again. `nodes` says what each node did instead.
     #[error("no answer from the store within {waited:?}: {}", NodeErrors(.nodes))]
     NoAnswer {
         /// How long the call waited.

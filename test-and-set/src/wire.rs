@@ -240,10 +240,10 @@ pub enum WireError {
     #[error("offset 4: the other side speaks version {0}, this one {VERSION}: use the same release on both")]
     Version(u16),
     /// A greeting is longer than 1024 bytes.
-    #[error("offset 6: a greeting of {0} bytes; at most {GREETING_BYTES_MAX} are allowed")]
+    #[error("offset 6: the greeting has a length of {0} bytes, but at most {GREETING_BYTES_MAX} are allowed")]
     Greeting(u16),
     /// A frame is shorter or longer than allowed.
-    #[error("offset 0: a frame of {length} bytes, 8 to {most} are allowed")]
+    #[error("offset 0: the frame has a length of {length} bytes, but only 8 to {most} are allowed")]
     Length {
         /// The length that the frame declares.
         length: u32,
@@ -382,8 +382,14 @@ mod tests {
     fn faults_are_named() {
         let read = |bytes: &[u8]| block_on(read_length(&mut &bytes[..], 64)).map_err(|e| e.to_string());
         assert_eq!(read(&[]), Ok(None));
-        assert_eq!(read(&[65, 0, 0, 0]).unwrap_err(), "offset 0: a frame of 65 bytes, 8 to 64 are allowed");
-        assert_eq!(read(&[7, 0, 0, 0]).unwrap_err(), "offset 0: a frame of 7 bytes, 8 to 64 are allowed");
+        assert_eq!(
+            read(&[65, 0, 0, 0]).unwrap_err(),
+            "offset 0: the frame has a length of 65 bytes, but only 8 to 64 are allowed"
+        );
+        assert_eq!(
+            read(&[7, 0, 0, 0]).unwrap_err(),
+            "offset 0: the frame has a length of 7 bytes, but only 8 to 64 are allowed"
+        );
         assert!(matches!(
             block_on(read_greeting::<StoreHello>(&mut &b"GET / HTTP/1.1"[..])),
             Err(WireError::Magic(_))

@@ -71,9 +71,9 @@ fn wrong_store_is_named() -> Result<(), Failed> {
     let others = tempfile::tempdir()?;
     keys::make_set(others.path(), &[1], &["client".into()])?;
     let strange = format!("raft://{}?keys={}", cluster.address(1), others.path().join("client").display());
-    expect_complaint(&strange, &["certificates do not fit"]);
+    expect_complaint(&strange, &["does not accept the other's certificate"]);
     std::fs::copy(cluster.keys("client").join("members/1.crt"), others.path().join("client/members/1.crt"))?;
-    expect_complaint(&strange, &["certificates do not fit"]);
+    expect_complaint(&strange, &["does not accept the other's certificate"]);
     Ok(())
 }
 

@@ -1,23 +1,24 @@
-//! Arrows between modules: which takes from which. Among the modules of one folder they must not run in a circle, so
+//! Arrows between modules: which module uses which. Among the modules of one folder they must not run in a circle, so
 //! that there is an order in which a reader can go through them from the bottom to the top.
 //!
-//! A module's own parent does not count: what a folder's modules share stands there.
+//! Arrows to a module's own parent do not count: the parent has what a folder's modules share.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
+use proc_macro2::TokenTree;
 use syn::visit::{self, Visit};
 
-use crate::sources::{SourceFile, is_cfg_test};
+use crate::sources::{SourceFile, flat, is_cfg_test};
 
 type ModulePath = Vec<String>;
 
-/// An arrow between two modules that stand beside each other.
+/// An arrow between two modules with the same parent.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Arrow {
-    /// The module that takes, with its crate and parents.
+    /// The module that uses the other, with its crate and parents.
     pub from: String,
-    /// The module that it takes from.
+    /// The module that it uses.
     pub to: String,
     /// The first place where it does.
     pub at: String,
@@ -35,9 +36,23 @@ struct Crate<'a> {
 struct Module<'a> {
     source: &'a SourceFile,
     items: &'a [syn::Item],
-    /// Names that it passes on from elsewhere (`pub use`), with their paths.
-    passed_on: BTreeMap<String, Vec<String>>,
+    /// Names of its own items.
+    defined: BTreeSet<String>,
+    /// Names that it imports, with their paths. Private ones count: the modules inside it may use them.
+    imported: BTreeMap<String, Vec<String>>,
+    /// Paths of which it imports every name.
+    globs: Vec<Vec<String>>,
 }
+
+/// Where a path leads.
+enum Place {
+    Module(ModulePath),
+    /// An item of this module.
+    ItemOf(ModulePath),
+}
+
+/// How many imports are followed one after another.
+const IMPORTS_MAX: usize = 8;
 
 /// Every arrow that is part of a circle, sorted.
 pub fn in_circles(sources: &[SourceFile]) -> Vec<Arrow> {
@@ -50,7 +65,7 @@ pub fn in_circles(sources: &[SourceFile]) -> Vec<Arrow> {
     all
 }
 
-/// Modules that stand in a circle of arrows.
+/// Modules that are part of a circle of arrows.
 pub fn modules_in_circles(arrows: &[Arrow]) -> BTreeSet<&str> {
     arrows.iter().map(|a| a.from.as_str()).collect()
 }
@@ -77,75 +92,94 @@ impl<'a> Crate<'a> {
         folder: &Path,
         files: &BTreeMap<&Path, &'a SourceFile>,
     ) {
-        let mut passed_on = BTreeMap::new();
+        let mut module =
+            Module { source, items, defined: BTreeSet::new(), imported: BTreeMap::new(), globs: Vec::new() };
         for item in items {
             match item {
-                syn::Item::Mod(module) if !is_cfg_test(&module.attrs) => {
-                    let name = module.ident.to_string();
-                    let inner = [path.clone(), vec![name.clone()]].concat();
+                syn::Item::Mod(inner) if !is_cfg_test(&inner.attrs) => {
+                    let name = inner.ident.to_string();
                     let below = folder.join(&name);
-                    if let Some((_, items)) = &module.content {
-                        self.add(inner, source, items, &below, files);
+                    let inner_path = [path.clone(), vec![name]].concat();
+                    if let Some((_, items)) = &inner.content {
+                        self.add(inner_path, source, items, &below, files);
                     } else {
-                        let [beside, inside] = [below.with_extension("rs"), below.join("mod.rs")];
-                        let file = files.get(beside.as_path()).or_else(|| files.get(inside.as_path()));
-                        if let Some(file) = file {
-                            self.add(inner, file, &file.syntax.items, &below, files);
+                        let file = module_file(inner, source, &below, files);
+                        self.add(inner_path, file, &file.syntax.items, &below, files);
+                    }
+                }
+                syn::Item::Use(import) => {
+                    for (path, name) in flatten(&import.tree) {
+                        match name {
+                            Some(name) => drop(module.imported.insert(name, path)),
+                            None => module.globs.push(path),
                         }
                     }
                 }
-                syn::Item::Use(import) if !matches!(import.vis, syn::Visibility::Inherited) => {
-                    let mut paths = Vec::new();
-                    flatten(&import.tree, &mut Vec::new(), &mut paths);
-                    for (path, name) in paths {
-                        passed_on.insert(name, path);
-                    }
-                }
-                _ => {}
+                item => module.defined.extend(item_name(item).map(ToString::to_string)),
             }
         }
-        self.modules.insert(path, Module { source, items, passed_on });
+        self.modules.insert(path, module);
     }
 
-    /// The module that a path written in module `here` leads to.
-    fn resolve(&self, here: &[String], path: &[String], depth: usize) -> Option<ModulePath> {
+    /// Where a path written in module `here` leads. An unknown item, for example one that a macro makes, counts as an
+    /// item of the last module on the path.
+    fn resolve(&self, here: &[String], path: &[String], imports: usize) -> Option<Place> {
         let (first, mut rest) = path.split_first()?;
         let mut at = match first.as_str() {
             "crate" => Vec::new(),
             "self" => here.to_vec(),
             "super" => here.split_last()?.1.to_vec(),
-            name => {
-                let inner = [here, &[name.to_owned()]].concat();
-                self.modules.contains_key(&inner).then_some(inner)?
+            _ => {
+                rest = path;
+                here.to_vec()
             }
         };
         while let Some((name, further)) = rest.split_first() {
-            let inner = if name == "super" {
-                at.split_last()?.1.to_vec()
-            } else {
-                [&at[..], std::slice::from_ref(name)].concat()
-            };
-            if !self.modules.contains_key(&inner) {
-                break;
+            match self.find(&at, name, imports) {
+                Some(Place::Module(inner)) => (at, rest) = (inner, further),
+                Some(item) => return Some(item),
+                None => return Some(Place::ItemOf(at)),
             }
-            (at, rest) = (inner, further);
         }
-        if let Some(path) = rest.first().and_then(|name| self.modules[&at].passed_on.get(name))
-            && depth < 8
-        {
-            return self.resolve(&at, path, depth + 1).or(Some(at));
-        }
-        Some(at)
+        Some(Place::Module(at))
     }
 
-    /// The arrows between modules that stand beside each other, by their parent: from, to, and where.
+    /// What a name means in module `at`.
+    fn find(&self, at: &[String], name: &str, imports: usize) -> Option<Place> {
+        if name == "super" {
+            return Some(Place::Module(at.split_last()?.1.to_vec()));
+        }
+        let inner = [at, &[name.to_owned()]].concat();
+        if self.modules.contains_key(&inner) {
+            return Some(Place::Module(inner));
+        }
+        let module = &self.modules[at];
+        if module.defined.contains(name) {
+            return Some(Place::ItemOf(at.to_vec()));
+        }
+        if imports == IMPORTS_MAX {
+            return None;
+        }
+        if let Some(path) = module.imported.get(name) {
+            return self.resolve(at, path, imports + 1);
+        }
+        module.globs.iter().find_map(|glob| match self.resolve(at, glob, imports + 1)? {
+            Place::Module(from) => self.find(&from, name, imports + 1),
+            Place::ItemOf(_) => None,
+        })
+    }
+
+    /// The arrows between modules with the same parent, by that parent: from, to, and where.
     fn arrows(&self) -> BTreeMap<ModulePath, BTreeMap<(String, String), String>> {
         let mut arrows = BTreeMap::<_, BTreeMap<_, _>>::new();
         for (here, module) in &self.modules {
             let mut paths = Paths::default();
-            module.items.iter().for_each(|item| paths.visit_item(item));
+            let items = module.items.iter().filter(|item| !matches!(item, syn::Item::Mod(_)));
+            items.for_each(|item| paths.visit_item(item));
             for (path, line) in paths.found {
-                let Some(to) = self.resolve(here, &path, 0) else { continue };
+                let Some(Place::Module(to) | Place::ItemOf(to)) = self.resolve(here, &path, 0) else {
+                    continue;
+                };
                 let shared = here.iter().zip(&to).take_while(|(a, b)| a == b).count();
                 if let (Some(from), Some(to)) = (here.get(shared), to.get(shared)) {
                     let beside: &mut BTreeMap<_, _> = arrows.entry(here[..shared].to_vec()).or_default();
@@ -188,47 +222,110 @@ fn reaches<'a>(from: &str, to: &str, arrows: impl Iterator<Item = &'a (String, S
     false
 }
 
-/// The paths of a `use`, each with the name that it gives.
-fn flatten(tree: &syn::UseTree, before: &mut Vec<String>, paths: &mut Vec<(Vec<String>, String)>) {
-    let whole = |last: &syn::Ident| [&before[..], &[last.to_string()]].concat();
+/// The file of a module that has its own.
+///
+/// # Panics
+/// The file is not found, so the module's imports would not be seen.
+fn module_file<'a>(
+    module: &syn::ItemMod,
+    parent: &SourceFile,
+    below: &Path,
+    files: &BTreeMap<&Path, &'a SourceFile>,
+) -> &'a SourceFile {
+    let [beside, inside] = [below.with_extension("rs"), below.join("mod.rs")];
+    let file = files.get(beside.as_path()).or_else(|| files.get(inside.as_path()));
+    let line = module.ident.span().start().line;
+    file.unwrap_or_else(|| panic!("{}: the file of module {} is not found", parent.at(line), module.ident))
+}
+
+fn item_name(item: &syn::Item) -> Option<&syn::Ident> {
+    Some(match item {
+        syn::Item::Const(i) => &i.ident,
+        syn::Item::Enum(i) => &i.ident,
+        syn::Item::Fn(i) => &i.sig.ident,
+        syn::Item::Static(i) => &i.ident,
+        syn::Item::Struct(i) => &i.ident,
+        syn::Item::Trait(i) => &i.ident,
+        syn::Item::Type(i) => &i.ident,
+        syn::Item::Union(i) => &i.ident,
+        _ => return None,
+    })
+}
+
+/// The paths of a `use`, each with the name that it imports. A path without one imports every name.
+fn flatten(tree: &syn::UseTree) -> Vec<(Vec<String>, Option<String>)> {
+    let one = |path: &syn::Ident, name: &syn::Ident| (vec![path.to_string()], Some(name.to_string()));
     match tree {
-        syn::UseTree::Path(path) => {
-            before.push(path.ident.to_string());
-            flatten(&path.tree, before, paths);
-            before.pop();
+        syn::UseTree::Path(before) => {
+            let before_self = |(path, name): (Vec<String>, Option<String>)| match path[..] == ["self"] {
+                true if name.as_deref() == Some("self") => (Vec::new(), Some(before.ident.to_string())),
+                true => (Vec::new(), name),
+                false => (path, name),
+            };
+            let after = flatten(&before.tree).into_iter().map(before_self);
+            after.map(|(path, name)| ([vec![before.ident.to_string()], path].concat(), name)).collect()
         }
-        syn::UseTree::Name(name) => paths.push((whole(&name.ident), name.ident.to_string())),
-        syn::UseTree::Rename(name) => paths.push((whole(&name.ident), name.rename.to_string())),
-        syn::UseTree::Glob(_) => paths.push((before.clone(), "*".into())),
-        syn::UseTree::Group(group) => group.items.iter().for_each(|tree| flatten(tree, before, paths)),
+        syn::UseTree::Name(name) => vec![one(&name.ident, &name.ident)],
+        syn::UseTree::Rename(name) => vec![one(&name.ident, &name.rename)],
+        syn::UseTree::Glob(_) => vec![(Vec::new(), None)],
+        syn::UseTree::Group(group) => group.items.iter().flat_map(flatten).collect(),
     }
 }
 
-/// Collects the paths that a module's items name, with their lines; modules inside it are visited by themselves.
+/// Collects the paths that items name and the macros that they call, with their lines, also in the tokens of macros.
 #[derive(Default)]
-struct Paths {
-    found: Vec<(Vec<String>, usize)>,
+pub struct Paths {
+    /// Paths, also those of one name.
+    pub found: Vec<(Vec<String>, usize)>,
+    /// Names of macros.
+    pub macros: Vec<(String, usize)>,
+}
+
+impl Paths {
+    fn add_macro(&mut self) {
+        let last = self.found.last().and_then(|(path, line)| Some((path.last()?.clone(), *line)));
+        self.macros.extend(last);
+    }
 }
 
 impl<'ast> Visit<'ast> for Paths {
-    fn visit_item_mod(&mut self, _: &'ast syn::ItemMod) {}
-
     fn visit_item_use(&mut self, import: &'ast syn::ItemUse) {
         let line = import.use_token.span.start().line;
-        let mut paths = Vec::new();
-        flatten(&import.tree, &mut Vec::new(), &mut paths);
-        self.found.extend(paths.into_iter().map(|(path, _)| (path, line)));
+        self.found.extend(flatten(&import.tree).into_iter().map(|(path, _)| (path, line)));
     }
 
     fn visit_path(&mut self, path: &'ast syn::Path) {
-        if path.segments.len() > 1 {
-            let line = path.segments[0].ident.span().start().line;
-            self.found.push((path.segments.iter().map(|s| s.ident.to_string()).collect(), line));
-        }
+        let line = path.segments[0].ident.span().start().line;
+        self.found.push((path.segments.iter().map(|s| s.ident.to_string()).collect(), line));
         visit::visit_path(self, path);
     }
 
-    /// A visibility (`pub(in crate::x)`) takes nothing.
+    fn visit_macro(&mut self, called: &'ast syn::Macro) {
+        self.visit_path(&called.path);
+        self.add_macro();
+        // Of `a::b`, `:` and `:` come between the names.
+        let mut between = Vec::new();
+        for token in flat(called.tokens.clone()) {
+            match token {
+                TokenTree::Ident(name) => {
+                    match self.found.last_mut() {
+                        Some((path, _)) if between == [':', ':'] => path.push(name.to_string()),
+                        _ => self.found.push((vec![name.to_string()], name.span().start().line)),
+                    }
+                    between.clear();
+                }
+                TokenTree::Punct(mark) => {
+                    if mark.as_char() == '!' && between.is_empty() {
+                        self.add_macro();
+                    }
+                    between.push(mark.as_char());
+                }
+                _ => between.push(' '),
+            }
+        }
+    }
+
+    /// A visibility (`pub(in crate::x)`) uses nothing.
     fn visit_visibility(&mut self, _: &'ast syn::Visibility) {}
 }
 
@@ -252,5 +349,50 @@ mod tests {
         let names: Vec<_> = arrows.iter().map(|a| (a.from.as_str(), a.to.as_str(), a.at.as_str())).collect();
         assert_eq!(names, [("x/src/a", "x/src/b", "x/src/a.rs:1"), ("x/src/b", "x/src/a", "x/src/b.rs:2")]);
         assert_eq!(modules_in_circles(&arrows).len(), 2);
+    }
+
+    /// How many arrows are in circles if `a` has this text, and `b` uses `a`.
+    fn arrows_back(root: &str, a: &str) -> usize {
+        let root = format!("mod a; mod b; {root}");
+        let b = "pub fn g() { crate::a::f() } pub struct Thing; pub mod inner { pub struct Deep; }";
+        let sources = [source("x/src/lib.rs", &root), source("x/src/a.rs", a), source("x/src/b.rs", b)];
+        in_circles(&sources).len()
+    }
+
+    #[test]
+    fn every_way_to_name_a_module_beside_is_found() {
+        let ways = [
+            ("", "fn f() { crate::b::g() }"),
+            ("", "use crate::b as y;"),
+            ("", "use crate::{b::{self}};"),
+            ("", "use super::*; fn f() { b::g() }"),
+            ("", "use crate as y; fn f() { y::b::g() }"),
+            ("", "use super::{self as y}; fn f() { y::b::g() }"),
+            ("use b::Thing;", "use super::Thing;"),
+            ("use b::Thing as Other;", "fn f(_: super::Other) {}"),
+            ("use b::Thing;", "use super::*; fn f(_: Thing) {}"),
+            ("pub use b::*;", "use crate::Thing;"),
+            ("pub use b::inner;", "use crate::inner::Deep;"),
+            ("", "fn f() { assert!(crate::b::g()) }"),
+            ("", "macro_rules! m { () => { $crate::b::g() } }"),
+            ("", "mod more { mod most { fn f() { super::super::super::b::g() } } }"),
+        ];
+        for (root, a) in ways {
+            assert_eq!(arrows_back(root, a), 2, "{root} {a}");
+        }
+        let others = [
+            ("pub use b::Thing;", "struct Thing; fn f(_: Thing) {}"),
+            ("", "use std::b::g; fn f() { x!(a, b) }"),
+            ("", "#[cfg(test)] mod tests { use crate::b::g; }"),
+        ];
+        for (root, a) in others {
+            assert_eq!(arrows_back(root, a), 0, "{root} {a}");
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "x/src/lib.rs:1: the file of module b is not found")]
+    fn a_module_without_a_file_is_an_error() {
+        in_circles(&[source("x/src/lib.rs", "#[path = \"c.rs\"] mod b;"), source("x/src/c.rs", "")]);
     }
 }

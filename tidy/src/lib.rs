@@ -4,7 +4,12 @@
 //! Only text is read: nothing of the project is built or run.
 
 pub mod arrows;
+pub mod crates;
 pub mod documents;
 pub mod items;
+pub mod pure;
 pub mod sources;
 pub mod words;
+
+/// A finding: where, and what.
+pub type Finding = (String, String);

@@ -1,4 +1,4 @@
-//! `cargo run -p tidy [CHECKOUT]`: prints the counts, and what is behind them.
+//! `cargo run -p tidy [CHECKOUT]`: prints the counts, and the places that they count.
 
 use std::path::PathBuf;
 

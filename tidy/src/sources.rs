@@ -3,9 +3,12 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use proc_macro2::{TokenStream, TokenTree};
 use syn::visit::Visit;
 
-/// A file of Rust.
+use crate::Finding;
+
+/// A Rust file.
 pub struct SourceFile {
     /// Relative to the checkout.
     pub path: PathBuf,
@@ -17,12 +20,17 @@ pub struct SourceFile {
 
 impl SourceFile {
     /// Tests, benchmarks, examples and fuzz targets: they may repeat the names of what they are about.
+    ///
+    /// In `src` these are the modules named `tests`, `..._tests` and `..._test`; [`ungated_tests`] sees to it that no
+    /// program has them.
     pub fn is_test(&self) -> bool {
-        let path = self.path.to_string_lossy();
-        let folder = |name: &str| path.split('/').any(|part| part == name);
-        ["tests", "benches", "examples", "targets"].into_iter().any(folder)
-            || path.ends_with("tests.rs")
-            || path.ends_with("_test.rs")
+        let parts: Vec<_> = self.path.iter().map(|part| part.to_string_lossy()).collect();
+        let folders = parts.iter().rev().skip(1);
+        let in_program = folders.clone().any(|folder| folder == "src");
+        let others = ["benches", "examples", "targets"];
+        let is_test_folder = |name: &str| name == "tests" || !in_program && others.contains(&name);
+        self.path.file_stem().is_some_and(|stem| names_tests(&stem.to_string_lossy()))
+            || folders.into_iter().any(|folder| is_test_folder(folder))
     }
 
     /// The bare-metal guest is another program, for another machine.
@@ -36,7 +44,7 @@ impl SourceFile {
     }
 }
 
-/// The files of the checkout at `root` whose names end so.
+/// The files of the checkout at `root` whose names have this ending.
 ///
 /// # Panics
 /// Git does not answer.
@@ -52,7 +60,7 @@ pub fn files(root: &Path, ending: &str) -> Vec<PathBuf> {
     listed.split('\0').filter(exists).map(PathBuf::from).collect()
 }
 
-/// Every file of Rust in the checkout at `root`.
+/// Every Rust file in the checkout at `root`.
 ///
 /// # Panics
 /// One cannot be read, or is not Rust.
@@ -63,6 +71,39 @@ pub fn read(root: &Path) -> Vec<SourceFile> {
         SourceFile { path, text, syntax }
     };
     files(root, ".rs").into_iter().map(read).collect()
+}
+
+fn names_tests(module: &str) -> bool {
+    module == "tests" || module.ends_with("_tests") || module.ends_with("_test")
+}
+
+/// Modules in `src` that are named as tests and are compiled into a program.
+pub fn ungated_tests(sources: &[SourceFile]) -> Vec<Finding> {
+    let mut found = Vec::new();
+    for source in sources.iter().filter(|s| s.path.iter().any(|part| part == "src") && !s.is_test()) {
+        for item in &source.syntax.items {
+            if let syn::Item::Mod(module) = item
+                && names_tests(&module.ident.to_string())
+                && !is_cfg_test(&module.attrs)
+            {
+                let at = source.at(module.ident.span().start().line);
+                found.push((at, format!("{} is not under cfg(test)", module.ident)));
+            }
+        }
+    }
+    found
+}
+
+/// The tokens of a macro without brackets: what is inside them comes in their place.
+pub fn flat(tokens: TokenStream) -> Vec<TokenTree> {
+    let mut all = Vec::new();
+    for token in tokens {
+        match token {
+            TokenTree::Group(group) => all.extend(flat(group.stream())),
+            other => all.push(other),
+        }
+    }
+    all
 }
 
 /// Whether an item is compiled for tests only.

@@ -1,12 +1,11 @@
-//! What only habit would hold otherwise. Each failure names the places.
+//! Checks of what would otherwise be only habit. Each failure names the places.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use tidy::items::Finding;
-use tidy::sources::{SourceFile, files, read};
+use tidy::sources::{SourceFile, files, read, ungated_tests};
 use tidy::words::{never_list, uses};
-use tidy::{arrows, documents, items};
+use tidy::{Finding, arrows, crates, documents, items, pure};
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
@@ -44,7 +43,52 @@ const CIRCLES: &[(&str, &str)] = &[
     ("vmm/soft-cpu/src/state", "vmm/soft-cpu/src/insn"),
 ];
 
-/// The widest line of a document, in columns; tables and code may be wider.
+/// The workspace's crates, from the bottom to the top, and which others of the workspace each may depend on. Tests may
+/// depend on others, too.
+const CRATES: &[(&str, &[&str])] = &[
+    ("entry", &[]),
+    ("store-rule", &[]),
+    ("soft-cpu", &[]),
+    ("bench", &[]),
+    ("tidy", &[]),
+    ("logging-channel", &["entry"]),
+    ("agent", &["entry", "logging-channel", "store-rule"]),
+    ("translator", &["soft-cpu"]),
+    ("differential", &["soft-cpu", "translator"]),
+    ("vmm", &["entry", "soft-cpu", "translator"]),
+    ("test-and-set", &["store-rule"]),
+    ("fuzz", &["entry", "logging-channel", "vmm"]),
+    ("ft-agent", &["agent", "bench", "entry", "logging-channel", "test-and-set", "vmm"]),
+];
+
+/// What crates without any system calls may have from crates.io.
+const FROM_CRATES_IO: &[(&str, &[&str])] = &[
+    ("agent", &["thiserror"]),
+    ("entry", &["crc32fast", "thiserror"]),
+    ("logging-channel", &["thiserror"]),
+    ("soft-cpu", &["iced-x86", "serde"]),
+    ("store-rule", &["rand", "serde", "thiserror"]),
+];
+
+/// Folders of the crates that read no clock, socket or file, and print nothing.
+const PURE: &[&str] = &[
+    "ft-agent/agent",
+    "logging-channel",
+    "logging-channel/entry",
+    "test-and-set/store-rule",
+    "vmm",
+    "vmm/soft-cpu",
+    "vmm/soft-cpu/translator",
+];
+
+/// Code that no release build has: where it is, a function or module of it, and the condition that it is compiled under.
+const NOT_RELEASED: &[(&str, &str, &str)] = &[
+    ("ft-agent/agent/src", "ablation", "feature = \"ablation\""),
+    ("logging-channel/src", "hold_unlogged", "feature = \"ablation\""),
+    ("ft-agent/src/failpoint.rs", "enabled", "debug_assertions"),
+];
+
+/// The widest line of a document, in columns; tables may be wider.
 const DOCUMENT_COLUMNS: usize = 120;
 /// README is read in one go.
 const README_LINES_MAX: usize = 120;
@@ -95,12 +139,11 @@ fn words_of_the_never_list_are_not_used() {
     let list = never_list(&text(Path::new("ARCHITECTURE.md")));
     assert!(list.len() > 10, "ARCHITECTURE.md has no list of words under the heading Never: {list:?}");
     let mut found = Vec::new();
-    for source in sources().iter().filter(|s| !s.path.starts_with("tidy")) {
-        found.extend(uses(&source.path, &source.text, &list));
-    }
-    for path in files(&root(), ".md") {
-        if path != Path::new("ARCHITECTURE.md") && path != Path::new("CHANGELOG.md") {
-            found.extend(uses(&path, &text(&path), &list));
+    for path in files(&root(), "") {
+        let names_them = ["ARCHITECTURE.md", "CHANGELOG.md", "tidy"].iter().any(|p| path.starts_with(p));
+        // What is not text is a golden file, or an archive.
+        if !names_them && let Ok(text) = std::fs::read_to_string(root().join(&path)) {
+            found.extend(uses(&path, &text, &list));
         }
     }
     none(&found, "these words are on ARCHITECTURE.md's never list");
@@ -110,8 +153,9 @@ fn words_of_the_never_list_are_not_used() {
 fn links_lead_somewhere() {
     let mut found = Vec::new();
     let mut web = 0;
+    let all = files(&root(), "");
     for path in files(&root(), ".md") {
-        found.extend(documents::dead_links(&root(), &path, &text(&path)));
+        found.extend(documents::dead_links(&root(), &all, &path, &text(&path)));
         web += documents::web_links(&text(&path));
     }
     none(&found, "these links are dead");
@@ -126,7 +170,10 @@ fn documents_are_narrow_and_readme_is_short() {
     }
     none(&found, "these lines are too wide");
     let lines = text(Path::new("README.md")).lines().count();
-    assert!(lines <= README_LINES_MAX, "README.md has {lines} lines, at most {README_LINES_MAX} are read");
+    assert!(
+        lines <= README_LINES_MAX,
+        "README.md has {lines} lines, but at most {README_LINES_MAX} are allowed: move something to docs/"
+    );
 }
 
 #[test]
@@ -134,4 +181,99 @@ fn pictures_are_those_of_their_texts() {
     let checked =
         Command::new(root().join("scripts/pictures")).arg("--check").output().expect("scripts/pictures");
     assert!(checked.status.success(), "{}", String::from_utf8_lossy(&checked.stderr));
+    for picture in files(&root().join("docs"), ".svg") {
+        let text = root().join("docs").join(&picture).with_extension("dot");
+        assert!(text.exists(), "docs/{} has no text from which scripts/pictures makes it", picture.display());
+    }
+}
+
+/// Manifests of the workspace: path, text, and the package's name.
+fn manifests() -> Vec<(PathBuf, String, String)> {
+    let ours = files(&root(), "Cargo.toml").into_iter().filter(|path| !path.starts_with("guest-images"));
+    ours.map(|path| {
+        let text = text(&path);
+        let name = crates::name(&text).unwrap_or_default().to_owned();
+        (path, text, name)
+    })
+    .collect()
+}
+
+#[test]
+fn crates_depend_on_crates_below_them() {
+    let allowed = |table: &[(&str, &'static [&str])], name: &str| {
+        table.iter().find(|(other, _)| *other == name).map(|(_, allowed)| *allowed)
+    };
+    let mut found = Vec::new();
+    let mut crates_seen = 0;
+    for (path, text, name) in manifests().iter().filter(|(_, _, name)| !name.is_empty()) {
+        let Some(below) = allowed(CRATES, name) else {
+            panic!("crate {name} has no row in the table CRATES")
+        };
+        crates_seen += 1;
+        for dependency in crates::dependencies(text).iter().filter(|d| !d.is_for_tests()) {
+            let ok = match allowed(CRATES, &dependency.name) {
+                Some(_) => below.contains(&dependency.name.as_str()),
+                None => {
+                    allowed(FROM_CRATES_IO, name).is_none_or(|all| all.contains(&dependency.name.as_str()))
+                }
+            };
+            if !ok {
+                found.push((format!("{}:{}", path.display(), dependency.line), dependency.name.clone()));
+            }
+        }
+    }
+    none(&found, "these crates must not be dependencies here (the tables are in tidy/tests/tidy.rs)");
+    assert_eq!(crates_seen, CRATES.len(), "the table CRATES has rows of crates that do not exist");
+    for (n, (name, below)) in CRATES.iter().enumerate() {
+        let is_below = |other: &&str| CRATES[..n].iter().any(|(name, _)| name == other);
+        assert!(below.iter().all(is_below), "in the table CRATES {name} is not above what it depends on");
+    }
+}
+
+#[test]
+fn pure_crates_have_no_input_and_output() {
+    none(&pure::input_and_output(&sources(), PURE), "these crates must be pure");
+    let lints = text(Path::new("vmm/clippy.toml"));
+    for folder in PURE {
+        let nearest =
+            Path::new(folder).ancestors().map(|f| f.join("clippy.toml")).find(|f| root().join(f).exists());
+        let nearest = nearest.unwrap_or_else(|| panic!("{folder} has no clippy.toml"));
+        assert_eq!(text(&nearest), lints, "{} differs from vmm/clippy.toml", nearest.display());
+    }
+}
+
+/// The binaries get every rule of the agent, and no failpoints.
+#[test]
+fn what_only_tests_may_do_is_not_in_a_release_build() {
+    let mut found = Vec::new();
+    for (path, text, _) in manifests() {
+        found.extend(crates::gives_feature(&path, &text, "ablation"));
+    }
+    none(&found, "a program would have the feature `ablation`");
+    let sources = sources();
+    for (place, name, condition) in NOT_RELEASED {
+        found.extend(items::ungated(&sources, place, name, condition));
+    }
+    none(&found, "a release build would have this");
+    let arms = sources
+        .iter()
+        .filter(|s| !s.is_test() && s.text.contains("VMFT_FAILPOINT") && !s.path.starts_with("tidy"));
+    let arms: Vec<_> = arms.map(|s| s.path.display().to_string()).collect();
+    assert_eq!(arms, ["ft-agent/src/failpoint.rs"], "failpoints are armed elsewhere");
+    none(&ungated_tests(&sources), "these modules are named as tests and are part of a program");
+}
+
+#[test]
+fn the_minimum_rust_version_is_the_one_that_is_checked() {
+    let minimum = text(Path::new("Cargo.toml"))
+        .lines()
+        .find_map(|l| crates::value(l, "rust-version").map(String::from));
+    let toolchain = text(Path::new("rust-toolchain.toml"))
+        .lines()
+        .find_map(|l| crates::value(l, "channel").map(String::from));
+    let (minimum, toolchain) = (minimum.expect("a rust-version"), toolchain.expect("a channel"));
+    assert!(
+        toolchain == minimum || toolchain.starts_with(&format!("{minimum}.")),
+        "{toolchain} is not {minimum}"
+    );
 }

@@ -1,9 +1,9 @@
 //! Finds the first position at which two replays of one log differ. Both run side by side to the same positions; the
-//! interval at whose end they are not equal any more is divided and replayed by another pair, until it is one position
+//! interval at whose end they are no longer equal is divided and replayed by another pair, until it is one position
 //! long.
 //!
-//! This is for a divergence that does not come every time: from a host that computes wrongly now and then, or an engine whose
-//! result depends on where it is stopped. (A divergence that comes every time is found by an ordinary replay.)
+//! This is for a divergence that does not occur every time, because a host sometimes computes wrong results, or an engine's
+//! result depends on where it is stopped. (An ordinary replay finds a divergence that occurs every time.)
 
 use std::fmt;
 

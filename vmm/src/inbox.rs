@@ -72,11 +72,11 @@ pub struct InboxSender(Arc<InboxShared>);
 
 /// The run is over: no more inputs are taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the guest does not run any more and takes no inputs")]
+#[error("the guest no longer runs, and takes no inputs")]
 pub struct Closed;
 
 impl Inbox {
-    /// An inbox that holds up to `capacity` inputs of each origin, and kicks the guest by `kick`.
+    /// An inbox that holds up to `capacity` inputs of each origin, and uses `kick` to stop the guest for them.
     pub fn new(kick: Arc<dyn Kick>, capacity: usize) -> (Inbox, InboxSender) {
         let shared = Arc::new(InboxShared {
             state: Mutex::default(),

@@ -45,7 +45,7 @@ pub enum ReplayError<L: std::error::Error, D: std::error::Error> {
     /// One of this host's disks failed.
     #[error(transparent)]
     Standby(D),
-    /// The machine did something else than the log says.
+    /// The machine did something other than what the log says.
     #[error(transparent)]
     Divergence(Box<Divergence>),
 }
@@ -79,9 +79,9 @@ pub enum Difference {
     Question(Question),
     #[error("disk {slot}, request {id}: the log has {logged:?}, this disk gives {here}")]
     Disk { slot: u8, id: u64, logged: DiskStatus, here: String },
-    #[error("the guest's run ends by {0:?}, but not in the log")]
+    #[error("the guest ends ({0:?}), but in the log it does not end at this point")]
     End(End),
-    #[error("the run is over, but the log goes on")]
+    #[error("the guest has ended, but the log goes on")]
     Over,
     #[error("the guest went past the position of the next record")]
     Past,
@@ -99,7 +99,7 @@ impl std::fmt::Display for Divergence {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "divergence at position {}: {}", self.position.count, self.what)?;
         if let Some(at) = self.equal_until {
-            write!(f, "; the state was equal at {}", at.count)?;
+            write!(f, "; the last state that was equal was at position {}", at.count)?;
         }
         if let Some(record) = &self.expected {
             write!(f, "\n  the log has: {record}")?;

@@ -263,7 +263,7 @@ fn nothing_follows_the_end() {
     for _ in 0..2 {
         log.push(Record { position, entry: Entry::Mark { time_ns: 0 } });
         let error = replay(machine(), log.clone()).run().unwrap_err().to_string();
-        assert!(error.contains("the run is over, but the log goes on"), "{error}");
+        assert!(error.contains("the guest has ended, but the log goes on"), "{error}");
         log.truncate(log.len() - 2);
     }
 }

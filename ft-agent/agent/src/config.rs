@@ -57,7 +57,7 @@ pub struct Buffers {
     /// Primary: weight of the records that are not acknowledged. Backup: weight of those that wait for
     /// replay.
     pub buffer_bytes: u64,
-    /// The lag of the backup from which on the guest gets only a twentieth of the time.
+    /// If the backup lags by this much or more, the guest gets only a twentieth of the time.
     pub lag_ns_max: u64,
     /// How long a record that no output waits for may wait for others.
     pub batch_ns: u64,

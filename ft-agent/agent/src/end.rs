@@ -114,19 +114,19 @@ impl Agent {
         }
     }
 
-    /// Asks the store to forget the VM, so that it can be started again. Then this replica ends as `exit`
-    /// says.
-    pub(crate) fn ask_to_forget(&mut self, exit: Outcome) {
-        let Some(generation) = self.generation else { return self.halt(exit) };
-        self.state = AgentState::Forgetting(exit);
+    /// Asks the store to forget the VM, so that it can be started again. Then this replica ends with
+    /// `outcome`.
+    pub(crate) fn ask_to_forget(&mut self, outcome: Outcome) {
+        let Some(generation) = self.generation else { return self.halt(outcome) };
+        self.state = AgentState::Forgetting(outcome);
         self.actions.push_back(Action::Forget { generation });
     }
 
     pub(crate) fn forget_answered(&mut self, now: u64, done: bool) {
-        let AgentState::Forgetting(exit) = &self.state else { return };
+        let AgentState::Forgetting(outcome) = &self.state else { return };
         if done {
-            let exit = exit.clone();
-            self.halt(exit);
+            let outcome = outcome.clone();
+            self.halt(outcome);
         } else {
             self.retry_later(now);
         }

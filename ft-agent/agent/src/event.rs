@@ -130,7 +130,7 @@ pub enum PeerRefusal {
     #[error("it was lost before the guest ran: {0}")]
     Lost(Suspicion),
     /// It runs another VM: correct the name or the address.
-    #[error("VM: {theirs:?} there, {ours:?} here; correct --name or the peer's address")]
+    #[error("it runs VM {theirs:?}, and this side runs VM {ours:?}; correct --name or the peer's address")]
     Vm {
         /// Its name.
         theirs: String,
@@ -144,7 +144,7 @@ pub enum PeerRefusal {
     #[error("its hello has an invalid {0}")]
     Invalid(&'static str),
     /// The timeouts differ.
-    #[error("timeout: {theirs} ns there, {ours} ns here; set the same on both sides")]
+    #[error("its timeout is {theirs} ns, and this side's is {ours} ns; give both the same --timeout-ms")]
     Timeout {
         /// Its timeout.
         theirs: u64,
@@ -152,7 +152,7 @@ pub enum PeerRefusal {
         ours: u64,
     },
     /// The machines differ.
-    #[error("identity: {0}")]
+    #[error("its machine differs in {0}; give both sides the same guest, engine and build of vmft")]
     Identity(#[from] Mismatch),
     /// It refused us, or gave up.
     #[error("the other side reports: {0}")]

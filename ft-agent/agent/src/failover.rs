@@ -1,4 +1,4 @@
-//! Losing the peer, asking the store, and living on or not (rules 2 to 6).
+//! Losing the peer, asking the store, and going on alone or being fenced (rules 2 to 6).
 
 use logging_channel::message::{Message, Role};
 use store_rule::names::Incarnation;
@@ -37,7 +37,7 @@ impl Agent {
     }
 
     /// Closes the channel before anything else: acknowledgements that arrive from here on do not count, and
-    /// what this side itself has acknowledged is received and will be replayed.
+    /// what this side itself has acknowledged has been received and will be replayed.
     fn suspect(&mut self, now: u64, suspicion: Suspicion) {
         if let AgentState::Ending { reason, .. } = &self.state {
             self.pending_end = Some(*reason);

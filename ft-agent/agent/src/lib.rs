@@ -1,4 +1,4 @@
-//! Who may live: the agent of a replica, a function of events and time.
+//! Which side of a pair may live: the agent of a replica, a function of events and time.
 //!
 //! ```text
 //! primary: Waiting ─hello─> Opening ─opened─> Protected ─> HandingOver, Ending

@@ -1,4 +1,4 @@
-//! Figures as they stand in tables.
+//! Numbers and ratios as the tables show them.
 
 use crate::stats::Median;
 

@@ -140,7 +140,7 @@ fn slopes(out: &mut String, curve: &Curve) -> std::fmt::Result {
     let text = |slope: Option<f64>| slope.map_or("–".into(), |slope| format!("{slope:+.4}"));
     writeln!(
         out,
-        "- {}: for each doubling of {} the ratio changes by {}, the CPU ratio by {}; each one more adds {} Mbit/s to a pair's log.",
+        "- {}: for each doubling of {} the ratio changes by {}, the CPU ratio by {}; each increase by one adds {} Mbit/s to a pair's log.",
         curve.workload,
         curve.axis,
         text(curve.for_a_doubling(|p| p.ratio.median)),
@@ -170,7 +170,7 @@ mod tests {
         let mut out = String::new();
         tables(&mut out, &[curve]).unwrap();
         assert!(
-            out.contains("ratio changes by -0.1000, the CPU ratio by –; each one more adds +0.5000 Mbit/s to a pair's log"),
+            out.contains("ratio changes by -0.1000, the CPU ratio by –; each increase by one adds +0.5000 Mbit/s to a pair's log"),
             "{out}"
         );
     }

@@ -50,10 +50,10 @@ pub struct BenchArgs {
     /// Cores for the clients: the first one for the first guest of each side, the second one for the second guest, and so on
     #[arg(long, value_name = "CORE,...", value_delimiter = ',')]
     pub client_cores: Vec<usize>,
-    /// What is varied, as name=value: the runs become a point of a curve (if the value is a number) or a table of their own
+    /// What is varied between reports, as name=value: these runs become a point of a curve (if the value is a number) or their own table
     #[arg(long, value_name = "NAME=VALUE", default_value = "")]
     pub setting: String,
-    /// Both sides are set up alike: check the benchmark itself
+    /// Check the benchmark itself: both sides are set up alike, so every ratio should be 1
     #[arg(long)]
     pub same: bool,
     /// Processes of the pair that run on this host, the primary first: their CPU time is measured
@@ -98,7 +98,7 @@ pub struct BenchArgs {
 pub enum BenchError {
     /// A guest does not answer as it should.
     #[error(
-        "cannot load guest {what}: {source}; check that it runs the image named by --guest, with its services"
+        "cannot put load on guest {what}: {source}; check that it runs the image named by --guest, with its services"
     )]
     Guest {
         /// Which guest, and which load.
@@ -126,7 +126,7 @@ pub enum BenchError {
     #[error("cannot draw {0}: {1}")]
     Picture(PathBuf, String),
     /// No workload's name begins with what `--only` asks for.
-    #[error("--only {0}: no workload's name begins like that; the workloads are: {1}")]
+    #[error("no workload's name begins with {0} (--only); the workloads are: {1}")]
     Only(String, String),
 }
 

@@ -17,10 +17,10 @@ use crate::{BenchArgs, BenchError, load};
 
 /// Size in MiB of the file that the disk workloads read.
 const DISK_FILE_MIB: u32 = 16;
-/// How often a round's runs of a workload are repeated at most because other programs used the host.
+/// At most this often a round's runs of a workload are repeated because other programs used the host.
 const REPEATS: usize = 2;
 
-/// Which of the two guests that are compared.
+/// One of the two guests that are compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum BenchSide {
@@ -50,7 +50,7 @@ pub struct BenchRun {
     pub workload: String,
     /// The side that it ran on.
     pub side: BenchSide,
-    /// The other virtual machine that it ran on; then `side` says nothing.
+    /// The other virtual machine that it ran on, if it did; `side` then means nothing.
     pub peer: Option<String>,
     /// Operations done, or bits moved.
     pub operations: f64,
@@ -135,7 +135,7 @@ impl std::str::FromStr for ComparisonVm {
 }
 
 impl ComparisonVm {
-    /// Lets the process run while `f` does, and stops it again.
+    /// Lets the process run while `f` runs, and stops it afterwards.
     fn while_running<T>(&self, f: impl FnOnce() -> Result<T, BenchError>) -> Result<T, BenchError> {
         let signal = |signal| {
             let pid = Pid::from_raw(self.pid as i32);
@@ -259,7 +259,8 @@ fn run_on_both_sides(
     Ok(())
 }
 
-/// The side that is first: random, and the other side in every second round, also when rounds are added to a report later.
+/// The side that runs first. It is random in one round, and the other side in the next, also when rounds are added to a report
+/// later.
 fn first_side(workload: &str, round: usize) -> BenchSide {
     let seed = workload.bytes().fold(round as u64 / 2, |hash, byte| hash.wrapping_mul(31) + u64::from(byte));
     match fastrand::Rng::with_seed(seed).bool() ^ (round % 2 == 1) {

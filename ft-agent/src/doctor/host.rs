@@ -36,7 +36,7 @@ pub fn cpu(checks: &mut Vec<Check>) -> (CpuModel, Option<BranchEvent>) {
             true => "this host is itself a virtual machine: its branch counter may be missing or inexact",
             false => "this host is not a virtual machine: its branch counter is the hardware's own",
         },
-        "use a bare-metal host: few hypervisors pass on a counter that is exact in guest mode",
+        "use a bare-metal host: few hypervisors give their guests a branch counter that is exact while a nested guest runs",
     ));
     (model, event)
 }
@@ -50,14 +50,24 @@ fn setting(path: &str) -> Option<String> {
 pub fn settings(checks: &mut Vec<Check>, model: &CpuModel) {
     let amd = model.vendor == "AuthenticAMD";
     checks.push(match setting("/sys/devices/cpu/freeze_on_smi") {
-        _ if amd => Check::not_applicable("freeze_on_smi", "not needed on AMD: KVM handles system management interrupts outside the guest"),
-        Some(v) if v == "1" => Check::pass("freeze_on_smi", "set to 1: the counter stops in system management mode"),
+        _ if amd => Check::not_applicable(
+            "freeze_on_smi",
+            "not needed on AMD: KVM handles system management interrupts outside the guest",
+        ),
+        Some(v) if v == "1" => {
+            Check::pass("freeze_on_smi", "set to 1: the counter stops in system management mode")
+        }
         Some(v) => Check::fail(
             "freeze_on_smi",
-            format!("set to {v}: the counter goes on in system management mode, so that counts differ between runs"),
+            format!(
+                "set to {v}: the counter also counts in system management mode, so counts differ between runs"
+            ),
             "run as root: echo 1 > /sys/devices/cpu/freeze_on_smi",
         ),
-        None => Check::not_applicable("freeze_on_smi", "there is no such setting: the kernel has no driver for this CPU's performance counters"),
+        None => Check::not_applicable(
+            "freeze_on_smi",
+            "there is no such setting: the kernel has no driver for this CPU's performance counters",
+        ),
     });
     checks.push(spec_lock_map(amd));
     checks.push(match setting("/proc/sys/kernel/nmi_watchdog").as_deref() {

@@ -130,7 +130,7 @@ impl MicroGuest {
         Ok(if raised & RAISED != 0 { MicroExit::Raised(raised as u8) } else { left })
     }
 
-    /// Sets the value that the IN at which the guest stands will read.
+    /// Sets the value that the IN which has stopped the guest will read.
     pub fn answer(&mut self, value: u8) {
         let run = self.vcpu.get_kvm_run();
         // SAFETY: the exit was for port I/O, so that this member is the valid one.

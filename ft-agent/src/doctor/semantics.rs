@@ -212,7 +212,8 @@ fn replay(kvm: &Kvm) -> KvmResult<Check> {
     }
     let other = run_mixing_program(kvm, |n| recorded[n as usize % recorded.len()] ^ u8::from(n == 31))?;
     let good = other != first;
-    let changed = if good { "and one changed answer gave another" } else { "but so did one changed answer" };
+    let changed =
+        if good { "and one with a changed answer did not" } else { "but so did one with a changed answer" };
     let reason =
         format!("{RUNS} replays of {} random answers ended in the recorded state, {changed}", recorded.len());
     Ok(Check::passes(NAME, good, reason, "report this host: the test would not notice a wrong replay"))

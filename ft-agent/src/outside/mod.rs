@@ -53,7 +53,7 @@ pub struct Traffic {
 /// The first failure of a device's thread, which ends the run.
 type DeviceFailure = Arc<Mutex<Option<Error>>>;
 
-/// The way in: where a guest's inputs come from. These are taps, disks, keys, the clock and the entropy.
+/// Where a guest's inputs come from: taps, disks, keys, the clock and entropy.
 pub struct Inlet {
     inbox: Inbox,
     sender: InboxSender,
@@ -93,8 +93,8 @@ enum Entropy {
 }
 
 impl Inlet {
-    /// A way in without devices. `time_ns` is the guest time at which the clock continues, and `behind_ns` how far that lags
-    /// behind the time that it should be.
+    /// An inlet without devices. `time_ns` is the guest time at which the clock continues, and `behind_ns` how far that lags
+    /// behind the time that it should be by now.
     ///
     /// # Errors
     /// /dev/urandom cannot be opened.
@@ -262,7 +262,7 @@ impl ConsoleOut {
     }
 }
 
-/// The way out: where a guest's outputs go.
+/// Where a guest's outputs go: taps and the console.
 pub struct Outlet {
     taps: BTreeMap<u8, Arc<Tap>>,
     console: ConsoleOut,
@@ -271,7 +271,7 @@ pub struct Outlet {
 }
 
 impl Outlet {
-    /// A way out without taps.
+    /// An outlet without taps.
     pub fn new(console: ConsoleOut) -> Outlet {
         Outlet { taps: BTreeMap::new(), console, frames_sent: 0, frames_dropped: 0 }
     }
@@ -310,9 +310,9 @@ impl Outlet {
 
 /// The host as the outside of an unprotected guest, whose outputs leave at once.
 pub struct Host {
-    /// The way in.
+    /// Where the guest's inputs come from.
     pub inlet: Inlet,
-    /// The way out.
+    /// Where the guest's outputs go.
     pub outlet: Outlet,
 }
 

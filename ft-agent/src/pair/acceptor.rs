@@ -1,4 +1,4 @@
-//! The peer acceptor of a backup: accepts connections, and lets the first peer in that says hello.
+//! The peer acceptor of a backup: accepts connections, and lets in the first peer that says hello.
 
 use std::net::{TcpListener, TcpStream};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -51,7 +51,8 @@ impl PeerAcceptor {
     pub fn start(side: &PairSide) -> Result<(Arc<PeerAcceptor>, Receiver<IncomingPeer>), Error> {
         let tls = test_and_set::tls::peer_server(&side.keys).map_err(|e| Error::config("keys", chain(&e)))?;
         let address = side.plan.listen;
-        let address = address.ok_or_else(|| Error::config("listen", "give --listen ADDRESS:PORT"))?;
+        let address =
+            address.ok_or_else(|| Error::config("listen", "a backup needs --listen ADDRESS:PORT"))?;
         let unusable = Error::host(format!("cannot listen on {address} for the primary"));
         let listener = TcpListener::bind(address).map_err(unusable)?;
         let (peers, incoming) = sync_channel(0);

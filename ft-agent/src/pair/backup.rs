@@ -26,7 +26,7 @@ use crate::outside::disk::Image;
 /// Runs a backup until the VM or this side ends.
 ///
 /// # Errors
-/// As [`super::backup()`].
+/// The same as for [`super::backup()`].
 pub fn run(plan: PairPlan) -> Result<(), Error> {
     let (mut guest, images) = Guest::new(&plan.machine, plan.clock())?;
     // Reads the disks now, so that the primary does not have to wait for it.
@@ -38,7 +38,7 @@ pub fn run(plan: PairPlan) -> Result<(), Error> {
     let (replica, generation) = loop {
         let Ok(peer) = peers.recv() else { return Ok(()) };
         guest.adopt(&peer.hello.identity);
-        // This is replaced by the generation that the primary tells.
+        // The generation that the primary sends will replace this one.
         let replica = side.new_replica(Role::Backup, guest.identity()?, Generation::FIRST)?;
         acceptor.set_replica(Some(replica.clone()));
         leave_on_signals(&replica)?;
@@ -113,7 +113,7 @@ fn replay(guest: &mut PairReplay) -> Result<Option<End>, LoopError<ReplayError<I
     }
 }
 
-/// Goes live where the log has ended, or ends if the guest's run does.
+/// Goes live at the end of the log, or ends this side if the guest's run has ended (`end`).
 fn live(
     side: &PairSide,
     replica: &Arc<Replica>,

@@ -149,7 +149,7 @@ fn failover(replica: &Arc<Replica>) -> ControlReply {
         return ControlReply::Refused("this replica is the backup; ask the primary".into());
     }
     if status.phase != Phase::Protected {
-        return ControlReply::Refused("there is no backup that could go on with the VM".into());
+        return ControlReply::Refused("there is no backup to hand the VM over to".into());
     }
     replica.hand_over();
     ControlReply::Done

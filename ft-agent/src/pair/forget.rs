@@ -23,7 +23,7 @@ pub struct ForgetArgs {
     /// URL of the store: raft://HOST:PORT,...?keys=DIR, etcd://... or zookeeper://...
     #[arg(long, value_name = "URL")]
     store: String,
-    /// Confirm that no host runs this VM, and that no host that could is merely cut off or suspended
+    /// Confirm that this VM runs nowhere: all its hosts are dead, and none is merely cut off or suspended
     #[arg(long)]
     yes: bool,
 }
@@ -43,7 +43,7 @@ pub fn forget(args: &ForgetArgs) -> Result<(), Error> {
         return Err(Error::config("name", format!("the store knows no VM {vm}; check --name and --store")));
     };
     if record.phase == VmPhase::Forgotten {
-        println!("VM {vm} is forgotten already; it can be started");
+        println!("VM {vm} is already forgotten; it can be started");
         return Ok(());
     }
     if !args.yes {

@@ -183,7 +183,7 @@ impl PeerLink {
         }
     }
 
-    /// Writes the agent's outgoing bytes, as far as the socket takes them. Messages that are not begun stay
+    /// Writes the agent's outgoing bytes, as far as the socket takes them. Messages of which nothing was written stay
     /// with the agent, so that a heartbeat can still overtake them. Returns how many bytes were taken from
     /// the agent.
     ///

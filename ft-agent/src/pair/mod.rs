@@ -8,7 +8,7 @@
 //!        | the store's verdicts                              | the store's verdicts
 //! ```
 //!
-//! A backup that goes live (`go_live.rs`) gets the primary's source: `Live` around a `GatedOutside`.
+//! A backup that goes live (`go_live.rs`) gets a source like the primary's: `Live` around a `GatedOutside`.
 //!
 //! The crate `agent`, a state machine, decides which side may live. [`replica`] passes time, bytes and the
 //! store's answers to it, and carries out its actions. [`guest_io`] connects the guest loop with the replica.
@@ -55,7 +55,7 @@ pub fn primary(options: PairOptions) -> Result<(), Error> {
 /// `vmft backup`.
 ///
 /// # Errors
-/// As [`primary()`]; and the replay differs from the recording.
+/// The same as for [`primary()`], or the replay differs from the recording.
 pub fn backup(options: PairOptions) -> Result<(), Error> {
     side::log_to_stderr();
     backup::run(options.check(agent::Role::Backup)?)

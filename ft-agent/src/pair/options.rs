@@ -34,20 +34,20 @@ pub struct PairOptions {
     /// Primary: start without a backup
     #[arg(long)]
     pub unprotected: bool,
-    /// Start from these disk images even if the store knows of newer copies; what is only in those is lost
+    /// Start from these disk images even if the store knows of newer copies; data that only those have is lost
     #[arg(long)]
     pub discard_newer: bool,
     /// Create this Unix socket, for vmft status, failover, stop and console
     #[arg(long, value_name = "FILE")]
     pub control: Option<PathBuf>,
-    /// Run this shell command at each change of protection, with VMFT_STATE (PROTECTED or UNPROTECTED),
-    /// VMFT_VM, VMFT_ROLE, VMFT_PHASE and VMFT_GENERATION
+    /// Run this shell command whenever the VM becomes protected or unprotected. Its environment has VMFT_STATE
+    /// (PROTECTED or UNPROTECTED), VMFT_VM, VMFT_ROLE, VMFT_PHASE and VMFT_GENERATION
     #[arg(long, value_name = "COMMAND")]
     pub hook: Option<String>,
     /// Serve /metrics for Prometheus on this address, over plain HTTP
     #[arg(long, value_name = "ADDRESS:PORT")]
     pub metrics: Option<SocketAddr>,
-    /// Do not confine the process by seccomp and Landlock, for debugging
+    /// For debugging: do not confine the process with seccomp and Landlock
     #[arg(long)]
     pub no_confine: bool,
     /// Time without a message after which the peer counts as lost; the same on both sides [default: 1000]
@@ -56,7 +56,7 @@ pub struct PairOptions {
     /// Time between two heartbeats, at most a quarter of --timeout-ms [default: 50]
     #[arg(long, value_name = "MS")]
     pub heartbeat_ms: Option<u64>,
-    /// Time without progress, although there is work, after which the peer counts as lost [default: 5000]
+    /// Time after which a peer that has work but makes no progress counts as lost [default: 5000]
     #[arg(long, value_name = "MS")]
     pub progress_timeout_ms: Option<u64>,
     /// How much log may be in transit or wait for replay [default: 32]
@@ -122,10 +122,12 @@ impl PairOptions {
             Some(path) => self.over(read_file(&path)?),
             None => self,
         };
-        let needed = |field| Error::config(field, format!("give --{field}"));
+        let needed = |field| {
+            Error::config(field, format!("--{field} is missing; give it, or set it in the file of --config"))
+        };
         let name = o.name.ok_or_else(|| needed("name"))?;
         if role == Role::Primary && o.peer.is_some() == o.unprotected {
-            return Err(Error::config("peer", "give --peer HOST:PORT, or --unprotected"));
+            return Err(Error::config("peer", "a primary needs either --peer HOST:PORT or --unprotected"));
         }
         if role == Role::Backup && o.listen.is_none() {
             return Err(needed("listen"));

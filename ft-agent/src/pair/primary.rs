@@ -36,7 +36,7 @@ const STORE_PATIENCE: Duration = Duration::from_secs(5);
 /// Runs a primary until the VM or this side ends.
 ///
 /// # Errors
-/// As [`super::primary()`].
+/// The same as for [`super::primary()`].
 pub fn run(plan: PairPlan) -> Result<(), Error> {
     let clock = plan.clock();
     let (guest, images) = Guest::new(&plan.machine, clock)?;

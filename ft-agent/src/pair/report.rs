@@ -118,7 +118,7 @@ impl fmt::Display for ReplicaReport {
             "records: {} recorded, {} sent, {} acknowledged, {} replayed; outputs: {} recorded, {} released",
             self.recorded, self.sent, self.acked, self.replayed, self.outputs_recorded, self.outputs_released
         )?;
-        writeln!(f, "position {} here, {} there", self.position, self.peer_position)?;
+        writeln!(f, "position {} on this side, {} on the other", self.position, self.peer_position)?;
         match &self.failover {
             None => Ok(()),
             Some(failover) => writeln!(f, "last failover: {failover}"),

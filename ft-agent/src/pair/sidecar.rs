@@ -91,7 +91,7 @@ impl Sidecars {
                 let newest = newest.iter().map(CopyId::to_string).collect::<Vec<_>>().join(" or ");
                 let why = format!(
                     "{} names copy {copy}, but the newest copy of {name} is {newest}; start the primary on the host \
-                     that has the newest copy, or give --discard-newer to lose what the guest wrote to it",
+                     that has the newest copy, or give --discard-newer to start anyway and lose what only that copy has",
                     path.display()
                 );
                 return Err(Error::config("disk", why));

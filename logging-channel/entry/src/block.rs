@@ -16,7 +16,8 @@ pub const MAGIC: [u8; 8] = *b"VMFTLOG\0";
 pub const VERSION: u16 = 3;
 /// Most bytes of entries in a block.
 pub const BLOCK_MAX: usize = 1 << 20;
-/// A block is closed once it has this many bytes of entries: [`BLOCK_MAX`] less more than the longest entry.
+/// A block is closed once it has this many bytes of entries: so far below [`BLOCK_MAX`] that
+/// one more entry always fits.
 const BLOCK_FULL: usize = BLOCK_MAX / 2;
 /// Bytes of the header before the identity.
 const HEADER_FIXED: usize = 14;

@@ -406,7 +406,7 @@ pub fn put_varint(mut v: u64, out: &mut Vec<u8>) {
 }
 
 fn put_bytes(bytes: &[u8], min: usize, max: usize, out: &mut Vec<u8>) {
-    assert!((min..=max).contains(&bytes.len()), "{} bytes, allowed is {min} to {max}", bytes.len());
+    assert!((min..=max).contains(&bytes.len()), "{} bytes, but only {min} to {max} are allowed", bytes.len());
     put_varint(bytes.len() as u64, out);
     out.extend(bytes);
 }

@@ -26,7 +26,7 @@ pub struct Identity {
 
 /// Two machines differ in a field of their identities.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{field}: {theirs:?} there, {ours:?} here")]
+#[error("{field} ({theirs:?} there, {ours:?} here)")]
 pub struct Mismatch {
     /// The first field, by name, that differs.
     pub field: String,

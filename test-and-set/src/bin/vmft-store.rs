@@ -17,7 +17,7 @@ use test_and_set::store::{NodeError, StoreError, chain};
 use test_and_set::url::{StoreUrl, parse_node};
 use test_and_set::wire::{NodeId, NodeStatus, StoreRequest};
 
-/// The test-and-set store of vmft: decides which side of a pair lives when they lose each other.
+/// The test-and-set store of vmft: decides which side of a pair goes on when the two lose each other.
 #[derive(Parser)]
 #[command(version)]
 struct StoreCli {
@@ -231,7 +231,7 @@ async fn status(target: &StoreArgs, json: bool) -> Result<(), Box<dyn Error>> {
     if reached {
         Ok(())
     } else {
-        Err("no node of the store answered; see above what each did instead".into())
+        Err("no node of the store answered; the output above has the reason for each".into())
     }
 }
 

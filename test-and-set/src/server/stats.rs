@@ -99,13 +99,13 @@ impl NodeStats {
             .and(value(
                 "connections_faulty_total",
                 "counter",
-                "Connections refused or closed for a fault in what they sent.",
+                "Connections refused, or closed because of invalid bytes.",
                 self.connections_faulty.load(Relaxed),
             ))
             .and(value(
                 "failures_total",
                 "counter",
-                "Questions without an answer.",
+                "Requests that could not be answered.",
                 self.failures.load(Relaxed),
             ))
             .and(histogram(&mut out, "command_seconds", "Commands applied as the leader.", &self.commands))

@@ -15,7 +15,7 @@ pub const DISKS_MAX: usize = 16;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum NameError {
     /// A name has 1 to 64 bytes.
-    #[error("a name has 1 to {NAME_BYTES_MAX} bytes, this one has {0}")]
+    #[error("a name must have 1 to {NAME_BYTES_MAX} bytes; this one has {0}")]
     Length(usize),
     /// A name is made of letters, digits, `.`, `_` and `-`, and starts with a letter or digit.
     #[error(
@@ -28,7 +28,7 @@ pub enum NameError {
         byte: u8,
     },
     /// An id is 32 hexadecimal digits and not zero.
-    #[error("an id is 32 hexadecimal digits and not all zero, this is {0:?}")]
+    #[error("{0:?} is not an id: an id is 32 hexadecimal digits that are not all zero")]
     Id(String),
 }
 

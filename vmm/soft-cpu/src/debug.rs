@@ -45,7 +45,7 @@ impl Cpu {
         Ok(())
     }
 
-    /// To be called after the instruction. Is a #DB trap due? Then it is in `Cpu::exception`.
+    /// To be called after the instruction. Returns whether a #DB trap is due; it is then in `Cpu::exception`.
     pub(crate) fn debug_after(&mut self, retired: bool) -> bool {
         self.mode &= !WATCHED;
         let step = if self.single_step { SINGLE_STEP } else { 0 };

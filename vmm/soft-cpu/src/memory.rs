@@ -42,7 +42,7 @@ impl Cpu {
         }
     }
 
-    /// The same if the fast TLB has the page and the page has all of the integer; otherwise `None`.
+    /// [`Cpu::load`] if the fast TLB has the page and the page has all of the integer; otherwise `None`.
     #[inline(always)]
     pub(crate) fn load_quick<T: Int>(&self, ram: &[u8], addr: u64) -> Option<T> {
         let e = self.fast.get(self.mode, addr >> 12);
@@ -54,7 +54,7 @@ impl Cpu {
         T::read(ram.get(e.ram + (addr as usize & (PAGE - 1))..)?)
     }
 
-    /// The same for a write.
+    /// [`Cpu::store`] under the same conditions.
     #[inline(always)]
     pub(crate) fn store_quick<T: Int>(&mut self, ram: &mut [u8], addr: u64, value: T) -> Option<()> {
         let e = self.fast.get(self.mode, addr >> 12);
@@ -64,7 +64,7 @@ impl Cpu {
         value.write(ram.get_mut(e.ram + (addr as usize & (PAGE - 1))..)?)
     }
 
-    /// The same for [`Cpu::modify`].
+    /// [`Cpu::modify`] under the same conditions.
     #[inline(always)]
     pub(crate) fn modify_quick<T: Int>(
         &mut self,

@@ -220,7 +220,7 @@ impl SoftCpu {
     }
 
     /// Counts one more run of the block at RIP, which is at RAM offset `start`, and translates it if it is
-    /// hot. Is there translated code for it now?
+    /// hot. Returns whether there is translated code for it now.
     #[inline(always)]
     fn translate(&mut self, ram: &[u8], start: usize, block: &Block) -> bool {
         let Some(translator) = &mut self.translator else { return false };
@@ -326,7 +326,7 @@ impl SoftCpu {
         }
     }
 
-    /// The same, if it is not in the page of the last instruction.
+    /// [`SoftCpu::fetch`] for an instruction that is not in the page of the last one.
     #[inline(never)]
     fn fetch_page(&mut self, ram: &mut [u8], rip: u64) -> Result<usize, CpuStop> {
         let cpu = &mut self.cpu;

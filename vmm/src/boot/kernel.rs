@@ -1,5 +1,5 @@
 //! Checks of a kernel file: its format, where it goes in RAM, and what is wrong with it. linux-loader copies it; this module
-//! finds what linux-loader would refuse without a reason, or would write over something else.
+//! finds what linux-loader would refuse without giving a reason, or would load over something else.
 
 use linux_loader::bootparam::{XLF_KERNEL_64, setup_header};
 use linux_loader::elf::{EI_CLASS, EI_DATA, ELFCLASS64, ELFDATA2LSB, Elf64_Ehdr, Elf64_Phdr, PT_LOAD};

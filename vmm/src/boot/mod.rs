@@ -41,7 +41,7 @@ const PAGE_TABLES: u64 = 0x9000;
 const COMMAND_LINE: u64 = 0x20000;
 /// Longest command line with its terminating zero, bytes: COMMAND_LINE_SIZE of Linux on x86.
 pub const COMMAND_LINE_MAX: usize = 2048;
-/// End of usable memory below 1 MiB. Behind it, firmware keeps its extended data.
+/// End of usable memory below 1 MiB. Firmware keeps its extended data from here on.
 const LOW_END: u64 = 0x9fc00;
 /// Highest end of an initramfs that Linux accepts (initrd_addr_max of its header).
 const INITRD_END: u64 = 0x8000_0000;

@@ -1,4 +1,4 @@
-//! The machine: vCPU, RAM, devices and clock. It runs until it stops, and returns why; it calls nobody.
+//! The machine: vCPU, RAM, devices and clock. It runs until it stops, and returns why; it makes no callbacks.
 //!
 //! Everything it does is a function of its state, of the inputs given to [`Machine::apply`], and of the positions at which
 //! they are given. A stop by a kick changes nothing, so it may come anywhere.
@@ -426,7 +426,7 @@ impl Machine {
         self.digest_with(ram)
     }
 
-    /// The same digest, with all of RAM hashed. Equal to [`Machine::digest`] unless RAM was changed by something other than the
+    /// Digest of the whole state, with all of RAM hashed. Equal to [`Machine::digest`] unless RAM was changed by something other than the
     /// machine.
     ///
     /// # Errors

@@ -175,7 +175,7 @@ impl VcpuState {
 #[derive(Debug, thiserror::Error)]
 pub enum VcpuError {
     /// The state was saved by another engine; use that one.
-    #[error("the vCPU's state was saved by another engine than {0}; use the engine that saved it")]
+    #[error("the vCPU's state was saved by an engine other than {0}; use the engine that saved it")]
     OtherEngine(&'static str),
     /// The engine has run past the position at which it should have stopped.
     #[error("the {engine} engine cannot stop at {target:?}: it is already past it, at {now:?}")]
@@ -202,7 +202,9 @@ pub enum VcpuError {
     #[error("this host's KVM lacks {0}; use --cpu soft")]
     KvmLacks(&'static str),
     /// It is not known which counter would be exact on this CPU; use other positions (see `vmft doctor`).
-    #[error("this host's CPU ({0}) is not in the table of CPUs whose branch counter is known to be exact")]
+    #[error(
+        "this host's CPU ({0}) is not in the table of CPUs whose branch counter is known to be exact; use --positions sync or --cpu soft"
+    )]
     UnknownCounter(String),
     /// The host's CPU is too old; use the software CPU.
     #[error(

@@ -10,7 +10,7 @@ use soft_cpu::{CpuExit, CpuState, RunLimit, SoftCpu};
 use super::{Exit, GeneralRegisters, Kick, Limit, Start, Vcpu, VcpuError, VcpuState, VcpuWarning};
 use crate::ram::Ram;
 
-/// How often a block has to run before it is translated: for others translation would not pay.
+/// How often a block has to run before it is translated: with fewer runs translation does not pay.
 const RUNS_BEFORE_TRANSLATION: u8 = 60;
 
 /// A vCPU that is the software CPU.
@@ -36,8 +36,8 @@ impl SoftVcpu {
         SoftVcpu { kick: cpu.kicker(), cpu, warning: None }
     }
 
-    /// The same with translated code for blocks that run often. On a host that allows none, the interpreter executes
-    /// everything, and [`Vcpu::warning`] says so.
+    /// A CPU like that of [`SoftVcpu::new`], with translated code for blocks that run often. On a host that allows none,
+    /// the interpreter executes everything, and [`Vcpu::warning`] says so.
     pub fn translating(ram_len: u64) -> SoftVcpu {
         let mut vcpu = SoftVcpu::new(ram_len);
         match translator::NativeTranslator::new() {

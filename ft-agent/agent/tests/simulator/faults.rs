@@ -40,7 +40,7 @@ pub enum Fault {
     DiskFails { host: usize },
     /// The guest is asked to switch itself off.
     PowerOff,
-    /// PlannedFault: a primary hands over, a backup leaves.
+    /// Not a fault but planned: a primary hands over, a backup leaves.
     HandOver { host: usize },
     /// The client sends as fast as it can.
     Flood { ns: u64 },

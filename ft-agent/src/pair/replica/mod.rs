@@ -217,7 +217,7 @@ impl Replica {
         state.run_on_worker(move || {
             let forgotten = store.forget(&vm, generation, STORE_PATIENCE);
             if let Err(e) = &forgotten {
-                warn!("the store has not confirmed that VM {vm} has ended: {}", chain(e));
+                warn!("the store has not confirmed that VM {vm} has ended, and is asked again: {}", chain(e));
             }
             replica.handle(Event::Forgotten(forgotten.is_ok()));
         });

@@ -23,7 +23,7 @@ impl Replica {
     pub(super) fn pump(self: Arc<Self>) {
         // Outputs wait for this thread, and it may share a CPU with the guest's.
         if let Err(e) = test_and_set::time_slice::shorten() {
-            debug!("cannot shorten the pump's time slice, so that outputs wait longer on a busy host: {e}");
+            debug!("cannot shorten the pump's time slice, so outputs may wait longer on a busy host: {e}");
         }
         loop {
             let (socket, wants_write, sleep) = {

@@ -6,7 +6,7 @@
 const INTERVAL_NS: u64 = 100_000;
 /// How long the pump leaves the socket to the guest's thread after the last bulk transfer.
 const GRACE_NS: u64 = 2_000_000;
-/// The number of bytes from which on a transfer is a bulk transfer.
+/// A transfer of at least this many bytes is a bulk transfer.
 const BULK: u64 = 16 << 10;
 
 /// Decides between the pump and the guest's thread. Times are those of one monotonic clock, in ns.

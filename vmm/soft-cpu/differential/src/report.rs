@@ -39,8 +39,8 @@ pub struct RunSummary {
     pub cases: u64,
     /// How many of them could not be compared, by reason.
     pub skipped: BTreeMap<&'static str, u64>,
-    /// How many of those, skipped because of one instruction (see [`crate::vendor`]), were compared without
-    /// it.
+    /// How many of the skipped cases, because only one instruction was the reason (see [`crate::vendor`]), were
+    /// compared without it.
     pub compared_in_part: u64,
     /// Draws that could not be used as cases, by reason.
     pub rejected: BTreeMap<Reject, u64>,

@@ -143,7 +143,7 @@ impl Soft {
         Soft { cpu: SoftCpu::new(RAM as u64), translates: false, ram, background, system }
     }
 
-    /// The same, but every block is translated before it runs.
+    /// A CPU in the layout's address space that translates every block before it runs.
     pub fn translated() -> Soft {
         let mut soft = Soft { translates: true, ..Soft::new() };
         let native = translator::NativeTranslator::new()

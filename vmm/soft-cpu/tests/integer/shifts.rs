@@ -9,7 +9,7 @@ fn by_cl(code: &[u8], rax: u64, rdx: u64, count: u64, flags: u64) -> (u64, u64) 
     again(&mut Guest::new(code), rax, rdx, count, flags)
 }
 
-/// The same, with an existing guest.
+/// [`by_cl`] with an existing guest.
 fn again(g: &mut Guest, rax: u64, rdx: u64, count: u64, flags: u64) -> (u64, u64) {
     g.state.rip = CODE;
     g.state.gpr[r::RAX] = rax;

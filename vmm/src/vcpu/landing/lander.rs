@@ -170,7 +170,7 @@ impl Lander {
         Ok(())
     }
 
-    /// To be called when an interrupt was injected: the guest is not at an exit any more.
+    /// To be called when an interrupt was injected: the guest is no longer at an exit.
     pub fn interrupt_injected(&mut self) {
         self.now.at_exit = false;
         self.now.halted = false;
@@ -279,7 +279,7 @@ impl Lander {
         limit: &Limit,
     ) -> Result<Exit, VcpuError> {
         loop {
-            // If the guest is halted, its time may have been changed since, so that this is not a position any more.
+            // If the guest is halted, its time may have been changed since, so that this is no longer a position.
             if self.kick_owed && self.now.at_exit && !self.now.halted {
                 self.kick_owed = false;
                 return Ok(Exit::Kicked);
@@ -363,7 +363,7 @@ impl Lander {
         !(again || shadow || debugs || point.in_flight)
     }
 
-    /// Answers the kick at the branch at which the guest stands.
+    /// Answers the kick at the branch before which the guest has stopped.
     fn stop_here<E: SteerableEngine>(&mut self, engine: &mut E, point: StopPoint) -> Result<Exit, VcpuError> {
         self.set_landed(engine, point)?;
         self.kick_owed = false;
@@ -371,7 +371,7 @@ impl Lander {
         Ok(Exit::Kicked)
     }
 
-    /// Makes the branch at which the guest stands its position.
+    /// Makes the branch before which the guest has stopped its position.
     fn set_landed<E: SteerableEngine>(&mut self, engine: &mut E, point: StopPoint) -> Result<(), VcpuError> {
         if self.handles(Hazard::LeftResumeFlag) {
             engine.clear_resume_flag()?;
@@ -463,7 +463,7 @@ impl Lander {
         Ok(true)
     }
 
-    /// Runs the guest over the breakpoint at which it stands.
+    /// Runs the guest past the breakpoint at which it has stopped.
     fn pass_breakpoint<E: SteerableEngine>(
         &mut self,
         engine: &mut E,

@@ -64,7 +64,7 @@ pub trait TickCounter {
 pub struct RunRequest {
     /// Stop before the instruction at this address.
     pub breakpoint: Option<u64>,
-    /// Pass the breakpoint at which the guest stands, by setting RFLAGS.RF.
+    /// Pass the breakpoint at which the guest has stopped, by setting RFLAGS.RF.
     pub resume: bool,
     /// Stop after the next instruction, by setting RFLAGS.TF.
     pub step: bool,
@@ -148,7 +148,7 @@ pub fn registers_digest(gpr: &[u64; 16], rflags: u64, cr3: u64) -> u64 {
 /// The guest cannot be stopped at a position.
 #[derive(Debug, thiserror::Error)]
 pub enum LandingError {
-    /// The counter is not exact any more or cannot be read: this host cannot count positions (see `vmft doctor`).
+    /// The counter is no longer exact, or cannot be read: this host cannot count positions (see `vmft doctor`).
     #[error("the branch counter {0}")]
     Counter(&'static str),
     /// The counter is not available on this host (see `vmft doctor`).

@@ -39,7 +39,7 @@ impl GracePeriod {
     /// Asks the guest to stop at its next exit, or at the end of the period if it makes none before.
     ///
     /// # Errors
-    /// Never with a period below a century.
+    /// The period is a century or longer.
     pub fn kick(&self) -> io::Result<()> {
         if self.pending.swap(true, Ordering::AcqRel) {
             // The period has begun with the first kick.
@@ -51,7 +51,7 @@ impl GracePeriod {
     /// Takes the kick of a guest that has made an exit, and stops the timer. `true`: there was a kick.
     ///
     /// # Errors
-    /// As [`GracePeriod::kick`].
+    /// The same as for [`GracePeriod::kick`].
     pub fn take_kick(&self) -> io::Result<bool> {
         let was = self.pending.swap(false, Ordering::AcqRel);
         if was {

@@ -1,0 +1,47 @@
+//! Input and output in crates that must have none: `clippy.toml` bans the usual calls, and this every name.
+
+use syn::visit::Visit;
+
+use crate::Finding;
+use crate::arrows::Paths;
+use crate::sources::{SourceFile, WithoutTests};
+
+/// Macros that print.
+const PRINT: &[&str] = &["print", "println", "eprint", "eprintln", "dbg"];
+
+/// Names of the standard library, with all that is in them, that lead out of the program.
+const OUTSIDE: &[&str] = &[
+    "std::env",
+    "std::fs",
+    "std::io::stderr",
+    "std::io::stdin",
+    "std::io::stdout",
+    "std::net",
+    "std::process",
+    "std::thread",
+    "std::time::Instant",
+    "std::time::SystemTime",
+];
+
+/// Uses of input and output in the sources of the crates in these folders.
+pub fn input_and_output(sources: &[SourceFile], crates: &[&str]) -> Vec<Finding> {
+    let mut found = Vec::new();
+    let is_pure = |s: &&SourceFile| crates.iter().any(|c| s.path.starts_with(format!("{c}/src")));
+    for source in sources.iter().filter(is_pure).filter(|s| !s.is_test()) {
+        let paths = WithoutTests(Paths::default()).run(&source.syntax);
+        for (path, line) in paths.found {
+            let name = path.join("::");
+            let leads_out =
+                |o: &&str| name.strip_prefix(*o).is_some_and(|r| r.is_empty() || r.starts_with("::"));
+            if OUTSIDE.iter().any(|o| leads_out(&o)) {
+                found.push((source.at(line), name));
+            }
+        }
+        for (name, line) in paths.macros {
+            if PRINT.contains(&name.as_str()) {
+                found.push((source.at(line), format!("{name}!")));
+            }
+        }
+    }
+    found
+}
