@@ -136,6 +136,8 @@ fn a_pair_is_observed_and_handed_over_through_its_control_sockets() {
     client.finish().unwrap_or_else(|e| panic!("{e}\n{}", b.seen()));
     let (code, told) = report(&at_b);
     assert_eq!((code, &told["phase"]), (1, &"alone".into()), "{told}");
+    let (code, _, errors) = ask(&at_b, &["failover"]);
+    assert!(code == 2 && errors.contains("no backup to hand the VM over to"), "{errors}");
     let metrics = scrape(&site, Host::B, "/metrics");
     for expected in ["protected{vm=\"vm\"} 0\n", "is_alone{vm=\"vm\"} 1\n", "failovers_total{vm=\"vm\"} 1\n"]
     {

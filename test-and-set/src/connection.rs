@@ -194,10 +194,10 @@ impl NodeConnection {
                 && let Ok((number, body)) = wire::read_rest(&mut read, length).await
             {
                 *heard.last_heard() = Instant::now();
-                let asker = heard.waiting().as_mut().and_then(|waiting| waiting.remove(&number));
-                if let Some(asker) = asker {
+                let caller = heard.waiting().as_mut().and_then(|waiting| waiting.remove(&number));
+                if let Some(caller) = caller {
                     // An error means that the caller has stopped waiting.
-                    asker.send(body).ok();
+                    caller.send(body).ok();
                 }
             }
             heard.waiting().take();
@@ -234,11 +234,11 @@ impl NodeConnection {
     /// Sends a request, and waits at most `patience` for the answer.
     pub async fn ask<T: DeserializeOwned>(
         &self,
-        ask: &impl Serialize,
+        request: &impl Serialize,
         patience: Duration,
     ) -> Result<T, ConnectionError> {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
-        let frame = wire::frame(number, ask)?;
+        let frame = wire::frame(number, request)?;
         let (tell, told) = oneshot::channel();
         self.shared.waiting().as_mut().ok_or(ConnectionError::Ended)?.insert(number, tell);
         let forget = PendingGuard { shared: &self.shared, number };

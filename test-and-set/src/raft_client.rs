@@ -65,8 +65,8 @@ impl RaftStore {
     }
 
     /// Adds a member, which must have been started with `--join`, or removes one.
-    pub async fn change_members(&self, ask: StoreRequest, deadline: Instant) -> Result<(), StoreError> {
-        match self.inner.ask(&ask, deadline.saturating_duration_since(Instant::now()), deadline).await? {
+    pub async fn change_members(&self, request: StoreRequest, deadline: Instant) -> Result<(), StoreError> {
+        match self.inner.ask(&request, deadline.saturating_duration_since(Instant::now()), deadline).await? {
             StoreResponse::MembersChanged => Ok(()),
             answer => Err(StoreError::Unfitting(Box::new(answer))),
         }
@@ -145,7 +145,7 @@ impl SharedClient {
     /// Sends the request to one node. If it fails, the connection is dropped and the node moves to the end of the order.
     async fn ask_one(
         &self,
-        ask: &StoreRequest,
+        request: &StoreRequest,
         patience: Duration,
         deadline: Instant,
     ) -> Result<StoreResponse, (String, NodeError)> {
@@ -157,7 +157,7 @@ impl SharedClient {
                 return Err((node, error.into()));
             }
         };
-        let error = match link.ask(ask, patience.min(left())).await {
+        let error = match link.ask(request, patience.min(left())).await {
             Ok(StoreResponse::Failed(failure)) => from_failure(failure),
             // A follower answers a ping with the leader's address: connect to the leader now, not when a verdict is needed.
             Ok(StoreResponse::Leader(Some(leader))) if leader != node => NodeError::NotLeader(Some(leader)),
@@ -177,7 +177,7 @@ impl SharedClient {
 
     async fn ask(
         &self,
-        ask: &StoreRequest,
+        request: &StoreRequest,
         patience: Duration,
         deadline: Instant,
     ) -> Result<StoreResponse, StoreError> {
@@ -185,7 +185,7 @@ impl SharedClient {
         let mut said = BTreeMap::new();
         let mut pause = PAUSE_FIRST;
         for tries in 1.. {
-            let (node, error) = match self.ask_one(ask, patience, deadline).await {
+            let (node, error) = match self.ask_one(request, patience, deadline).await {
                 Ok(answer) => return Ok(answer),
                 Err(failed) => failed,
             };
@@ -220,8 +220,8 @@ impl TestAndSet for RaftStore {
         command: &Command,
         deadline: Instant,
     ) -> Result<CommandReply, StoreError> {
-        let ask = StoreRequest::Command(vm.clone(), command.clone());
-        match self.inner.ask(&ask, NODE_PATIENCE, deadline).await? {
+        let request = StoreRequest::Command(vm.clone(), command.clone());
+        match self.inner.ask(&request, NODE_PATIENCE, deadline).await? {
             StoreResponse::Reply(reply) => Ok(reply),
             answer => Err(StoreError::Unfitting(Box::new(answer))),
         }

@@ -39,7 +39,7 @@ impl ZooKeeperStore {
         format!("{}/barrier", self.prefix)
     }
 
-    fn again(&self, error: Error) -> CasError {
+    fn retry(&self, error: Error) -> CasError {
         CasError::Retry(self.servers.clone(), NodeError::ZooKeeper(error))
     }
 
@@ -50,9 +50,9 @@ impl ZooKeeperStore {
             return Ok(client.clone());
         }
         let connector = Client::connector().with_session_timeout(SESSION).with_fail_eagerly();
-        let client = connector.connect(&self.servers).await.map_err(|e| self.again(e))?;
+        let client = connector.connect(&self.servers).await.map_err(|e| self.retry(e))?;
         for path in [format!("{}/vm", self.prefix), self.barrier_path()] {
-            client.mkdir(&path, &PERSISTENT).await.map_err(|e| self.again(e))?;
+            client.mkdir(&path, &PERSISTENT).await.map_err(|e| self.retry(e))?;
         }
         *kept = Some(client.clone());
         Ok(client)
@@ -69,7 +69,7 @@ impl ZooKeeperStore {
                 let said = (self.servers.clone(), NodeError::ZooKeeper(error));
                 CasError::Report(StoreError::Unusable(vec![said]))
             }
-            other => self.again(other),
+            other => self.retry(other),
         }
     }
 

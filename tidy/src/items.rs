@@ -51,11 +51,11 @@ impl<'ast> Visit<'ast> for Types {
         visit::visit_item(self, item);
     }
 
-    /// In a macro a type is a keyword and a name; what a macro's own syntax defines is not seen.
+    /// In a macro a type is a keyword and a name. Aliases are not told from associated types, and do not count.
     fn visit_macro(&mut self, called: &'ast syn::Macro) {
         for pair in flat(called.tokens.clone()).windows(2) {
             if let [TokenTree::Ident(keyword), TokenTree::Ident(name)] = pair
-                && ["struct", "enum", "union", "trait", "type"].iter().any(|k| keyword == k)
+                && ["struct", "enum", "union", "trait"].iter().any(|k| keyword == k)
             {
                 self.add(name);
             }

@@ -1,7 +1,5 @@
 //! Input and output in crates that must have none: `clippy.toml` bans the usual calls, and this every name.
 
-use syn::visit::Visit;
-
 use crate::Finding;
 use crate::arrows::Paths;
 use crate::sources::{SourceFile, WithoutTests};
@@ -44,4 +42,36 @@ pub fn input_and_output(sources: &[SourceFile], crates: &[&str]) -> Vec<Finding>
         }
     }
     found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn found(path: &str, text: &str) -> usize {
+        let source =
+            SourceFile { path: path.into(), text: text.into(), syntax: syn::parse_file(text).expect("Rust") };
+        input_and_output(&[source], &["x"]).len()
+    }
+
+    #[test]
+    fn every_way_out_of_a_pure_crate_is_found() {
+        let ways = [
+            "use std::fs;",
+            "use std::{io, net::TcpStream};",
+            "fn f() { std::fs::read(\"x\"); }",
+            "fn f() { println!(); }",
+            "fn f() { assert!({ std::eprintln!(\"x\"); true }); }",
+            "macro_rules! m { () => { std::env::var(\"x\") } }",
+            "mod a { use std::time::Instant; }",
+        ];
+        for text in ways {
+            assert_eq!(found("x/src/a.rs", text), 1, "{text}");
+        }
+        let pure = "use std::io::Read; use std::time::Duration; #[cfg(test)] mod tests { use std::fs; }";
+        assert_eq!(
+            [found("x/src/a.rs", pure), found("x/tests/a.rs", ways[0]), found("y/src/a.rs", ways[0])],
+            [0; 3]
+        );
+    }
 }

@@ -124,12 +124,12 @@ impl Agent {
 
     fn fenced(&mut self, holder: Option<Incarnation>) {
         self.disconnect();
-        let exit = match (self.pending_end, holder) {
+        let outcome = match (self.pending_end, holder) {
             (Some(reason), None) => Outcome::Ended(reason),
             _ if self.handover_requested && self.config.role == Role::Primary => Outcome::HandedOver,
             _ => Outcome::Fenced(holder),
         };
-        self.halt(exit);
+        self.halt(outcome);
     }
 
     /// This host cannot run the guest: the agent says so to its peer, and never takes (rule 4).
@@ -156,7 +156,7 @@ impl Agent {
         match &self.state {
             AgentState::Taking | AgentState::Opening { taking: true, .. } => self.ask_to_take(),
             AgentState::Opening { taking: false, .. } => self.ask_to_open(),
-            AgentState::Forgetting(exit) => self.ask_to_forget(exit.clone()),
+            AgentState::Forgetting(outcome) => self.ask_to_forget(outcome.clone()),
             _ => {}
         }
     }

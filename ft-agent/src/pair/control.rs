@@ -145,14 +145,18 @@ fn serve(mut client: UnixStream, replica: Option<Arc<Replica>>) -> std::io::Resu
 
 fn failover(replica: &Arc<Replica>) -> ControlReply {
     let status = replica.status();
-    if status.role == agent::Role::Backup {
-        return ControlReply::Refused("this replica is the backup; ask the primary".into());
+    match (status.phase, status.role) {
+        (Phase::Protected, agent::Role::Primary) => {
+            replica.hand_over();
+            ControlReply::Done
+        }
+        (Phase::Alone, _) | (_, agent::Role::Primary) => {
+            ControlReply::Refused("there is no backup to hand the VM over to".into())
+        }
+        (_, agent::Role::Backup) => {
+            ControlReply::Refused("this replica is the backup; ask the primary".into())
+        }
     }
-    if status.phase != Phase::Protected {
-        return ControlReply::Refused("there is no backup to hand the VM over to".into());
-    }
-    replica.hand_over();
-    ControlReply::Done
 }
 
 fn stop(replica: &Arc<Replica>) -> ControlReply {

@@ -86,8 +86,9 @@ impl StoreAcceptor {
 
     async fn serve(&self, tcp: TcpStream, greeted: &Greeted) -> Result<(), WireError> {
         tcp.set_nodelay(true)?;
-        let shaken = timeout(HANDSHAKE_PATIENCE, self.handshake(tcp)).await;
-        let (stream, member) = shaken.map_err(|_| std::io::Error::from(std::io::ErrorKind::TimedOut))??;
+        let handshake = timeout(HANDSHAKE_PATIENCE, self.handshake(tcp)).await;
+        let (stream, member) =
+            handshake.map_err(|_| std::io::Error::from(std::io::ErrorKind::TimedOut))??;
         greeted.set_done();
         let (read, write) = tokio::io::split(stream);
         match member {
@@ -154,21 +155,21 @@ impl StoreAcceptor {
         mut read: ReadHalf<TlsStream<TcpStream>>,
         write: WriteHalf<TlsStream<TcpStream>>,
         most: u32,
-        asker: Requester,
+        requester: Requester,
     ) -> Result<(), WireError> {
-        let answers = Arc::new(ResponseWriter { write: Mutex::new(write), broken: AtomicBool::new(false) });
-        let (slots, asker) = (Arc::new(Semaphore::new(REQUESTS_MAX)), Arc::new(asker));
+        let responses = Arc::new(ResponseWriter { write: Mutex::new(write), broken: AtomicBool::new(false) });
+        let (slots, requester) = (Arc::new(Semaphore::new(REQUESTS_MAX)), Arc::new(requester));
         while let Some((number, body)) = next_frame(&mut read, most).await? {
             let Ok(slot) = slots.clone().acquire_owned().await else { break };
-            let question = asker.decode(&body)?;
-            if answers.broken.load(Relaxed) {
+            let request = requester.decode(&body)?;
+            if responses.broken.load(Relaxed) {
                 break;
             }
-            let (node, asker, answers) = (self.node.clone(), asker.clone(), answers.clone());
+            let (node, requester, responses) = (self.node.clone(), requester.clone(), responses.clone());
             tokio::spawn(async move {
                 // A response that cannot be encoded is dropped: the other side runs into its deadline.
-                if let Ok(frame) = asker.answer(&node, question, number).await {
-                    answers.send(&frame).await;
+                if let Ok(frame) = requester.answer(&node, request, number).await {
+                    responses.send(&frame).await;
                 }
                 drop(slot);
             });
@@ -237,12 +238,12 @@ impl Requester {
         })
     }
 
-    async fn answer(&self, node: &Node, question: DecodedRequest, number: u64) -> Result<Vec<u8>, WireError> {
-        match (question, self) {
-            (DecodedRequest::Member(ask), Requester::Member(parts)) => {
-                frame(number, &node.raft.answer(ask, parts).await)
+    async fn answer(&self, node: &Node, request: DecodedRequest, number: u64) -> Result<Vec<u8>, WireError> {
+        match (request, self) {
+            (DecodedRequest::Member(request), Requester::Member(parts)) => {
+                frame(number, &node.raft.answer(request, parts).await)
             }
-            (DecodedRequest::Client(ask), _) => frame(number, &node.answer(ask).await),
+            (DecodedRequest::Client(request), _) => frame(number, &node.answer(request).await),
             (DecodedRequest::Member(_), Requester::Client(_)) => Err(WireError::Tail(0)),
         }
     }

@@ -25,8 +25,8 @@ pub struct Node {
 
 impl Node {
     /// Answers a client's request.
-    pub(super) async fn answer(&self, ask: StoreRequest) -> StoreResponse {
-        let answer = match ask {
+    pub(super) async fn answer(&self, request: StoreRequest) -> StoreResponse {
+        let answer = match request {
             StoreRequest::Command(vm, command) => {
                 timed(&self.stats.commands, self.raft.command(vm, command)).await.map(StoreResponse::Reply)
             }

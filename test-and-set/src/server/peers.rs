@@ -108,11 +108,11 @@ impl OtherMembers {
     pub async fn ask(
         &self,
         peer: &OtherMember,
-        ask: &PeerRequest,
+        request: &PeerRequest,
         patience: Duration,
     ) -> Result<PeerResponse, ConnectionError> {
         let link = self.link(peer).await?;
-        let answer = link.ask(ask, patience).await;
+        let answer = link.ask(request, patience).await;
         if matches!(answer, Err(ConnectionError::Silent)) && link.last_heard().elapsed() > SILENCE_MAX {
             link.close();
         }

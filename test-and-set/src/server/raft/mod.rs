@@ -272,16 +272,16 @@ impl Raft {
 
 impl Raft {
     /// Answers another member's request. `snapshot` collects the parts of the snapshot that arrives on its connection.
-    pub async fn answer(&self, ask: PeerRequest, snapshot: &tokio::sync::Mutex<Vec<u8>>) -> PeerResponse {
-        self.try_answer(ask, snapshot).await.map_or_else(PeerResponse::Failed, PeerResponse::Done)
+    pub async fn answer(&self, request: PeerRequest, snapshot: &tokio::sync::Mutex<Vec<u8>>) -> PeerResponse {
+        self.try_answer(request, snapshot).await.map_or_else(PeerResponse::Failed, PeerResponse::Done)
     }
 
     async fn try_answer(
         &self,
-        ask: PeerRequest,
+        request: PeerRequest,
         snapshot: &tokio::sync::Mutex<Vec<u8>>,
     ) -> Result<Vec<u8>, RequestFailure> {
-        match ask {
+        match request {
             PeerRequest::Append(bytes) => {
                 let rpc: AppendEntriesRequest<Types> = decode_rpc(&bytes)?;
                 if !rpc.entries.is_empty() && self.disk.is_full() {

@@ -56,10 +56,10 @@ impl PeerClient {
     /// Sends a request. Every failure is reported as "unreachable", because the pause that openraft then makes suits all of them.
     async fn call<T: DeserializeOwned>(
         &self,
-        ask: &PeerRequest,
+        request: &PeerRequest,
         patience: Duration,
     ) -> Result<T, Unreachable> {
-        match self.peers.ask(&self.peer, ask, patience).await.map_err(|e| Unreachable::new(&e))? {
+        match self.peers.ask(&self.peer, request, patience).await.map_err(|e| Unreachable::new(&e))? {
             PeerResponse::Done(bytes) => {
                 wire::decode(&bytes).map_err(|e| Unreachable::new(&ConnectionError::from(e)))
             }
