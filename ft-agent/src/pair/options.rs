@@ -29,7 +29,7 @@ pub struct PairOptions {
     #[arg(long, value_name = "HOST:PORT")]
     pub peer: Option<String>,
     /// Backup: address on which it listens for its primary
-    #[arg(long, value_name = "ADDRESS:PORT")]
+    #[arg(long, value_name = "ADDRESS:PORT", value_parser = parse_listen)]
     pub listen: Option<SocketAddr>,
     /// Primary: start without a backup
     #[arg(long)]
@@ -45,7 +45,7 @@ pub struct PairOptions {
     #[arg(long, value_name = "COMMAND")]
     pub hook: Option<String>,
     /// Serve /metrics for Prometheus on this address, over plain HTTP
-    #[arg(long, value_name = "ADDRESS:PORT")]
+    #[arg(long, value_name = "ADDRESS:PORT", value_parser = parse_listen)]
     pub metrics: Option<SocketAddr>,
     /// For debugging: do not confine the process with seccomp and Landlock
     #[arg(long)]
@@ -178,6 +178,10 @@ impl PairOptions {
             machine: self.machine.over(file.machine),
         }
     }
+}
+
+fn parse_listen(text: &str) -> Result<SocketAddr, &'static str> {
+    text.parse().map_err(|_| "give an IP address of this host and a port, for example 192.0.2.2:7500")
 }
 
 fn read_file(path: &Path) -> Result<PairOptions, Error> {

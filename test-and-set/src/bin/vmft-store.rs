@@ -62,7 +62,7 @@ struct ServeArgs {
     #[arg(long)]
     id: NodeId,
     /// The address on which to listen for members and clients, IP:PORT.
-    #[arg(long)]
+    #[arg(long, value_parser = parse_listen)]
     listen: SocketAddr,
     /// The first members, including this one, as 1=HOST:PORT,2=HOST:PORT,3=HOST:PORT. Give the same list to each of them.
     #[arg(long, value_delimiter = ',', value_parser = parse_peer)]
@@ -80,7 +80,7 @@ struct ServeArgs {
     #[arg(long, conflicts_with = "peers")]
     join: bool,
     /// The address on which to serve /metrics for Prometheus, over plain HTTP, IP:PORT.
-    #[arg(long)]
+    #[arg(long, value_parser = parse_listen)]
     metrics: Option<SocketAddr>,
     /// The interval of the leader's heartbeats in milliseconds; the leader is suspected after 7.5 to 10 intervals of silence.
     #[arg(long, default_value_t = RaftTiming::default().heartbeat_ms, value_parser = clap::value_parser!(u64).range(10..=10_000))]
@@ -120,6 +120,10 @@ enum MemberCommand {
         /// The member's number.
         id: NodeId,
     },
+}
+
+fn parse_listen(text: &str) -> Result<SocketAddr, &'static str> {
+    text.parse().map_err(|_| "give an IP address of this host and a port, for example 192.0.2.1:7400")
 }
 
 fn parse_peer(text: &str) -> Result<(NodeId, String), String> {
