@@ -213,7 +213,8 @@ fn report(guest: &LogReplay, wall: Duration, args: &ReplayArgs) -> Result<(), Er
     match source.ended() {
         Some(EndReason::Stopped) => eprintln!("the recording was stopped here"),
         Some(EndReason::Guest(End::PowerOff)) => eprintln!("the guest powered off"),
-        Some(EndReason::Guest(end)) => eprintln!("the guest ended: {end:?}"),
+        Some(EndReason::Guest(End::Reboot)) => eprintln!("the guest asked for a reset"),
+        Some(EndReason::Guest(End::TripleFault)) => eprintln!("the guest crashed (triple fault)"),
         None if source.is_done() => eprintln!("the log has no end record: the recorder was killed"),
         None => eprintln!("stopped at --to {}", args.to.unwrap_or(at)),
     }

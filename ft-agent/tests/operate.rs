@@ -145,7 +145,7 @@ fn a_pair_is_observed_and_handed_over_through_its_control_sockets() {
     }
     assert_eq!(ask(&at_b, &["stop"]).0, 0);
     let (status, output) = b.finish(20);
-    assert!(status.success() && output.contains("the VM has ended: Stopped"), "{output}");
+    assert!(status.success() && output.contains("the VM has ended: it was stopped"), "{output}");
     let read = |role| std::fs::read_to_string(told_to(role)).expect("what the hook was told");
     assert_eq!(read("primary"), "PROTECTED vm protected 1\n");
     assert_eq!(read("backup"), "PROTECTED vm protected 1\nUNPROTECTED vm deciding 1\n");
@@ -163,7 +163,7 @@ fn stop_ends_both_sides_of_a_pair() {
     assert_eq!(code, 0, "{errors}");
     for side in [a, b] {
         let (status, output) = side.finish(20);
-        assert!(status.success() && output.contains("the VM has ended: Stopped"), "{output}");
+        assert!(status.success() && output.contains("the VM has ended: it was stopped"), "{output}");
     }
     // The VM can be started again.
     let (a, b) = site.pair(&BARE);
@@ -212,7 +212,7 @@ fn a_primary_from_a_file_runs_without_a_backup() {
     assert!(code != 0 && !errors.contains("READY"), "{errors}");
     assert_eq!(ask(&control, &["stop"]).0, 0);
     let (status, output) = vm.finish(20);
-    assert!(status.success() && output.contains("the VM has ended: Stopped"), "{output}");
+    assert!(status.success() && output.contains("the VM has ended: it was stopped"), "{output}");
     let (code, _, errors) = ask(&control, &["status"]);
     assert!(code == 3 && errors.contains("control socket"), "{errors}");
 }

@@ -43,7 +43,7 @@ enum StateSection {
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
     /// Reading or writing failed.
-    #[error("the saved machine cannot be read or written at offset {offset}")]
+    #[error("the saved machine cannot be read or written at offset {offset}: {source}")]
     Io {
         /// Number of bytes read or written before.
         offset: u64,
@@ -51,7 +51,7 @@ pub enum StateError {
         source: io::Error,
     },
     /// The file is not a saved machine.
-    #[error("the file is not a saved machine: it does not begin with {MAGIC:?}")]
+    #[error("the file is not a saved machine: it does not begin with {:?}", MAGIC.escape_ascii().to_string())]
     Magic,
     /// The file has another version of the format.
     #[error("the saved machine has format version {0}, but this program reads version {VERSION} only")]

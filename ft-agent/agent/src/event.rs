@@ -1,5 +1,6 @@
 //! What an agent is told, and what it wants done.
 
+use entry::End;
 use entry::Position;
 use entry::identity::Mismatch;
 use entry::log::EndReason;
@@ -138,7 +139,7 @@ pub enum PeerRefusal {
         ours: String,
     },
     /// Both sides have the same role.
-    #[error("both sides are started as {0:?}: start one of them in the other role")]
+    #[error("both sides are started as {}: start one of them in the other role", format!("{:?}", .0).to_lowercase())]
     Role(Role),
     /// Its incarnation or the name of one of its disks is invalid.
     #[error("its hello has an invalid {0}")]
@@ -163,7 +164,7 @@ pub enum PeerRefusal {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Outcome {
     /// The VM's run is over.
-    #[error("the VM has ended: {0:?}")]
+    #[error("the VM has ended: {}", describe_end(*.0))]
     Ended(EndReason),
     /// The other side lives, as requested.
     #[error("handed over")]
@@ -186,4 +187,13 @@ pub enum Outcome {
     /// The peer was lost before the guest ran.
     #[error("the peer was lost before the guest ran: {0}")]
     NotStarted(Suspicion),
+}
+
+fn describe_end(reason: EndReason) -> &'static str {
+    match reason {
+        EndReason::Stopped => "it was stopped",
+        EndReason::Guest(End::PowerOff) => "the guest powered off",
+        EndReason::Guest(End::Reboot) => "the guest asked for a reset",
+        EndReason::Guest(End::TripleFault) => "the guest crashed (triple fault)",
+    }
 }

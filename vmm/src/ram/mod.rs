@@ -41,7 +41,7 @@ pub enum RamError {
     #[error("memory: {0} bytes is not a positive multiple of 4096")]
     Size(u64),
     /// mmap failed; a smaller guest may fit.
-    #[error("memory: the host cannot map {bytes} bytes for the guest; give the guest less memory")]
+    #[error("memory: the host cannot map {bytes} bytes for the guest: {source}; give the guest less memory")]
     Map {
         /// Size of the guest's RAM.
         bytes: u64,
@@ -57,7 +57,7 @@ pub enum RamError {
         page: u32,
     },
     /// The host refused to take pages back.
-    #[error("memory: the host cannot clear the guest's RAM")]
+    #[error("memory: the host cannot clear the guest's RAM: {0}")]
     Clear(#[source] std::io::Error),
 }
 
