@@ -1,6 +1,7 @@
 //! `vmft log`: shows what is in a log.
 
 use std::collections::BTreeMap;
+use std::io::{self, Write};
 use std::path::PathBuf;
 
 use clap::Subcommand;
@@ -13,6 +14,7 @@ use vmm::replay::Records;
 
 use crate::error::Error;
 use crate::log_file::LogReader;
+use crate::report::printed;
 
 /// What to show of a log.
 #[derive(Subcommand, Debug)]
@@ -71,26 +73,29 @@ struct LogStat {
 /// # Errors
 /// The log is damaged; everything before the damage is shown.
 pub fn run(command: LogCommand) -> Result<(), Error> {
+    let mut out = io::stdout().lock();
     match command {
         LogCommand::Stat { file, json, from_s } => {
             let (reader, identity) = LogReader::open(&file)?;
             let (stat, damage) = stat(reader, &identity, (from_s * 1e9) as u64);
-            if json {
-                println!(
-                    "{}",
-                    serde_json::to_string_pretty(&stat).unwrap_or_else(|e| unreachable!("plain data: {e}"))
-                );
+            printed(if json {
+                let text =
+                    serde_json::to_string_pretty(&stat).unwrap_or_else(|e| unreachable!("plain data: {e}"));
+                writeln!(out, "{text}")
             } else {
-                print_table(&stat);
-            }
+                write_table(&mut out, &stat)
+            })?;
             damage
         }
         LogCommand::Show { file, kind, from, to } => {
             let (mut reader, _) = LogReader::open(&file)?;
             while let Some(record) = reader.next()? {
                 let wanted = kind.is_empty() || kind.iter().any(|k| k == record.entry.kind());
-                if wanted && (from..to).contains(&record.position.count) {
-                    println!("{record}");
+                if wanted
+                    && (from..to).contains(&record.position.count)
+                    && !printed(writeln!(out, "{record}"))?
+                {
+                    return Ok(());
                 }
             }
             warn_if_cut_off(&reader);
@@ -163,24 +168,30 @@ fn stat(mut reader: LogReader, identity: &Identity, from_ns: u64) -> (LogStat, R
     (stat, damage)
 }
 
-fn print_table(stat: &LogStat) {
+fn write_table(out: &mut impl Write, stat: &LogStat) -> io::Result<()> {
     for (name, value) in &stat.identity {
-        println!("{name:20} {value}");
+        writeln!(out, "{name:20} {value}")?;
     }
-    println!("\n{:12} {:>10} {:>12} {:>14}", "kind", "entries", "bytes", "bytes/guest s");
+    writeln!(out, "\n{:12} {:>10} {:>12} {:>14}", "kind", "entries", "bytes", "bytes/guest s")?;
     for (name, kind) in &stat.kinds {
         let rate = kind.bytes as f64 / stat.guest_s.max(1e-9);
-        println!("{name:12} {:>10} {:>12} {rate:>14.1}", kind.entries, kind.bytes);
+        writeln!(out, "{name:12} {:>10} {:>12} {rate:>14.1}", kind.entries, kind.bytes)?;
     }
-    println!(
+    writeln!(
+        out,
         "\n{} entries, {} bytes with header and blocks, to position {}, {:.3} guest s: {:.2} kbit/s",
         stat.entries, stat.bytes, stat.last_position, stat.guest_s, stat.kbit_per_guest_s
-    );
+    )?;
     if stat.frame_bytes > 0 {
         let over = (stat.bytes - stat.frame_bytes) as f64 * 100.0 / stat.frame_bytes as f64;
-        println!("network frames that came in: {} bytes; the log is {over:.2} % larger", stat.frame_bytes);
+        writeln!(
+            out,
+            "network frames that came in: {} bytes; the log is {over:.2} % larger",
+            stat.frame_bytes
+        )?;
     }
     if stat.cut_off_bytes > 0 {
-        println!("cut off: {} bytes after the last complete block", stat.cut_off_bytes);
+        writeln!(out, "cut off: {} bytes after the last complete block", stat.cut_off_bytes)?;
     }
+    Ok(())
 }

@@ -14,6 +14,7 @@ mod options;
 mod outside;
 mod pair;
 mod replay;
+mod report;
 mod run;
 mod summary;
 

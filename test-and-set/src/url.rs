@@ -75,7 +75,9 @@ pub enum UrlError {
     #[error("the path {0:?} is not allowed: etcd:// and zookeeper:// take /NAME/…, raft:// takes none")]
     Prefix(String),
     /// The scheme does not have this parameter, or it has no value.
-    #[error("the parameter {0:?} is unknown, or has no value: raft:// takes keys= and cluster=, etcd:// takes keys=")]
+    #[error(
+        "the parameter {0:?} is unknown, or has no value: raft:// takes keys= and cluster=, etcd:// takes keys="
+    )]
     Parameter(String),
     /// A `raft://` URL has no keys.
     #[error("a raft:// URL needs ?keys=DIR, the directory with own.key, own.crt and members/")]

@@ -1,11 +1,13 @@
 //! `vmft doctor`: tests what this host can do for a guest on KVM, and reports a verdict with its reasons.
 
 use std::fmt;
+use std::io::Write;
 
 use clap::Args;
 use serde::Serialize;
 
 use crate::error::Error;
+use crate::report::printed;
 
 mod counting;
 mod host;
@@ -255,11 +257,12 @@ pub fn check_exact_positions() -> Result<String, String> {
 /// The report cannot be written.
 pub fn run(args: &DoctorArgs) -> Result<(), Error> {
     let report = examine(Thoroughness::Thorough);
+    let mut out = std::io::stdout().lock();
     if args.json {
         let text = serde_json::to_string_pretty(&report).map_err(std::io::Error::other);
-        println!("{}", text.map_err(Error::host("cannot write the report"))?);
+        printed(writeln!(out, "{}", text.map_err(Error::host("cannot write the report"))?))?;
     } else {
-        println!("{report}");
+        printed(writeln!(out, "{report}"))?;
     }
     Ok(())
 }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::error::Error;
+use std::io::{self, ErrorKind, Write};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -219,8 +220,9 @@ async fn status(target: &StoreArgs, json: bool) -> Result<(), Box<dyn Error>> {
         let status = store.status(&node, deadline(target)).await;
         found.push((node, status, asked.elapsed()));
     }
+    let mut out = io::stdout().lock();
     let reached = found.iter().any(|(_, status, _)| status.is_ok());
-    if json {
+    let shown = if json {
         let rows = found.iter().map(|(node, status, took)| {
             let answer = match status {
                 Ok(status) => serde_json::json!({ "status": status }),
@@ -228,9 +230,15 @@ async fn status(target: &StoreArgs, json: bool) -> Result<(), Box<dyn Error>> {
             };
             serde_json::json!({ "node": node, "answered_us": took.as_micros() as u64, "answer": answer })
         });
-        println!("{}", serde_json::to_string_pretty(&rows.collect::<Vec<_>>())?);
+        let text = serde_json::to_string_pretty(&rows.collect::<Vec<_>>())?;
+        writeln!(out, "{text}")
     } else {
-        found.iter().for_each(|(node, status, took)| show(node, status, *took));
+        found.iter().try_for_each(|(node, status, took)| show(&mut out, node, status, *took))
+    };
+    match shown {
+        // The reader has seen enough, as `head` has.
+        Err(e) if e.kind() == ErrorKind::BrokenPipe => {}
+        shown => shown?,
     }
     if reached {
         Ok(())
@@ -239,28 +247,44 @@ async fn status(target: &StoreArgs, json: bool) -> Result<(), Box<dyn Error>> {
     }
 }
 
-fn show(node: &str, status: &Result<NodeStatus, NodeError>, took: Duration) {
+fn show(
+    out: &mut impl Write,
+    node: &str,
+    status: &Result<NodeStatus, NodeError>,
+    took: Duration,
+) -> io::Result<()> {
     let status = match status {
         Ok(status) => status,
-        Err(error) => return println!("{node}  {error}"),
+        Err(error) => return writeln!(out, "{node}  {error}"),
     };
     let index = |index: Option<u64>| index.map_or("-".into(), |i| i.to_string());
-    println!("{node}  member {} of {}: {}, answered in {took:.1?}", status.id, status.cluster, status.role);
-    println!("  term {}, leader {}", status.term, index(status.leader));
-    println!(
+    writeln!(
+        out,
+        "{node}  member {} of {}: {}, answered in {took:.1?}",
+        status.id, status.cluster, status.role
+    )?;
+    writeln!(out, "  term {}, leader {}", status.term, index(status.leader))?;
+    writeln!(
+        out,
         "  log {}, applied {}, snapshot {}, purged {}",
         index(status.last_log_index),
         index(status.applied_index),
         index(status.snapshot_index),
         index(status.purged_index)
-    );
+    )?;
     let (half, most) = status.command_us;
-    println!("  {} VMs; {} commands here, p50 {half} us, p99 {most} us", status.vms, status.commands);
+    writeln!(out, "  {} VMs; {} commands here, p50 {half} us, p99 {most} us", status.vms, status.commands)?;
     let full = if status.disk_full { ", FULL: free some space" } else { "" };
-    println!("  data {} KiB, disk free {} MiB{full}", status.data_bytes >> 10, status.disk_free_bytes >> 20);
+    writeln!(
+        out,
+        "  data {} KiB, disk free {} MiB{full}",
+        status.data_bytes >> 10,
+        status.disk_free_bytes >> 20
+    )?;
     for (id, member) in &status.members {
         let votes = if member.votes { "votes" } else { "does not vote" };
         let matched = member.matched_index.map(|i| format!(", holds {i}")).unwrap_or_default();
-        println!("  member {id}  {}  {votes}{matched}", member.address);
+        writeln!(out, "  member {id}  {}  {votes}{matched}", member.address)?;
     }
+    Ok(())
 }
