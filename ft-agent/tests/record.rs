@@ -84,6 +84,13 @@ fn a_replay_stops_where_it_is_told_and_shows_the_same_digests() {
     let (code, lines, _) = vmft(&["log", "show", name, "--kind", "state"]);
     // One at the start, one every 10 M instructions, the three that were asked for, and the last.
     assert_eq!((code, lines.lines().count()), (0, 9), "{lines}");
+    // A reader that has seen enough, like head, is no fault.
+    for verb in ["stat", "show"] {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let unread = Command::new(VMFT).args(["log", verb, name]).stdout(writer).output().expect("vmft");
+        assert!(unread.status.success() && unread.stderr.is_empty(), "{unread:?}");
+    }
     std::fs::remove_file(&log).unwrap();
 }
 
