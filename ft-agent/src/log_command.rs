@@ -164,8 +164,13 @@ fn stat(mut reader: LogReader, identity: &Identity, from_ns: u64) -> (LogStat, R
     let since = if unit == PositionUnit::Instructions { last.count - clock.0 } else { 0 };
     stat.guest_s = (clock.1 + since - start.0) as f64 / 1e9;
     stat.bytes -= start.1;
-    stat.kbit_per_guest_s = stat.bytes as f64 * 8.0 / 1000.0 / stat.guest_s.max(1e-9);
+    stat.kbit_per_guest_s = rate(stat.bytes, stat.guest_s) * 8.0 / 1000.0;
     (stat, damage)
+}
+
+/// Bytes per second; 0 for a log in which no time passes.
+fn rate(bytes: u64, seconds: f64) -> f64 {
+    if seconds > 0.0 { bytes as f64 / seconds } else { 0.0 }
 }
 
 fn write_table(out: &mut impl Write, stat: &LogStat) -> io::Result<()> {
@@ -174,7 +179,7 @@ fn write_table(out: &mut impl Write, stat: &LogStat) -> io::Result<()> {
     }
     writeln!(out, "\n{:12} {:>10} {:>12} {:>14}", "kind", "entries", "bytes", "bytes/guest s")?;
     for (name, kind) in &stat.kinds {
-        let rate = kind.bytes as f64 / stat.guest_s.max(1e-9);
+        let rate = rate(kind.bytes, stat.guest_s);
         writeln!(out, "{name:12} {:>10} {:>12} {rate:>14.1}", kind.entries, kind.bytes)?;
     }
     writeln!(

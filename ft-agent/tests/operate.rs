@@ -238,7 +238,7 @@ fn a_vm_whose_hosts_have_died_starts_again_once_it_is_forgotten() {
     let (code, out, errors) = forget("vm", &["--yes"]);
     assert!(code == 0 && out.contains("it can be started"), "{out}{errors}");
     let (code, out, _) = forget("vm", &[]);
-    assert!(code == 0 && out.contains("forgotten already"), "{out}");
+    assert!(code == 0 && out.contains("already forgotten"), "{out}");
     let (code, _, errors) = forget("nobody", &["--yes"]);
     assert!(code == 2 && errors.contains("knows no VM nobody"), "{errors}");
     let (a, b) = site.pair(&BARE);
