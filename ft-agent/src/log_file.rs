@@ -36,8 +36,12 @@ impl LogWriter {
     /// The file exists already, or cannot be written.
     pub fn create(path: &Path, identity: &Identity) -> Result<LogWriter, Error> {
         let created = File::options().write(true).create_new(true).open(path);
-        let file = created
-            .map_err(|e| Error::config("log", format!("cannot create log {}: {e}", path.display())))?;
+        let file = created.map_err(|e| {
+            Error::config(
+                "log",
+                format!("cannot create log {}: {e}; give the name of a new file", path.display()),
+            )
+        })?;
         let encoder = Encoder::new(identity);
         let mut writer = LogWriter { encoder, file, path: path.into(), closed: now() };
         writer.close_block()?;

@@ -15,7 +15,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -205,5 +205,11 @@ fn write_new(path: &Path, text: &str, mode: u32) -> Result<(), KeysError> {
         fs::create_dir_all(parent).map_err(io_error(parent))?;
     }
     let file = fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(path);
-    file.and_then(|mut file| file.write_all(text.as_bytes())).map_err(io_error(path))
+    let existing = |e: std::io::Error| match e.kind() {
+        kind @ ErrorKind::AlreadyExists => {
+            std::io::Error::new(kind, "the file exists and is not overwritten; give another directory")
+        }
+        _ => e,
+    };
+    file.map_err(existing).and_then(|mut file| file.write_all(text.as_bytes())).map_err(io_error(path))
 }
