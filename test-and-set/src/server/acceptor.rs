@@ -1,11 +1,12 @@
 //! Accepts connections, checks who connects, and answers their requests, all within bounds.
 //!
 //! A connection that has not completed TLS and its greeting costs little, and there are at most [`GREETINGS_MAX`] of them: one more
-//! closes the oldest. So slow or silent connections never keep out a client that completes its greeting.
+//! closes the oldest. So slow or silent connections never keep out a client that completes its greeting. How many connections a
+//! certificate may have is in [`super::quota`].
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use rustls::pki_types::CertificateDer;
@@ -18,16 +19,15 @@ use tokio::time::timeout;
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
 use crate::keys::Keys;
+use crate::server::bounded_log::BoundedLog;
 use crate::server::node::Node;
+use crate::server::quota::{Admission, ConnectionQuotas, Party};
 use crate::wire::{
-    self, CLIENT_FRAME_BYTES_MAX, ConnectionRefusal, FRAME_BYTES_MAX, MemberHello, StoreHello, Welcome,
-    WireError,
+    self, CLIENT_FRAME_BYTES_MAX, ConnectionRefusal, FRAME_BYTES_MAX, StoreHello, Welcome, WireError,
 };
 
 /// The largest number of connections that have not completed their greeting.
 pub const GREETINGS_MAX: usize = 192;
-/// The largest number of clients that are connected at once.
-pub const CLIENTS_MAX: usize = 512;
 /// The largest number of requests of one connection that are answered at once; more wait in the socket.
 const REQUESTS_MAX: usize = 64;
 const HANDSHAKE_PATIENCE: Duration = Duration::from_secs(5);
@@ -41,24 +41,25 @@ pub struct StoreAcceptor {
     node: Arc<Node>,
     keys: Arc<Keys>,
     tls: TlsAcceptor,
-    clients: Arc<AtomicUsize>,
+    quotas: Arc<ConnectionQuotas>,
+    refusals: BoundedLog,
 }
 
 impl StoreAcceptor {
     /// An acceptor for this member.
     pub fn new(node: Arc<Node>, keys: Arc<Keys>, tls: TlsAcceptor) -> Arc<Self> {
-        Arc::new(Self { node, keys, tls, clients: Arc::default() })
+        Arc::new(Self { node, keys, tls, quotas: Arc::default(), refusals: BoundedLog::default() })
     }
 
     /// Accepts connections for ever, and serves each in its own task.
     pub async fn accept(self: Arc<Self>, listener: TcpListener) {
         let mut greeting: VecDeque<(AbortHandle, Arc<Greeted>)> = VecDeque::new();
         loop {
-            let tcp = match listener.accept().await {
-                Ok((tcp, _)) => tcp,
+            let (tcp, from) = match listener.accept().await {
+                Ok(accepted) => accepted,
                 Err(error) => {
                     // Most likely there is no free file descriptor: connections that end free theirs.
-                    eprintln!("cannot accept a connection, trying again: {error}");
+                    self.refusals.line(|| format!("cannot accept a connection, trying again: {error}"));
                     tokio::time::sleep(Duration::from_millis(50)).await;
                     continue;
                 }
@@ -68,6 +69,9 @@ impl StoreAcceptor {
                 && let Some((oldest, _)) = greeting.pop_front()
             {
                 oldest.abort();
+                self.refusals.line(|| {
+                    format!("closed the oldest of {GREETINGS_MAX} connections that have not completed their greeting")
+                });
                 self.node.stats.connections_faulty.fetch_add(1, Relaxed);
             }
             let (acceptor, greeted) = (self.clone(), Arc::new(Greeted::default()));
@@ -77,6 +81,7 @@ impl StoreAcceptor {
                 if let Err(error) = acceptor.serve(tcp, &done).await
                     && !matches!(&error, WireError::Io(e) if e.kind() == std::io::ErrorKind::UnexpectedEof)
                 {
+                    acceptor.refusals.line(|| format!("closed a connection from {from}: {error}"));
                     acceptor.node.stats.connections_faulty.fetch_add(1, Relaxed);
                 }
             });
@@ -87,66 +92,64 @@ impl StoreAcceptor {
     async fn serve(&self, tcp: TcpStream, greeted: &Greeted) -> Result<(), WireError> {
         tcp.set_nodelay(true)?;
         let handshake = timeout(HANDSHAKE_PATIENCE, self.handshake(tcp)).await;
-        let (stream, member) =
+        let (stream, admission) =
             handshake.map_err(|_| std::io::Error::from(std::io::ErrorKind::TimedOut))??;
         greeted.set_done();
         let (read, write) = tokio::io::split(stream);
-        match member {
-            Some(_) => {
-                self.serve_requests(read, write, FRAME_BYTES_MAX, Requester::Member(Mutex::default())).await
-            }
-            None => self.serve_requests(read, write, CLIENT_FRAME_BYTES_MAX, self.admit_client()).await,
+        let (most, asker) = match admission.party() {
+            Party::Member => (FRAME_BYTES_MAX, Requester::Member(Mutex::default())),
+            Party::Client => (CLIENT_FRAME_BYTES_MAX, Requester::Client),
+        };
+        tokio::select! {
+            served = self.serve_requests(read, write, most, asker) => served,
+            () = admission.evicted() => Err(refused("too many connections of its certificate are open")),
         }
     }
 
-    fn admit_client(&self) -> Requester {
-        self.clients.fetch_add(1, Relaxed);
-        Requester::Client(self.clients.clone())
-    }
-
     /// Does the TLS handshake and exchanges greetings. A refusal is sent to the other side before it is returned as an error.
-    async fn handshake(
-        &self,
-        tcp: TcpStream,
-    ) -> Result<(TlsStream<TcpStream>, Option<MemberHello>), WireError> {
+    async fn handshake(&self, tcp: TcpStream) -> Result<(TlsStream<TcpStream>, Admission), WireError> {
         let mut stream = self.tls.accept(tcp).await?;
         let hello: StoreHello = wire::read_greeting(&mut stream).await?;
         let certificate = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
-        let refused = self.refusal_of(&hello, certificate);
+        let admitted = self.admit(&hello, certificate);
         let welcome = Welcome {
             cluster: self.node.cluster.clone(),
             id: self.node.id,
             data: self.node.disk.data(),
-            refused,
+            refused: admitted.as_ref().err().copied(),
         };
         wire::write_greeting(&mut stream, &welcome).await?;
-        match refused {
-            None => Ok((stream, hello.member)),
-            Some(reason) => {
+        match admitted {
+            Ok(admission) => Ok((stream, admission)),
+            Err(reason) => {
                 stream.shutdown().await?;
-                Err(std::io::Error::other(format!("{reason:?}")).into())
+                Err(refused(&format!("{reason:?}")))
             }
         }
     }
 
-    fn refusal_of(
+    fn admit(
         &self,
         hello: &StoreHello,
         certificate: Option<&CertificateDer<'_>>,
-    ) -> Option<ConnectionRefusal> {
+    ) -> Result<Admission, ConnectionRefusal> {
         if hello.cluster != self.node.cluster {
-            return Some(ConnectionRefusal::WrongCluster);
+            return Err(ConnectionRefusal::WrongCluster);
         }
+        let own = certificate.ok_or(ConnectionRefusal::NotThatMember)?;
         let Some(member) = &hello.member else {
-            return (self.clients.load(Relaxed) >= CLIENTS_MAX).then_some(ConnectionRefusal::Busy);
+            return self.quotas.admit(own, Party::Client).ok_or(ConnectionRefusal::Busy);
         };
         if member.to != self.node.id {
-            return Some(ConnectionRefusal::WrongMember);
+            return Err(ConnectionRefusal::WrongMember);
         }
-        if !certificate.is_some_and(|c| self.keys.is_this_member(member.id, c)) {
-            return Some(ConnectionRefusal::NotThatMember);
+        if !self.keys.is_this_member(member.id, own) {
+            return Err(ConnectionRefusal::NotThatMember);
         }
-        (!self.node.peers.data_of.admits(member.id, member.data)).then_some(ConnectionRefusal::DataReplaced)
+        if !self.node.peers.data_of.admits(member.id, member.data) {
+            return Err(ConnectionRefusal::DataReplaced);
+        }
+        self.quotas.admit(own, Party::Member).ok_or(ConnectionRefusal::Busy)
     }
 
     /// Reads requests until the connection ends, and answers each in its own task.
@@ -176,6 +179,10 @@ impl StoreAcceptor {
         }
         Ok(())
     }
+}
+
+fn refused(why: &str) -> WireError {
+    std::io::Error::other(why).into()
 }
 
 async fn next_frame(
@@ -212,17 +219,9 @@ impl ResponseWriter {
 
 /// Who is at the other end of a connection, and the state that belongs to it.
 enum Requester {
-    Client(Arc<AtomicUsize>),
+    Client,
     /// With the parts of a snapshot that have arrived.
     Member(Mutex<Vec<u8>>),
-}
-
-impl Drop for Requester {
-    fn drop(&mut self) {
-        if let Requester::Client(clients) = self {
-            clients.fetch_sub(1, Relaxed);
-        }
-    }
 }
 
 enum DecodedRequest {
@@ -233,7 +232,7 @@ enum DecodedRequest {
 impl Requester {
     fn decode(&self, body: &[u8]) -> Result<DecodedRequest, WireError> {
         Ok(match self {
-            Requester::Client(_) => DecodedRequest::Client(wire::decode(body)?),
+            Requester::Client => DecodedRequest::Client(wire::decode(body)?),
             Requester::Member(_) => DecodedRequest::Member(wire::decode(body)?),
         })
     }
@@ -244,7 +243,7 @@ impl Requester {
                 frame(number, &node.raft.answer(request, parts).await)
             }
             (DecodedRequest::Client(request), _) => frame(number, &node.answer(request).await),
-            (DecodedRequest::Member(_), Requester::Client(_)) => Err(WireError::Tail(0)),
+            (DecodedRequest::Member(_), Requester::Client) => Err(WireError::Tail(0)),
         }
     }
 }

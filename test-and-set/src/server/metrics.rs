@@ -1,34 +1,40 @@
 //! `GET /metrics` for Prometheus, over plain HTTP on an address of its own.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::task::AbortHandle;
 
 use crate::server::node::Node;
 
-/// The largest number of scrapes at once; more are closed at once.
+/// The largest number of scrapes at once; one more closes the oldest.
 const SCRAPES_MAX: usize = 8;
 const REQUEST_BYTES_MAX: usize = 4096;
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Answers scrapes for ever.
 pub async fn serve(node: Arc<Node>, listener: TcpListener) {
-    let slots = Arc::new(Semaphore::new(SCRAPES_MAX));
+    let mut scrapes: VecDeque<AbortHandle> = VecDeque::new();
     loop {
         let Ok((tcp, _)) = listener.accept().await else {
             tokio::time::sleep(Duration::from_millis(50)).await;
             continue;
         };
-        let Ok(slot) = slots.clone().try_acquire_owned() else { continue };
+        scrapes.retain(|scrape| !scrape.is_finished());
+        if scrapes.len() >= SCRAPES_MAX
+            && let Some(oldest) = scrapes.pop_front()
+        {
+            oldest.abort();
+        }
         let node = node.clone();
-        tokio::spawn(async move {
+        let scrape = tokio::spawn(async move {
             // Prometheus repeats a scrape that fails.
             tokio::time::timeout(PATIENCE, answer(&node, tcp)).await.ok();
-            drop(slot);
         });
+        scrapes.push_back(scrape.abort_handle());
     }
 }
 

@@ -7,12 +7,14 @@
 //! ```
 
 pub mod acceptor;
+mod bounded_log;
 #[cfg(test)]
 mod crash_tests;
 pub mod disk;
 pub mod metrics;
 pub mod node;
 pub mod peers;
+mod quota;
 pub mod raft;
 pub mod raft_log;
 pub mod stats;
