@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::Mutex as AsyncMutex;
 
@@ -102,6 +102,11 @@ impl OtherMembers {
         let link = Arc::new(link);
         *kept = Some(link.clone());
         Ok(link)
+    }
+
+    /// Connects to a member, unless there is a connection; returns when something was last received on it.
+    pub async fn reach(&self, peer: &OtherMember) -> Result<Instant, ConnectionError> {
+        Ok(self.link(peer).await?.last_heard())
     }
 
     /// Sends a request to a member. The future may be dropped at any time.

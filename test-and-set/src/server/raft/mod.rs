@@ -5,6 +5,7 @@
 #![allow(clippy::result_large_err, reason = "openraft's errors are large")]
 
 mod log_store;
+mod members;
 mod network;
 mod state_machine;
 #[cfg(test)]
@@ -16,11 +17,9 @@ use std::io::Cursor;
 use std::sync::Arc;
 use std::time::Duration;
 
-use openraft::error::{
-    ChangeMembershipError, CheckIsLeaderError, ClientWriteError, Fatal, ForwardToLeader, RaftError,
-};
+use openraft::error::{CheckIsLeaderError, ClientWriteError, Fatal, ForwardToLeader, RaftError};
 use openraft::raft::AppendEntriesRequest;
-use openraft::{BasicNode, ChangeMembers, Config, ServerState, Snapshot, SnapshotPolicy};
+use openraft::{BasicNode, Config, ServerState, Snapshot, SnapshotPolicy};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -37,10 +36,6 @@ use crate::wire::{self, MemberStatus, NodeId, PeerRequest, PeerResponse, Request
 
 /// How long the leader waits for a majority before it reports that it cannot reach one.
 const QUORUM_PATIENCE: Duration = Duration::from_millis(350);
-/// How long adding or removing a member may take.
-const MEMBERS_PATIENCE: Duration = Duration::from_secs(20);
-/// The pause before a change of members is tried again while another is in progress.
-const MEMBERS_PAUSE: Duration = Duration::from_millis(50);
 
 fn not_leader(to: ForwardToLeader<NodeId, BasicNode>) -> RequestFailure {
     RequestFailure::NotLeader(to.leader_node.map(|node| node.addr))
@@ -70,6 +65,9 @@ pub struct Raft {
     raft: openraft::Raft<Types>,
     machine: StoreMachine,
     disk: Arc<MemberDisk>,
+    peers: Arc<OtherMembers>,
+    /// The silence after which a leader is suspected.
+    suspicion: Duration,
 }
 
 /// Why a member cannot start.
@@ -105,8 +103,17 @@ impl Raft {
         let log = Arc::new(RaftLog::new(disk.clone())?);
         let machine = StoreMachine::load(log.clone(), disk.clone(), peers.clone())?;
         let store = LogStore { id, log: log.clone(), disk: disk.clone(), leads: Arc::default() };
-        let raft = openraft::Raft::new(id, config, PeerClients { peers, log }, store, machine.clone()).await;
-        Ok(Self { raft: raft.map_err(|e| RaftStartError::Raft(e.to_string()))?, machine, disk })
+        let raft = openraft::Raft::new(
+            id,
+            config,
+            PeerClients { peers: peers.clone(), log },
+            store,
+            machine.clone(),
+        )
+        .await;
+        let raft = raft.map_err(|e| RaftStartError::Raft(e.to_string()))?;
+        let suspicion = Duration::from_millis(timing.heartbeat_ms * 10);
+        Ok(Self { raft, machine, disk, peers, suspicion })
     }
 
     /// Forms the cluster, unless this member already belongs to one. Each of the first members does this with the same list.
@@ -161,53 +168,6 @@ impl Raft {
 
     fn stop_failure(&self) -> RequestFailure {
         if self.disk.is_full() { RequestFailure::DiskFull } else { RequestFailure::Stopped }
-    }
-
-    /// Adds a member: as a learner until it has caught up, then with a vote.
-    pub async fn add_member(&self, id: NodeId, address: String) -> Result<(), RequestFailure> {
-        let address = &address;
-        self.change_members(|| async move {
-            self.raft.add_learner(id, BasicNode::new(address.clone()), true).await?;
-            self.raft.change_membership(ChangeMembers::AddVoterIds([id].into()), false).await
-        })
-        .await
-    }
-
-    /// Removes a member.
-    pub async fn remove_member(&self, id: NodeId) -> Result<(), RequestFailure> {
-        let members = self.raft.metrics().borrow().membership_config.clone();
-        if members.membership().get_node(&id).is_none() {
-            return Err(RequestFailure::Members(format!("there is no member {id}")));
-        }
-        let is_voter = members.membership().voter_ids().any(|voter| voter == id);
-        let change = match is_voter {
-            true => ChangeMembers::RemoveVoters([id].into()),
-            false => ChangeMembers::RemoveNodes([id].into()),
-        };
-        self.change_members(|| self.raft.change_membership(change.clone(), false)).await
-    }
-
-    /// Makes a change of members, and waits for an earlier one whose last entry is not committed yet.
-    async fn change_members<T, F>(&self, change: impl Fn() -> F) -> Result<(), RequestFailure>
-    where
-        F: Future<Output = Result<T, RaftWriteError>>,
-    {
-        let in_its_turn = async {
-            loop {
-                match change().await {
-                    Err(RaftError::APIError(ClientWriteError::ChangeMembershipError(
-                        ChangeMembershipError::InProgress(_),
-                    ))) => tokio::time::sleep(MEMBERS_PAUSE).await,
-                    done => break done,
-                }
-            }
-        };
-        match tokio::time::timeout(MEMBERS_PATIENCE, in_its_turn).await {
-            Err(_) => Err(RequestFailure::Members(format!(
-                "the change did not complete within {MEMBERS_PATIENCE:?}, but may still do so; see `vmft-store status`"
-            ))),
-            Ok(changed) => changed.map(drop).map_err(|e| self.write_failure(e)),
-        }
     }
 
     /// The current view of Raft.
