@@ -39,8 +39,8 @@
 //! - [`store`] is the trait. A call ends at its deadline; an error means *unknown*, never *no*.
 //! - [`wire`] defines the protocol of `raft://`; [`connection`] is one connection with any number of requests at once.
 //! - [`server`] is one member. [`server::raft`] is the only module that names openraft; [`server::raft_log`] lets a leader write to its
-//!   disk while it sends to the others; a change in [`server::disk`] is on the disk (fsync) when the call returns. A member is bound to
-//!   its data: the others record the id of its data when it first connects, and refuse it if it comes with another one.
+//!   disk while it sends to the others; a change in [`server::disk`] is on the disk (fsync) when the call returns, and a second time in
+//!   [`server::journal`], so that damage is never taken for a torn write. A member is bound to its data: the others record the id of its data when it first connects, and refuse it if it comes with another one.
 //! - [`checker`] checks histories; [`conformance`] is the suite that every store must pass.
 //!
 //! Three shortcomings of openraft 0.9 are worked around. It lets a restarted leader resume its term and then read an old state, so a

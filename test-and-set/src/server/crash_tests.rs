@@ -13,25 +13,47 @@ use redb::StorageBackend;
 
 use crate::names::{Generation, Incarnation, VmName};
 use crate::record::{Command, CommandReply, Member, Members};
-use crate::server::disk::{DiskError, MemberDisk};
+use crate::server::disk::{DataFiles, DiskError, MemberDisk};
 use crate::server::peers::OtherMembers;
 use crate::server::raft::testing::{append_ask, is_granted, vote_ask};
 use crate::server::raft::{Raft, RaftTiming};
 use crate::wire::{NodeId, PeerRequest, PeerResponse};
 
 const SECTOR: usize = 512;
+/// The size of a page of redb.
+pub const BLOCK: usize = 4096;
 
 /// A file: its bytes as the process sees them, the bytes that are synced, and the writes since then.
 #[derive(Debug, Default, Clone)]
-struct File {
-    seen: Vec<u8>,
-    synced: Vec<u8>,
+pub struct SimFile {
+    pub seen: Vec<u8>,
+    pub synced: Vec<u8>,
     since: Vec<(usize, Vec<u8>)>,
+    /// The bytes of each block before the last sync that changed it.
+    pub before: BTreeMap<usize, Vec<u8>>,
+    /// The bytes before the last sync that changed something, of each block that it changed, with their offsets.
+    pub last_sync: Vec<(usize, Vec<u8>)>,
+}
+
+impl SimFile {
+    fn sync(&mut self) {
+        let old = self.synced.clone();
+        for (at, bytes) in std::mem::take(&mut self.since) {
+            write_at(&mut self.synced, at, &bytes);
+        }
+        let blocks = old.chunks(BLOCK).zip(self.synced.chunks(BLOCK)).enumerate();
+        let changed = blocks.filter(|(_, (old, new))| old != new);
+        let changed: Vec<_> = changed.map(|(block, (old, _))| (block, old.to_vec())).collect();
+        if !changed.is_empty() {
+            self.last_sync = changed.iter().map(|(block, old)| (block * BLOCK, old.clone())).collect();
+        }
+        self.before.extend(changed);
+    }
 }
 
 #[derive(Debug)]
-struct Sim {
-    files: [File; 2],
+pub struct Sim {
+    pub files: [SimFile; 3],
     steps: u64,
     stop_at: u64,
 }
@@ -44,7 +66,7 @@ impl Sim {
     }
 
     /// What is on the disk afterwards: everything that was synced, and random sectors of the rest.
-    fn survivors(&self, random: &mut StdRng) -> [File; 2] {
+    fn survivors(&self, random: &mut StdRng) -> [SimFile; 3] {
         self.files.clone().map(|file| {
             let mut disk = file.synced;
             for (at, bytes) in file.since {
@@ -52,7 +74,7 @@ impl Sim {
                     write_at(&mut disk, at + i * SECTOR, sector);
                 }
             }
-            File { seen: disk.clone(), synced: disk, since: vec![] }
+            SimFile { seen: disk.clone(), synced: disk, ..SimFile::default() }
         })
     }
 }
@@ -64,13 +86,13 @@ fn write_at(bytes: &mut Vec<u8>, at: usize, data: &[u8]) {
 }
 
 #[derive(Debug, Clone)]
-struct Backend {
-    sim: Arc<Mutex<Sim>>,
-    file: usize,
+pub struct Backend {
+    pub sim: Arc<Mutex<Sim>>,
+    pub file: usize,
 }
 
 impl Backend {
-    fn with<T>(&self, use_file: impl FnOnce(&mut File) -> T) -> T {
+    fn with<T>(&self, use_file: impl FnOnce(&mut SimFile) -> T) -> T {
         use_file(&mut self.sim.lock().unwrap().files[self.file])
     }
 }
@@ -102,11 +124,7 @@ impl StorageBackend for Backend {
 
     fn sync_data(&self) -> io::Result<()> {
         self.sim.lock().unwrap().step()?;
-        self.with(|f| {
-            for (at, bytes) in std::mem::take(&mut f.since) {
-                write_at(&mut f.synced, at, &bytes);
-            }
-        });
+        self.with(SimFile::sync);
         Ok(())
     }
 
@@ -122,7 +140,7 @@ impl StorageBackend for Backend {
 }
 
 /// A simulated disk with these files, which fails from step `stop_at` on.
-fn sim(files: [File; 2], stop_at: u64) -> Arc<Mutex<Sim>> {
+pub fn sim(files: [SimFile; 3], stop_at: u64) -> Arc<Mutex<Sim>> {
     Arc::new(Mutex::new(Sim { files, steps: 0, stop_at }))
 }
 
@@ -133,7 +151,8 @@ async fn start(
     timing: RaftTiming,
 ) -> Result<(Raft, Arc<MemberDisk>), String> {
     let backend = |file| Backend { sim: sim.clone(), file };
-    let opened = MemberDisk::open_on(backend(0), backend(1), &"crash".parse().unwrap(), 1);
+    let files = DataFiles { log: backend(0), snapshots: backend(1), journal: backend(2) };
+    let opened = MemberDisk::open_on(files, &"crash".parse().unwrap(), 1);
     let disk = Arc::new(opened.map_err(|e: DiskError| e.to_string())?);
     let peers = Arc::new(OtherMembers::new(1, disk.clone(), None).map_err(|e| e.to_string())?);
     let raft = Raft::start(1, disk.clone(), peers, timing).await.map_err(|e| e.to_string())?;

@@ -1,7 +1,7 @@
 //! The server behind `raft://`: one member of the store.
 //!
 //! ```text
-//! acceptor ──> node ──> raft (the only module that names openraft) ──> raft_log ──> disk (redb, fsync)
+//! acceptor ──> node ──> raft (the only module that names openraft) ──> raft_log ──> disk (redb and journal, fsync)
 //!  TLS, bounds   |        |
 //! metrics ───────┘        └──> peers ──> connection (the same protocol, to the other members)
 //! ```
@@ -10,7 +10,10 @@ pub mod acceptor;
 mod bounded_log;
 #[cfg(test)]
 mod crash_tests;
+#[cfg(test)]
+mod damage_tests;
 pub mod disk;
+pub mod journal;
 pub mod metrics;
 pub mod node;
 pub mod peers;
