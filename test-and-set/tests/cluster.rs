@@ -8,6 +8,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use libtest_mimic::{Arguments, Failed, Trial};
+use support::membership::{
+    a_member_that_is_not_there_gets_no_vote, a_new_member_votes_only_with_all_of_the_log,
+    a_removal_leaves_a_quorum_that_answers,
+};
 use support::{Cluster, latency, wait_for, with_need};
 use test_and_set::blocking::BlockingStore;
 use test_and_set::keys::{self, Keys};
@@ -311,6 +315,66 @@ fn hostile_clients() -> Result<(), Failed> {
     Ok(())
 }
 
+/// One certificate opens as many connections as it can, and strangers are silent; another certificate is served meanwhile.
+fn one_certificate_cannot_use_up_a_member() -> Result<(), Failed> {
+    let cluster = Cluster::start(1);
+    cluster.leader();
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    // Member 2 does not run here; its certificate is as good as a client's.
+    let held = runtime.block_on(support::hostile::hold(&cluster, &cluster.keys("2"), 600));
+    assert_eq!(held.iter().filter(|(_, admitted)| *admitted).count(), 128);
+    let silent: Vec<_> =
+        (0..400).map(|_| TcpStream::connect(cluster.address(1))).collect::<Result<_, _>>()?;
+    win(&BlockingStore::connect(&cluster.url())?, "vm");
+    drop(silent);
+    let log = std::fs::read_to_string(cluster.log(1))?;
+    let refusals = log.lines().filter(|line| line.contains("closed")).count();
+    assert!((1..=30).contains(&refusals), "{log}");
+    Ok(())
+}
+
+/// Clients that send a byte now and then do not blind the metrics.
+fn slow_scrapes_do_not_keep_others_out() -> Result<(), Failed> {
+    let at = format!("127.0.0.1:{}", support::free_port());
+    let cluster = Cluster::start_with(1, &["--metrics", &at]);
+    cluster.leader();
+    let mut slow: Vec<_> = (0..20).map(|_| TcpStream::connect(&at)).collect::<Result<_, _>>()?;
+    // An error is an evicted scrape.
+    slow.iter_mut().for_each(|tcp| drop(tcp.write(b"G")));
+    let mut http = TcpStream::connect(&at)?;
+    http.set_read_timeout(Some(Duration::from_secs(2)))?;
+    http.write_all(b"GET /metrics HTTP/1.1\r\n\r\n")?;
+    let mut page = String::new();
+    http.read_to_string(&mut page)?;
+    assert!(page.contains("vmft_store_is_leader 1"), "{page}");
+    Ok(())
+}
+
+/// Each file of a member is damaged in turn: it says what is damaged and what to do, or has all that it acknowledged.
+fn damaged_data_is_refused_in_words() -> Result<(), Failed> {
+    let mut cluster = Cluster::start(1);
+    let who = win(&BlockingStore::connect(&cluster.url())?, "vm");
+    cluster.kill(1);
+    let file = cluster.data(1).join("log.redb");
+    let whole = std::fs::read(&file)?;
+    let mut damaged = whole.clone();
+    damaged[..4096].fill(0);
+    std::fs::write(&file, damaged)?;
+    cluster.start_node(1);
+    let said = wait_for("a refusal", || {
+        let log = std::fs::read_to_string(cluster.log(1)).ok()?;
+        log.contains("damaged").then_some(log)
+    });
+    for words in ["log.redb", "its first page is empty", "vmft-store member remove", "--join"] {
+        assert!(said.contains(words), "{words:?} is not in {said}");
+    }
+    cluster.kill(1);
+    std::fs::write(&file, whole)?;
+    cluster.start_node(1);
+    assert_eq!(holder(&BlockingStore::connect(&cluster.url())?, "vm"), Some(who));
+    Ok(())
+}
+
 fn many_vms() -> Result<(), Failed> {
     let outcome = support::scale::run(2000);
     println!("{outcome}");
@@ -340,6 +404,15 @@ fn main() {
         with_need("nemesis", net, nemesis),
         Trial::test("hostile_clients", hostile_clients),
         Trial::test("many_vms", many_vms),
+        Trial::test("one_certificate_cannot_use_up_a_member", one_certificate_cannot_use_up_a_member),
+        Trial::test("slow_scrapes_do_not_keep_others_out", slow_scrapes_do_not_keep_others_out),
+        Trial::test("damaged_data_is_refused_in_words", damaged_data_is_refused_in_words),
+        Trial::test("a_member_that_is_not_there_gets_no_vote", a_member_that_is_not_there_gets_no_vote),
+        Trial::test(
+            "a_new_member_votes_only_with_all_of_the_log",
+            a_new_member_votes_only_with_all_of_the_log,
+        ),
+        Trial::test("a_removal_leaves_a_quorum_that_answers", a_removal_leaves_a_quorum_that_answers),
     ];
     libtest_mimic::run(&Arguments::from_args(), trials).exit();
 }

@@ -142,6 +142,27 @@ impl Attack {
     }
 }
 
+/// Opens `connections` connections of clients that use the keys in `keys`, one after the other, and keeps them. Returns them with
+/// whether each was admitted.
+pub async fn hold(
+    cluster: &Cluster,
+    keys: &std::path::Path,
+    connections: usize,
+) -> Vec<(TlsStream<TcpStream>, bool)> {
+    let connector = tls::connector(&Arc::new(Keys::load(keys).expect("keys"))).expect("TLS");
+    let mut held = vec![];
+    for _ in 0..connections {
+        let tcp = TcpStream::connect(cluster.address(1)).await.expect("a connection");
+        let name = "vmft-store".try_into().expect("a name");
+        let mut stream = connector.connect(name, tcp).await.expect("a handshake");
+        let hello = StoreHello { cluster: "vmft".parse().expect("a name"), member: None };
+        wire::write_greeting(&mut stream, &hello).await.expect("to greet");
+        let welcome = wire::read_greeting::<Welcome>(&mut stream).await.expect("a welcome");
+        held.push((stream, welcome.refused.is_none()));
+    }
+    held
+}
+
 /// Runs `clients` hostile clients against one member, and measures the latency of a good client meanwhile.
 pub fn run(clients: usize) -> HostileReport {
     let cluster = Cluster::start(1);

@@ -1,9 +1,11 @@
 //! Stores that a test starts on free loopback ports, and that end with the test.
 #![allow(dead_code, reason = "each test uses its part")]
 
+pub mod damage;
 mod etcd;
 pub mod hostile;
 pub mod latency;
+pub mod membership;
 pub mod nemesis;
 pub mod net;
 pub mod scale;

@@ -1,5 +1,5 @@
-//! Concurrent clients of three members, and a nemesis that kills, pauses and restarts members and cuts links. What the clients
-//! observed is checked.
+//! Concurrent clients of three members, and a nemesis that kills, pauses and restarts members, damages their files and
+//! cuts links. What the clients observed is checked.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -71,17 +71,68 @@ struct Members3<'n> {
 impl Members3<'_> {
     fn start(&mut self, id: u8) {
         let peers: Vec<_> = MEMBERS.iter().map(|i| format!("{i}={}:{PORT}", Net::address(*i))).collect();
+        self.start_as(id, &["--peers", &peers.join(",")]);
+    }
+
+    fn start_as(&mut self, id: u8, how: &[&str]) {
         let mut command = Process::new("ip");
         command.args(["netns", "exec", &self.net.namespace(id), env!("CARGO_BIN_EXE_vmft-store"), "serve"]);
         command.args(["--id", &id.to_string(), "--listen", &format!("{}:{PORT}", Net::address(id))]);
         // Few commands between snapshots, so that snapshots and purges are tried, too.
-        command.args(["--peers", &peers.join(","), "--snapshot-every", "500"]);
-        command
-            .arg("--data")
-            .arg(self.dir.join(format!("data{id}")))
-            .arg("--keys")
-            .arg(self.dir.join(format!("keys/{id}")));
+        command.args(how).args(["--snapshot-every", "500"]);
+        command.arg("--data").arg(self.data(id)).arg("--keys").arg(self.dir.join(format!("keys/{id}")));
         self.nodes.insert(id, Running::start(&mut command, &self.dir.join(format!("{id}.log"))));
+    }
+
+    fn data(&self, id: u8) -> PathBuf {
+        self.dir.join(format!("data{id}"))
+    }
+
+    fn url(&self) -> String {
+        let nodes: Vec<_> = MEMBERS.iter().map(|id| format!("{}:{PORT}", Net::address(*id))).collect();
+        format!("raft://{}?keys={}", nodes.join(","), self.dir.join("keys/client").display())
+    }
+
+    /// Runs `vmft-store member` where the clients are.
+    fn change_members(&self, args: &[&str]) {
+        let mut command = Process::new("ip");
+        command.args([
+            "netns",
+            "exec",
+            &self.net.namespace(CLIENT),
+            env!("CARGO_BIN_EXE_vmft-store"),
+            "member",
+        ]);
+        command.args(args).args(["--patience", "30", "--store", &self.url()]);
+        let output = command.output().expect("vmft-store");
+        assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+
+    /// Damages a file of a member that is down, and starts the member. If it refuses its data, it is added anew.
+    fn damage_for(
+        &mut self,
+        id: u8,
+        random: &mut StdRng,
+        hold: Duration,
+        wait: impl Fn(Duration),
+    ) -> &'static str {
+        self.kill(id);
+        let file = ["log.redb", "snapshot.redb", "journal"].choose(random).expect("files");
+        super::damage::damage(&self.data(id).join(file), random).expect("to damage a file");
+        wait(hold);
+        self.start(id);
+        wait(Duration::from_secs(1));
+        let member = &mut self.nodes.get_mut(&id).expect("a member").0;
+        if member.try_wait().expect("its state").is_none() {
+            return "damage one, which has everything";
+        }
+        let log = std::fs::read_to_string(self.dir.join(format!("{id}.log"))).expect("its log");
+        assert!(log.lines().last().is_some_and(|line| line.contains("is damaged")), "{file}: {log}");
+        self.change_members(&["remove", &id.to_string()]);
+        std::fs::remove_dir_all(self.data(id)).expect("to remove its data");
+        self.start_as(id, &["--join"]);
+        self.change_members(&["add", &id.to_string(), &format!("{}:{PORT}", Net::address(id))]);
+        "damage one, which refuses"
     }
 
     fn signal(&self, id: u8, signal: Signal) {
@@ -103,7 +154,7 @@ impl Members3<'_> {
             self.net.cut(x, y);
             self.net.cut(y, x);
         };
-        match random.random_range(0..10) {
+        match random.random_range(0..12) {
             0 => self.kill_for(&[a], hold, wait, "kill one"),
             1 => self.kill_for(&[a, b], hold, wait, "kill two"),
             2 => self.kill_for(&[a, b, c], hold, wait, "kill all"),
@@ -131,6 +182,7 @@ impl Members3<'_> {
                     .for_each(|other| if deaf { self.net.cut(other, a) } else { self.net.cut(a, other) });
                 self.healed_after(hold, wait, "one from the others, one way")
             }
+            9 | 10 => self.damage_for(a, random, hold, wait),
             _ => {
                 // The client reaches only one member, which the others do not reach, and one more link is cut in one direction.
                 [(a, b), (a, c), (b, CLIENT)].into_iter().for_each(|(x, y)| cut_both(x, y));
@@ -300,8 +352,7 @@ pub fn run(plan: &Plan) -> NemesisReport {
     keys::make_set(&dir.path().join("keys"), &MEMBERS.map(u64::from), &["client".into()]).expect("keys");
     let mut members = Members3 { net: &net, dir: dir.path().into(), nodes: BTreeMap::new() };
     MEMBERS.iter().for_each(|id| members.start(*id));
-    let nodes: Vec<_> = MEMBERS.iter().map(|id| format!("{}:{PORT}", Net::address(*id))).collect();
-    let url = format!("raft://{}?keys={}", nodes.join(","), dir.path().join("keys/client").display());
+    let url = members.url();
     let mut faults = BTreeMap::new();
     let history = std::thread::scope(|scope| {
         let (ready, workload) = std::sync::mpsc::channel();
