@@ -5,7 +5,7 @@
 //! JSON; the reply is a line of JSON too. After the reply to `console` the connection carries the guest's
 //! console in both directions.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -18,13 +18,16 @@ use nix::sys::stat::{Mode, fchmod};
 use serde::{Deserialize, Serialize};
 use tracing::warn;
 
+use super::admission::{Admission, AdmissionTicket, TimedStream};
 use super::console::serve_client;
 use super::replica::Replica;
 use super::report::{ReplicaReport, phase_name};
 use crate::error::Error;
 
-/// How long a client may take to send its request.
+/// How long a client may take to send all of its request, and to read the reply.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How many clients may be sending their requests; the oldest is closed if there are more.
+const REQUESTS_MAX: usize = 16;
 /// The longest request, bytes.
 const REQUEST_MAX: u64 = 64;
 
@@ -90,15 +93,10 @@ impl ControlSocket {
         }
         let listener =
             bind(path).map_err(Error::host(format!("cannot create control socket {path_text}")))?;
-        let find = Arc::new(find);
         let accept = move || {
-            for client in listener.incoming().flatten() {
-                let find = find.clone();
-                std::thread::spawn(move || {
-                    // An error means that the client has gone; there is nobody to report it to.
-                    serve(client, find()).ok();
-                });
-            }
+            Admission::new("control", REQUESTS_MAX).accept_all(&listener, move |client, ticket| {
+                serve(client, ticket, &find).map_err(|e| format!("no complete request in {PATIENCE:?}: {e}"))
+            })
         };
         let thread = std::thread::Builder::new().name("control".into()).spawn(accept);
         thread.map_err(Error::host("cannot start the control thread"))?;
@@ -108,7 +106,7 @@ impl ControlSocket {
 
 /// Binds a socket that only its owner may use, from its first moment on: Linux gives the file the mode of the
 /// unbound socket.
-fn bind(path: &Path) -> std::io::Result<UnixListener> {
+fn bind(path: &Path) -> io::Result<UnixListener> {
     let flags = SockFlag::SOCK_CLOEXEC;
     let listener = socket::socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
     fchmod(&listener, Mode::S_IRUSR | Mode::S_IWUSR)?;
@@ -117,13 +115,19 @@ fn bind(path: &Path) -> std::io::Result<UnixListener> {
     Ok(listener.into())
 }
 
-fn serve(mut client: UnixStream, replica: Option<Arc<Replica>>) -> std::io::Result<()> {
-    client.set_read_timeout(Some(PATIENCE))?;
-    client.set_write_timeout(Some(PATIENCE))?;
+fn serve(
+    mut client: UnixStream,
+    ticket: AdmissionTicket<UnixStream>,
+    find: impl Fn() -> Option<Arc<Replica>>,
+) -> io::Result<()> {
     let mut line = String::new();
-    BufReader::new(client.try_clone()?.take(REQUEST_MAX)).read_line(&mut line)?;
+    let request = TimedStream::new(client.try_clone()?, PATIENCE).take(REQUEST_MAX);
+    BufReader::new(request).read_line(&mut line)?;
     let request = serde_json::from_str::<ControlRequest>(&line);
-    let (reply, console) = match (request, replica) {
+    // Only a client that has asked for something valid may stay.
+    let ticket = Some(ticket).filter(|_| request.is_err());
+    client.set_write_timeout(Some(PATIENCE))?;
+    let (reply, console) = match (request, find()) {
         (Err(e), _) => (ControlReply::Refused(format!("{line:?} is not a request: {e}")), None),
         (Ok(_), None) => {
             let why = "this backup is waiting for a primary, and has no guest yet";
@@ -137,6 +141,7 @@ fn serve(mut client: UnixStream, replica: Option<Arc<Replica>>) -> std::io::Resu
     let mut answer = serde_json::to_vec(&reply)?;
     answer.push(b'\n');
     client.write_all(&answer)?;
+    drop(ticket);
     match console {
         Some(replica) => serve_client(&replica, client),
         None => Ok(()),

@@ -1,23 +1,23 @@
 //! `--metrics ADDRESS:PORT`: answers `GET /metrics` of Prometheus, over plain HTTP.
 
 use std::fmt::Write as _;
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use test_and_set::names::VmName;
 
+use super::admission::{Admission, TimedStream};
 use super::replica::Replica;
 use super::report::ReplicaReport;
 use crate::error::Error;
 
-/// How many scrapes are answered at once; further connections are closed.
+/// How many scrapes are answered at once; the oldest is closed if there are more.
 const SCRAPES_MAX: usize = 8;
 /// The longest request, bytes.
 const REQUEST_BYTES_MAX: u64 = 4096;
-/// How long a client may take between two bytes of its request.
+/// How long a client may take for its request and for reading the answer.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Answers scrapes as long as the process lives. `find` returns the replica, or `None` if there is none yet.
@@ -31,32 +31,20 @@ pub fn listen(
 ) -> Result<(), Error> {
     let listener = TcpListener::bind(address)
         .map_err(Error::host(format!("cannot listen on {address} for --metrics")))?;
-    let shared = Arc::new((vm, find, AtomicUsize::new(0)));
+    let metrics = move || text(&vm, find().map(|replica| replica.report()).as_ref());
     let accept = move || {
-        for tcp in listener.incoming().flatten() {
-            let shared = shared.clone();
-            if shared.2.fetch_add(1, Ordering::AcqRel) >= SCRAPES_MAX {
-                shared.2.fetch_sub(1, Ordering::AcqRel);
-                continue;
-            }
-            std::thread::spawn(move || {
-                let (vm, find, scrapes) = &*shared;
-                let metrics = || text(vm, find().map(|replica| replica.report()).as_ref());
-                // If a scrape fails, Prometheus tries again.
-                answer(tcp, metrics).ok();
-                scrapes.fetch_sub(1, Ordering::AcqRel);
-            });
-        }
+        Admission::new("metrics", SCRAPES_MAX).accept_all(&listener, move |tcp, _ticket| {
+            answer(tcp, &metrics).map_err(|e| format!("no complete scrape in {PATIENCE:?}: {e}"))
+        })
     };
     let thread = std::thread::Builder::new().name("metrics".into()).spawn(accept);
     thread.map(drop).map_err(Error::host("cannot start the metrics thread"))
 }
 
-fn answer(mut tcp: TcpStream, metrics: impl FnOnce() -> String) -> std::io::Result<()> {
-    tcp.set_read_timeout(Some(PATIENCE))?;
-    tcp.set_write_timeout(Some(PATIENCE))?;
+fn answer(tcp: TcpStream, metrics: impl FnOnce() -> String) -> io::Result<()> {
+    let mut tcp = TimedStream::new(tcp, PATIENCE);
     let (mut request, mut buffer) = (Vec::new(), [0; 512]);
-    let mut reader = tcp.try_clone()?.take(REQUEST_BYTES_MAX);
+    let mut reader = (&mut tcp).take(REQUEST_BYTES_MAX);
     while !request.windows(4).any(|w| w == b"\r\n\r\n") {
         match reader.read(&mut buffer)? {
             0 => return Ok(()),

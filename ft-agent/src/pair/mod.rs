@@ -14,6 +14,7 @@
 //! store's answers to it, and carries out its actions. [`guest_io`] connects the guest loop with the replica.
 
 mod acceptor;
+mod admission;
 mod announce;
 mod backup;
 mod console;
