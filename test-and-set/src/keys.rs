@@ -157,9 +157,16 @@ impl Keys {
         self.with_accepted(|pins| pins.members.get(&id).is_some_and(|pin| pin == certificate))
     }
 
-    /// Whether this is the certificate of a host that may form a pair with this one.
-    pub(crate) fn is_peer(&self, certificate: &CertificateDer<'_>) -> bool {
-        self.with_accepted(|pins| pins.peers.iter().any(|pin| pin == certificate))
+    /// This party's own certificate.
+    pub fn certificate(&self) -> &CertificateDer<'static> {
+        &self.certificate
+    }
+
+    /// Whether this is the certificate of a host that may form a pair with this one, or this host's own: two hosts with the same
+    /// keys finish their handshake, so that both learn why they are then refused.
+    pub(crate) fn is_peer_or_own(&self, certificate: &CertificateDer<'_>) -> bool {
+        *certificate == self.certificate
+            || self.with_accepted(|pins| pins.peers.iter().any(|pin| pin == certificate))
     }
 
     /// Whether this is a member's or a client's certificate.

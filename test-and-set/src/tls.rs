@@ -141,14 +141,16 @@ pub fn acceptor(keys: &Arc<Keys>) -> Result<TlsAcceptor, KeysError> {
     Ok(server(keys, Keys::is_known)?.into())
 }
 
-/// For the host that connects to the other host of its pair: accepts peers only.
+/// For the host that connects to the other host of its pair: accepts peers only, and this host's own certificate, which the
+/// caller has to refuse.
 pub fn peer_client(keys: &Arc<Keys>) -> Result<Arc<ClientConfig>, KeysError> {
-    client(keys, Keys::is_peer)
+    client(keys, Keys::is_peer_or_own)
 }
 
-/// For the host that listens for the other host of its pair: accepts peers only.
+/// For the host that listens for the other host of its pair: accepts peers only, and this host's own certificate, which the
+/// caller has to refuse.
 pub fn peer_server(keys: &Arc<Keys>) -> Result<Arc<ServerConfig>, KeysError> {
-    server(keys, Keys::is_peer)
+    server(keys, Keys::is_peer_or_own)
 }
 
 /// Neither this side nor [`server`] resumes sessions: a resumed session would not check the certificate again.

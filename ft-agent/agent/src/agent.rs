@@ -89,7 +89,9 @@ impl Agent {
             Event::Connected => self.say_hello(now),
             Event::Received(bytes) => self.bytes_received(now, bytes),
             Event::Disconnected => self.peer_lost(now, Suspicion::Disconnected),
-            Event::Stranger(hello) => self.hello_from_stranger(now, hello),
+            Event::Stranger { hello, same_certificate } => {
+                self.hello_from_stranger(now, hello, same_certificate)
+            }
             Event::Tick => self.tick(now),
             Event::Verdict(verdict) => self.verdict_received(now, verdict),
             Event::Opened(opened) => self.open_answered(now, opened),

@@ -19,8 +19,14 @@ pub enum Event<'a> {
     Received(&'a [u8]),
     /// The connection has ended, or failed.
     Disconnected,
-    /// Another process said hello on a second connection. That connection is closed in any case.
-    Stranger(&'a Hello),
+    /// Another process said hello on a second connection, after what had arrived on the peer's own connection
+    /// was read. The second connection is closed in any case.
+    Stranger {
+        /// What it said.
+        hello: &'a Hello,
+        /// Whether it has the very certificate of the peer on the connection that is up.
+        same_certificate: bool,
+    },
     /// Time has passed, and there was nothing to read.
     Tick,
     /// The store's answer to [`Action::Take`].

@@ -128,6 +128,13 @@ impl FailureDetector {
         (stuck >= self.timing.progress_timeout_ns).then_some(Suspicion::NoProgress(stuck / 1_000_000))
     }
 
+    /// Whether nothing was heard from the peer for half the timeout, at least two beats (rule 10). A process
+    /// that was stopped itself cannot tell yet: the peer's bytes may wait in its socket.
+    pub(crate) fn is_peer_quiet(&self, now: u64) -> bool {
+        let checks = now.saturating_sub(self.checked_at) <= self.timing.timeout_ns / 4;
+        checks && now >= self.judge_from && now.saturating_sub(self.heard_at) >= self.timing.timeout_ns / 2
+    }
+
     /// Whether the lease under which outputs may leave (rule 5) still holds: the peer is known to have heard
     /// us, and our guest loop to have made a turn, less than half the timeout ago. A peer that suspects us by
     /// its clock cannot have done so yet, wherever this process was stopped in between: our own stamp proves

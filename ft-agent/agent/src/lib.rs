@@ -24,7 +24,7 @@
 //! The code refers to these rules by their numbers:
 //!
 //! 1. A holder is an incarnation: a random id that is created with the machine's state. A changed incarnation
-//!    in a hello means that the peer is lost.
+//!    in the peer's hello means that the peer is lost; rule 10 says whose hello that is.
 //! 2. The loss of the peer is a suspicion. Its causes are silence, judged after the sockets are drained; a
 //!    connection that ended; and no progress while work is pending.
 //! 3. A suspicion is one-way. It closes the channel before `take` is sent. Only a verdict ends it; while the
@@ -40,6 +40,9 @@
 //! 8. The VM's end is acknowledged before the primary exits, and the backup then exits without taking. A
 //!    planned handover loses nothing. A VM that was stopped for good is never revived.
 //! 9. At go-live, unfinished disk requests are issued again and the outputs left in the gate are sent.
+//! 10. A claim never beats a live connection. The hello of another process means that the peer is lost only if
+//!     that process has the very certificate of the peer's connection, and nothing was heard on that connection
+//!     for half the timeout. A peer that was restarted is noticed anyway: its old connection ends or is silent.
 #![forbid(unsafe_code)]
 
 #[cfg(feature = "ablation")]

@@ -24,12 +24,14 @@ pub enum Rule {
     ReleaseOnlyWhenFresh,
     /// A backup replays everything that it received before it takes.
     ReplayBeforeTake,
+    /// A hello on a second connection counts only with the peer's certificate, and while the peer is quiet.
+    DoubtStrangers,
 }
 
 #[cfg(feature = "ablation")]
 impl Rule {
     /// All of them.
-    pub const ALL: [Rule; 8] = [
+    pub const ALL: [Rule; 9] = [
         Rule::HoldOutputs,
         Rule::LogOutputs,
         Rule::AskTheStore,
@@ -38,5 +40,6 @@ impl Rule {
         Rule::CloseBeforeTake,
         Rule::ReleaseOnlyWhenFresh,
         Rule::ReplayBeforeTake,
+        Rule::DoubtStrangers,
     ];
 }

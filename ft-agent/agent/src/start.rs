@@ -10,6 +10,7 @@ use store_rule::record::{Applied, Member, Members};
 use crate::agent::Agent;
 use crate::event::{Action, Outcome, PeerRefusal, Suspicion};
 use crate::failure_detector::FailureDetector;
+use crate::rules::Rule;
 use crate::state::{AgentState, LogSide, PeerReplica};
 
 impl Agent {
@@ -153,11 +154,14 @@ impl Agent {
     }
 
     /// A process has said hello on a second connection. If it is this VM's other side with a new incarnation,
-    /// then the peer was restarted, and what it knew is gone (rule 1).
-    pub(crate) fn hello_from_stranger(&mut self, now: u64, hello: &Hello) {
+    /// then the peer was restarted, and what it knew is gone (rule 1). A hello is only a claim: it never beats
+    /// a connection on which the peer is still heard, and only the peer can make it (rule 10).
+    pub(crate) fn hello_from_stranger(&mut self, now: u64, hello: &Hello, same_certificate: bool) {
         let Some(peer) = &self.peer else { return };
         let is_other_side = hello.vm == self.config.vm.as_str() && hello.role != self.config.role;
-        if is_other_side && hello.incarnation != u128::from(peer.member.incarnation) {
+        let is_new = hello.incarnation != u128::from(peer.member.incarnation);
+        let believed = same_certificate && self.connected && self.failure_detector.is_peer_quiet(now);
+        if is_other_side && is_new && (believed || !self.in_force(Rule::DoubtStrangers)) {
             self.peer_lost(now, Suspicion::Restarted);
         }
     }

@@ -30,10 +30,9 @@ fn an_output_leaves_when_the_backup_has_its_record() {
     assert_eq!(pair.backup_actions(), [Action::Drop]);
 }
 
-#[test]
-fn rule_1_a_peer_that_was_restarted_is_lost() {
-    let mut pair = Pair::protected();
-    let hello = |vm: &str, incarnation| Hello {
+/// A process says hello to the backup on a second connection. Returns what the backup does.
+fn claim(pair: &mut Pair, vm: &str, incarnation: u128, same_certificate: bool) -> Vec<Action> {
+    let hello = Hello {
         vm: vm.into(),
         role: Role::Primary,
         incarnation,
@@ -42,11 +41,59 @@ fn rule_1_a_peer_that_was_restarted_is_lost() {
         buffer_bytes: 1,
         identity: Identity::new(PositionUnit::Instructions),
     };
-    pair.backup.handle(0, Event::Stranger(&hello("another", 9)));
-    pair.backup.handle(0, Event::Stranger(&hello("trial", 1)));
-    assert_eq!(pair.backup_actions(), []);
-    pair.backup.handle(0, Event::Stranger(&hello("trial", 9)));
-    assert_eq!(pair.backup_actions(), [Action::Suspected(Suspicion::Restarted), Action::Close, take(2)]);
+    pair.backup.handle(pair.now, Event::Stranger { hello: &hello, same_certificate });
+    pair.backup_actions()
+}
+
+#[test]
+fn rule_1_a_peer_that_was_restarted_is_lost() {
+    let mut pair = Pair::protected();
+    pair.pass_time(100 * MS);
+    pair.reachable = [true, false];
+    pair.pass_time(TIMING.timeout_ns / 2);
+    assert_eq!(claim(&mut pair, "another", 9, true), []);
+    assert_eq!(claim(&mut pair, "trial", 1, true), []);
+    let actions = claim(&mut pair, "trial", 9, true);
+    assert_eq!(actions, [Action::Suspected(Suspicion::Restarted), Action::Close, take(2)]);
+}
+
+#[test]
+fn rule_10_a_claim_never_beats_a_live_connection() {
+    let mut pair = Pair::protected();
+    let claim = |pair: &mut Pair, same_certificate| claim(pair, "trial", 9, same_certificate);
+    for _ in 0..20 {
+        pair.pass_time(70 * MS);
+        assert_eq!(claim(&mut pair, false), []);
+        assert_eq!(claim(&mut pair, true), [], "the peer is heard every 50 ms");
+    }
+    // A process that was stopped has not read yet what arrived meanwhile.
+    pair.now += 600 * MS;
+    assert_eq!(claim(&mut pair, true), []);
+    pair.backup.handle(pair.now, Event::Tick);
+    assert_eq!(claim(&mut pair, true), []);
+    pair.pass_time(1000 * MS);
+    // Silence is not enough without the peer's certificate.
+    pair.reachable = [true, false];
+    pair.pass_time(TIMING.timeout_ns / 2 - 50 * MS);
+    assert_eq!(claim(&mut pair, true), [], "not yet quiet");
+    pair.pass_time(50 * MS);
+    assert_eq!(claim(&mut pair, false), []);
+    assert_eq!(claim(&mut pair, true)[0], Action::Suspected(Suspicion::Restarted));
+}
+
+#[test]
+fn rule_10_holds_before_the_guest_runs_and_when_the_pair_is_over() {
+    let mut pair = Pair::new(config(Role::Primary, 1), config(Role::Backup, 2));
+    pair.connect();
+    let claim = |pair: &mut Pair, same_certificate| claim(pair, "trial", 9, same_certificate);
+    // The primary opens the generation meanwhile, and would be left without a backup.
+    pair.pass_time(200 * MS);
+    assert_eq!(claim(&mut pair, true), []);
+    let mut pair = Pair::protected();
+    pair.backup.handle(pair.now, Event::Disconnected);
+    pair.backup.handle(pair.now, Event::Verdict(Verdict::Won));
+    pair.backup_actions();
+    assert_eq!(claim(&mut pair, true), []);
 }
 
 #[test]

@@ -1,7 +1,6 @@
 //! The peer acceptor of a backup: accepts connections, and lets in the first peer that says hello.
 
 use std::net::{TcpListener, TcpStream};
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -10,9 +9,11 @@ use agent::Hello;
 use logging_channel::message::Message;
 use logging_channel::stream::MessageReader;
 use rustls::ServerConfig;
+use test_and_set::keys::Keys;
 use test_and_set::store::chain;
-use tracing::{info, warn};
+use tracing::info;
 
+use super::admission::{Admission, AdmissionTicket};
 use super::link::{PeerLink, PeerLinkError};
 use super::replica::Replica;
 use super::report::role_name;
@@ -21,7 +22,7 @@ use crate::error::Error;
 
 /// How long a peer may take for the TLS handshake and its hello.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// How many handshakes may run at one time; further connections are refused.
+/// How many handshakes may run at one time; the oldest is closed if there are more.
 const HANDSHAKES_MAX: usize = 16;
 
 /// A peer that has said hello.
@@ -38,9 +39,9 @@ pub struct IncomingPeer {
 /// the replica as a stranger, and refused.
 pub struct PeerAcceptor {
     tls: Arc<ServerConfig>,
+    keys: Arc<Keys>,
     replica: Mutex<Option<Arc<Replica>>>,
     peers: SyncSender<IncomingPeer>,
-    handshakes: AtomicUsize,
 }
 
 impl PeerAcceptor {
@@ -56,11 +57,16 @@ impl PeerAcceptor {
         let unusable = Error::host(format!("cannot listen on {address} for the primary"));
         let listener = TcpListener::bind(address).map_err(unusable)?;
         let (peers, incoming) = sync_channel(0);
-        let acceptor = Arc::new(PeerAcceptor { tls, replica: Mutex::default(), peers, handshakes: 0.into() });
+        let keys = side.keys.clone();
+        let acceptor = Arc::new(PeerAcceptor { tls, keys, replica: Mutex::default(), peers });
         let accepting = acceptor.clone();
+        let accept = move || {
+            Admission::new("channel", HANDSHAKES_MAX)
+                .accept_all(&listener, move |tcp, ticket| accepting.let_in(tcp, ticket))
+        };
         std::thread::Builder::new()
             .name("acceptor".into())
-            .spawn(move || accepting.accept_all(&listener))
+            .spawn(accept)
             .map_err(Error::host("cannot start the acceptor thread"))?;
         info!(%address, "waiting for a primary");
         Ok((acceptor, incoming))
@@ -76,58 +82,35 @@ impl PeerAcceptor {
         *self.replica.lock().unwrap_or_else(PoisonError::into_inner) = replica;
     }
 
-    fn accept_all(self: &Arc<Self>, listener: &TcpListener) {
-        for tcp in listener.incoming() {
-            let tcp = match tcp {
-                Ok(tcp) => tcp,
-                Err(e) => {
-                    warn!("cannot accept a connection: {e}");
-                    std::thread::sleep(Duration::from_millis(100));
-                    continue;
-                }
-            };
-            let from = tcp.peer_addr().map_or_else(|_| "unknown".into(), |a| a.to_string());
-            if self.handshakes.fetch_add(1, Ordering::AcqRel) >= HANDSHAKES_MAX {
-                warn!(%from, "connection refused: {HANDSHAKES_MAX} other connections are in their handshake");
-                self.handshakes.fetch_sub(1, Ordering::AcqRel);
-                continue;
-            }
-            let acceptor = self.clone();
-            std::thread::spawn(move || {
-                if let Err(why) = acceptor.let_in(tcp) {
-                    warn!(%from, "connection refused: {why}");
-                }
-                acceptor.handshakes.fetch_sub(1, Ordering::AcqRel);
-            });
-        }
-    }
-
     /// Lets in the peer on a connection, or returns why it is refused.
-    fn let_in(&self, tcp: TcpStream) -> Result<(), String> {
-        let deadline = Instant::now() + PATIENCE;
-        let peer = read_hello(tcp, self.tls.clone(), deadline)?;
+    fn let_in(&self, tcp: TcpStream, ticket: AdmissionTicket<TcpStream>) -> Result<(), String> {
+        let peer = self.read_hello(tcp)?;
+        drop(ticket);
         if let Some(replica) = self.replica() {
-            replica.stranger_called(&peer.hello);
+            replica.stranger_called(&peer.hello, peer.link.peer_certificate());
             let (role, vm) = (role_name(peer.hello.role), &peer.hello.vm);
             return Err(format!("a {role} of VM {vm:?} called, but this backup has a primary already"));
         }
         self.peers.try_send(peer).map_err(|_| "another primary called at the same time".to_owned())
     }
-}
 
-fn read_hello(tcp: TcpStream, tls: Arc<ServerConfig>, deadline: Instant) -> Result<IncomingPeer, String> {
-    let text = |e: PeerLinkError| e.to_string();
-    let mut link = PeerLink::accept(tcp, tls, PATIENCE).map_err(text)?;
-    let (mut messages, mut bytes) = (MessageReader::new(), Vec::new());
-    loop {
-        let more = link.wait_for_bytes(deadline).map_err(text)?;
-        messages.push(&more);
-        bytes.extend(more);
-        match messages.next_message() {
-            Ok(Some(Message::Hello(hello))) => return Ok(IncomingPeer { link, hello: *hello, bytes }),
-            // The hello is not complete yet: any other first message is an error.
-            Ok(_) => {}
-            Err(e) => return Err(e.to_string()),
+    /// Does the TLS handshake and reads the hello. Both together take [`PATIENCE`] at most.
+    fn read_hello(&self, tcp: TcpStream) -> Result<IncomingPeer, String> {
+        let deadline = Instant::now() + PATIENCE;
+        let text = |e: PeerLinkError| e.to_string();
+        let own = self.keys.certificate();
+        let mut link = PeerLink::accept(tcp, self.tls.clone(), own, PATIENCE).map_err(text)?;
+        let (mut messages, mut bytes) = (MessageReader::new(), Vec::new());
+        loop {
+            let more = link.wait_for_bytes(deadline).map_err(text)?;
+            messages.push(&more);
+            bytes.extend(more);
+            match messages.next_message() {
+                Ok(Some(Message::Hello(hello))) => return Ok(IncomingPeer { link, hello: *hello, bytes }),
+                // The hello is not complete yet: any other first message is an error.
+                Ok(_) => {}
+                Err(e) => return Err(e.to_string()),
+            }
         }
     }
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use agent::Agent;
-use rustls::pki_types::ServerName;
+use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{ClientConfig, ClientConnection, Connection, ServerConfig, ServerConnection};
 
 /// The most bytes that one [`PeerLink::read`] takes from the socket.
@@ -27,6 +27,9 @@ pub enum PeerLinkError {
     /// The handshake failed: a certificate that is not the peer's, no TLS 1.3, or data that is not TLS.
     #[error("the TLS handshake failed: {0}; check that each host has the other's certificate in peers/")]
     Tls(#[from] rustls::Error),
+    /// Both hosts have the same keys, so that neither can be told from the other.
+    #[error("own.crt is the peer's certificate; give each host keys of its own")]
+    SameCertificate,
     /// The connection broke during the handshake.
     #[error("the connection broke during the handshake: {0}")]
     Broken(io::Error),
@@ -39,6 +42,7 @@ pub enum PeerLinkError {
 pub struct PeerLink {
     tcp: Arc<TcpStream>,
     tls: Connection,
+    peer: CertificateDer<'static>,
     /// The bytes that the last read took from the socket.
     taken: Vec<u8>,
     /// The plaintext of the last read.
@@ -46,47 +50,66 @@ pub struct PeerLink {
 }
 
 impl PeerLink {
-    /// Connects to the other host.
+    /// Connects to the other host. `own` is this host's certificate.
     ///
     /// # Errors
     /// The host does not answer, or is not the peer.
     pub fn connect(
         address: &str,
         tls: Arc<ClientConfig>,
+        own: &CertificateDer<'_>,
         patience: Duration,
     ) -> Result<PeerLink, PeerLinkError> {
         let deadline = Instant::now() + patience;
         let tcp = dial(address, patience).map_err(PeerLinkError::Connect)?;
         // The certificates are pinned, so the name means nothing, but TLS requires one.
         let name = ServerName::try_from("vmft").map_err(|e| PeerLinkError::Connect(io::Error::other(e)))?;
-        Self::handshake(tcp, ClientConnection::new(tls, name)?.into(), deadline)
+        Self::handshake(tcp, ClientConnection::new(tls, name)?.into(), own, deadline)
     }
 
-    /// Accepts a connection of the other host.
+    /// Accepts a connection of the other host. `own` is this host's certificate.
     ///
     /// # Errors
     /// The host is not the peer.
     pub fn accept(
         tcp: TcpStream,
         tls: Arc<ServerConfig>,
+        own: &CertificateDer<'_>,
         patience: Duration,
     ) -> Result<PeerLink, PeerLinkError> {
         let deadline = Instant::now() + patience;
-        Self::handshake(tcp, ServerConnection::new(tls)?.into(), deadline)
+        Self::handshake(tcp, ServerConnection::new(tls)?.into(), own, deadline)
     }
 
-    fn handshake(tcp: TcpStream, tls: Connection, deadline: Instant) -> Result<PeerLink, PeerLinkError> {
+    fn handshake(
+        tcp: TcpStream,
+        tls: Connection,
+        own: &CertificateDer<'_>,
+        deadline: Instant,
+    ) -> Result<PeerLink, PeerLinkError> {
         tcp.set_nodelay(true).map_err(PeerLinkError::Broken)?;
         let sized = nix::sys::socket::setsockopt(&tcp, nix::sys::socket::sockopt::SndBuf, &SEND_BUFFER);
         sized.map_err(|e| PeerLinkError::Broken(e.into()))?;
-        let mut link = PeerLink { tcp: Arc::new(tcp), tls, taken: vec![0; READ_MAX], plaintext: Vec::new() };
+        let (taken, plaintext, peer) = (vec![0; READ_MAX], Vec::new(), CertificateDer::from(vec![]));
+        let mut link = PeerLink { tcp: Arc::new(tcp), tls, peer, taken, plaintext };
         while link.tls.is_handshaking() {
             link.blocking_step(deadline)?;
         }
         while link.tls.wants_write() {
             link.blocking_step(deadline)?;
         }
+        let certificates = link.tls.peer_certificates().unwrap_or_default();
+        let peer = certificates.first().ok_or(rustls::Error::NoCertificatesPresented)?.clone();
+        if peer == *own {
+            return Err(PeerLinkError::SameCertificate);
+        }
+        link.peer = peer.into_owned();
         Ok(link)
+    }
+
+    /// The other host's certificate.
+    pub fn peer_certificate(&self) -> &CertificateDer<'static> {
+        &self.peer
     }
 
     /// Does one blocking read or write. Used before the agent has the connection.
@@ -256,24 +279,37 @@ mod tests {
 
     const PATIENCE: Duration = Duration::from_secs(10);
 
-    /// Both ends of a connection.
-    fn connected() -> (PeerLink, PeerLink) {
-        let dir = std::env::temp_dir().join(format!("vmft-link-{}", std::process::id()));
+    type Ends = [Result<PeerLink, PeerLinkError>; 2];
+
+    /// Both ends of a connection between hosts with these keys: the one that connects, and the one that accepts.
+    fn connect(test: &str, names: [&str; 2]) -> Ends {
+        let dir = std::env::temp_dir().join(format!("vmft-link-{test}-{}", std::process::id()));
         make_set(&dir, &[], &["a", "b"].map(String::from)).unwrap();
-        let [a, b] = ["a", "b"].map(|name| Arc::new(Keys::load(&dir.join(name)).unwrap()));
+        let [a, b] = names.map(|name| Arc::new(Keys::load(&dir.join(name)).unwrap()));
         std::fs::remove_dir_all(&dir).unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap().to_string();
-        let dialled =
-            thread::spawn(move || PeerLink::connect(&address, peer_client(&a).unwrap(), PATIENCE).unwrap());
-        let accepted =
-            PeerLink::accept(listener.accept().unwrap().0, peer_server(&b).unwrap(), PATIENCE).unwrap();
-        (dialled.join().unwrap(), accepted)
+        let dialled = thread::spawn(move || {
+            PeerLink::connect(&address, peer_client(&a).unwrap(), a.certificate(), PATIENCE)
+        });
+        let tcp = listener.accept().unwrap().0;
+        let accepted = PeerLink::accept(tcp, peer_server(&b).unwrap(), b.certificate(), PATIENCE);
+        [dialled.join().unwrap(), accepted]
+    }
+
+    #[test]
+    fn hosts_with_the_same_keys_are_refused_on_both_sides_with_the_reason() {
+        for end in connect("same", ["a", "a"]) {
+            let refused = end.err().expect("refused").to_string();
+            assert!(refused.contains("own.crt is the peer's certificate"), "{refused}");
+        }
+        let [dialled, accepted] = connect("different", ["a", "b"]).map(Result::unwrap);
+        assert_ne!(dialled.peer_certificate(), accepted.peer_certificate());
     }
 
     #[test]
     fn bytes_after_the_close_notification_are_not_read() {
-        let (mut leaving, mut staying) = connected();
+        let [mut leaving, mut staying] = connect("close", ["a", "b"]).map(Result::unwrap);
         leaving.tls.writer().write_all(b"last words").unwrap();
         leaving.tls.send_close_notify();
         while leaving.tls.wants_write() {

@@ -91,12 +91,12 @@ fn next_generation(side: &PairSide) -> Result<Generation, Error> {
 /// Tries to connect to the backup, on a thread of its own, until the pair is open or this side ends.
 fn keep_connecting(side: &PairSide, peer: &str, replica: &Arc<Replica>) -> Result<(), Error> {
     let tls = test_and_set::tls::peer_client(&side.keys).map_err(|e| Error::config("keys", chain(&e)))?;
-    let (peer, replica) = (peer.to_owned(), replica.clone());
+    let (peer, replica, keys) = (peer.to_owned(), replica.clone(), side.keys.clone());
     let dial = move || {
         let mut logged = String::new();
         while replica.is_starting() {
             if !replica.is_connected() {
-                match PeerLink::connect(&peer, tls.clone(), PATIENCE) {
+                match PeerLink::connect(&peer, tls.clone(), keys.certificate(), PATIENCE) {
                     Ok(link) => replica.connected(link, &[]),
                     Err(e) if e.to_string() != logged => {
                         warn!("no connection to backup {peer} yet: {e}; trying again");

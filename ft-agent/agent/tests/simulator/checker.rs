@@ -3,6 +3,7 @@
 use agent::{Rule, Suspicion};
 
 use super::guest::GuestOutput;
+use super::process::TIMING;
 
 /// A seed whose run broke an invariant.
 #[derive(Clone, Debug)]
@@ -44,6 +45,8 @@ pub struct Counts {
     pub ended: u64,
     pub failed: u64,
     pub strangers: u64,
+    pub claims: u64,
+    pub claims_believed: u64,
     pub dead: u64,
 }
 
@@ -63,6 +66,8 @@ impl Counts {
             (&mut self.ended, o.ended),
             (&mut self.failed, o.failed),
             (&mut self.strangers, o.strangers),
+            (&mut self.claims, o.claims),
+            (&mut self.claims_believed, o.claims_believed),
             (&mut self.dead, o.dead),
         ];
         pairs.into_iter().for_each(|(sum, n)| *sum += n);
@@ -77,6 +82,15 @@ struct BackupClosed {
     by_clock: bool,
     /// Outputs whose records it had received.
     outputs: u64,
+}
+
+/// A hello on a second connection.
+#[derive(Clone, Copy, Debug)]
+pub struct Claim {
+    /// It has the certificate of the host's peer.
+    pub same_certificate: bool,
+    /// How long the host had read nothing from its peer, by its own clock.
+    pub silence_ns: u64,
 }
 
 /// The side that emits an output.
@@ -107,6 +121,22 @@ impl Checker {
     pub fn backup_closed(&mut self, at: u64, suspicion: Option<&Suspicion>, outputs: u64) {
         let by_clock = matches!(suspicion, Some(Suspicion::Silent(_) | Suspicion::NoProgress(_)));
         self.closed.get_or_insert(BackupClosed { at, by_clock, outputs });
+    }
+
+    /// A host takes its peer to be lost because of a claim.
+    ///
+    /// # Errors
+    /// The claim is not the peer's, or the peer was heard just before.
+    pub fn claim_believed(&mut self, claim: Option<Claim>) -> Result<(), String> {
+        self.counts.claims_believed += 1;
+        match claim {
+            Some(Claim { same_certificate: true, silence_ns })
+                if silence_ns > 2 * TIMING.beat_interval_ns =>
+            {
+                Ok(())
+            }
+            _ => Err(format!("a stranger ends a live pair: {claim:?}")),
+        }
     }
 
     /// An output is on the wire.

@@ -44,6 +44,9 @@ pub enum Fault {
     HandOver { host: usize },
     /// The client sends as fast as it can.
     Flood { ns: u64 },
+    /// A process that is not the host's peer says hello to it in the peer's name, with the peer's certificate
+    /// (it was started twice on the peer's host) or with another one.
+    Stranger { host: usize, same_certificate: bool },
 }
 
 /// A fault and when it happens.
@@ -81,7 +84,7 @@ fn fault(rng: &mut Rng) -> Fault {
     let host = (rng.next() & 1) as usize;
     let effects = rng.between(1, 40);
     let either = [[true, false], [false, true], [true, true], [true, true]][rng.between(0, 3) as usize];
-    match rng.between(0, 24) {
+    match rng.between(0, 27) {
         0 | 1 => Fault::Kill { host },
         2 => Fault::PowerLoss { host },
         3 => Fault::KillAtEffect { host, effects },
@@ -99,6 +102,7 @@ fn fault(rng: &mut Rng) -> Fault {
         20 => Fault::DiskFails { host },
         21 => Fault::PowerOff,
         22 => Fault::HandOver { host },
+        23..=25 => Fault::Stranger { host, same_certificate: rng.chance(500) },
         _ => Fault::Flood { ns: rng.between(5 * MS, 60 * MS) },
     }
 }

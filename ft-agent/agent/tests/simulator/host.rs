@@ -1,6 +1,6 @@
 //! What a host's process does around the agent.
 
-use agent::{Action, Event, GuestPace, NextRecord, Outcome, Phase, Suspicion};
+use agent::{Action, Event, GuestPace, NextRecord, Outcome, PeerRefusal, Phase, Suspicion};
 use entry::log::{DiskStatus, EndReason, Entry, LoggedInput, Record};
 use entry::{End, Input};
 use store_rule::record::Command;
@@ -42,6 +42,9 @@ impl World {
                 self.write(host);
                 self.close(host);
             }
+            Action::Refused(PeerRefusal::Lost(Suspicion::Restarted)) => {
+                self.checker.claim_believed(self.claims[host])?
+            }
             Action::Refused(_) => {}
             Action::Open { generation, members } => {
                 self.ask_store(host, Command::Open { generation, members })
@@ -51,7 +54,7 @@ impl World {
             Action::Start { .. } => process.started = true,
             Action::Release => self.release(host)?,
             Action::Drop => while process.gate.release(process.agent.drop_limit()).is_some() {},
-            Action::Suspected(suspicion) => self.suspected(host, &suspicion, received),
+            Action::Suspected(suspicion) => self.suspected(host, &suspicion, received)?,
             Action::GoLive => self.go_live(host, received)?,
             Action::Pause => process.paused = true,
             Action::Halt(exit) => self.halt(host, exit),
@@ -59,10 +62,14 @@ impl World {
         Ok(())
     }
 
-    fn suspected(&mut self, host: usize, suspicion: &Suspicion, received: u64) {
+    fn suspected(&mut self, host: usize, suspicion: &Suspicion, received: u64) -> SimResult {
         self.checker.counts.suspicions += 1;
         if host == 1 {
             self.checker.backup_closed(self.now, Some(suspicion), received);
+        }
+        match suspicion {
+            Suspicion::Restarted => self.checker.claim_believed(self.claims[host]),
+            _ => Ok(()),
         }
     }
 

@@ -1,9 +1,13 @@
 //! How faults are injected.
 
-use agent::Event;
+use agent::{Event, Hello, Role};
+use entry::PositionUnit;
+use entry::identity::Identity;
 
+use super::MS;
 use super::faults::Fault;
 use super::guest::POWER_OFF;
+use super::process::TIMING;
 use super::sim_event::{SimEvent, SimResult};
 use super::world::World;
 
@@ -51,8 +55,32 @@ impl World {
             Fault::PowerOff => self.ask_guest(POWER_OFF),
             Fault::HandOver { host } => return self.handle_event(host, Event::HandOver),
             Fault::Flood { .. } => self.flood_until = until,
+            Fault::Stranger { host, same_certificate } => {
+                return self.send_stranger(host, same_certificate, fault);
+            }
         }
         Ok(())
+    }
+
+    /// A hello that a stopped process finds when it goes on.
+    fn send_stranger(&mut self, host: usize, same_certificate: bool, fault: Fault) -> SimResult {
+        let paused_until = self.hosts[host].paused_until;
+        if paused_until > self.now {
+            let at = paused_until + self.rng.between(1, MS / 2);
+            self.schedule_at(at, SimEvent::Fault(fault));
+            return Ok(());
+        }
+        let role = if host == 0 { Role::Backup } else { Role::Primary };
+        let hello = Hello {
+            vm: self.vm.as_str().into(),
+            role,
+            incarnation: u128::from(self.rng.next()) | 1 << 64,
+            disks: Default::default(),
+            timeout_ns: TIMING.timeout_ns,
+            buffer_bytes: 1 << 16,
+            identity: Identity::new(PositionUnit::Instructions).field("guest", "simulated"),
+        };
+        self.claim(host, &hello, same_certificate)
     }
 
     pub fn kill(&mut self, host: usize) {

@@ -1,10 +1,11 @@
 //! The connection between the hosts: how it comes up, what arrives, and how it ends.
 
 use agent::{Event, Phase};
-use logging_channel::message::Message;
+use logging_channel::message::{Hello, Message};
 use logging_channel::stream::MessageReader;
 
 use super::MS;
+use super::checker::Claim;
 use super::link::Connection;
 use super::sim_event::{SimEvent, SimResult};
 use super::world::World;
@@ -53,8 +54,19 @@ impl World {
             return self.do_actions(host);
         };
         self.do_actions(host)?;
-        self.trace(1 - host, &"a stranger says hello");
-        self.handle_event(1 - host, Event::Stranger(&hello))
+        self.claim(1 - host, &hello, true)
+    }
+
+    /// A process says hello to a host on a second connection. The host reads first what has arrived from its
+    /// peer.
+    pub fn claim(&mut self, host: usize, hello: &Hello, same_certificate: bool) -> SimResult {
+        self.read(host, usize::MAX)?;
+        self.checker.counts.claims += 1;
+        let silence_ns = self.clock(host).saturating_sub(self.heard_at[host]);
+        let claim = Claim { same_certificate, silence_ns };
+        self.claims[host] = Some(claim);
+        self.trace(host, &claim);
+        self.handle_event(host, Event::Stranger { hello, same_certificate })
     }
 
     pub fn arrive(&mut self, connection: u64, to: usize) -> SimResult {
@@ -84,6 +96,7 @@ impl World {
         let id = process.id;
         let read = connection.read(host, max);
         if !read.bytes.is_empty() {
+            self.heard_at[host] = self.clock(host);
             self.handle_event(host, Event::Received(&read.bytes))?;
             self.schedule_between(0, MS / 20, SimEvent::Read { host, id });
             // The other side's socket has room again.

@@ -7,7 +7,7 @@ use store_rule::names::VmName;
 use store_rule::record::StoreState;
 
 use super::MS;
-use super::checker::{Checker, Counts, Failure};
+use super::checker::{Checker, Claim, Counts, Failure};
 use super::faults::{PlannedFault, plan_faults};
 use super::link::Connection;
 use super::process::{Host, Process};
@@ -41,6 +41,10 @@ pub struct World {
     pub asked: u64,
     pub guest_is_off: bool,
     pub checker: Checker,
+    /// When each host last read something from its peer, by its own clock.
+    pub heard_at: [u64; 2],
+    /// The last claim that a stranger made to each host.
+    pub claims: [Option<Claim>; 2],
     pub without: Option<Rule>,
     pub tracing: bool,
 }
@@ -85,6 +89,8 @@ impl World {
             asked: 1,
             guest_is_off: false,
             checker: Checker::default(),
+            heard_at: [0; 2],
+            claims: [None; 2],
             without,
             tracing,
             rng,

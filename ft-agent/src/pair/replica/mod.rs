@@ -22,6 +22,7 @@ use std::time::Duration;
 
 use agent::{Action, Agent, Event, Hello, Role};
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use rustls::pki_types::CertificateDer;
 use test_and_set::blocking::BlockingStore;
 use test_and_set::names::{Generation, Incarnation, VmName};
 use test_and_set::record::Verdict;
@@ -126,9 +127,15 @@ impl Replica {
         self.lock().link.is_some()
     }
 
-    /// Another process has said hello on a second connection.
-    pub fn stranger_called(self: &Arc<Self>, hello: &Hello) {
-        self.handle(Event::Stranger(hello));
+    /// Another process, with this certificate, has said hello on a second connection.
+    pub fn stranger_called(self: &Arc<Self>, hello: &Hello, certificate: &CertificateDer<'_>) {
+        let mut state = self.lock();
+        // The peer's silence is judged only when its socket is drained; reading anything at all ends it.
+        state.read_link();
+        let same_certificate = state.link.as_ref().is_some_and(|l| l.peer_certificate() == certificate);
+        state.agent.handle(now_ns(), Event::Stranger { hello, same_certificate });
+        self.process_actions(&mut state);
+        self.changed.notify_all();
     }
 
     /// Carries out the agent's actions, and writes its outgoing bytes.
