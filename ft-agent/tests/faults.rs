@@ -273,13 +273,15 @@ fn sides_that_differ_are_refused_with_the_field_named() {
     assert!(a.finish(20).0.success());
 }
 
-/// How often a backup has refused a connection, by the reason.
+/// How often a backup has refused a connection, by the reason that is logged. A line counts for those that were
+/// left out since the line before.
 fn reasons(backup: &mut Vm) -> BTreeMap<String, usize> {
     let mut reasons = BTreeMap::new();
     backup.has_printed("");
     for (_, why) in backup.seen().lines().filter_map(|line| line.split_once("refused: ")) {
+        let left_out = why.split_once("left_out=").map_or(0, |(_, n)| n.trim().parse().expect("a number"));
         let why = why.split(" from=").next().unwrap_or(why);
-        *reasons.entry(why.to_owned()).or_default() += 1;
+        *reasons.entry(why.to_owned()).or_default() += 1 + left_out;
     }
     reasons
 }
@@ -312,7 +314,7 @@ fn connections_that_are_not_from_the_peer_do_not_disturb_a_pair() {
         called
     });
     let called = calls.join().expect("calls");
-    // Each is refused, and the reason is logged.
+    // Each is refused, and counted in the log.
     let deadline = Instant::now() + Duration::from_secs(60);
     while reasons(&mut b).values().sum::<usize>() < called && Instant::now() < deadline {
         std::thread::sleep(Duration::from_millis(100));
@@ -320,7 +322,7 @@ fn connections_that_are_not_from_the_peer_do_not_disturb_a_pair() {
     let reasons = reasons(&mut b);
     eprintln!("{called} connections: {reasons:#?}");
     assert_eq!(reasons.values().sum::<usize>(), called);
-    assert!(reasons.len() >= 3, "garbage, a broken connection and a slow one have different reasons");
+    assert!(reasons.len() >= 2, "the silent ones are refused later than the others, for another reason");
     // A primary whose certificate is not pinned, and one of another VM.
     let keys = site.dir.join("other-keys");
     test_and_set::keys::make_set(&keys, &[1], &["x".into(), "y".into()]).expect("keys");

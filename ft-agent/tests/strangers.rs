@@ -1,0 +1,302 @@
+//! Strangers at the ports of a pair: processes that say hello although the pair has met, connections that say
+//! nothing, and two primaries at once.
+
+mod support;
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::TcpStream;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use agent::{Hello, Role};
+use entry::PositionUnit;
+use entry::identity::Identity;
+use logging_channel::message::{Message, encode};
+use nix::sys::signal::Signal::{SIGCONT, SIGSTOP};
+use rustls::{ClientConnection, StreamOwned};
+use support::pair::{Host, Site, inside};
+use support::row::{BARE, LIVES, check_fenced, check_survivor, pair, pair_with};
+use support::vm::{VMFT, Vm, vmft_in};
+use support::{can_network, cases, has_guest};
+use test_and_set::keys::Keys;
+use test_and_set::tls::peer_client;
+
+const BACKUP: &str = "10.78.0.2:7500";
+
+/// A TLS connection to the backup, with these keys.
+fn call(keys: &Path) -> std::io::Result<StreamOwned<ClientConnection, TcpStream>> {
+    let keys = Arc::new(Keys::load(keys).expect("keys"));
+    let mut tcp = TcpStream::connect(BACKUP)?;
+    tcp.set_read_timeout(Some(Duration::from_secs(4)))?;
+    let name = "vmft".try_into().expect("name");
+    let mut tls = ClientConnection::new(peer_client(&keys).expect("TLS"), name).expect("TLS");
+    while tls.is_handshaking() || tls.wants_write() {
+        tls.complete_io(&mut tcp)?;
+    }
+    Ok(StreamOwned::new(tls, tcp))
+}
+
+/// Claims to be the VM's primary, with a new incarnation. Returns once the backup has closed the connection.
+fn claim(keys: &Path, incarnation: u128) -> std::io::Result<()> {
+    let mut stream = call(keys)?;
+    let mut hello = Vec::new();
+    let content = Hello {
+        vm: "vm".into(),
+        role: Role::Primary,
+        incarnation,
+        disks: Default::default(),
+        timeout_ns: 1_000_000_000,
+        buffer_bytes: 1 << 20,
+        identity: Identity::new(PositionUnit::Instructions),
+    };
+    encode(&Message::Hello(Box::new(content)), &mut hello);
+    stream.write_all(&hello)?;
+    while matches!(stream.read(&mut [0; 64]), Ok(1..)) {}
+    Ok(())
+}
+
+/// Starts to claim, from host A, 20 times a second until told to stop.
+fn claim_often(site: &Site, party: &str) -> impl FnOnce() -> u64 + use<> {
+    let (keys, stop) = (site.keys(party), Arc::new(AtomicBool::new(false)));
+    let stopped = stop.clone();
+    let claims = inside(&site.ns("a"), move || {
+        let mut claims = 0;
+        while !stopped.load(Ordering::Relaxed) {
+            claims += claim(&keys, 0x5eed_0000 + claims as u128).is_ok() as u64;
+            sleep(Duration::from_millis(50));
+        }
+        claims
+    });
+    move || {
+        stop.store(true, Ordering::Relaxed);
+        claims.join().expect("claims")
+    }
+}
+
+#[test]
+fn a_strangers_hello_does_not_disturb_a_pair() {
+    let Some((site, mut a, mut b, client)) = pair("a_strangers_hello_does_not_disturb_a_pair") else {
+        return;
+    };
+    // Another host that the backup accepts, and a second process on the primary's host.
+    for party in ["stranger", "a"] {
+        let stop = claim_often(&site, party);
+        client.wait_for(100, 20);
+        sleep(Duration::from_secs(2));
+        let claims = stop();
+        assert!(claims > 5, "{claims}");
+        for side in [&mut a, &mut b] {
+            assert!(!side.has_ended() && !side.has_printed("the peer is lost"), "{}", side.seen());
+        }
+        assert!(b.has_printed("called, but this backup has a primary already"), "{}", b.seen());
+    }
+    drop(a);
+    b.wait_for(LIVES, 20);
+    check_survivor(client, b);
+}
+
+#[test]
+fn the_peers_own_hello_is_believed_when_its_connection_is_silent() {
+    const TEST: &str = "the_peers_own_hello_is_believed_when_its_connection_is_silent";
+    let Some((site, a, mut b, client)) = pair_with(TEST, &["--timeout-ms", "8000"], &[]) else { return };
+    a.signal(SIGSTOP);
+    let stop = claim_often(&site, "stranger");
+    sleep(Duration::from_secs(5));
+    assert!(!b.has_printed("the peer is lost"), "{}", b.seen());
+    stop();
+    let stop = claim_often(&site, "a");
+    b.wait_for("it was restarted and has lost the guest's state", 20);
+    stop();
+    b.wait_for(LIVES, 20);
+    a.signal(SIGCONT);
+    check_fenced(a);
+    check_survivor(client, b);
+}
+
+/// `vmft primary` on A or `vmft backup` on B for a VM without a network, with a party's keys.
+fn replica(site: &Site, host: Host, vm: &str, party: &str) -> Command {
+    let mut command = vmft_in(&site.ns(host.name()));
+    match host {
+        Host::A => command.args(["primary", "--peer", BACKUP]),
+        Host::B => command.args(["backup", "--listen", BACKUP]),
+    };
+    command.args(["--name", vm, "--store", &site.store_url(party), "--keys"]).arg(site.keys(party));
+    command.args(BARE);
+    command
+}
+
+/// A round: two primaries are started at once for a backup that waits.
+fn two_primaries_at_once(site: &Site, round: u64) -> Result<(), String> {
+    const OPEN: &str = "the pair is open";
+    let vm = format!("vm-{round}");
+    let mut backup = Vm::start(&mut replica(site, Host::B, &vm, "b"));
+    backup.wait_for("waiting for a primary", 30);
+    // On one host, or on two.
+    let second = ["a", "stranger"][round as usize % 2];
+    let mut primaries = ["a", second].map(|party| Vm::start(&mut replica(site, Host::A, &vm, party)));
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let mut opened_at = None;
+    // The other one tries again each half second.
+    while opened_at.is_none_or(|at: Instant| at.elapsed() < Duration::from_millis(1200)) {
+        let open = primaries.each_mut().map(|p| p.has_printed(OPEN) && !p.has_ended());
+        if open.iter().filter(|open| **open).count() == 1 && backup.has_printed(OPEN) {
+            opened_at.get_or_insert_with(Instant::now);
+        }
+        if open == [true; 2] || Instant::now() > deadline {
+            break;
+        }
+        sleep(Duration::from_millis(10));
+    }
+    let running = primaries.each_mut().map(|p| p.has_printed(OPEN) && !p.has_ended());
+    let disturbed =
+        [&mut primaries[0], &mut backup].iter_mut().any(|side| side.has_printed("the peer is lost"))
+            || primaries[1].has_printed("the peer is lost");
+    let one = running.iter().filter(|runs| **runs).count() == 1;
+    if one && !disturbed && opened_at.is_some() && !backup.has_ended() {
+        return Ok(());
+    }
+    let [first, second] = &primaries;
+    Err(format!("round {round}: {running:?}\n{}\n\n{}\n\n{}", first.seen(), second.seen(), backup.seen()))
+}
+
+#[test]
+fn of_two_primaries_that_are_started_at_once_exactly_one_runs() {
+    const TEST: &str = "of_two_primaries_that_are_started_at_once_exactly_one_runs";
+    if !has_guest(TEST, "bare") || !can_network(TEST) {
+        return;
+    }
+    let site = Site::new();
+    let rounds = cases(20);
+    let failed: Vec<_> = (0..rounds).filter_map(|round| two_primaries_at_once(&site, round).err()).collect();
+    eprintln!("{rounds} rounds, {} failed", failed.len());
+    assert!(failed.is_empty(), "{} of {rounds} rounds:\n{}", failed.len(), failed.join("\n\n"));
+}
+
+#[test]
+fn hosts_with_the_same_keys_are_refused_on_both_sides() {
+    const TEST: &str = "hosts_with_the_same_keys_are_refused_on_both_sides";
+    if !has_guest(TEST, "bare") || !can_network(TEST) {
+        return;
+    }
+    let site = Site::new();
+    let mut backup = Vm::start(&mut replica(&site, Host::B, "vm", "a"));
+    backup.wait_for("waiting for a primary", 30);
+    let mut primary = Vm::start(&mut replica(&site, Host::A, "vm", "a"));
+    for side in [&mut primary, &mut backup] {
+        side.wait_for("own.crt is the peer's certificate", 20);
+    }
+    drop(primary);
+    let mut primary = Vm::start(&mut replica(&site, Host::A, "vm", "stranger"));
+    primary.wait_for("the pair is open", 20);
+}
+
+/// Whether the other side has closed a connection that says nothing.
+fn is_closed(mut tcp: &TcpStream) -> bool {
+    let quiet = [ErrorKind::WouldBlock, ErrorKind::TimedOut];
+    !matches!(tcp.read(&mut [0]), Err(e) if quiet.contains(&e.kind()))
+}
+
+/// Keeps 20 silent connections to the backup until told to stop: at most each 20 ms a new one for one that the
+/// backup has closed. Tells when the first 20 are there.
+fn stay_silent(stop: &AtomicBool, ready: &std::sync::Barrier) -> usize {
+    let connect = || {
+        let tcp = TcpStream::connect(BACKUP).expect("connect");
+        tcp.set_read_timeout(Some(Duration::from_millis(1))).expect("timeout");
+        tcp
+    };
+    let mut silent: Vec<_> = (0..20).map(|_| connect()).collect();
+    let mut opened = silent.len();
+    ready.wait();
+    while !stop.load(Ordering::Relaxed) {
+        if let Some(place) = silent.iter().position(is_closed) {
+            silent[place] = connect();
+            opened += 1;
+        }
+        sleep(Duration::from_millis(20));
+    }
+    opened
+}
+
+#[test]
+fn silent_connections_do_not_keep_a_primary_out() {
+    const TEST: &str = "silent_connections_do_not_keep_a_primary_out";
+    if !has_guest(TEST, "bare") || !can_network(TEST) {
+        return;
+    }
+    let site = Site::new();
+    let mut backup = Vm::start(&mut replica(&site, Host::B, "vm", "b"));
+    backup.wait_for("waiting for a primary", 30);
+    let (stop, ready) = (Arc::new(AtomicBool::new(false)), Arc::new(std::sync::Barrier::new(2)));
+    let (stopped, first) = (stop.clone(), ready.clone());
+    let silent = inside(&site.ns("a"), move || stay_silent(&stopped, &first));
+    ready.wait();
+    // In less than a silent connection's time, so that none has ended by itself.
+    let keys = site.keys("a");
+    let called = inside(&site.ns("a"), move || (0..3).any(|_| call(&keys).is_ok()));
+    assert!(called.join().expect("call"), "no handshake beside 20 silent connections");
+    let mut primary = Vm::start(&mut replica(&site, Host::A, "vm", "a"));
+    primary.wait_for("the pair is open", 20);
+    stop.store(true, Ordering::Relaxed);
+    let opened = silent.join().expect("silent connections");
+    sleep(Duration::from_millis(1500));
+    backup.has_printed("");
+    let lines = backup.seen().lines().filter(|line| line.contains("connection refused")).count();
+    eprintln!("{opened} silent connections, {lines} lines in the log");
+    assert!(opened > 20 && lines <= 30, "{lines} lines for {opened} connections");
+}
+
+#[test]
+fn slow_clients_blind_neither_the_metrics_nor_the_control_socket() {
+    const TEST: &str = "slow_clients_blind_neither_the_metrics_nor_the_control_socket";
+    if !has_guest(TEST, "bare") || !can_network(TEST) {
+        return;
+    }
+    let site = Site::new();
+    let mut command = replica(&site, Host::B, "vm", "b");
+    command.args(["--metrics", "127.0.0.1:9100", "--control"]).arg(site.control(Host::B));
+    let mut backup = Vm::start(&mut command);
+    backup.wait_for("waiting for a primary", 30);
+    // The control socket is the last to listen.
+    while UnixStream::connect(site.control(Host::B)).is_err() {
+        sleep(Duration::from_millis(20));
+    }
+    let scrapes = inside(&site.ns("b"), || {
+        let connect = || TcpStream::connect("127.0.0.1:9100").expect("connect");
+        let mut slow: Vec<_> = (0..8).map(|_| connect()).collect();
+        for round in 0..10 {
+            for (n, tcp) in slow.iter_mut().enumerate() {
+                // One that was closed comes back.
+                if tcp.write_all(b"G").is_err() && round % 8 == n {
+                    *tcp = connect();
+                }
+            }
+            let (mut tcp, mut answer) = (connect(), String::new());
+            tcp.set_read_timeout(Some(Duration::from_secs(10))).expect("timeout");
+            let asked = tcp.write_all(b"GET /metrics HTTP/1.1\r\n\r\n");
+            let answered = asked.and_then(|()| tcp.read_to_string(&mut answer));
+            assert!(answer.contains("vmft_protected"), "scrape {round}: {answered:?}");
+            sleep(Duration::from_millis(400));
+        }
+        // A byte now and then does not keep a request alive.
+        let deadline = Instant::now() + Duration::from_secs(10);
+        for tcp in &mut slow {
+            while tcp.write_all(b"E").is_ok() {
+                assert!(Instant::now() < deadline, "a slow scrape goes on for ever");
+                sleep(Duration::from_millis(200));
+            }
+        }
+    });
+    scrapes.join().expect("scrapes");
+    let silent: Vec<_> =
+        (0..40).map(|_| UnixStream::connect(site.control(Host::B)).expect("connect")).collect();
+    let status = Command::new(VMFT).args(["status", "--control"]).arg(site.control(Host::B)).output();
+    let said = String::from_utf8_lossy(&status.expect("vmft status").stderr).into_owned();
+    assert!(said.contains("waiting for a primary"), "{said}");
+    silent[0].set_read_timeout(Some(Duration::from_secs(1))).expect("timeout");
+    assert!(matches!((&silent[0]).read(&mut [0]), Ok(0)), "the oldest is closed for the newest");
+}
