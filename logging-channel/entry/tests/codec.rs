@@ -248,7 +248,7 @@ fn an_identity_that_differs_is_named() {
     let ours = identity(PositionUnit::Instructions);
     assert_eq!(ours.check(&ours), Ok(()));
     let theirs = identity(PositionUnit::Instructions).field("cpuid", "x");
-    assert_eq!(ours.check(&theirs).unwrap_err().to_string(), r#"cpuid: "x" there, "" here"#);
+    assert_eq!(ours.check(&theirs).unwrap_err().to_string(), r#"cpuid ("x" there, "" here)"#);
     let theirs = identity(PositionUnit::Instructions).field("hint-kernel", "/elsewhere");
     assert_eq!(ours.check(&theirs), Ok(()));
     let theirs = identity(PositionUnit::Steps);
