@@ -31,7 +31,7 @@ pub fn input_and_output(sources: &[SourceFile], crates: &[&str]) -> Vec<Finding>
             let name = path.join("::");
             let leads_out =
                 |o: &&str| name.strip_prefix(*o).is_some_and(|r| r.is_empty() || r.starts_with("::"));
-            if OUTSIDE.iter().any(|o| leads_out(&o)) {
+            if OUTSIDE.iter().any(leads_out) {
                 found.push((source.at(line), name));
             }
         }

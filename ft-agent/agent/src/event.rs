@@ -159,7 +159,9 @@ pub enum PeerRefusal {
         ours: u64,
     },
     /// The machines differ.
-    #[error("its machine differs in {0}; give both sides the same guest, disk images, engine and build of vmft")]
+    #[error(
+        "its machine differs in {0}; give both sides the same guest, disk images, engine and build of vmft"
+    )]
     Identity(#[from] Mismatch),
     /// It refused us, or gave up.
     #[error("the other side reports: {0}")]

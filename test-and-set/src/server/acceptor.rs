@@ -21,7 +21,7 @@ use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use crate::keys::Keys;
 use crate::server::bounded_log::BoundedLog;
 use crate::server::node::Node;
-use crate::server::quota::{Admission, ConnectionQuotas, Party};
+use crate::server::quota::{ConnectionGrant, ConnectionQuotas, Party};
 use crate::wire::{
     self, CLIENT_FRAME_BYTES_MAX, ConnectionRefusal, FRAME_BYTES_MAX, StoreHello, Welcome, WireError,
 };
@@ -107,7 +107,7 @@ impl StoreAcceptor {
     }
 
     /// Does the TLS handshake and exchanges greetings. A refusal is sent to the other side before it is returned as an error.
-    async fn handshake(&self, tcp: TcpStream) -> Result<(TlsStream<TcpStream>, Admission), WireError> {
+    async fn handshake(&self, tcp: TcpStream) -> Result<(TlsStream<TcpStream>, ConnectionGrant), WireError> {
         let mut stream = self.tls.accept(tcp).await?;
         let hello: StoreHello = wire::read_greeting(&mut stream).await?;
         let certificate = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
@@ -132,7 +132,7 @@ impl StoreAcceptor {
         &self,
         hello: &StoreHello,
         certificate: Option<&CertificateDer<'_>>,
-    ) -> Result<Admission, ConnectionRefusal> {
+    ) -> Result<ConnectionGrant, ConnectionRefusal> {
         if hello.cluster != self.node.cluster {
             return Err(ConnectionRefusal::WrongCluster);
         }

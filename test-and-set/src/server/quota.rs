@@ -29,7 +29,7 @@ type OpenConnections = HashMap<(Party, Vec<u8>), VecDeque<Arc<Notify>>>;
 pub struct ConnectionQuotas(Mutex<OpenConnections>);
 
 /// The right to a connection, until it is dropped.
-pub struct Admission {
+pub struct ConnectionGrant {
     quotas: Arc<ConnectionQuotas>,
     of: (Party, Vec<u8>),
     eviction: Arc<Notify>,
@@ -42,7 +42,11 @@ impl ConnectionQuotas {
 
     /// Admits one more connection, or refuses it because its certificate has its share. Where there is no room for another
     /// client, the certificate with the most connections loses its oldest.
-    pub fn admit(self: &Arc<Self>, certificate: &CertificateDer<'_>, party: Party) -> Option<Admission> {
+    pub fn admit(
+        self: &Arc<Self>,
+        certificate: &CertificateDer<'_>,
+        party: Party,
+    ) -> Option<ConnectionGrant> {
         let of = (party, certificate.to_vec());
         let mut open = self.open();
         let own = open.get(&of).map_or(0, VecDeque::len);
@@ -64,7 +68,7 @@ impl ConnectionQuotas {
         }
         let eviction = Arc::new(Notify::new());
         open.entry(of.clone()).or_default().push_back(eviction.clone());
-        Some(Admission { quotas: self.clone(), of, eviction })
+        Some(ConnectionGrant { quotas: self.clone(), of, eviction })
     }
 }
 
@@ -74,7 +78,7 @@ fn evict_oldest(open: &mut OpenConnections, of: &(Party, Vec<u8>)) {
     }
 }
 
-impl Admission {
+impl ConnectionGrant {
     /// As what the other side has connected.
     pub fn party(&self) -> Party {
         self.of.0
@@ -86,7 +90,7 @@ impl Admission {
     }
 }
 
-impl Drop for Admission {
+impl Drop for ConnectionGrant {
     fn drop(&mut self) {
         let mut open = self.quotas.open();
         if let Some(all) = open.get_mut(&self.of) {
@@ -106,11 +110,16 @@ mod tests {
         vec![number].into()
     }
 
-    fn admit_all(quotas: &Arc<ConnectionQuotas>, number: u8, party: Party, count: usize) -> Vec<Admission> {
+    fn admit_all(
+        quotas: &Arc<ConnectionQuotas>,
+        number: u8,
+        party: Party,
+        count: usize,
+    ) -> Vec<ConnectionGrant> {
         (0..count).filter_map(|_| quotas.admit(&certificate(number), party)).collect()
     }
 
-    fn is_evicted(admission: &Admission) -> bool {
+    fn is_evicted(admission: &ConnectionGrant) -> bool {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
         let wait = async { tokio::time::timeout(std::time::Duration::ZERO, admission.evicted()).await };
         runtime.block_on(wait).is_ok()
