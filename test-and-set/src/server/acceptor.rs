@@ -2,7 +2,7 @@
 //!
 //! A connection that has not completed TLS and its greeting costs little, and there are at most [`GREETINGS_MAX`] of them: one more
 //! closes the oldest. So slow or silent connections never keep out a client that completes its greeting. How many connections a
-//! certificate may have is in [`super::quota`].
+//! certificate may have is in `quota`.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
