@@ -94,7 +94,8 @@ class Site:
 
     def make_keys(self):
         """Makes the keys of the store's members and of both hosts."""
-        sh(STORE, "keys", self.path("keys"), "--members", "1,2,3", "--clients", "a,b")
+        sh(STORE, "keys", "set", self.path("keys"), "--members", "1,2,3", "--hosts", "a,b",
+           "--operators", "admin")
 
     def start_store(self):
         self.make_keys()

@@ -325,7 +325,7 @@ fn connections_that_are_not_from_the_peer_do_not_disturb_a_pair() {
     assert!(reasons.len() >= 2, "the silent ones are refused later than the others, for another reason");
     // A primary whose certificate is not pinned, and one of another VM.
     let keys = site.dir.join("other-keys");
-    test_and_set::keys::make_set(&keys, &[1], &["x".into(), "y".into()]).expect("keys");
+    test_and_set::keys::make_set(&keys, &[1], &["x".into(), "y".into()], &[]).expect("keys");
     for keys in [keys.join("x"), site.keys("a")] {
         let mut command = vmft_in(&site.ns("a"));
         command.args([

@@ -6,15 +6,15 @@
 //! other there is an answer, and never a second one.
 //!
 //! ```text
-//! vmft-store keys trial --members 1,2,3 --clients host-a,host-b
+//! vmft-store keys set trial --members 1,2,3 --hosts host-a,host-b --operators admin
 //! vmft-store serve --id 1 --listen 10.0.0.1:7400 --peers 1=10.0.0.1:7400,2=10.0.0.2:7400,3=10.0.0.3:7400 \
 //!     --data /var/lib/vmft-store --keys trial/1            # and so on for 2 and 3, each on its host
-//! vmft-store status --store 'raft://10.0.0.1:7400,10.0.0.2:7400,10.0.0.3:7400?keys=trial/host-a'
+//! vmft-store status --store 'raft://10.0.0.1:7400,10.0.0.2:7400,10.0.0.3:7400?keys=trial/admin'
 //! ```
 //!
 //! - **For a trial** one member is enough: `--id 1 --peers 1=127.0.0.1:7400`.
 //! - **Keys.** Each party has its own certificate and copies of those that it accepts; see [`keys`]. Copy `trial/1` to the first
-//!   host, and so on. Certificates can be added to `clients/` and `members/` while the store runs.
+//!   host, and so on. Certificates can be added and removed while the store runs.
 //! - **Members** can be changed while the store runs: put the new certificates in place, start the new member with `--join`, then
 //!   `vmft-store member add --store … 4 10.0.0.4:7400`; `vmft-store member remove --store … 1`. A member that lost its data is
 //!   refused by the others, because it has lost its votes, too: remove it, empty its `--data`, and add it again.

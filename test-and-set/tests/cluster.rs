@@ -73,7 +73,7 @@ fn wrong_store_is_named() -> Result<(), Failed> {
     expect_complaint(&nowhere, &["cannot connect", "refused"]);
     // A server whose certificate we do not have, then one that does not have ours.
     let others = tempfile::tempdir()?;
-    keys::make_set(others.path(), &[1], &["client".into()])?;
+    keys::make_set(others.path(), &[1], &["client".into()], &[])?;
     let strange = format!("raft://{}?keys={}", cluster.address(1), others.path().join("client").display());
     expect_complaint(&strange, &["does not accept the other's certificate"]);
     std::fs::copy(cluster.keys("client").join("members/1.crt"), others.path().join("client/members/1.crt"))?;
@@ -84,7 +84,7 @@ fn wrong_store_is_named() -> Result<(), Failed> {
 /// A server that greets like one of a later version.
 fn wrong_version_is_named() -> Result<(), Failed> {
     let dir = tempfile::tempdir()?;
-    keys::make_set(dir.path(), &[1], &["client".into()])?;
+    keys::make_set(dir.path(), &[1], &["client".into()], &[])?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let tls = test_and_set::tls::acceptor(&Arc::new(Keys::load(&dir.path().join("1"))?))?;
     let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0"))?;

@@ -284,7 +284,7 @@ mod tests {
     /// Both ends of a connection between hosts with these keys: the one that connects, and the one that accepts.
     fn connect(test: &str, names: [&str; 2]) -> Ends {
         let dir = std::env::temp_dir().join(format!("vmft-link-{test}-{}", std::process::id()));
-        make_set(&dir, &[], &["a", "b"].map(String::from)).unwrap();
+        make_set(&dir, &[], &["a", "b"].map(String::from), &[]).unwrap();
         let [a, b] = names.map(|name| Arc::new(Keys::load(&dir.join(name)).unwrap()));
         std::fs::remove_dir_all(&dir).unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();

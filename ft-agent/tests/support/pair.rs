@@ -84,8 +84,8 @@ impl Site {
         for (host, address) in [("a", "10.78.0.1/24"), ("b", "10.78.0.2/24")] {
             site.plug("log", host, "link0", Some(address));
         }
-        make_set(&site.dir.join("keys"), &[1, 2, 3], &["a".into(), "b".into(), "stranger".into()])
-            .expect("keys");
+        let hosts = ["a", "b", "stranger"].map(String::from);
+        make_set(&site.dir.join("keys"), &[1, 2, 3], &hosts, &["admin".into()]).expect("keys");
         for id in 1..=3 {
             site.start_store(id);
         }

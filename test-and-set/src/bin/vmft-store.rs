@@ -43,17 +43,29 @@ enum StoreCommand {
         #[command(subcommand)]
         command: MemberCommand,
     },
-    /// Make the keys and certificates of members and clients (the hosts of pairs). Each party gets a directory, complete and ready to
-    /// be copied to its host.
+    /// Make keys, or change which ones a party accepts.
     Keys {
-        /// The directory in which to make one directory for each member and client; files in it are never overwritten.
+        #[command(subcommand)]
+        command: KeysCommand,
+    },
+}
+
+#[derive(Subcommand)]
+enum KeysCommand {
+    /// Make the keys and certificates of all parties at once, for a trial. Each party gets a directory, complete and ready to be
+    /// copied to its host.
+    Set {
+        /// The directory in which to make one directory for each party; files in it are never overwritten.
         dir: PathBuf,
         /// The numbers of the members, separated by commas.
         #[arg(long, value_delimiter = ',', default_value = "1,2,3")]
         members: Vec<NodeId>,
-        /// The names of the clients, separated by commas.
-        #[arg(long, value_delimiter = ',', default_value = "client")]
-        clients: Vec<String>,
+        /// The names of the hosts that run VMs, separated by commas.
+        #[arg(long, value_delimiter = ',')]
+        hosts: Vec<String>,
+        /// The names of the operators, separated by commas. A name that is also a host's is one party with one key.
+        #[arg(long, value_delimiter = ',')]
+        operators: Vec<String>,
     },
 }
 
@@ -71,7 +83,7 @@ struct ServeArgs {
     /// The directory of this member's data, made if it does not exist.
     #[arg(long)]
     data: PathBuf,
-    /// The directory of this member's keys: own.key, own.crt, members/, clients/.
+    /// The directory of this member's keys: own.key, own.crt, members/, hosts/, operators/.
     #[arg(long)]
     keys: PathBuf,
     /// The name of the cluster; all members and clients must give the same.
@@ -166,7 +178,9 @@ fn run(command: StoreCommand) -> Result<(), Box<dyn Error>> {
                 .1
                 .change_members(StoreRequest::RemoveMember(id), deadline(&target))
                 .await?),
-            StoreCommand::Keys { dir, members, clients } => Ok(keys::make_set(&dir, &members, &clients)?),
+            StoreCommand::Keys { command: KeysCommand::Set { dir, members, hosts, operators } } => {
+                Ok(keys::make_set(&dir, &members, &hosts, &operators)?)
+            }
         }
     })
 }

@@ -30,6 +30,9 @@ pub enum NameError {
     /// An id is 32 hexadecimal digits and not zero.
     #[error("{0:?} is not an id: an id is 32 hexadecimal digits that are not all zero")]
     Id(String),
+    /// A key id is 64 hexadecimal digits.
+    #[error("{0:?} is not a key id: a key id is 64 hexadecimal digits")]
+    KeyId(String),
 }
 
 fn check_name(name: &str) -> Result<(), NameError> {
@@ -99,6 +102,10 @@ name! {
     /// The name of a store's cluster; the rules of [`VmName`] apply.
     ClusterName
 }
+name! {
+    /// The name of a host or an operator, under which others keep its certificate; the rules of [`VmName`] apply.
+    PartyName
+}
 
 macro_rules! id {
     ($(#[$doc:meta])* $name:ident) => {
@@ -160,6 +167,37 @@ id! {
     CopyId
 }
 
+/// What a key is known by: the SHA-256 of its certificate. Shown as 64 hexadecimal digits.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct KeyId(pub [u8; 32]);
+
+impl fmt::Display for KeyId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl fmt::Debug for KeyId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl FromStr for KeyId {
+    type Err = NameError;
+    fn from_str(text: &str) -> Result<Self, NameError> {
+        let mut id = [0; 32];
+        if text.len() != 64 || !text.bytes().all(|b| b.is_ascii_hexdigit()) {
+            return Err(NameError::KeyId(text.into()));
+        }
+        for (at, byte) in id.iter_mut().enumerate() {
+            *byte = u8::from_str_radix(&text[2 * at..2 * at + 2], 16)
+                .map_err(|_| NameError::KeyId(text.into()))?;
+        }
+        Ok(Self(id))
+    }
+}
+
 /// Counts the pairs that a VM has had; the first is 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Generation(pub u64);
@@ -203,5 +241,9 @@ mod tests {
         assert!(postcard::from_bytes::<CopyId>(&postcard::to_stdvec(&0u128).unwrap()).is_err());
         let id = Incarnation::try_from(0x1234_5678 << 96 | 9).unwrap();
         assert_eq!(id.to_string().parse::<Incarnation>(), Ok(id));
+        let key = KeyId(std::array::from_fn(|at| at as u8 * 9));
+        assert_eq!(key.to_string().parse::<KeyId>(), Ok(key));
+        assert!("+1".repeat(32).parse::<KeyId>().is_err());
+        assert!("1".repeat(63).parse::<KeyId>().is_err());
     }
 }

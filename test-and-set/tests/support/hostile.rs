@@ -167,7 +167,7 @@ pub async fn hold(
 pub fn run(clients: usize) -> HostileReport {
     let cluster = Cluster::start(1);
     let strangers = tempfile::tempdir().expect("a directory");
-    keys::make_set(strangers.path(), &[1], &["stranger".into()]).expect("keys");
+    keys::make_set(strangers.path(), &[1], &["stranger".into()], &[]).expect("keys");
     // The unknown client accepts the server's certificate, but not the other way round.
     let known = strangers.path().join("stranger/members/1.crt");
     std::fs::copy(cluster.keys("client").join("members/1.crt"), known).expect("a copy");

@@ -73,7 +73,8 @@ impl Cluster {
     pub fn start_with(members: usize, extra: &[&str]) -> Self {
         let dir = tempfile::tempdir().expect("a directory");
         let ids: Vec<u64> = (1..=members as u64 + 1).collect();
-        keys::make_set(&dir.path().join("keys"), &ids, &["client".into()]).expect("keys");
+        let client = ["client".to_owned()];
+        keys::make_set(&dir.path().join("keys"), &ids, &client, &client).expect("keys");
         let ports = ids.iter().map(|_| free_port()).collect();
         let extra = extra.iter().map(|s| s.to_string()).collect();
         let mut cluster = Self { dir, ports, nodes: ids.iter().map(|_| None).collect(), extra };

@@ -349,7 +349,8 @@ pub fn run(plan: &Plan) -> NemesisReport {
     let begun = Instant::now();
     let net = Net::new(&[MEMBERS[0], MEMBERS[1], MEMBERS[2], CLIENT]);
     let dir = tempfile::tempdir().expect("a directory");
-    keys::make_set(&dir.path().join("keys"), &MEMBERS.map(u64::from), &["client".into()]).expect("keys");
+    let name = ["client".to_owned()];
+    keys::make_set(&dir.path().join("keys"), &MEMBERS.map(u64::from), &name, &name).expect("keys");
     let mut members = Members3 { net: &net, dir: dir.path().into(), nodes: BTreeMap::new() };
     MEMBERS.iter().for_each(|id| members.start(*id));
     let url = members.url();

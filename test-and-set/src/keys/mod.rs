@@ -6,17 +6,19 @@
 //! DIR/own.key           the private key, PEM, readable by its owner only
 //! DIR/own.crt           its certificate, PEM
 //! DIR/members/ID.crt    the certificate of each member of the store, by its number
-//! DIR/clients/NAME.crt  the certificate of each client; for members only
+//! DIR/hosts/NAME.crt    the certificate of each host that runs VMs; for members only
+//! DIR/operators/NAME.crt  the certificate of each operator; for members only
 //! DIR/peers/NAME.crt    the certificate of each host that may form a pair with this one; for hosts only
 //! ```
+//!
+//! A `.crt` file may hold several certificates, such as the old one and the new one while a key is replaced: each of them is that
+//! party's. The same certificate may be a host's and an operator's, but one in `members/` is a member's and nobody else's.
 //!
 //! The accepted certificates are read again at most a second after a change, so they can be added and removed while a server
 //! runs.
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{ErrorKind, Write};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -24,7 +26,12 @@ use std::time::{Duration, Instant};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
+use crate::names::{KeyId, NameError, PartyName};
 use crate::wire::NodeId;
+
+mod set;
+
+pub use set::make_set;
 
 /// What is wrong with a directory of keys.
 #[derive(Debug, thiserror::Error)]
@@ -48,6 +55,17 @@ pub enum KeysError {
     /// A file in `members/` is not named by a member's number.
     #[error("{0} is not named after a member's number, such as 1.crt: rename or remove it")]
     MemberName(PathBuf),
+    /// A file is not named by a host's or an operator's name.
+    #[error("{path} is not named after a host or an operator: rename or remove it")]
+    PartyName {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with the name.
+        source: NameError,
+    },
+    /// A file holds no certificate.
+    #[error("{0} holds no certificate: copy the party's own.crt there")]
+    Empty(PathBuf),
     /// A certificate cannot be made.
     #[error("cannot make a certificate for {name}")]
     Make {
@@ -65,9 +83,34 @@ fn io_error(path: &Path) -> impl FnOnce(std::io::Error) -> KeysError {
     move |source| KeysError::Io { path: path.into(), source }
 }
 
-fn read_certificate(path: &Path) -> Result<CertificateDer<'static>, KeysError> {
+/// The certificates of a file, at least one.
+fn read_certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, KeysError> {
     let pem = fs::read(path).map_err(io_error(path))?;
-    CertificateDer::from_pem_slice(&pem).map_err(|source| KeysError::Pem { path: path.into(), source })
+    let all: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
+    match all {
+        Ok(all) if all.is_empty() => Err(KeysError::Empty(path.into())),
+        Ok(all) => Ok(all),
+        Err(source) => Err(KeysError::Pem { path: path.into(), source }),
+    }
+}
+
+/// The id of a certificate's key.
+pub fn key_id(certificate: &CertificateDer<'_>) -> KeyId {
+    let digest = ring::digest::digest(&ring::digest::SHA256, certificate);
+    let mut id = [0; 32];
+    id.copy_from_slice(digest.as_ref());
+    KeyId(id)
+}
+
+/// As whom a certificate is accepted.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Roles {
+    /// As this member of the store, and then as nobody else.
+    pub member: Option<NodeId>,
+    /// As this host.
+    pub host: Option<PartyName>,
+    /// As this operator.
+    pub operator: Option<PartyName>,
 }
 
 /// A party's keys, and the certificates that it accepts.
@@ -79,33 +122,63 @@ pub struct Keys {
     pins: Mutex<(AcceptedCertificates, Instant)>,
 }
 
+/// The certificates of one directory, by the party that they belong to.
+type CertificatesOf<Id> = BTreeMap<Id, Vec<CertificateDer<'static>>>;
+
 #[derive(Debug)]
 struct AcceptedCertificates {
-    members: BTreeMap<NodeId, CertificateDer<'static>>,
-    clients: Vec<CertificateDer<'static>>,
-    peers: Vec<CertificateDer<'static>>,
+    members: CertificatesOf<NodeId>,
+    hosts: CertificatesOf<PartyName>,
+    operators: CertificatesOf<PartyName>,
+    peers: CertificatesOf<PartyName>,
 }
 
 impl AcceptedCertificates {
     fn load(dir: &Path) -> Result<Self, KeysError> {
-        let mut members = BTreeMap::new();
-        for path in certificates_in(&dir.join("members"))? {
-            let id = path.file_stem().and_then(|stem| stem.to_str()?.parse().ok());
-            let id = id.ok_or_else(|| KeysError::MemberName(path.clone()))?;
-            members.insert(id, read_certificate(&path)?);
-        }
-        let all = |kind: &str| {
-            certificates_in(&dir.join(kind))?
-                .iter()
-                .map(|path| read_certificate(path))
-                .collect::<Result<_, _>>()
+        let member = |path: &Path, stem: &str| stem.parse().map_err(|_| KeysError::MemberName(path.into()));
+        let party = |path: &Path, stem: &str| {
+            stem.parse().map_err(|source| KeysError::PartyName { path: path.into(), source })
         };
-        Ok(Self { members, clients: all("clients")?, peers: all("peers")? })
+        Ok(Self {
+            members: certificates_in(&dir.join("members"), member)?,
+            hosts: certificates_in(&dir.join("hosts"), party)?,
+            operators: certificates_in(&dir.join("operators"), party)?,
+            peers: certificates_in(&dir.join("peers"), party)?,
+        })
+    }
+
+    fn roles(&self, certificate: &CertificateDer<'_>) -> Roles {
+        if let Some(member) = owner(&self.members, certificate) {
+            return Roles { member: Some(*member), ..Roles::default() };
+        }
+        Roles {
+            member: None,
+            host: owner(&self.hosts, certificate).cloned(),
+            operator: owner(&self.operators, certificate).cloned(),
+        }
     }
 }
 
+/// Whose certificate this is.
+fn owner<'c, Id>(all: &'c CertificatesOf<Id>, certificate: &CertificateDer<'_>) -> Option<&'c Id> {
+    all.iter().find(|(_, own)| own.contains(certificate)).map(|(id, _)| id)
+}
+
+/// The certificates in the `.crt` files of a directory, by their files' names; none if it does not exist.
+fn certificates_in<Id: Ord>(
+    dir: &Path,
+    parse: impl Fn(&Path, &str) -> Result<Id, KeysError>,
+) -> Result<CertificatesOf<Id>, KeysError> {
+    let mut all = BTreeMap::new();
+    for path in files_in(dir)? {
+        let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+        all.insert(parse(&path, &stem)?, read_certificates(&path)?);
+    }
+    Ok(all)
+}
+
 /// The `.crt` files of a directory; none if it does not exist.
-fn certificates_in(dir: &Path) -> Result<Vec<PathBuf>, KeysError> {
+fn files_in(dir: &Path) -> Result<Vec<PathBuf>, KeysError> {
     let entries = match fs::read_dir(dir) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(vec![]),
         entries => entries.map_err(io_error(dir))?,
@@ -121,7 +194,7 @@ const RELOAD_AFTER: Duration = Duration::from_secs(1);
 impl Keys {
     /// Reads a party's directory.
     pub fn load(dir: &Path) -> Result<Self, KeysError> {
-        let certificate = read_certificate(&dir.join("own.crt"))?;
+        let certificate = read_certificates(&dir.join("own.crt"))?.swap_remove(0);
         let path = dir.join("own.key");
         let pem = fs::read(&path).map_err(io_error(&path))?;
         let key = PrivateKeyDer::from_pem_slice(&pem).map_err(|source| KeysError::Pem { path, source })?;
@@ -147,14 +220,27 @@ impl Keys {
         look(&pins.0)
     }
 
+    /// As whom a certificate is accepted.
+    pub fn roles(&self, certificate: &CertificateDer<'_>) -> Roles {
+        self.with_accepted(|pins| pins.roles(certificate))
+    }
+
+    /// The host that has the key with this id.
+    pub fn host_with_key(&self, key: &KeyId) -> Option<PartyName> {
+        self.with_accepted(|pins| {
+            let mut hosts = pins.hosts.iter();
+            hosts.find(|(_, own)| own.iter().any(|one| key_id(one) == *key)).map(|(name, _)| name.clone())
+        })
+    }
+
     /// Whether this is a member's certificate.
     pub(crate) fn is_member(&self, certificate: &CertificateDer<'_>) -> bool {
-        self.with_accepted(|pins| pins.members.values().any(|pin| pin == certificate))
+        self.roles(certificate).member.is_some()
     }
 
     /// Whether this is the certificate of the member with this number.
     pub(crate) fn is_this_member(&self, id: NodeId, certificate: &CertificateDer<'_>) -> bool {
-        self.with_accepted(|pins| pins.members.get(&id).is_some_and(|pin| pin == certificate))
+        self.roles(certificate).member == Some(id)
     }
 
     /// This party's own certificate.
@@ -166,57 +252,11 @@ impl Keys {
     /// keys finish their handshake, so that both learn why they are then refused.
     pub(crate) fn is_peer_or_own(&self, certificate: &CertificateDer<'_>) -> bool {
         *certificate == self.certificate
-            || self.with_accepted(|pins| pins.peers.iter().any(|pin| pin == certificate))
+            || self.with_accepted(|pins| owner(&pins.peers, certificate).is_some())
     }
 
-    /// Whether this is a member's or a client's certificate.
+    /// Whether this is a member's, a host's or an operator's certificate.
     pub(crate) fn is_known(&self, certificate: &CertificateDer<'_>) -> bool {
-        self.with_accepted(|pins| pins.members.values().chain(&pins.clients).any(|pin| pin == certificate))
+        self.roles(certificate) != Roles::default()
     }
-}
-
-/// Makes keys: in `dir` one directory for each member, named by its number, and one for each client, each complete and ready to
-/// be copied to its host. The clients accept each other as peers.
-///
-/// # Errors
-/// A file exists already, or cannot be written.
-pub fn make_set(dir: &Path, members: &[NodeId], clients: &[String]) -> Result<(), KeysError> {
-    let parties =
-        members.iter().map(|id| (id.to_string(), true)).chain(clients.iter().map(|c| (c.clone(), false)));
-    let mut made = vec![];
-    for (name, is_member) in parties {
-        let pair = rcgen::generate_simple_self_signed([name.clone()])
-            .map_err(|source| KeysError::Make { name: name.clone(), source })?;
-        made.push((name, is_member, pair));
-    }
-    for (name, is_member, pair) in &made {
-        let own = dir.join(name);
-        write_new(&own.join("own.key"), &pair.signing_key.serialize_pem(), 0o600)?;
-        write_new(&own.join("own.crt"), &pair.cert.pem(), 0o644)?;
-        for (other, other_is_member, other_pair) in &made {
-            let kind = match (is_member, other_is_member) {
-                (_, true) => "members",
-                (true, false) => "clients",
-                (false, false) => "peers",
-            };
-            if other != name || *other_is_member {
-                write_new(&own.join(kind).join(format!("{other}.crt")), &other_pair.cert.pem(), 0o644)?;
-            }
-        }
-    }
-    Ok(())
-}
-
-fn write_new(path: &Path, text: &str, mode: u32) -> Result<(), KeysError> {
-    if let Some(parent) = path.parent() {
-        fs::create_dir_all(parent).map_err(io_error(parent))?;
-    }
-    let file = fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(path);
-    let existing = |e: std::io::Error| match e.kind() {
-        kind @ ErrorKind::AlreadyExists => {
-            std::io::Error::new(kind, "the file exists and is not overwritten; give another directory")
-        }
-        _ => e,
-    };
-    file.map_err(existing).and_then(|mut file| file.write_all(text.as_bytes())).map_err(io_error(path))
 }
