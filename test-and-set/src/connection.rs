@@ -72,7 +72,7 @@ impl ConnectionError {
             ConnectionError::Certificate(_)
             | ConnectionError::WrongCluster(_)
             | ConnectionError::WrongMember(_) => true,
-            ConnectionError::Wire(error) => matches!(error, WireError::Magic(_) | WireError::Version(_)),
+            ConnectionError::Wire(error) => matches!(error, WireError::Magic(_) | WireError::Versions(_)),
             ConnectionError::Refused(reason) => *reason != ConnectionRefusal::Busy,
             ConnectionError::Connect(_) | ConnectionError::Ended | ConnectionError::Silent => false,
         }
@@ -121,6 +121,8 @@ impl Shared {
 /// A connection that is ready for requests.
 pub struct NodeConnection {
     shared: Arc<Shared>,
+    /// The version of the protocol that both sides speak.
+    version: u16,
     next: AtomicU64,
     write: tokio::sync::Mutex<WriteHalf<TlsStream<TcpStream>>>,
     reader: tokio::task::AbortHandle,
@@ -158,7 +160,8 @@ impl Dialer {
         let mut stream = self.tls.connect(name, tcp).await.map_err(ConnectionError::from_handshake)?;
         let wanted = member.as_ref().map(|m| m.to);
         wire::write_greeting(&mut stream, &StoreHello { cluster: self.cluster.clone(), member }).await?;
-        let welcome: Welcome = wire::read_greeting(&mut stream).await.map_err(|error| match error {
+        let greeted = wire::read_greeting::<Welcome>(&mut stream).await;
+        let (version, welcome) = greeted.map_err(|error| match error {
             // In TLS 1.3 the server checks the client's certificate after the client's handshake has ended: a refusal comes as
             // an alert here.
             WireError::Io(io) if io.get_ref().is_some_and(|e| e.is::<rustls::Error>()) => {
@@ -176,13 +179,13 @@ impl Dialer {
         }
         match welcome.refused {
             Some(reason) => Err(ConnectionError::Refused(reason)),
-            None => Ok((NodeConnection::start(stream), welcome)),
+            None => Ok((NodeConnection::start(stream, version), welcome)),
         }
     }
 }
 
 impl NodeConnection {
-    fn start(stream: TlsStream<TcpStream>) -> Self {
+    fn start(stream: TlsStream<TcpStream>, version: u16) -> Self {
         let (mut read, write) = tokio::io::split(stream);
         let shared = Arc::new(Shared {
             waiting: Mutex::new(Some(HashMap::new())),
@@ -202,7 +205,8 @@ impl NodeConnection {
             }
             heard.waiting().take();
         });
-        NodeConnection { shared, next: AtomicU64::new(1), write: write.into(), reader: reader.abort_handle() }
+        let (next, reader) = (AtomicU64::new(1), reader.abort_handle());
+        NodeConnection { shared, version, next, write: write.into(), reader }
     }
 
     /// Sends a frame in the caller's task. If the caller is dropped in the middle of a frame, the connection is closed, because
@@ -238,7 +242,7 @@ impl NodeConnection {
         patience: Duration,
     ) -> Result<T, ConnectionError> {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
-        let frame = wire::frame(number, request)?;
+        let frame = wire::frame(self.version, number, request)?;
         let (tell, told) = oneshot::channel();
         self.shared.waiting().as_mut().ok_or(ConnectionError::Ended)?.insert(number, tell);
         let forget = PendingGuard { shared: &self.shared, number };
@@ -248,7 +252,7 @@ impl NodeConnection {
         });
         let body = answer.await.unwrap_or(Err(ConnectionError::Silent))?;
         drop(forget);
-        Ok(wire::decode(&body)?)
+        Ok(wire::decode(self.version, &body)?)
     }
 }
 

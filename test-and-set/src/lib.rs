@@ -37,7 +37,7 @@
 //!   Invariants: a generation has one holder, for ever; generation numbers only grow, also when a VM is forgotten; a command with the
 //!   reply `Stale` or `Refused` has changed nothing; every command may be repeated.
 //! - [`store`] is the trait. A call ends at its deadline; an error means *unknown*, never *no*.
-//! - [`wire`] defines the protocol of `raft://`; [`connection`] is one connection with any number of requests at once.
+//! - [`wire`] defines the protocol of `raft://`, whose versions are in [`versions`]; [`connection`] is one connection with any number of requests at once.
 //! - [`server`] is one member. [`server::raft`] is the only module that names openraft; [`server::raft_log`] lets a leader write to its
 //!   disk while it sends to the others; a change in [`server::disk`] is on the disk (fsync) when the call returns, and a second time in
 //!   [`server::journal`], so that damage is never taken for a torn write. A member is bound to its data: the others record the id of its data when it first connects, and refuse it if it comes with another one.
@@ -65,6 +65,7 @@ pub mod store;
 pub mod time_slice;
 pub mod tls;
 pub mod url;
+pub mod versions;
 pub mod wire;
 pub mod zookeeper;
 

@@ -1,4 +1,4 @@
-//! The protocol of `raft://`, version 1: the bytes between clients and members, and between members.
+//! The protocol of `raft://`, version 2: the bytes between clients and members, and between members.
 //!
 //! Everything runs inside TLS 1.3, in which both sides check the other's certificate against pinned copies. All numbers are
 //! little-endian; bodies are the [postcard](https://postcard.jamesmunns.com/wire-format) encoding of the types in this module.
@@ -6,15 +6,21 @@
 //! ```text
 //! greeting, once in each direction; the side that connected sends first
 //!   offset 0   4 bytes   magic "VMTS"
-//!          4   u16       version, 1
-//!          6   u16       length of the body, at most 1024
-//!          8   body      StoreHello (from the side that connected) or Welcome (the answer)
+//!          4   u16       the newest version that the side knows
+//!          6   u16       the oldest
+//!          8   u16       length of the body, at most 1024
+//!         10   body      StoreHello (from the side that connected) or Welcome (the answer)
 //!
 //! frame, after the greetings
 //!   offset 0   u32       length of the rest: 8 to FRAME_BYTES_MAX (members) or CLIENT_FRAME_BYTES_MAX (clients)
 //!          4   u64       request number, chosen by the sender of the request and repeated in the response
 //!         12   body      StoreRequest (client to member), StoreResponse (back); PeerRequest, PeerResponse (between members)
 //! ```
+//!
+//! Frames are those of the newest version that both sides know; sides without a common version part after the greetings. A
+//! greeting is read alike by all versions, so a body may only get new fields, after its last one. A reader ignores what follows
+//! the last field that it knows, and takes a field that is missing for zeros: `None`, 0, false or an empty list. A variant of an
+//! enumeration is sent only to a side whose version has it.
 //!
 //! The requests of a connection may be answered in any order. A side that receives invalid bytes closes the connection. No
 //! buffer is allocated by a length that the peer sent: it grows as bytes arrive, up to the bound.
@@ -27,11 +33,10 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use crate::names::{ClusterName, CopyId, VmName};
 use crate::record::{Command, CommandReply, VmRecord};
+use crate::versions::{OURS, StoreVersions, tail};
 
 /// The first bytes of every connection.
 pub const MAGIC: [u8; 4] = *b"VMTS";
-/// The version of the protocol.
-pub const VERSION: u16 = 1;
 /// The longest body of a greeting, in bytes.
 pub const GREETING_BYTES_MAX: u16 = 1024;
 /// The longest frame between members, in bytes without its length field.
@@ -236,11 +241,14 @@ pub enum WireError {
     /// The first bytes do not belong to this protocol: another program is at the other end.
     #[error("offset 0: magic is {0:02x?}, not \"VMTS\": another program is at the other end")]
     Magic([u8; 4]),
-    /// The other side speaks another version: use the same release on both.
-    #[error("offset 4: the other side speaks version {0}, this one {VERSION}: use the same release on both")]
-    Version(u16),
+    /// The two sides have no version in common: replace the older of the two releases.
+    #[error(
+        "offset 4: the other side speaks {0} of the store's protocol and this one {OURS}, so they have none in common: replace \
+         the older of the two releases"
+    )]
+    Versions(StoreVersions),
     /// A greeting is longer than 1024 bytes.
-    #[error("offset 6: the greeting has a length of {0} bytes, but at most {GREETING_BYTES_MAX} are allowed")]
+    #[error("offset 8: the greeting has a length of {0} bytes, but at most {GREETING_BYTES_MAX} are allowed")]
     Greeting(u16),
     /// A frame is shorter or longer than allowed.
     #[error("offset 0: the frame has a length of {length} bytes, but only 8 to {most} are allowed")]
@@ -258,15 +266,10 @@ pub enum WireError {
     Tail(usize),
 }
 
-/// Encodes the body of a frame or greeting.
-pub fn encode(body: &impl Serialize) -> Result<Vec<u8>, WireError> {
-    Ok(postcard::to_stdvec(body)?)
-}
-
-/// Decodes a body, which must fill `bytes` exactly.
-pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, WireError> {
+/// Decodes the body of a frame of this version, which must fill `bytes` exactly.
+pub fn decode<T: DeserializeOwned>(version: u16, bytes: &[u8]) -> Result<T, WireError> {
     let (body, rest) = postcard::take_from_bytes(bytes)?;
-    if rest.is_empty() { Ok(body) } else { Err(WireError::Tail(rest.len())) }
+    if rest == tail(version) { Ok(body) } else { Err(WireError::Tail(rest.len())) }
 }
 
 /// Writes a greeting.
@@ -274,43 +277,47 @@ pub async fn write_greeting(
     to: &mut (impl AsyncWrite + Unpin),
     body: &impl Serialize,
 ) -> Result<(), WireError> {
-    let body = encode(body)?;
+    let body = postcard::to_stdvec(body)?;
     let length = u16::try_from(body.len()).unwrap_or(u16::MAX);
     if length > GREETING_BYTES_MAX {
         return Err(WireError::Greeting(length));
     }
     let mut bytes = MAGIC.to_vec();
-    bytes.extend(VERSION.to_le_bytes());
-    bytes.extend(length.to_le_bytes());
+    bytes.extend([OURS.newest, OURS.oldest, length].into_iter().flat_map(u16::to_le_bytes));
     bytes.extend(body);
     to.write_all(&bytes).await?;
     Ok(to.flush().await?)
 }
 
-/// Reads a greeting.
-pub async fn read_greeting<T: DeserializeOwned>(from: &mut (impl AsyncRead + Unpin)) -> Result<T, WireError> {
-    let mut head = [0; 8];
-    from.read_exact(&mut head).await?;
-    let [m0, m1, m2, m3, v0, v1, l0, l1] = head;
-    let (magic, version, length) =
-        ([m0, m1, m2, m3], u16::from_le_bytes([v0, v1]), u16::from_le_bytes([l0, l1]));
+/// Reads a greeting. Returns the version to speak, and the body.
+pub async fn read_greeting<T: DeserializeOwned>(
+    from: &mut (impl AsyncRead + Unpin),
+) -> Result<(u16, T), WireError> {
+    let mut magic = [0; 4];
+    from.read_exact(&mut magic).await?;
     if magic != MAGIC {
         return Err(WireError::Magic(magic));
     }
-    if version != VERSION {
-        return Err(WireError::Version(version));
-    }
+    let newest = from.read_u16_le().await?;
+    // Before version 2 there was one version only, and something else followed it.
+    let oldest = if newest < OURS.oldest { newest } else { from.read_u16_le().await? };
+    let theirs = StoreVersions { newest, oldest };
+    let version = OURS.common(theirs).ok_or(WireError::Versions(theirs))?;
+    let length = from.read_u16_le().await?;
     if length > GREETING_BYTES_MAX {
         return Err(WireError::Greeting(length));
     }
-    let mut body = vec![0; length.into()];
-    from.read_exact(&mut body).await?;
-    decode(&body)
+    // Fields that an older release does not send are zeros.
+    let mut body = vec![0; GREETING_BYTES_MAX.into()];
+    from.read_exact(&mut body[..length.into()]).await?;
+    let (body, _) = postcard::take_from_bytes(&body)?;
+    Ok((version, body))
 }
 
-/// Encodes a frame with this request number.
-pub fn frame(number: u64, body: &impl Serialize) -> Result<Vec<u8>, WireError> {
+/// Encodes a frame of this version with this request number.
+pub fn frame(version: u16, number: u64, body: &impl Serialize) -> Result<Vec<u8>, WireError> {
     let mut bytes = postcard::to_extend(body, vec![0; 12])?;
+    bytes.extend(tail(version));
     let length = u32::try_from(bytes.len() - 4).unwrap_or(u32::MAX);
     if length > FRAME_BYTES_MAX {
         return Err(WireError::Length { length, most: FRAME_BYTES_MAX });
@@ -348,69 +355,4 @@ pub async fn read_rest(
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    fn block_on<T>(future: impl Future<Output = T>) -> T {
-        tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(future)
-    }
-
-    #[test]
-    fn a_frame_reads_back() {
-        let bytes = frame(7, &StoreRequest::Get("vm".parse().unwrap())).unwrap();
-        let mut from = &bytes[..];
-        let (number, body) = block_on(async {
-            let length = read_length(&mut from, CLIENT_FRAME_BYTES_MAX).await.unwrap().unwrap();
-            read_rest(&mut from, length).await.unwrap()
-        });
-        assert_eq!(number, 7);
-        assert!(matches!(decode(&body), Ok(StoreRequest::Get(vm)) if vm.as_str() == "vm"));
-    }
-
-    /// The bytes of version 1, as the module's documentation describes them.
-    #[test]
-    fn the_bytes_are_those_of_the_page() {
-        assert_eq!(frame(0x0102, &StoreRequest::Ping).unwrap(), [9, 0, 0, 0, 2, 1, 0, 0, 0, 0, 0, 0, 3]);
-        let hello = StoreHello { cluster: "c".parse().unwrap(), member: None };
-        let mut bytes = vec![];
-        block_on(write_greeting(&mut bytes, &hello)).unwrap();
-        assert_eq!(bytes, [b'V', b'M', b'T', b'S', 1, 0, 3, 0, 1, b'c', 0]);
-    }
-
-    #[test]
-    fn faults_are_named() {
-        let read = |bytes: &[u8]| block_on(read_length(&mut &bytes[..], 64)).map_err(|e| e.to_string());
-        assert_eq!(read(&[]), Ok(None));
-        assert_eq!(
-            read(&[65, 0, 0, 0]).unwrap_err(),
-            "offset 0: the frame has a length of 65 bytes, but only 8 to 64 are allowed"
-        );
-        assert_eq!(
-            read(&[7, 0, 0, 0]).unwrap_err(),
-            "offset 0: the frame has a length of 7 bytes, but only 8 to 64 are allowed"
-        );
-        assert!(matches!(
-            block_on(read_greeting::<StoreHello>(&mut &b"GET / HTTP/1.1"[..])),
-            Err(WireError::Magic(_))
-        ));
-        assert!(matches!(
-            block_on(read_greeting::<StoreHello>(&mut &b"VMTS\x02\0\0\0"[..])),
-            Err(WireError::Version(2))
-        ));
-        assert!(matches!(decode::<StoreRequest>(&[3, 0]), Err(WireError::Tail(1))));
-    }
-
-    proptest! {
-        #[test]
-        fn decoding_is_total(bytes: Vec<u8>) {
-            // No bytes cause a panic, and what can be decoded can be encoded and decoded again.
-            if let Ok(ask) = decode::<StoreRequest>(&bytes) {
-                prop_assert!(decode::<StoreRequest>(&encode(&ask).unwrap()).is_ok());
-            }
-            drop(decode::<StoreResponse>(&bytes));
-            drop(decode::<PeerRequest>(&bytes));
-            drop(block_on(read_greeting::<StoreHello>(&mut &bytes[..])));
-        }
-    }
-}
+mod tests;

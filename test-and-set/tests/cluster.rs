@@ -93,13 +93,13 @@ fn wrong_version_is_named() -> Result<(), Failed> {
         use tokio::io::AsyncWriteExt;
         while let Ok((tcp, _)) = listener.accept().await {
             if let Ok(mut stream) = tls.accept(tcp).await {
-                stream.write_all(b"VMTS\x02\x00\x00\x00").await.ok();
+                stream.write_all(b"VMTS\x0b\x00\x0a\x00\x00\x00").await.ok();
                 stream.shutdown().await.ok();
             }
         }
     });
     let url = format!("raft://{address}?keys={}", dir.path().join("client").display());
-    expect_complaint(&url, &["version 2", "the same release"]);
+    expect_complaint(&url, &["versions 10 to 11", "replace the older"]);
     Ok(())
 }
 

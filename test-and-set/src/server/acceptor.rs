@@ -10,7 +10,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use rustls::pki_types::CertificateDer;
-use serde::Serialize;
 use tokio::io::{AsyncRead, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Mutex, Semaphore};
@@ -92,24 +91,35 @@ impl StoreAcceptor {
     async fn serve(&self, tcp: TcpStream, greeted: &Greeted) -> Result<(), WireError> {
         tcp.set_nodelay(true)?;
         let handshake = timeout(HANDSHAKE_PATIENCE, self.handshake(tcp)).await;
-        let (stream, admission) =
+        let (stream, admission, version) =
             handshake.map_err(|_| std::io::Error::from(std::io::ErrorKind::TimedOut))??;
         greeted.set_done();
         let (read, write) = tokio::io::split(stream);
         let (most, asker) = match admission.party() {
-            Party::Member => (FRAME_BYTES_MAX, Requester::Member(Mutex::default())),
-            Party::Client => (CLIENT_FRAME_BYTES_MAX, Requester::Client),
+            Party::Member => (FRAME_BYTES_MAX, RequesterRole::Member(Mutex::default())),
+            Party::Client => (CLIENT_FRAME_BYTES_MAX, RequesterRole::Client),
         };
         tokio::select! {
-            served = self.serve_requests(read, write, most, asker) => served,
+            served = self.serve_requests(read, write, most, Requester { role: asker, version }) => served,
             () = admission.evicted() => Err(refused("too many connections of its certificate are open")),
         }
     }
 
     /// Does the TLS handshake and exchanges greetings. A refusal is sent to the other side before it is returned as an error.
-    async fn handshake(&self, tcp: TcpStream) -> Result<(TlsStream<TcpStream>, ConnectionGrant), WireError> {
+    async fn handshake(
+        &self,
+        tcp: TcpStream,
+    ) -> Result<(TlsStream<TcpStream>, ConnectionGrant, u16), WireError> {
         let mut stream = self.tls.accept(tcp).await?;
-        let hello: StoreHello = wire::read_greeting(&mut stream).await?;
+        let (version, hello) = match wire::read_greeting::<StoreHello>(&mut stream).await {
+            Err(error @ WireError::Versions(_)) => {
+                // Our versions tell the other side what is wrong.
+                wire::write_greeting(&mut stream, &()).await?;
+                stream.shutdown().await?;
+                return Err(error);
+            }
+            greeting => greeting?,
+        };
         let certificate = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
         let admitted = self.admit(&hello, certificate);
         let welcome = Welcome {
@@ -120,7 +130,7 @@ impl StoreAcceptor {
         };
         wire::write_greeting(&mut stream, &welcome).await?;
         match admitted {
-            Ok(admission) => Ok((stream, admission)),
+            Ok(admission) => Ok((stream, admission, version)),
             Err(reason) => {
                 stream.shutdown().await?;
                 Err(refused(&format!("{reason:?}")))
@@ -217,8 +227,15 @@ impl ResponseWriter {
     }
 }
 
+/// The other end of a connection.
+struct Requester {
+    role: RequesterRole,
+    /// The version of the protocol that both sides speak.
+    version: u16,
+}
+
 /// Who is at the other end of a connection, and the state that belongs to it.
-enum Requester {
+enum RequesterRole {
     Client,
     /// With the parts of a snapshot that have arrived.
     Member(Mutex<Vec<u8>>),
@@ -231,25 +248,23 @@ enum DecodedRequest {
 
 impl Requester {
     fn decode(&self, body: &[u8]) -> Result<DecodedRequest, WireError> {
-        Ok(match self {
-            Requester::Client => DecodedRequest::Client(wire::decode(body)?),
-            Requester::Member(_) => DecodedRequest::Member(wire::decode(body)?),
+        Ok(match self.role {
+            RequesterRole::Client => DecodedRequest::Client(wire::decode(self.version, body)?),
+            RequesterRole::Member(_) => DecodedRequest::Member(wire::decode(self.version, body)?),
         })
     }
 
     async fn answer(&self, node: &Node, request: DecodedRequest, number: u64) -> Result<Vec<u8>, WireError> {
-        match (request, self) {
-            (DecodedRequest::Member(request), Requester::Member(parts)) => {
-                frame(number, &node.raft.answer(request, parts).await)
+        match (request, &self.role) {
+            (DecodedRequest::Member(request), RequesterRole::Member(parts)) => {
+                wire::frame(self.version, number, &node.raft.answer(request, parts).await)
             }
-            (DecodedRequest::Client(request), _) => frame(number, &node.answer(request).await),
-            (DecodedRequest::Member(_), Requester::Client) => Err(WireError::Tail(0)),
+            (DecodedRequest::Client(request), _) => {
+                wire::frame(self.version, number, &node.answer(request).await)
+            }
+            (DecodedRequest::Member(_), RequesterRole::Client) => Err(WireError::Tail(0)),
         }
     }
-}
-
-fn frame(number: u64, answer: &impl Serialize) -> Result<Vec<u8>, WireError> {
-    wire::frame(number, answer)
 }
 
 /// Whether a connection has completed its greeting.

@@ -81,6 +81,16 @@ pub enum DiskError {
     /// The journal failed: check the disk, free space if it is full, then start the member again.
     #[error(transparent)]
     Journal(JournalError),
+    /// A value is in another release's encoding, or empty: start the release that wrote it.
+    #[error(
+        "the {what} has the encoding {found:?}, which this release does not know: start the release of vmft-store that wrote it"
+    )]
+    Encoding {
+        /// The value's name.
+        what: &'static str,
+        /// Its encoding.
+        found: Option<u8>,
+    },
     /// A stored value cannot be decoded.
     #[error("cannot decode the stored {what}")]
     Decode {

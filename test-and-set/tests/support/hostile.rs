@@ -113,7 +113,7 @@ impl Attack {
             "wrong magic" | "wrong version" => {
                 let mut stream = self.connect(&self.accepted).await?;
                 let head: &[u8] =
-                    if kind == "wrong magic" { b"GET / HTTP/1.1\r\n\r\n" } else { b"VMTS\xff\xff\0\0" };
+                    if kind == "wrong magic" { b"GET / HTTP/1.1\r\n\r\n" } else { b"VMTS\xff\xff\xff\xff\0\0" };
                 stream.write_all(head).await?;
                 stream.read_to_end(&mut vec![]).await?;
             }
@@ -157,7 +157,7 @@ pub async fn hold(
         let mut stream = connector.connect(name, tcp).await.expect("a handshake");
         let hello = StoreHello { cluster: "vmft".parse().expect("a name"), member: None };
         wire::write_greeting(&mut stream, &hello).await.expect("to greet");
-        let welcome = wire::read_greeting::<Welcome>(&mut stream).await.expect("a welcome");
+        let welcome = wire::read_greeting::<Welcome>(&mut stream).await.expect("a welcome").1;
         held.push((stream, welcome.refused.is_none()));
     }
     held

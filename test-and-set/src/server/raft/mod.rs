@@ -26,13 +26,13 @@ use serde::de::DeserializeOwned;
 use self::log_store::LogStore;
 use self::network::PeerClients;
 use self::state_machine::StoreMachine;
-use self::types::{LoggedCommand, RaftWriteError, Types};
+use self::types::{LoggedCommand, RaftWriteError, Types, decode, encode};
 use crate::names::VmName;
 use crate::record::{Command, CommandReply, StoreState};
 use crate::server::disk::{DiskError, MemberDisk};
 use crate::server::peers::OtherMembers;
 use crate::server::raft_log::RaftLog;
-use crate::wire::{self, MemberStatus, NodeId, PeerRequest, PeerResponse, RequestFailure};
+use crate::wire::{MemberStatus, NodeId, PeerRequest, PeerResponse, RequestFailure};
 
 /// How long the leader waits for a majority before it reports that it cannot reach one.
 const QUORUM_PATIENCE: Duration = Duration::from_millis(350);
@@ -274,12 +274,15 @@ impl Raft {
 
     fn encode_answer<T: Serialize, E>(&self, answer: Result<T, E>) -> Result<Vec<u8>, RequestFailure> {
         let answer = answer.map_err(|_| self.stop_failure())?;
-        wire::encode(&answer).map_err(|_| RequestFailure::Stopped)
+        encode(&answer).map_err(|_| RequestFailure::Stopped)
     }
 }
 
 fn decode_rpc<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, RequestFailure> {
-    wire::decode(bytes).map_err(|_| RequestFailure::Stopped)
+    decode("request of another member", bytes).map_err(|error| {
+        eprintln!("cannot answer another member: {error}");
+        RequestFailure::Stopped
+    })
 }
 
 /// Raft's state at one moment; the fields are those of [`crate::wire::NodeStatus`].

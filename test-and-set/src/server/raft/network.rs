@@ -13,11 +13,11 @@ use openraft::{BasicNode, LogId, OptionalSend, RaftNetwork, RaftNetworkFactory, 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::types::Types;
+use super::types::{Types, decode, encode};
 use crate::connection::ConnectionError;
 use crate::server::peers::{OtherMember, OtherMembers};
 use crate::server::raft_log::RaftLog;
-use crate::wire::{self, CHUNK_BYTES, NodeId, PeerRequest, PeerResponse};
+use crate::wire::{CHUNK_BYTES, NodeId, PeerRequest, PeerResponse};
 
 type CallError = RPCError<NodeId, BasicNode, RaftError<NodeId>>;
 
@@ -61,7 +61,7 @@ impl PeerClient {
     ) -> Result<T, Unreachable> {
         match self.peers.ask(&self.peer, request, patience).await.map_err(|e| Unreachable::new(&e))? {
             PeerResponse::Done(bytes) => {
-                wire::decode(&bytes).map_err(|e| Unreachable::new(&ConnectionError::from(e)))
+                decode("member's answer", &bytes).map_err(|e| Unreachable::new(&e))
             }
             PeerResponse::Failed(failure) => Err(Unreachable::new(&failure)),
         }
@@ -69,7 +69,7 @@ impl PeerClient {
 }
 
 fn bytes_for(body: &impl Serialize) -> Result<Vec<u8>, Unreachable> {
-    wire::encode(body).map_err(|e| Unreachable::new(&e))
+    encode(body).map_err(|e| Unreachable::new(&e))
 }
 
 impl RaftNetwork<Types> for PeerClient {

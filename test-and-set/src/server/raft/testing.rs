@@ -4,10 +4,10 @@ use openraft::raft::{AppendEntriesRequest, VoteRequest, VoteResponse};
 use openraft::{EntryPayload, LogId, Vote};
 
 use super::Raft;
-use super::types::{LoggedCommand, RaftEntry, Types};
+use super::types::{LoggedCommand, RaftEntry, Types, decode, encode};
 use crate::names::VmName;
 use crate::record::Command;
-use crate::wire::{self, NodeId, PeerRequest};
+use crate::wire::{NodeId, PeerRequest};
 
 impl Raft {
     /// Prevents the member from starting elections.
@@ -23,12 +23,12 @@ fn at(term: u64, leader: NodeId, index: u64) -> LogId<NodeId> {
 /// The request for a vote from a candidate whose log ends at this index.
 pub fn vote_ask(term: u64, candidate: NodeId, index: u64) -> PeerRequest {
     let rpc = VoteRequest::new(Vote::new(term, candidate), Some(at(term - 1, candidate, index)));
-    PeerRequest::Vote(wire::encode(&rpc).unwrap())
+    PeerRequest::Vote(encode(&rpc).unwrap())
 }
 
 /// Whether an answer to [`vote_ask`] grants the vote.
 pub fn is_granted(answer: &[u8]) -> bool {
-    wire::decode::<VoteResponse<NodeId>>(answer).unwrap().vote_granted
+    decode::<VoteResponse<NodeId>>("answer", answer).unwrap().vote_granted
 }
 
 /// The request of a leader to append the entry with this index. The previous entry is its own, or for index 1 the cluster's first
@@ -46,5 +46,5 @@ pub fn append_ask(term: u64, leader: NodeId, index: u64, (vm, command): (VmName,
         entries: vec![entry],
         leader_commit: None,
     };
-    PeerRequest::Append(wire::encode(&rpc).unwrap())
+    PeerRequest::Append(encode(&rpc).unwrap())
 }

@@ -32,12 +32,23 @@ pub type RaftSnapshotMeta = SnapshotMeta<NodeId, BasicNode>;
 pub type RaftStorageError = StorageError<NodeId>;
 pub type RaftWriteError = RaftError<NodeId, ClientWriteError<NodeId, BasicNode>>;
 
+/// The encoding of entries, snapshots and votes, which stands before each of them, on the disk and in requests to other members.
+///
+/// Members of two releases share a log while they are upgraded, and each must be able to go back to the release before. So a
+/// release that reads a new encoding, or applies a new [`Command`], does not write it yet: that is for the release after it. What
+/// a command does to a record never changes; what is to be done otherwise is a new command.
+const ENCODING: u8 = 1;
+
 pub fn encode(value: &impl Serialize) -> Result<Vec<u8>, DiskError> {
-    postcard::to_stdvec(value).map_err(|source| DiskError::Decode { what: "value", source })
+    postcard::to_extend(value, vec![ENCODING]).map_err(|source| DiskError::Decode { what: "value", source })
 }
 
 pub fn decode<T: DeserializeOwned>(what: &'static str, bytes: &[u8]) -> Result<T, DiskError> {
-    postcard::from_bytes(bytes).map_err(|source| DiskError::Decode { what, source })
+    let (encoding, value) = bytes.split_first().ok_or(DiskError::Encoding { what, found: None })?;
+    if *encoding != ENCODING {
+        return Err(DiskError::Encoding { what, found: Some(*encoding) });
+    }
+    postcard::from_bytes(value).map_err(|source| DiskError::Decode { what, source })
 }
 
 pub fn reading(error: DiskError) -> RaftStorageError {
