@@ -131,7 +131,22 @@ impl BlockingStore {
         self.wait(patience, move |store, deadline| async move { store.list(after.as_ref(), deadline).await })
     }
 
-    /// Forgets a VM, if this is its current generation.
+    /// Records that a VM has ended, as [`TestAndSet::end`] does.
+    pub fn end(
+        &self,
+        vm: &VmName,
+        generation: Generation,
+        who: Incarnation,
+        patience: Duration,
+    ) -> Result<Applied, StoreError> {
+        let vm = vm.clone();
+        self.wait(
+            patience,
+            move |store, deadline| async move { store.end(&vm, generation, who, deadline).await },
+        )
+    }
+
+    /// Forgets a VM, if this is its current generation. Only for operators.
     pub fn forget(
         &self,
         vm: &VmName,

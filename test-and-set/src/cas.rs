@@ -94,7 +94,7 @@ pub(crate) async fn command<R: CasStore>(
         loop {
             let (bytes, revision) = registers.read(vm, fresh).await?;
             let record = bytes.map(|bytes| decode(vm, &bytes)).transpose()?;
-            match record::decide(record.as_ref(), command) {
+            match record::decide(record.as_ref(), command, None) {
                 // A reply without a write is correct only if the read was fresh.
                 (None, reply) if fresh => return Ok(reply),
                 (None, _) => fresh = true,

@@ -10,7 +10,7 @@
 use std::collections::{BTreeMap, HashSet};
 
 use crate::names::VmName;
-use crate::record::{Command, CommandReply, VmRecord, decide};
+use crate::record::{Asker, Command, CommandReply, VmRecord, decide};
 
 /// What a client requested.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,6 +37,8 @@ pub struct Operation {
     pub begun: u64,
     /// When the answer came, and the answer; `None` if there was none.
     pub ended: Option<(u64, Observed)>,
+    /// Who called; `None` in a store without roles.
+    pub asker: Option<Asker>,
     /// What was requested.
     pub call: Call,
 }
@@ -141,7 +143,7 @@ impl Search<'_> {
             }
             return;
         };
-        let (changed, reply) = decide(from.record.as_ref(), command);
+        let (changed, reply) = decide(from.record.as_ref(), command, operation.asker.as_ref());
         if changed.is_some() && !from.applied.has(i) {
             // An application whose answer was lost; the only one of a call without an answer.
             open.push(SearchPoint {
@@ -184,11 +186,11 @@ mod tests {
     }
 
     fn op(begun: u64, ended: u64, call: Call, reply: CommandReply) -> Operation {
-        Operation { begun, ended: Some((ended, Observed::Reply(reply))), call }
+        Operation { begun, ended: Some((ended, Observed::Reply(reply))), asker: None, call }
     }
 
     fn unknown(begun: u64, call: Call) -> Operation {
-        Operation { begun, ended: None, call }
+        Operation { begun, ended: None, asker: None, call }
     }
 
     fn saw_holder(
@@ -198,18 +200,16 @@ mod tests {
         pairing: Members,
         holder: Option<u128>,
     ) -> Operation {
-        let (opened, _) = decide(None, &Command::Open { generation: Generation(1), members: pairing });
+        let open = Command::Open { generation: Generation(1), members: pairing };
+        let (opened, _) = decide(None, &open, None);
         let mut record = opened.unwrap();
         record.generation = Generation(generation);
         if let Some(holder) = holder {
-            record = decide(
-                Some(&record),
-                &Command::Take { generation: Generation(generation), who: who(holder) },
-            )
-            .0
-            .unwrap();
+            let take = Command::Take { generation: Generation(generation), who: who(holder) };
+            record = decide(Some(&record), &take, None).0.unwrap();
         }
-        Operation { begun, ended: Some((ended, Observed::Record(Some(record)))), call: Call::Get }
+        let seen = Observed::Record(Some(record));
+        Operation { begun, ended: Some((ended, seen)), asker: None, call: Call::Get }
     }
 
     fn is_possible(operations: &[Operation]) -> bool {
@@ -281,7 +281,8 @@ mod tests {
         // Nobody holds it afterwards.
         assert!(!is_possible(&[opened(), won.clone(), saw_holder(4, 5, 1, pair(1, 2), None)]));
         // The VM is unknown afterwards.
-        let gone = Operation { begun: 4, ended: Some((5, Observed::Record(None))), call: Call::Get };
+        let seen = Observed::Record(None);
+        let gone = Operation { begun: 4, ended: Some((5, seen)), asker: None, call: Call::Get };
         assert!(!is_possible(&[opened(), won.clone(), gone]));
         // The generation can be opened again after the VM was forgotten.
         let again = op(6, 7, open(1, 3, 4), CommandReply::Done);

@@ -6,7 +6,8 @@ use std::time::Instant;
 use async_trait::async_trait;
 
 use crate::names::VmName;
-use crate::record::{Command, CommandReply, StoreState, VmRecord};
+use crate::record::{Command, CommandReply, VmRecord};
+use crate::state::StoreState;
 use crate::store::{PAGE_RECORDS_MAX, StoreError, TestAndSet};
 
 /// A store in this process's memory. Share it with an `Arc`.
@@ -24,7 +25,7 @@ impl FakeStore {
 #[async_trait]
 impl TestAndSet for FakeStore {
     async fn command(&self, vm: &VmName, command: &Command, _: Instant) -> Result<CommandReply, StoreError> {
-        Ok(self.state().apply(vm, command))
+        Ok(self.state().apply(vm, command, None))
     }
 
     async fn get(&self, vm: &VmName, _: Instant) -> Result<Option<VmRecord>, StoreError> {

@@ -70,4 +70,4 @@ pub mod wire;
 pub mod zookeeper;
 
 pub use connect::connect;
-pub use store_rule::{names, record};
+pub use store_rule::{names, record, state};

@@ -48,13 +48,14 @@ pub trait TestAndSet: Send + Sync {
         deadline: Instant,
     ) -> Verdict<StoreError> {
         match self.command(vm, &Command::Take { generation, who }, deadline).await {
+            Ok(CommandReply::Refused(refusal)) => Verdict::Unknown(StoreError::Refused(refusal)),
             Ok(reply) => Verdict::try_from(reply).unwrap_or_else(|reply| Verdict::Unknown(unfitting(reply))),
             Err(error) => Verdict::Unknown(error),
         }
     }
 
-    /// Opens a generation for a new pair. The first generation of a VM can be opened by anybody, a later one only by the holder
-    /// of the previous generation, which becomes the new pair's primary.
+    /// Opens a generation for a new pair, from the host of its primary. The first generation of a VM can be opened by any host, the
+    /// next one after its end by its hosts, and any other only by the holder of the previous one, which becomes the primary.
     async fn open(
         &self,
         vm: &VmName,
@@ -65,7 +66,19 @@ pub trait TestAndSet: Send + Sync {
         applied(self.command(vm, &Command::Open { generation, members: members.clone() }, deadline).await?)
     }
 
-    /// Forgets a VM, if this is its current generation. The store keeps the number and the newest disks.
+    /// Records that the VM's run is over, for `who`: the VM can be opened again by its hosts.
+    async fn end(
+        &self,
+        vm: &VmName,
+        generation: Generation,
+        who: Incarnation,
+        deadline: Instant,
+    ) -> Result<Applied, StoreError> {
+        applied(self.command(vm, &Command::End { generation, who }, deadline).await?)
+    }
+
+    /// Forgets a VM and its hosts, if this is its current generation. The store keeps the number and the newest disks. Only for
+    /// operators.
     async fn forget(
         &self,
         vm: &VmName,
@@ -126,8 +139,8 @@ pub enum StoreError {
     /// The record cannot be encoded.
     #[error("cannot encode the record")]
     Encode(#[source] postcard::Error),
-    /// The command is invalid.
-    #[error("the store refused the command")]
+    /// The command is invalid, or not for the one that asks.
+    #[error("the store refuses the command")]
     Refused(#[source] Refusal),
     /// The requested change of the store's members is not possible.
     #[error("cannot change the members of the store: {0}")]

@@ -40,7 +40,7 @@ pub struct Agent {
     pub(crate) peer_beat: Beat,
     /// A handover was requested, so that losing the verdict is what the user wanted.
     pub(crate) handover_requested: bool,
-    /// How the VM ended, if the winner of the verdict still has to have the store forget it.
+    /// How the VM ended, if the winner of the verdict still has to have the store record it.
     pub(crate) pending_end: Option<EndReason>,
     /// Outputs that have left.
     pub(crate) released: u64,
@@ -95,7 +95,7 @@ impl Agent {
             Event::Tick => self.tick(now),
             Event::Verdict(verdict) => self.verdict_received(now, verdict),
             Event::Opened(opened) => self.open_answered(now, opened),
-            Event::Forgotten(done) => self.forget_answered(now, done),
+            Event::EndRecorded(done) => self.end_recorded(now, done),
             Event::Ready => {
                 self.ready = true;
                 self.take_when_able(now);

@@ -19,7 +19,7 @@ impl Agent {
             }
             AgentState::Alone => {
                 self.actions.push_back(Action::Release);
-                self.ask_to_forget(Outcome::Ended(reason));
+                self.ask_to_record_end(Outcome::Ended(reason));
             }
             AgentState::Suspecting | AgentState::Taking => self.pending_end = Some(reason),
             _ => {}
@@ -97,33 +97,33 @@ impl Agent {
         self.finish_when_replayed();
     }
 
-    /// Backup: has the store forget a VM that has ended, once all of the log is replayed.
+    /// Backup: has the store record that the VM has ended, once all of the log is replayed.
     pub(crate) fn finish_when_replayed(&mut self) {
         if let (AgentState::Ending { reason, .. }, Some(LogSide::Backup(receiver))) =
             (&self.state, &self.log_side)
             && receiver.is_drained()
         {
-            self.ask_to_forget(Outcome::Ended(*reason));
+            self.ask_to_record_end(Outcome::Ended(*reason));
         }
     }
 
     /// Primary: the backup knows that the VM has ended.
     pub(crate) fn end_acknowledged(&mut self) {
         if let AgentState::Ending { reason, told: true } = self.state {
-            self.ask_to_forget(Outcome::Ended(reason));
+            self.ask_to_record_end(Outcome::Ended(reason));
         }
     }
 
-    /// Asks the store to forget the VM, so that it can be started again. Then this replica ends with
+    /// Asks the store to record the VM's end, so that it can be started again. Then this replica ends with
     /// `outcome`.
-    pub(crate) fn ask_to_forget(&mut self, outcome: Outcome) {
+    pub(crate) fn ask_to_record_end(&mut self, outcome: Outcome) {
         let Some(generation) = self.generation else { return self.halt(outcome) };
-        self.state = AgentState::Forgetting(outcome);
-        self.actions.push_back(Action::Forget { generation });
+        self.state = AgentState::RecordingEnd(outcome);
+        self.actions.push_back(Action::End { generation, who: self.incarnation() });
     }
 
-    pub(crate) fn forget_answered(&mut self, now: u64, done: bool) {
-        let AgentState::Forgetting(outcome) = &self.state else { return };
+    pub(crate) fn end_recorded(&mut self, now: u64, done: bool) {
+        let AgentState::RecordingEnd(outcome) = &self.state else { return };
         if done {
             let outcome = outcome.clone();
             self.halt(outcome);

@@ -33,9 +33,9 @@ pub enum Event<'a> {
     Verdict(Verdict),
     /// The store's answer to [`Action::Open`]; `None` if there was no answer.
     Opened(Option<Applied>),
-    /// The store's answer to [`Action::Forget`]: true if the VM is forgotten, or if another replica has to
-    /// see to it.
-    Forgotten(bool),
+    /// The store's answer to [`Action::End`]: true if the end is recorded, or if the other replica has to see
+    /// to it.
+    EndRecorded(bool),
     /// Backup: its tap and disks are ready to go live.
     Ready,
     /// Backup: records have been replayed, and all their digests were equal.
@@ -94,10 +94,12 @@ pub enum Action {
     /// Primary: stop the guest at an instruction boundary and append its final records, for a handover.
     /// [`Action::GoLive`] may still follow.
     Pause,
-    /// Ask the store to forget the VM, whose run is over; answer with [`Event::Forgotten`].
-    Forget {
+    /// Ask the store to record that the VM's run is over; answer with [`Event::EndRecorded`].
+    End {
         /// The last generation.
         generation: Generation,
+        /// For which replica.
+        who: Incarnation,
     },
     /// Never emit an output again. Write the bytes of [`crate::Agent::outgoing`] if the connection takes
     /// them, then exit.

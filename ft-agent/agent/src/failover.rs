@@ -32,7 +32,7 @@ impl Agent {
                 Role::Backup => self.disconnect(),
             },
             AgentState::Suspecting | AgentState::Taking | AgentState::Alone => self.disconnect(),
-            AgentState::Forgetting(_) | AgentState::Out(_) => self.disconnect(),
+            AgentState::RecordingEnd(_) | AgentState::Out(_) => self.disconnect(),
         }
     }
 
@@ -118,7 +118,7 @@ impl Agent {
         }
         self.actions.push_back(Action::GoLive);
         if let Some(reason) = self.pending_end {
-            self.ask_to_forget(Outcome::Ended(reason));
+            self.ask_to_record_end(Outcome::Ended(reason));
         }
     }
 
@@ -156,7 +156,7 @@ impl Agent {
         match &self.state {
             AgentState::Taking | AgentState::Opening { taking: true, .. } => self.ask_to_take(),
             AgentState::Opening { taking: false, .. } => self.ask_to_open(),
-            AgentState::Forgetting(outcome) => self.ask_to_forget(outcome.clone()),
+            AgentState::RecordingEnd(outcome) => self.ask_to_record_end(outcome.clone()),
             _ => {}
         }
     }

@@ -131,7 +131,7 @@ impl Agent {
                 self.generation = Some(self.config.generation);
                 if let Some(suspicion) = lost.take() {
                     // The guest has not run: the VM can be started again.
-                    self.ask_to_forget(Outcome::NotStarted(suspicion));
+                    self.ask_to_record_end(Outcome::NotStarted(suspicion));
                 } else if self.peer.is_none() {
                     self.state = AgentState::Opening { taking: true, lost: None };
                     self.ask_to_take();

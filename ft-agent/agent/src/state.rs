@@ -33,8 +33,8 @@ pub(crate) enum AgentState {
     Taking,
     /// The generation belongs to this side.
     Alone,
-    /// The VM has ended and the store has been asked to forget it.
-    Forgetting(Outcome),
+    /// The VM has ended and the store has been asked to record that.
+    RecordingEnd(Outcome),
     /// Final: nothing happens any more.
     Out(Outcome),
 }

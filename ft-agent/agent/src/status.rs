@@ -59,7 +59,7 @@ impl Agent {
             AgentState::HandingOver { .. }
             | AgentState::ReceivingHandover
             | AgentState::Ending { .. }
-            | AgentState::Forgetting(_) => Phase::Ending,
+            | AgentState::RecordingEnd(_) => Phase::Ending,
             AgentState::Out(_) => Phase::Out,
         };
         let mut status = Status {

@@ -156,7 +156,8 @@ fn replace_file(path: &Path, text: &str) -> std::io::Result<()> {
 mod tests {
     use super::*;
     use test_and_set::names::Incarnation;
-    use test_and_set::record::{Command, Member, Members, StoreState};
+    use test_and_set::record::{Command, Member, Members};
+    use test_and_set::state::StoreState;
 
     #[test]
     fn a_primary_may_start_only_from_a_newest_copy() {
@@ -174,8 +175,8 @@ mod tests {
         let member = |copies| Member { disks: copies, ..Member::new(Incarnation::random()) };
         let mut open = |generation, primary| {
             let members = Members { primary, backup: None };
-            store.apply(&vm, &Command::Open { generation, members });
-            store.apply(&vm, &Command::Forget { generation });
+            store.apply(&vm, &Command::Open { generation, members }, None);
+            store.apply(&vm, &Command::Forget { generation }, None);
             store.get(&vm).cloned()
         };
         let record = open(Generation(1), member(again.copies()));

@@ -1,28 +1,80 @@
 //! What a command does to a VM's record, and what the store replies.
 //!
-//! [`decide`] is the whole rule for one VM. Our own server applies it in log order to a [`StoreState`]; the clients of etcd and
+//! [`decide`] is the whole rule for one VM. Our own server applies it in log order to all records; the clients of etcd and
 //! ZooKeeper apply it to the record that they read, and write the result back by compare-and-set. So all three stores give the same
 //! verdicts.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::names::{CopyId, DISKS_MAX, DiskName, Generation, Incarnation, VmName};
+use crate::names::{CopyId, DISKS_MAX, DiskName, Generation, Incarnation, KeyId, PartyName};
 
-/// One side of a pair: its incarnation and its copies of the VM's disks.
+/// Who asks: the names under which the store knows the certificate. [`decide`] applies no roles without one: etcd and ZooKeeper
+/// have no certificates of ours.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Asker {
+    /// The host that it is.
+    pub host: Option<PartyName>,
+    /// The operator that it is.
+    pub operator: Option<PartyName>,
+}
+
+impl fmt::Display for Asker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (&self.host, &self.operator) {
+            (Some(host), Some(operator)) => write!(f, "host {host}, operator {operator}"),
+            (Some(host), None) => write!(f, "host {host}"),
+            (None, Some(operator)) => write!(f, "operator {operator}"),
+            (None, None) => f.write_str("somebody without a role"),
+        }
+    }
+}
+
+/// How a host is named.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum HostId {
+    /// By its certificate. That is how clients name hosts; the store's leader replaces it by the name.
+    Key(KeyId),
+    /// By its name in the store. Records have names, so that a host keeps its rights when its key is replaced.
+    Name(PartyName),
+}
+
+impl fmt::Display for HostId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            HostId::Key(key) => write!(f, "the host with key {key}"),
+            HostId::Name(name) => write!(f, "host {name}"),
+        }
+    }
+}
+
+/// One side of a pair: its incarnation, its host, and its copies of the VM's disks.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Member {
     /// The id with which this side takes a generation.
     pub incarnation: Incarnation,
+    /// The host that may act for this side. `None` in a command means the host that asks; in a record it means that the store has
+    /// no roles.
+    pub host: Option<HostId>,
     /// This side's copy of each disk, at most [`DISKS_MAX`].
     pub disks: BTreeMap<DiskName, CopyId>,
 }
 
 impl Member {
-    /// A member without disks.
+    /// A member without disks, on the host that asks.
     pub fn new(incarnation: Incarnation) -> Self {
-        Self { incarnation, disks: BTreeMap::new() }
+        Self { incarnation, host: None, disks: BTreeMap::new() }
+    }
+
+    /// Fails unless the host that asks, if there are roles, is this member's.
+    fn check_host(&self, asks: Option<&PartyName>) -> Result<(), Refusal> {
+        match (asks, &self.host) {
+            (None, _) => Ok(()),
+            (Some(asks), Some(HostId::Name(may))) if may == asks => Ok(()),
+            (Some(_), may) => Err(Refusal::OtherHost(may.clone())),
+        }
     }
 }
 
@@ -45,6 +97,28 @@ impl Members {
         std::iter::once(&self.primary).chain(&self.backup)
     }
 
+    /// The members, for changes.
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut Member> {
+        std::iter::once(&mut self.primary).chain(&mut self.backup)
+    }
+
+    /// The same members; where no host is named, it is the one that asks.
+    fn on_hosts(&self, asks: Option<&PartyName>) -> Members {
+        let mut members = self.clone();
+        for member in members.iter_mut() {
+            member.host = member.host.take().or_else(|| asks.cloned().map(HostId::Name));
+        }
+        members
+    }
+
+    fn hosts(&self) -> BTreeSet<PartyName> {
+        let name = |member: &Member| match &member.host {
+            Some(HostId::Name(name)) => Some(name.clone()),
+            Some(HostId::Key(_)) | None => None,
+        };
+        self.iter().filter_map(name).collect()
+    }
+
     /// Why these members cannot form a generation; `None` if they can.
     fn refusal(&self) -> Option<Refusal> {
         if self.backup.as_ref().is_some_and(|b| b.incarnation == self.primary.incarnation) {
@@ -64,7 +138,7 @@ pub enum VmPhase {
         /// The side that has taken it.
         holder: Option<Incarnation>,
     },
-    /// The VM was forgotten. Its generation number stays, so that no old generation can be won again.
+    /// The VM has ended or was forgotten. Its generation number stays, so that no old generation can be won again.
     Forgotten,
 }
 
@@ -76,8 +150,12 @@ pub struct VmRecord {
     /// Whether the generation is open, and who holds it.
     pub phase: VmPhase,
     /// The newest copies of each disk: those of all members until a side has taken the generation, then the holder's only.
-    /// They survive [`Command::Forget`], so that a start from an older copy can be refused.
+    /// They survive [`Command::End`] and [`Command::Forget`], so that a start from an older copy can be refused.
     pub disks: BTreeMap<DiskName, BTreeSet<CopyId>>,
+    /// The hosts of the last generation's members. After its end only they may open the next one; empty if any host may.
+    pub hosts: BTreeSet<PartyName>,
+    /// The host that opened the VM's first generation: the name counts as its. `None` in a store without roles.
+    pub owner: Option<PartyName>,
 }
 
 impl VmRecord {
@@ -87,6 +165,12 @@ impl VmRecord {
             VmPhase::Open { holder, .. } => *holder,
             VmPhase::Forgotten => None,
         }
+    }
+
+    /// Fails unless the host that asks is one of those to which an ended VM is bound.
+    fn check_bound(&self, asks: Option<&PartyName>) -> Result<(), Refusal> {
+        let may = self.hosts.is_empty() || asks.is_none_or(|asks| self.hosts.contains(asks));
+        if may { Ok(()) } else { Err(Refusal::Bound(self.hosts.clone())) }
     }
 
     fn set_newest<'m>(&mut self, newest: impl Iterator<Item = &'m Member>) {
@@ -101,22 +185,31 @@ impl VmRecord {
 /// changes nothing and gets the same reply.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Command {
-    /// Test and set: take the generation for `who`.
+    /// Test and set: take the generation for `who`. Only for the member's host.
     Take {
         /// The generation to take; only the current one can be taken.
         generation: Generation,
         /// The side that takes it; it must be a member.
         who: Incarnation,
     },
-    /// Open a generation for a new pair. A VM's first generation, and the first after [`Command::Forget`], can be opened by
-    /// anybody; any other only by the holder of the previous generation, which becomes the primary.
+    /// Open a generation for a new pair, from the primary's host. A VM's first generation, and the first after [`Command::Forget`],
+    /// can be opened by any host, and the first after [`Command::End`] by the last members' hosts; any other only by the holder of
+    /// the previous generation, which becomes the primary.
     Open {
         /// One more than the last generation; [`Generation::FIRST`] for an unknown VM.
         generation: Generation,
         /// The new pair.
         members: Members,
     },
-    /// Forget the VM, if this is still its current generation. Its number and newest disks stay.
+    /// The VM's run is over: end its generation for `who`. Only for the member's host, and not while the other member holds the
+    /// generation. The VM's hosts stay, too.
+    End {
+        /// The current generation.
+        generation: Generation,
+        /// The side that knows of the end; it must be a member.
+        who: Incarnation,
+    },
+    /// Forget the VM and its hosts, if this is still its current generation. Its number and newest disks stay. Only for operators.
     Forget {
         /// The current generation.
         generation: Generation,
@@ -130,11 +223,11 @@ pub enum CommandReply {
     Won,
     /// The generation is taken by the other side, with this incarnation.
     Lost(Incarnation),
-    /// The generation is open with exactly these members, or the VM is forgotten.
+    /// The generation is open with exactly these members, or the VM has ended or is forgotten.
     Done,
     /// The generation is not the current one, or the side that asked may not do this. Nothing was changed.
     Stale,
-    /// The command is invalid, now and later. Nothing was changed.
+    /// The command is invalid, or not for the one that asks. Nothing was changed. It says nothing of who holds the generation.
     Refused(Refusal),
 }
 
@@ -177,7 +270,7 @@ impl<E> TryFrom<CommandReply> for Verdict<E> {
     }
 }
 
-/// Whether the record is now as [`Command::Open`] or [`Command::Forget`] wanted it.
+/// Whether the record is now as [`Command::Open`], [`Command::End`] or [`Command::Forget`] wanted it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Applied {
     /// It is.
@@ -186,7 +279,7 @@ pub enum Applied {
     Stale,
 }
 
-/// Fails with the reply if it does not answer a [`Command::Open`] or [`Command::Forget`], or refuses it.
+/// Fails with the reply if it does not answer a [`Command::Open`], [`Command::End`] or [`Command::Forget`], or refuses it.
 impl TryFrom<CommandReply> for Applied {
     type Error = CommandReply;
 
@@ -199,8 +292,8 @@ impl TryFrom<CommandReply> for Applied {
     }
 }
 
-/// Why a command is invalid.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, thiserror::Error)]
+/// Why a command is refused.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, thiserror::Error)]
 pub enum Refusal {
     /// Primary and backup have the same incarnation: give each machine state an id of its own.
     #[error("primary and backup have the same incarnation: give each machine state an id of its own")]
@@ -208,29 +301,73 @@ pub enum Refusal {
     /// A member has more than 16 disks.
     #[error("a member has more than {DISKS_MAX} disks")]
     TooManyDisks,
+    /// Only hosts run VMs: use a host's keys.
+    #[error(
+        "the certificate is no host's, and only hosts take, open and end generations: use the host's own keys"
+    )]
+    NotAHost,
+    /// Only operators forget VMs: use an operator's keys.
+    #[error("the certificate is no operator's, and only operators forget VMs: use an operator's keys")]
+    NotAnOperator,
+    /// This side of the VM is on another host: ask from there.
+    #[error("this side of the VM is on {}: only that host may ask for it", match .0 { Some(host) => host.to_string(), None => "no known host".into() })]
+    OtherHost(Option<HostId>),
+    /// The VM is bound to other hosts: start it there, or forget it first.
+    #[error("the VM is bound to {}: start it there, or have an operator forget it first (`vmft forget`)", named(.0))]
+    Bound(BTreeSet<PartyName>),
 }
 
+fn named(hosts: &BTreeSet<PartyName>) -> String {
+    let names: Vec<_> = hosts.iter().map(PartyName::as_str).collect();
+    format!("{} {}", if names.len() == 1 { "host" } else { "hosts" }, names.join(" and "))
+}
+
+/// What a command does: the new record, or `None` if it stays as it is, and the reply. A refusal never changes the record.
+type Decision = Result<(Option<VmRecord>, CommandReply), Refusal>;
+
+const STALE: Decision = Ok((None, CommandReply::Stale));
+
 /// Applies a command to a VM's record (`None`: the VM is unknown). Returns the new record, or `None` if it stays as it is, and
-/// the reply.
-pub fn decide(record: Option<&VmRecord>, command: &Command) -> (Option<VmRecord>, CommandReply) {
-    match command {
-        Command::Take { generation, who } => take(record, *generation, *who),
-        Command::Open { generation, members } => open(record, *generation, members),
-        Command::Forget { generation } => forget(record, *generation),
-    }
+/// the reply. Without an asker the store has no roles, and everybody may do everything.
+pub fn decide(
+    record: Option<&VmRecord>,
+    command: &Command,
+    asker: Option<&Asker>,
+) -> (Option<VmRecord>, CommandReply) {
+    let decision = match command {
+        Command::Take { generation, who } => {
+            host_of(asker).and_then(|asks| take(record, *generation, *who, asks))
+        }
+        Command::Open { generation, members } => {
+            host_of(asker).and_then(|asks| open(record, *generation, members, asks))
+        }
+        Command::End { generation, who } => {
+            host_of(asker).and_then(|asks| end(record, *generation, *who, asks))
+        }
+        Command::Forget { .. } if asker.is_some_and(|asker| asker.operator.is_none()) => {
+            Err(Refusal::NotAnOperator)
+        }
+        Command::Forget { generation } => Ok(forget(record, *generation)),
+    };
+    decision.unwrap_or_else(|refusal| (None, CommandReply::Refused(refusal)))
+}
+
+/// The host that asks; `None` in a store without roles.
+fn host_of(asker: Option<&Asker>) -> Result<Option<&PartyName>, Refusal> {
+    asker.map(|asker| asker.host.as_ref().ok_or(Refusal::NotAHost)).transpose()
 }
 
 fn take(
     record: Option<&VmRecord>,
     generation: Generation,
     who: Incarnation,
-) -> (Option<VmRecord>, CommandReply) {
-    let Some(record) = record.filter(|r| r.generation == generation) else {
-        return (None, CommandReply::Stale);
-    };
-    let VmPhase::Open { members, holder } = &record.phase else { return (None, CommandReply::Stale) };
-    let Some(member) = members.find(who) else { return (None, CommandReply::Stale) };
-    match holder {
+    asks: Option<&PartyName>,
+) -> Decision {
+    let Some(record) = record.filter(|r| r.generation == generation) else { return STALE };
+    let VmPhase::Open { members, holder } = &record.phase else { return STALE };
+    let Some(member) = members.find(who) else { return STALE };
+    member.check_host(asks)?;
+    Ok(match holder {
         Some(holder) if *holder == who => (None, CommandReply::Won),
         Some(holder) => (None, CommandReply::Lost(*holder)),
         None => {
@@ -239,85 +376,72 @@ fn take(
             taken.set_newest(std::iter::once(member));
             (Some(taken), CommandReply::Won)
         }
-    }
+    })
 }
 
 fn open(
     record: Option<&VmRecord>,
     generation: Generation,
     members: &Members,
-) -> (Option<VmRecord>, CommandReply) {
+    asks: Option<&PartyName>,
+) -> Decision {
     if let Some(fault) = members.refusal() {
-        return (None, CommandReply::Refused(fault));
+        return Err(fault);
     }
-    let allowed = match record {
-        None => generation == Generation::FIRST,
+    let members = members.on_hosts(asks);
+    members.primary.check_host(asks)?;
+    let follows = |record: &VmRecord| record.generation.next() == Some(generation);
+    match record {
+        None if generation == Generation::FIRST => {}
+        None => return STALE,
         Some(record) => match &record.phase {
             VmPhase::Open { members: now, .. } if record.generation == generation => {
-                return (None, if now == members { CommandReply::Done } else { CommandReply::Stale });
+                let reply = if *now == members { CommandReply::Done } else { CommandReply::Stale };
+                return Ok((None, reply));
             }
-            VmPhase::Open { holder, .. } => {
-                record.generation.next() == Some(generation) && *holder == Some(members.primary.incarnation)
+            VmPhase::Open { members: now, holder: Some(holder) }
+                if follows(record) && *holder == members.primary.incarnation =>
+            {
+                now.find(*holder).map_or(Ok(()), |holder| holder.check_host(asks))?;
             }
-            VmPhase::Forgotten => record.generation.next() == Some(generation),
+            VmPhase::Forgotten if follows(record) => record.check_bound(asks)?,
+            _ => return STALE,
         },
-    };
-    if !allowed {
-        return (None, CommandReply::Stale);
     }
-    let phase = VmPhase::Open { members: members.clone(), holder: None };
-    let mut opened = VmRecord { generation, phase, disks: BTreeMap::new() };
+    let mut opened = VmRecord {
+        generation,
+        hosts: members.hosts(),
+        owner: record.map_or_else(|| asks.cloned(), |record| record.owner.clone()),
+        disks: BTreeMap::new(),
+        phase: VmPhase::Open { members: members.clone(), holder: None },
+    };
     opened.set_newest(members.iter());
-    (Some(opened), CommandReply::Done)
+    Ok((Some(opened), CommandReply::Done))
+}
+
+fn end(
+    record: Option<&VmRecord>,
+    generation: Generation,
+    who: Incarnation,
+    asks: Option<&PartyName>,
+) -> Decision {
+    let Some(record) = record.filter(|r| r.generation == generation) else { return STALE };
+    let VmPhase::Open { members, holder } = &record.phase else {
+        record.check_bound(asks)?;
+        return Ok((None, CommandReply::Done));
+    };
+    let Some(member) = members.find(who) else { return STALE };
+    member.check_host(asks)?;
+    if holder.is_some_and(|holder| holder != who) {
+        return STALE;
+    }
+    Ok((Some(VmRecord { phase: VmPhase::Forgotten, ..record.clone() }), CommandReply::Done))
 }
 
 fn forget(record: Option<&VmRecord>, generation: Generation) -> (Option<VmRecord>, CommandReply) {
-    match record {
-        Some(record) if record.generation == generation => match record.phase {
-            VmPhase::Forgotten => (None, CommandReply::Done),
-            VmPhase::Open { .. } => {
-                (Some(VmRecord { phase: VmPhase::Forgotten, ..record.clone() }), CommandReply::Done)
-            }
-        },
-        _ => (None, CommandReply::Stale),
-    }
-}
-
-/// The records of all VMs that the store knows.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct StoreState {
-    vms: BTreeMap<VmName, VmRecord>,
-}
-
-impl StoreState {
-    /// Applies a command. Commands must be applied in log order.
-    pub fn apply(&mut self, vm: &VmName, command: &Command) -> CommandReply {
-        let (changed, reply) = decide(self.vms.get(vm), command);
-        if let Some(record) = changed {
-            self.vms.insert(vm.clone(), record);
-        }
-        reply
-    }
-
-    /// The record of a VM, forgotten or not.
-    pub fn get(&self, vm: &VmName) -> Option<&VmRecord> {
-        self.vms.get(vm)
-    }
-
-    /// The VMs that are not forgotten, in the order of their names, starting after `after`.
-    pub fn list(&self, after: Option<&VmName>) -> impl Iterator<Item = (&VmName, &VmRecord)> {
-        use std::ops::Bound::{Excluded, Unbounded};
-        let from = after.map_or(Unbounded, Excluded);
-        self.vms.range::<VmName, _>((from, Unbounded)).filter(|(_, r)| r.phase != VmPhase::Forgotten)
-    }
-
-    /// The number of known VMs, including forgotten ones.
-    pub fn len(&self) -> usize {
-        self.vms.len()
-    }
-
-    /// Whether the store knows no VM.
-    pub fn is_empty(&self) -> bool {
-        self.vms.is_empty()
-    }
+    let Some(record) = record.filter(|r| r.generation == generation) else {
+        return (None, CommandReply::Stale);
+    };
+    let forgotten = VmRecord { phase: VmPhase::Forgotten, hosts: BTreeSet::new(), ..record.clone() };
+    ((forgotten != *record).then_some(forgotten), CommandReply::Done)
 }

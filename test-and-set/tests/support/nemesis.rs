@@ -266,7 +266,7 @@ impl Workload {
         // A get without an answer proves nothing.
         if ended.is_some() || call != Call::Get {
             let mut history = self.history.lock().expect("the history");
-            history.entry(vm.clone()).or_default().push(Operation { begun, ended, call });
+            history.entry(vm.clone()).or_default().push(Operation { begun, ended, asker: None, call });
         }
         seen
     }

@@ -5,7 +5,8 @@ use entry::identity::Identity;
 use entry::log::{Entry, LoggedOutput, OutputTo, Record};
 use entry::{Digest, Position, PositionUnit};
 use store_rule::names::{Generation, Incarnation};
-use store_rule::record::{Applied, Command, CommandReply, Member, StoreState};
+use store_rule::record::{Applied, Command, CommandReply, Member};
+use store_rule::state::StoreState;
 
 pub const MS: u64 = 1_000_000;
 pub const TIMING: PairTiming = PairTiming {
@@ -68,7 +69,7 @@ impl Pair {
     }
 
     pub fn ask_store(&mut self, command: &Command) -> CommandReply {
-        self.store.apply(&"trial".parse().unwrap(), command)
+        self.store.apply(&"trial".parse().unwrap(), command, None)
     }
 
     /// Passes bytes both ways until neither side has more to send.

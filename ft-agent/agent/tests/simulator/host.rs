@@ -50,7 +50,7 @@ impl World {
                 self.ask_store(host, Command::Open { generation, members })
             }
             Action::Take { generation, who } => self.ask_store(host, Command::Take { generation, who }),
-            Action::Forget { generation } => self.ask_store(host, Command::Forget { generation }),
+            Action::End { generation, who } => self.ask_store(host, Command::End { generation, who }),
             Action::Start { .. } => process.started = true,
             Action::Release => self.release(host)?,
             Action::Drop => while process.gate.release(process.agent.drop_limit()).is_some() {},

@@ -41,7 +41,7 @@ impl World {
     }
 
     pub fn apply_command(&mut self, command: Command, reply_to: Option<(usize, u64)>) {
-        let reply = self.store.apply(&self.vm, &command);
+        let reply = self.store.apply(&self.vm, &command, None);
         if let Some((host, id)) = reply_to {
             self.schedule_between(MS / 5, 2 * MS, SimEvent::Answer { host, id, command, reply: Some(reply) });
         }
@@ -66,7 +66,9 @@ impl World {
                 let opened = reply.and_then(|reply| Applied::try_from(reply).ok());
                 self.handle_event(host, Event::Opened(opened))
             }
-            Command::Forget { .. } => self.handle_event(host, Event::Forgotten(reply.is_some())),
+            Command::End { .. } => self.handle_event(host, Event::EndRecorded(reply.is_some())),
+            // No agent forgets a VM.
+            Command::Forget { .. } => Ok(()),
         }
     }
 }

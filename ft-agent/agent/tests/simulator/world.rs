@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use agent::{Event, Phase, Rule};
 use store_rule::names::VmName;
-use store_rule::record::StoreState;
+use store_rule::state::StoreState;
 
 use super::MS;
 use super::checker::{Checker, Claim, Counts, Failure};

@@ -195,7 +195,7 @@ impl Replica {
                 state.start_announcing();
             }
             Action::Pause => state.paused = true,
-            Action::Forget { generation } => self.ask_to_forget(state, generation),
+            Action::End { generation, who } => self.ask_to_record_end(state, generation, who),
             Action::Halt(outcome) => {
                 info!("this side ends: {outcome}");
                 // If this fails the connection is gone, and the last messages cannot be sent.
@@ -218,15 +218,15 @@ impl Replica {
         self.store.begin_take(self.vm.clone(), generation, who, STORE_PATIENCE, answer);
     }
 
-    /// Asks the store to forget the VM.
-    fn ask_to_forget(self: &Arc<Self>, state: &ReplicaState, generation: Generation) {
+    /// Asks the store to record that the VM has ended.
+    fn ask_to_record_end(self: &Arc<Self>, state: &ReplicaState, generation: Generation, who: Incarnation) {
         let (replica, store, vm) = (self.clone(), self.store.clone(), self.vm.clone());
         state.run_on_worker(move || {
-            let forgotten = store.forget(&vm, generation, STORE_PATIENCE);
-            if let Err(e) = &forgotten {
+            let ended = store.end(&vm, generation, who, STORE_PATIENCE);
+            if let Err(e) = &ended {
                 warn!("the store has not confirmed that VM {vm} has ended, and is asked again: {}", chain(e));
             }
-            replica.handle(Event::Forgotten(forgotten.is_ok()));
+            replica.handle(Event::EndRecorded(ended.is_ok()));
         });
     }
 

@@ -28,10 +28,11 @@ use self::network::PeerClients;
 use self::state_machine::StoreMachine;
 use self::types::{LoggedCommand, RaftWriteError, Types, decode, encode};
 use crate::names::VmName;
-use crate::record::{Command, CommandReply, StoreState};
+use crate::record::{Command, CommandReply};
 use crate::server::disk::{DiskError, MemberDisk};
 use crate::server::peers::OtherMembers;
 use crate::server::raft_log::RaftLog;
+use crate::state::StoreState;
 use crate::wire::{MemberStatus, NodeId, PeerRequest, PeerResponse, RequestFailure};
 
 /// How long the leader waits for a majority before it reports that it cannot reach one.
@@ -136,8 +137,11 @@ impl Raft {
         if self.disk.is_full() {
             return Err(RequestFailure::DiskFull);
         }
-        match tokio::time::timeout(QUORUM_PATIENCE, self.raft.client_write(LoggedCommand { vm, command }))
-            .await
+        match tokio::time::timeout(
+            QUORUM_PATIENCE,
+            self.raft.client_write(LoggedCommand { vm, command, asker: None }),
+        )
+        .await
         {
             Err(_) => Err(RequestFailure::NoQuorum),
             Ok(written) => written.map(|response| response.data).map_err(|e| self.write_failure(e)),

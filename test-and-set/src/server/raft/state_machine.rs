@@ -11,10 +11,11 @@ use openraft::{
 use super::types::{
     RaftEntry, RaftMembership, RaftSnapshotMeta, RaftStorageError, Types, decode, encode, reading, writing,
 };
-use crate::record::{CommandReply, StoreState};
+use crate::record::CommandReply;
 use crate::server::disk::{DiskError, MemberDisk};
 use crate::server::peers::OtherMembers;
 use crate::server::raft_log::RaftLog;
+use crate::state::StoreState;
 use crate::wire::NodeId;
 
 /// The state, and the last entry of the log that was applied to it.
@@ -90,7 +91,9 @@ impl RaftStateMachine<Types> for StoreMachine {
             applied.last = Some(entry.log_id);
             replies.push(match entry.payload {
                 EntryPayload::Blank => CommandReply::Done,
-                EntryPayload::Normal(write) => applied.state.apply(&write.vm, &write.command),
+                EntryPayload::Normal(write) => {
+                    applied.state.apply(&write.vm, &write.command, write.asker.as_ref())
+                }
                 EntryPayload::Membership(membership) => {
                     let membership = StoredMembership::new(Some(entry.log_id), membership);
                     self.forget_removed(&applied.membership, &membership)?;

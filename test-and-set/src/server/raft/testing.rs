@@ -37,7 +37,7 @@ pub fn append_ask(term: u64, leader: NodeId, index: u64, (vm, command): (VmName,
     let previous = if index == 1 { LogId::default() } else { at(term, leader, index - 1) };
     let entry = RaftEntry {
         log_id: at(term, leader, index),
-        payload: EntryPayload::Normal(LoggedCommand { vm, command }),
+        payload: EntryPayload::Normal(LoggedCommand { vm, command, asker: None }),
     };
     let vote = Vote::new_committed(term, leader);
     let rpc = AppendEntriesRequest::<Types> {

@@ -8,7 +8,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::names::VmName;
-use crate::record::{Command, CommandReply};
+use crate::record::{Asker, Command, CommandReply};
 use crate::server::disk::DiskError;
 use crate::wire::NodeId;
 
@@ -19,6 +19,8 @@ pub struct LoggedCommand {
     pub vm: VmName,
     /// The change.
     pub command: Command,
+    /// Who asked for it.
+    pub asker: Option<Asker>,
 }
 
 openraft::declare_raft_types!(

@@ -1,0 +1,78 @@
+//! The records of all VMs, and how many names each host owns.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::names::{PartyName, VmName};
+use crate::record::{Asker, Command, CommandReply, VmPhase, VmRecord, decide};
+
+/// The records of all VMs that the store knows.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "StoredRecords")]
+pub struct StoreState {
+    vms: BTreeMap<VmName, VmRecord>,
+    /// How many names each host owns: derived from the records.
+    #[serde(skip_serializing)]
+    owned: BTreeMap<PartyName, u64>,
+}
+
+/// What is stored of a [`StoreState`].
+#[derive(Deserialize)]
+struct StoredRecords {
+    vms: BTreeMap<VmName, VmRecord>,
+}
+
+impl From<StoredRecords> for StoreState {
+    fn from(StoredRecords { vms }: StoredRecords) -> Self {
+        let mut owned = BTreeMap::new();
+        for owner in vms.values().filter_map(|record| record.owner.clone()) {
+            *owned.entry(owner).or_default() += 1;
+        }
+        Self { vms, owned }
+    }
+}
+
+impl StoreState {
+    /// Applies a command. Commands must be applied in log order.
+    pub fn apply(&mut self, vm: &VmName, command: &Command, asker: Option<&Asker>) -> CommandReply {
+        let (changed, reply) = decide(self.vms.get(vm), command, asker);
+        if let Some(record) = changed {
+            let owner = record.owner.clone();
+            // The owner of a name never changes.
+            if self.vms.insert(vm.clone(), record).is_none()
+                && let Some(owner) = owner
+            {
+                *self.owned.entry(owner).or_default() += 1;
+            }
+        }
+        reply
+    }
+
+    /// How many VM names this host has opened first. Names are never given back.
+    pub fn names_of(&self, host: &PartyName) -> u64 {
+        self.owned.get(host).copied().unwrap_or(0)
+    }
+
+    /// The record of a VM, forgotten or not.
+    pub fn get(&self, vm: &VmName) -> Option<&VmRecord> {
+        self.vms.get(vm)
+    }
+
+    /// The VMs that are not forgotten, in the order of their names, starting after `after`.
+    pub fn list(&self, after: Option<&VmName>) -> impl Iterator<Item = (&VmName, &VmRecord)> {
+        use std::ops::Bound::{Excluded, Unbounded};
+        let from = after.map_or(Unbounded, Excluded);
+        self.vms.range::<VmName, _>((from, Unbounded)).filter(|(_, r)| r.phase != VmPhase::Forgotten)
+    }
+
+    /// The number of known VMs, including forgotten ones.
+    pub fn len(&self) -> usize {
+        self.vms.len()
+    }
+
+    /// Whether the store knows no VM.
+    pub fn is_empty(&self) -> bool {
+        self.vms.is_empty()
+    }
+}
