@@ -393,14 +393,14 @@ fn rule_8_a_power_off_is_acknowledged_and_nobody_takes() {
     pair.exchange();
     let end = |who| Action::End { generation: Generation::FIRST, who: Incarnation::try_from(who).unwrap() };
     assert_eq!(pair.primary_actions().last(), Some(&end(1)));
-    pair.primary.handle(pair.now, Event::Forgotten(true));
+    pair.primary.handle(pair.now, Event::EndRecorded(true));
     assert_eq!(pair.primary_actions(), [Action::Halt(Outcome::Ended(reason))]);
     pair.backup.handle(pair.now, Event::Disconnected);
     pair.backup_actions();
     assert_eq!(pair.backup.release_limit(pair.now), 0);
     pair.replay();
     assert_eq!(pair.backup_actions(), [end(2)], "its disks are complete");
-    pair.backup.handle(pair.now, Event::Forgotten(true));
+    pair.backup.handle(pair.now, Event::EndRecorded(true));
     assert_eq!(pair.backup_actions(), [Action::Halt(Outcome::Ended(reason))]);
 }
 
