@@ -94,7 +94,7 @@ impl Error {
     }
 
     /// The exit code of the process: 1 not protected (`vmft status`), 2 configuration, 3 host, 4 guest crash, 5 divergence,
-    /// 6 fenced (the other side runs the VM), 7 not started (the VM runs elsewhere, or the peer was lost before the guest
+    /// 6 fenced (the other side runs the VM, or it was forgotten or started elsewhere), 7 not started (the VM runs elsewhere, or the peer was lost before the guest
     /// ran).
     pub fn exit_code(&self) -> ExitCode {
         ExitCode::from(self.code())
@@ -110,7 +110,7 @@ impl Error {
             Error::GuestCrash { .. } => 4,
             Error::Divergence(_) | Error::ReplaysDiffer(_) | Error::NotRepeatable { .. } => 5,
             Error::Unprotected => 1,
-            Error::Out(Outcome::Fenced(_)) => 6,
+            Error::Out(Outcome::Fenced(_) | Outcome::Forgotten | Outcome::Overtaken(_)) => 6,
             Error::RunsElsewhere { .. } | Error::Out(Outcome::NotOpened | Outcome::NotStarted(_)) => 7,
             Error::Out(Outcome::Failed(_)) => 3,
             Error::Out(Outcome::Ended(_) | Outcome::HandedOver | Outcome::Stopped) => 0,

@@ -86,6 +86,17 @@ impl BlockingStore {
         self.runtime.handle.spawn(async move { tell(store.take(&vm, generation, who, deadline).await) });
     }
 
+    /// Reads a VM's record and passes it to `tell` on the client's thread. It waits for no other call, and none waits for it.
+    pub fn begin_get(
+        &self,
+        vm: VmName,
+        patience: Duration,
+        tell: impl FnOnce(Result<Option<VmRecord>, StoreError>) + Send + 'static,
+    ) {
+        let (store, deadline) = (self.store.clone(), Instant::now() + patience);
+        self.runtime.handle.spawn(async move { tell(store.get(&vm, deadline).await) });
+    }
+
     /// Takes a generation, and waits at most `patience` for the verdict.
     pub fn take(
         &self,

@@ -16,6 +16,7 @@ use crate::event::{Action, Event, Outcome, Suspicion};
 use crate::failure_detector::FailureDetector;
 use crate::rules::Rule;
 use crate::state::{AgentState, LogSide, PeerReplica};
+use crate::watch::StoreWatch;
 
 /// A replica's agent: see the crate's documentation.
 #[derive(Debug)]
@@ -33,6 +34,8 @@ pub struct Agent {
     pub(crate) next_beat_at: u64,
     /// When the store is asked again, if it did not answer.
     pub(crate) retry_at: Option<u64>,
+    /// What is known of the store's record while the guest runs.
+    pub(crate) watch: StoreWatch,
     /// Backup: its tap and disks are ready.
     pub(crate) ready: bool,
     /// Where this side's guest is; beats carry it to the peer.
@@ -65,6 +68,7 @@ impl Agent {
             connected: false,
             next_beat_at: now,
             retry_at: None,
+            watch: StoreWatch::new(config.timing, now),
             ready: false,
             position: Position::default(),
             peer_beat: Beat::default(),
@@ -96,6 +100,7 @@ impl Agent {
             Event::Verdict(verdict) => self.verdict_received(now, verdict),
             Event::Opened(opened) => self.open_answered(now, opened),
             Event::EndRecorded(done) => self.end_recorded(now, done),
+            Event::Looked(view) => self.looked(now, view),
             Event::Ready => {
                 self.ready = true;
                 self.take_when_able(now);
@@ -136,7 +141,8 @@ impl Agent {
             Some(LogSide::Backup(receiver)) => receiver.deadline().filter(|_| self.connected),
             None => None,
         };
-        [self.retry_at, beat, batch].into_iter().flatten().min()
+        let look = self.watch.deadline().filter(|_| self.watches_store());
+        [self.retry_at, beat, batch, look].into_iter().flatten().min()
     }
 
     /// The guest loop has made a turn, even if it only waits. Outputs may leave afterwards: see
@@ -365,6 +371,7 @@ impl Agent {
         }
         self.acknowledge(now);
         self.retry_when_due(now);
+        self.look_when_due(now);
         self.tell_backup_when_flushed();
     }
 
@@ -402,6 +409,7 @@ impl Agent {
     }
 
     pub(crate) fn halt(&mut self, exit: Outcome) {
+        self.has_won = false;
         self.state = AgentState::Out(exit.clone());
         self.actions.push_back(Action::Halt(exit));
     }

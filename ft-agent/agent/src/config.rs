@@ -38,6 +38,9 @@ pub struct PairTiming {
     pub progress_timeout_ns: u64,
     /// Delay before the store is asked again.
     pub retry_ns: u64,
+    /// Time between two looks at the store's record while the guest runs; a tenth of it after a look without an
+    /// answer. The pair is not protected when the store has been silent for three times as long.
+    pub store_watch_ns: u64,
 }
 
 impl Default for PairTiming {
@@ -47,6 +50,7 @@ impl Default for PairTiming {
             beat_interval_ns: 50_000_000,
             progress_timeout_ns: 5_000_000_000,
             retry_ns: 50_000_000,
+            store_watch_ns: 5_000_000_000,
         }
     }
 }

@@ -9,6 +9,8 @@ use logging_channel::message::{Hello, Role};
 use store_rule::names::{Generation, Incarnation};
 use store_rule::record::{Applied, Members, Verdict};
 
+use crate::watch::{StoreProblem, StoreView};
+
 /// Something that has happened.
 #[derive(Debug)]
 pub enum Event<'a> {
@@ -36,6 +38,8 @@ pub enum Event<'a> {
     /// The store's answer to [`Action::End`]: true if the end is recorded, or if the other replica has to see
     /// to it.
     EndRecorded(bool),
+    /// The store's answer to [`Action::Look`]; `None` if there was no answer.
+    Looked(Option<StoreView>),
     /// Backup: its tap and disks are ready to go live.
     Ready,
     /// Backup: records have been replayed, and all their digests were equal.
@@ -87,6 +91,16 @@ pub enum Action {
         /// For which replica.
         who: Incarnation,
     },
+    /// Read the VM's record at the store, and answer with [`Event::Looked`]. It must not delay a
+    /// [`Action::Take`].
+    Look {
+        /// This side's generation.
+        generation: Generation,
+        /// This side.
+        who: Incarnation,
+    },
+    /// Log that the VM is not protected because of its store, and why; or that the store is right again.
+    StoreProblem(Option<StoreProblem>),
     /// This replica is alone from now on. Primary: let the guest go on, without a log. Backup: put the live
     /// source around the machine and issue unfinished disk requests again. Both: release the outputs left in
     /// the gate, then announce the guest's MAC address, repeatedly.
@@ -179,9 +193,18 @@ pub enum Outcome {
     /// The other side lives, as requested.
     #[error("handed over")]
     HandedOver,
-    /// The other side lives.
-    #[error("fenced: the other side lives{}", .0.map(|id| format!(" ({id})")).unwrap_or_default())]
+    /// The other side lives or, with `None`, the store knows this side's generation no longer.
+    #[error("fenced: {}", describe_fence(*.0))]
     Fenced(Option<Incarnation>),
+    /// The operator had the store forget the VM while this side ran it.
+    #[error(
+        "fenced: the VM was forgotten at the store while it ran here (`vmft forget`), so it may run elsewhere; \
+         if it does not, start it again"
+    )]
+    Forgotten,
+    /// The VM was opened again without this side.
+    #[error("fenced: the VM was started elsewhere, as generation {0}, while this side ran it")]
+    Overtaken(Generation),
     /// This host cannot run the guest.
     #[error("this host has failed: {0}")]
     Failed(String),
@@ -197,6 +220,15 @@ pub enum Outcome {
     /// The peer was lost before the guest ran.
     #[error("the peer was lost before the guest ran: {0}")]
     NotStarted(Suspicion),
+}
+
+fn describe_fence(holder: Option<Incarnation>) -> String {
+    match holder {
+        Some(holder) => format!("the other side lives ({holder})"),
+        None => "the store knows this pair no longer: the VM was forgotten or started elsewhere, or the store has \
+                 lost its data; if it runs nowhere, start it again"
+            .into(),
+    }
 }
 
 fn describe_end(reason: EndReason) -> &'static str {

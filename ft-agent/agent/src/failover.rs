@@ -8,6 +8,7 @@ use crate::agent::Agent;
 use crate::event::{Action, Outcome, PeerRefusal, Suspicion};
 use crate::rules::Rule;
 use crate::state::{AgentState, LogSide};
+use crate::watch::StoreWatch;
 
 impl Agent {
     /// The peer is lost. Before the guest runs, the peer is only refused; afterwards this is one-way (rule
@@ -75,15 +76,15 @@ impl Agent {
         };
         if able {
             self.state = AgentState::Taking;
-            self.ask_to_take();
+            self.ask_to_take(now);
         }
     }
 
     /// Asks the store for a verdict.
-    pub(crate) fn ask_to_take(&mut self) {
+    pub(crate) fn ask_to_take(&mut self, now: u64) {
         let Some(generation) = self.generation else { return };
         if !self.in_force(Rule::AskTheStore) {
-            return self.won();
+            return self.won(now);
         }
         self.actions.push_back(Action::Take { generation, who: self.incarnation() });
     }
@@ -97,13 +98,13 @@ impl Agent {
         }
         match verdict {
             Verdict::Unknown(()) => self.retry_later(now),
-            Verdict::Won => self.won(),
+            Verdict::Won => self.won(now),
             Verdict::Lost(holder) => self.fenced(Some(holder)),
             Verdict::Stale => self.fenced(None),
         }
     }
 
-    fn won(&mut self) {
+    fn won(&mut self, now: u64) {
         let at_start = matches!(self.state, AgentState::Opening { .. });
         if self.connected && self.handover_requested {
             self.outbox.push(&Message::Live);
@@ -113,6 +114,7 @@ impl Agent {
         }
         self.state = AgentState::Alone;
         self.has_won = true;
+        self.watch = StoreWatch::new(self.config.timing, now);
         if at_start {
             self.actions.push_back(Action::Start { generation: self.config.generation });
         }
@@ -154,7 +156,7 @@ impl Agent {
             return;
         }
         match &self.state {
-            AgentState::Taking | AgentState::Opening { taking: true, .. } => self.ask_to_take(),
+            AgentState::Taking | AgentState::Opening { taking: true, .. } => self.ask_to_take(now),
             AgentState::Opening { taking: false, .. } => self.ask_to_open(),
             AgentState::RecordingEnd(outcome) => self.ask_to_record_end(outcome.clone()),
             _ => {}

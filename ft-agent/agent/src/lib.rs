@@ -5,6 +5,7 @@
 //! backup:  Waiting ─hello─> Met ───start────> Protected ─> ReceivingHandover, Ending
 //!          Protected and what follows it ─peer lost─> Suspecting ─able to live─> Taking ─won─> Alone
 //!                                                                                  └─lost─> Out: fenced
+//!          Protected, Alone ─the store says: forgotten, opened again, or held by the other─> Out
 //! ```
 //!
 //! [`Agent::handle`] takes an [`Event`] and leaves [`Action`]s and bytes to write. The agent's owner moves
@@ -43,6 +44,10 @@
 //! 10. A claim never beats a live connection. The hello of another process means that the peer is lost only if
 //!     that process has the very certificate of the peer's connection, and nothing was heard on that connection
 //!     for half the timeout. A peer that was restarted is noticed anyway: its old connection ends or is silent.
+//! 11. A running side watches the store: it looks at the VM's record at intervals, and soon again after a look
+//!     without an answer. One that finds its VM forgotten, opened again without it, or held by the other side
+//!     never emits an output again, and says why. While the store does not answer, or has lost its record of the
+//!     pair, the guest goes on, but it is not protected: a verdict would not come, or would let neither side live.
 #![forbid(unsafe_code)]
 
 #[cfg(feature = "ablation")]
@@ -57,6 +62,7 @@ mod rules;
 mod start;
 mod state;
 mod status;
+mod watch;
 
 pub use agent::Agent;
 pub use config::{Buffers, Config, PairTiming};
@@ -67,3 +73,4 @@ pub use logging_channel::sender::{Cursors, GuestPace};
 #[cfg(feature = "ablation")]
 pub use rules::Rule;
 pub use status::{Phase, Status};
+pub use watch::{StoreProblem, StoreView};

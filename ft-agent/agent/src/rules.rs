@@ -26,12 +26,22 @@ pub enum Rule {
     ReplayBeforeTake,
     /// A hello on a second connection counts only with the peer's certificate, and while the peer is quiet.
     DoubtStrangers,
+    /// A side that runs the guest looks at the store's record of its VM.
+    WatchTheStore,
+    /// A key that is revoked ends its connections and is believed no longer, neither by the peer nor by the
+    /// store. The simulator's hosts and its store apply this rule, not the agent.
+    #[cfg(feature = "ablation")]
+    RefuseRevokedKeys,
+    /// A member of the store that comes back with less than another remembers of it does not vote. The
+    /// simulator's store applies this rule.
+    #[cfg(feature = "ablation")]
+    DoubtRolledBackMembers,
 }
 
 #[cfg(feature = "ablation")]
 impl Rule {
     /// All of them.
-    pub const ALL: [Rule; 9] = [
+    pub const ALL: [Rule; 12] = [
         Rule::HoldOutputs,
         Rule::LogOutputs,
         Rule::AskTheStore,
@@ -41,5 +51,8 @@ impl Rule {
         Rule::ReleaseOnlyWhenFresh,
         Rule::ReplayBeforeTake,
         Rule::DoubtStrangers,
+        Rule::WatchTheStore,
+        Rule::RefuseRevokedKeys,
+        Rule::DoubtRolledBackMembers,
     ];
 }

@@ -12,6 +12,7 @@ use crate::event::{Action, Outcome, PeerRefusal, Suspicion};
 use crate::failure_detector::FailureDetector;
 use crate::rules::Rule;
 use crate::state::{AgentState, LogSide, PeerReplica};
+use crate::watch::StoreWatch;
 
 impl Agent {
     /// A connection to the peer has come up: this side says hello.
@@ -134,7 +135,7 @@ impl Agent {
                     self.ask_to_record_end(Outcome::NotStarted(suspicion));
                 } else if self.peer.is_none() {
                     self.state = AgentState::Opening { taking: true, lost: None };
-                    self.ask_to_take();
+                    self.ask_to_take(now);
                 } else {
                     let generation = self.config.generation;
                     self.outbox.push(&Message::Start { generation: generation.0 });
@@ -149,6 +150,7 @@ impl Agent {
         self.generation = Some(generation);
         self.state = AgentState::Protected;
         self.failure_detector.start(now);
+        self.watch = StoreWatch::new(self.config.timing, now);
         self.actions.push_back(Action::Start { generation });
         self.send_beat(now);
     }

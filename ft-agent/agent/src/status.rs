@@ -7,6 +7,7 @@ use store_rule::names::{Generation, Incarnation};
 
 use crate::agent::Agent;
 use crate::state::{AgentState, LogSide};
+use crate::watch::StoreProblem;
 
 /// Where a replica is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,10 +43,19 @@ pub struct Status {
     pub lag_ns: u64,
     /// Primary only: weight of the records that the backup has not replayed.
     pub lag_bytes: u64,
+    /// Why the store could not decide which side lives. The VM is not protected then.
+    pub store_problem: Option<StoreProblem>,
     /// Where this side's guest is.
     pub position: Position,
     /// Where the other side's guest was at its last beat.
     pub peer_position: Position,
+}
+
+impl Status {
+    /// Whether the VM survives the loss of either host.
+    pub fn is_protected(&self) -> bool {
+        self.phase == Phase::Protected && self.store_problem.is_none()
+    }
 }
 
 impl Agent {
@@ -70,6 +80,7 @@ impl Agent {
             cursors: Cursors::default(),
             lag_ns: 0,
             lag_bytes: 0,
+            store_problem: self.watch.problem(now).filter(|_| self.watches_store()),
             position: self.position,
             peer_position: Position::exact(self.peer_beat.position),
         };

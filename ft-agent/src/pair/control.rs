@@ -150,6 +150,9 @@ fn serve(
 
 fn failover(replica: &Arc<Replica>) -> ControlReply {
     let status = replica.status();
+    if let (Phase::Protected, Some(problem)) = (status.phase, status.store_problem) {
+        return ControlReply::Refused(format!("a handover needs the store: {problem}"));
+    }
     match (status.phase, status.role) {
         (Phase::Protected, agent::Role::Primary) => {
             replica.hand_over();

@@ -18,8 +18,8 @@ use crate::error::Error;
 /// The shell script that reads a line for each change and runs the user's command for it, one after the
 /// other. It ends with the replica, which may not start programs itself once it is confined.
 const RUNNER: &str = r#"
-while read -r VMFT_STATE VMFT_VM VMFT_ROLE VMFT_PHASE VMFT_GENERATION; do
-    export VMFT_STATE VMFT_VM VMFT_ROLE VMFT_PHASE VMFT_GENERATION
+while read -r VMFT_STATE VMFT_VM VMFT_ROLE VMFT_PHASE VMFT_GENERATION VMFT_REASON; do
+    export VMFT_STATE VMFT_VM VMFT_ROLE VMFT_PHASE VMFT_GENERATION VMFT_REASON
     /bin/sh -c "$0" </dev/null || echo "vmft: the command of --hook failed: exit code $?" >&2
 done
 "#;
@@ -34,7 +34,7 @@ pub struct Hook {
 
 impl Hook {
     /// Starts the process that runs `command`. The shell runs it with `VMFT_STATE` (PROTECTED or
-    /// UNPROTECTED), `VMFT_VM`, `VMFT_ROLE`, `VMFT_PHASE` and `VMFT_GENERATION` in its environment.
+    /// UNPROTECTED), `VMFT_VM`, `VMFT_ROLE`, `VMFT_PHASE`, `VMFT_GENERATION` and `VMFT_REASON` in its environment.
     ///
     /// # Errors
     /// The process cannot be started.
@@ -61,8 +61,7 @@ impl Hook {
     /// or out is neither PROTECTED nor UNPROTECTED.
     pub fn update(&mut self, status: &Status) {
         let protected = match status.phase {
-            Phase::Protected => true,
-            Phase::Deciding | Phase::Alone => false,
+            Phase::Protected | Phase::Deciding | Phase::Alone => status.is_protected(),
             Phase::Starting | Phase::Ending | Phase::Out => return,
         };
         if self.last.replace(protected) == Some(protected) {
@@ -71,7 +70,12 @@ impl Hook {
         let generation = status.generation.map_or(String::new(), |g| g.to_string());
         let (vm, role, phase) = (self.vm.as_str(), role_name(status.role), phase_name(status.phase));
         // A line this short is written to the pipe whole or not at all.
-        let line = format!("{} {vm} {role} {phase} {generation}\n", protection_word(protected));
+        let reason = match status.phase {
+            Phase::Protected => status.store_problem.map_or(String::new(), |problem| problem.to_string()),
+            Phase::Alone => "this side runs the guest alone".into(),
+            _ => "the other side is lost".into(),
+        };
+        let line = format!("{} {vm} {role} {phase} {generation} {reason}\n", protection_word(protected));
         if let Err(e) = (&*self.changes).write_all(line.as_bytes()) {
             warn!("the command of --hook is not run for this change to {}: {e}", protection_word(protected));
         }

@@ -85,6 +85,12 @@ fn text(vm: &VmName, report: Option<&ReplicaReport>) -> String {
             "1 if this side runs the guest without a backup",
             f64::from(r.phase == "alone"),
         ),
+        (
+            "store_answers",
+            "gauge",
+            "0 if the store has not answered this side for 15 s",
+            f64::from(r.store_answers),
+        ),
         ("generation", "gauge", "the pair's generation", count(r.generation.unwrap_or(0))),
         (
             "records_recorded_total",

@@ -18,6 +18,10 @@ pub struct ReplicaReport {
     pub phase: String,
     /// Whether the VM survives the loss of either host.
     pub protected: bool,
+    /// Why the store could not decide which side lives: then the VM is not protected.
+    pub store_problem: Option<String>,
+    /// Whether the store answers the looks of a side that runs the guest.
+    pub store_answers: bool,
     /// The pair's generation.
     pub generation: Option<u64>,
     /// This side's incarnation.
@@ -119,6 +123,9 @@ impl fmt::Display for ReplicaReport {
             self.recorded, self.sent, self.acked, self.replayed, self.outputs_recorded, self.outputs_released
         )?;
         writeln!(f, "position {} on this side, {} on the other", self.position, self.peer_position)?;
+        if let Some(problem) = &self.store_problem {
+            writeln!(f, "{problem}")?;
+        }
         match &self.failover {
             None => Ok(()),
             Some(failover) => writeln!(f, "last failover: {failover}"),

@@ -14,6 +14,7 @@ pub const TIMING: PairTiming = PairTiming {
     beat_interval_ns: 50 * MS,
     progress_timeout_ns: 5000 * MS,
     retry_ns: 50 * MS,
+    store_watch_ns: 60_000 * MS,
 };
 
 pub fn config(role: Role, incarnation: u128) -> Config {

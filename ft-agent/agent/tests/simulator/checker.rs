@@ -1,6 +1,7 @@
 //! What must hold, judged by the outputs that leave the hosts.
 
 use agent::{Rule, Suspicion};
+use store_rule::names::{Generation, Incarnation};
 
 use super::guest::GuestOutput;
 use super::process::TIMING;
@@ -40,6 +41,10 @@ pub struct Counts {
     pub won_by_primary: u64,
     pub won_by_backup: u64,
     pub fenced: u64,
+    pub stood_down: u64,
+    pub started_elsewhere: u64,
+    pub revoked: u64,
+    pub rolled_back: u64,
     pub unknown_verdicts: u64,
     pub handed_over: u64,
     pub ended: u64,
@@ -61,6 +66,10 @@ impl Counts {
             (&mut self.won_by_primary, o.won_by_primary),
             (&mut self.won_by_backup, o.won_by_backup),
             (&mut self.fenced, o.fenced),
+            (&mut self.stood_down, o.stood_down),
+            (&mut self.started_elsewhere, o.started_elsewhere),
+            (&mut self.revoked, o.revoked),
+            (&mut self.rolled_back, o.rolled_back),
             (&mut self.unknown_verdicts, o.unknown_verdicts),
             (&mut self.handed_over, o.handed_over),
             (&mut self.ended, o.ended),
@@ -89,6 +98,8 @@ struct BackupClosed {
 pub struct Claim {
     /// It has the certificate of the host's peer.
     pub same_certificate: bool,
+    /// That certificate is revoked.
+    pub is_revoked: bool,
     /// How long the host had read nothing from its peer, by its own clock.
     pub silence_ns: u64,
 }
@@ -108,6 +119,7 @@ pub struct Emitter {
 pub struct Checker {
     seen: Vec<GuestOutput>,
     closed: Option<BackupClosed>,
+    winner: Option<(Generation, Incarnation)>,
     pub counts: Counts,
 }
 
@@ -123,6 +135,19 @@ impl Checker {
         self.closed.get_or_insert(BackupClosed { at, by_clock, outputs });
     }
 
+    /// The store lets a side win.
+    ///
+    /// # Errors
+    /// Another side has won the same generation before.
+    pub fn won(&mut self, generation: Generation, who: Incarnation) -> Result<(), String> {
+        match self.winner.replace((generation, who)) {
+            Some((g, before)) if g == generation && before != who => {
+                Err(format!("two winners of generation {g}: {before}, then {who}"))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// A host takes its peer to be lost because of a claim.
     ///
     /// # Errors
@@ -130,7 +155,7 @@ impl Checker {
     pub fn claim_believed(&mut self, claim: Option<Claim>) -> Result<(), String> {
         self.counts.claims_believed += 1;
         match claim {
-            Some(Claim { same_certificate: true, silence_ns })
+            Some(Claim { same_certificate: true, is_revoked: false, silence_ns })
                 if silence_ns > 2 * TIMING.beat_interval_ns =>
             {
                 Ok(())

@@ -2,9 +2,10 @@
 
 use super::MS;
 use super::rng::Rng;
+use super::world::RevokedBy;
 
 /// Something that goes wrong in a host (0: primary, 1: backup) or between the hosts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 pub enum Fault {
     /// `kill -9`: the kernel closes its connections.
     Kill { host: usize },
@@ -47,6 +48,14 @@ pub enum Fault {
     /// A process that is not the host's peer says hello to it in the peer's name, with the peer's certificate
     /// (it was started twice on the peer's host) or with another one.
     Stranger { host: usize, same_certificate: bool },
+    /// The operator has the store forget the VM, and starts it on a third host.
+    Elsewhere,
+    /// A host's key is revoked: its peer, the store or both accept it no longer.
+    Revoke { host: usize, revoked: RevokedBy },
+    /// The store's leader, or another member, does not answer.
+    StoreDown { leader: bool, ns: u64 },
+    /// A member of the store comes back with an earlier copy of its directory: this many changes earlier.
+    StoreRollBack { changes: usize },
 }
 
 /// A fault and when it happens.
@@ -77,6 +86,20 @@ pub fn plan_faults(rng: &mut Rng) -> Vec<PlannedFault> {
         let after_ns = rng.between(0, 10 * MS);
         faults.extend([0, 1].map(|host| (at, Fault::Restart { host, after_ns })));
     }
+    if rng.chance(40) {
+        // One side wins; then the member that was away when it did, and one that has gone back to before it, are
+        // left alone with the other side's question.
+        let at = rng.between(from, 200 * MS);
+        let host = (rng.next() & 1) as usize;
+        faults.push((at, Fault::Cut { to: [true; 2], ns: 150 * MS }));
+        faults.push((at, Fault::CutStore { host, ns: rng.between(75 * MS, 100 * MS) }));
+        faults.push((at + 20 * MS, Fault::StoreDown { leader: false, ns: 45 * MS }));
+        faults.push((at + 66 * MS, Fault::StoreRollBack { changes: rng.between(1, 3) as usize }));
+        faults.push((at + 67 * MS, Fault::StoreDown { leader: true, ns: rng.between(10 * MS, 80 * MS) }));
+    }
+    if rng.chance(30) {
+        faults.push((rng.between(15 * MS, 250 * MS), Fault::Elsewhere));
+    }
     faults
 }
 
@@ -84,7 +107,7 @@ fn fault(rng: &mut Rng) -> Fault {
     let host = (rng.next() & 1) as usize;
     let effects = rng.between(1, 40);
     let either = [[true, false], [false, true], [true, true], [true, true]][rng.between(0, 3) as usize];
-    match rng.between(0, 27) {
+    match rng.between(0, 32) {
         0 | 1 => Fault::Kill { host },
         2 => Fault::PowerLoss { host },
         3 => Fault::KillAtEffect { host, effects },
@@ -103,6 +126,12 @@ fn fault(rng: &mut Rng) -> Fault {
         21 => Fault::PowerOff,
         22 => Fault::HandOver { host },
         23..=25 => Fault::Stranger { host, same_certificate: rng.chance(500) },
+        26 | 27 => {
+            let (peer, store) = [(true, false), (false, true), (true, true)][rng.between(0, 2) as usize];
+            Fault::Revoke { host, revoked: RevokedBy { peer, store } }
+        }
+        28 | 29 => Fault::StoreDown { leader: rng.chance(500), ns: rng.between(MS, 100 * MS) },
+        30 => Fault::StoreRollBack { changes: rng.between(1, 3) as usize },
         _ => Fault::Flood { ns: rng.between(5 * MS, 60 * MS) },
     }
 }
@@ -119,6 +148,7 @@ impl Fault {
             | Fault::ClockJump { ns, .. }
             | Fault::Wedge { ns, .. }
             | Fault::SlowReplay { ns }
+            | Fault::StoreDown { ns, .. }
             | Fault::Flood { ns } => ns,
             Fault::Restart { after_ns, .. } => after_ns,
             _ => 0,

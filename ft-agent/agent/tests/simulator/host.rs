@@ -9,7 +9,7 @@ use super::MS;
 use super::checker::Emitter;
 use super::guest::{GuestOutput, disk_done, logged};
 use super::process::Process;
-use super::sim_event::{SimEvent, SimResult};
+use super::sim_event::{SimEvent, SimResult, StoreQuestion};
 use super::world::World;
 
 impl World {
@@ -46,11 +46,13 @@ impl World {
                 self.checker.claim_believed(self.claims[host])?
             }
             Action::Refused(_) => {}
-            Action::Open { generation, members } => {
-                self.ask_store(host, Command::Open { generation, members })
+            Action::Open { generation, members } => self.change(host, Command::Open { generation, members }),
+            Action::Take { generation, who } => self.change(host, Command::Take { generation, who }),
+            Action::End { generation, who } => self.change(host, Command::End { generation, who }),
+            Action::Look { generation, who } => {
+                self.ask_store(host, StoreQuestion::Look { generation, who })
             }
-            Action::Take { generation, who } => self.ask_store(host, Command::Take { generation, who }),
-            Action::End { generation, who } => self.ask_store(host, Command::End { generation, who }),
+            Action::StoreProblem(_) => {}
             Action::Start { .. } => process.started = true,
             Action::Release => self.release(host)?,
             Action::Drop => while process.gate.release(process.agent.drop_limit()).is_some() {},
@@ -103,6 +105,7 @@ impl World {
             Outcome::Ended(_) => counts.ended += 1,
             Outcome::HandedOver => counts.handed_over += 1,
             Outcome::Fenced(_) => counts.fenced += 1,
+            Outcome::Forgotten | Outcome::Overtaken(_) => counts.stood_down += 1,
             Outcome::Failed(_) | Outcome::Stopped => counts.failed += 1,
             Outcome::NotOpened | Outcome::NotStarted(_) => {}
         }
@@ -163,11 +166,15 @@ impl World {
         }
     }
 
-    fn ask_store(&mut self, host: usize, command: Command) {
+    fn change(&mut self, host: usize, command: Command) {
+        self.ask_store(host, StoreQuestion::Change(command));
+    }
+
+    fn ask_store(&mut self, host: usize, question: StoreQuestion) {
         if self.may_take_effect(host) || self.hosts[host].process.is_some() {
             let wait = self.hosts[host].paused_until.saturating_sub(self.now);
             let id = self.hosts[host].process.as_ref().map_or(0, |p| p.id);
-            self.schedule_after(wait, SimEvent::Ask { host, id, command });
+            self.schedule_after(wait, SimEvent::Ask { host, id, question });
         }
     }
 
@@ -205,6 +212,7 @@ impl World {
         let said = GuestOutput::of(&output);
         self.trace(host, &said);
         self.checker.emitted(said, emitter)?;
+        self.check_copies(host)?;
         self.send_to_client(said);
         Ok(())
     }

@@ -13,7 +13,7 @@
 //! | [`host`], [`process`] | a host's process: what the `vmft` program does around the agent |
 //! | [`guest`] | the machine |
 //! | [`link`], [`network`] | the connection between the hosts, byte by byte |
-//! | [`store`] | the store, and its answers |
+//! | [`store`], [`store_members`] | questions on their way to the store and back; its three members |
 //! | [`client`] | the client |
 //! | [`faults`], [`injection`] | what goes wrong, and how |
 //! | [`checker`] | what must hold |
@@ -30,6 +30,7 @@ pub mod process;
 pub mod rng;
 pub mod sim_event;
 pub mod store;
+pub mod store_members;
 pub mod world;
 
 pub use checker::Counts;

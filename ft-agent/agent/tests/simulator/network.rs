@@ -15,7 +15,10 @@ impl World {
     pub fn connect(&mut self, host: usize, id: u64) -> SimResult {
         let Some(process) = &self.hosts[host].process else { return Ok(()) };
         let connected = self.connection.as_ref().is_some_and(|(_, c)| c.open[host]);
-        if process.agent.status(0).phase != Phase::Starting {
+        if process.agent.status(0).phase != Phase::Starting
+            || self.refuses_key_of(0)
+            || self.refuses_key_of(1)
+        {
             return Ok(());
         }
         self.schedule_between(3 * MS, 15 * MS, SimEvent::Connect { host, id });
@@ -60,10 +63,14 @@ impl World {
     /// A process says hello to a host on a second connection. The host reads first what has arrived from its
     /// peer.
     pub fn claim(&mut self, host: usize, hello: &Hello, same_certificate: bool) -> SimResult {
+        let is_revoked = same_certificate && self.revoked[1 - host].peer;
+        if is_revoked && self.refuses_key_of(1 - host) {
+            return Ok(());
+        }
         self.read(host, usize::MAX)?;
         self.checker.counts.claims += 1;
         let silence_ns = self.clock(host).saturating_sub(self.heard_at[host]);
-        let claim = Claim { same_certificate, silence_ns };
+        let claim = Claim { same_certificate, is_revoked, silence_ns };
         self.claims[host] = Some(claim);
         self.trace(host, &claim);
         self.handle_event(host, Event::Stranger { hello, same_certificate })

@@ -18,6 +18,7 @@ pub const TIMING: PairTiming = PairTiming {
     beat_interval_ns: 5 * MS,
     progress_timeout_ns: 120 * MS,
     retry_ns: 5 * MS,
+    store_watch_ns: 30 * MS,
 };
 
 /// A replica's process.

@@ -1,5 +1,7 @@
 //! What can happen in a simulation.
 
+use agent::StoreView;
+use store_rule::names::{Generation, Incarnation};
 use store_rule::record::{Command, CommandReply};
 
 use super::faults::Fault;
@@ -7,6 +9,20 @@ use super::guest::GuestOutput;
 
 /// The result of a step of the simulation: an error says which invariant is broken.
 pub type SimResult = Result<(), String>;
+
+/// What a process asks the store.
+#[derive(Clone, Debug)]
+pub enum StoreQuestion {
+    Change(Command),
+    Look { generation: Generation, who: Incarnation },
+}
+
+/// The store's answer.
+#[derive(Clone, Debug)]
+pub enum StoreAnswer {
+    Reply(CommandReply),
+    View(StoreView),
+}
 
 /// Something that happens at a simulated time.
 #[derive(Clone, Debug)]
@@ -23,12 +39,12 @@ pub enum SimEvent {
     Connect { host: usize, id: u64 },
     /// A packet arrives.
     Arrive { connection: u64, to: usize },
-    /// A process sends a command to the store.
-    Ask { host: usize, id: u64, command: Command },
-    /// A command reaches the store; the sender may no longer wait for the answer.
-    Apply { command: Command, reply_to: Option<(usize, u64)> },
+    /// A process sends a question to the store.
+    Ask { host: usize, id: u64, question: StoreQuestion },
+    /// A question of a host reaches the store; the process `reply_to` waits for the answer.
+    Reach { host: usize, question: StoreQuestion, reply_to: Option<u64> },
     /// The store's answer arrives, or the sender gives up waiting for it.
-    Answer { host: usize, id: u64, command: Command, reply: Option<CommandReply> },
+    Answer { host: usize, id: u64, question: StoreQuestion, answer: Option<StoreAnswer> },
     /// A disk request is done.
     DiskDone { host: usize, id: u64, request: u64 },
     /// The client's timer fires.

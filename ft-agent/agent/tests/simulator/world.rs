@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 
 use agent::{Event, Phase, Rule};
 use store_rule::names::VmName;
-use store_rule::state::StoreState;
 
 use super::MS;
 use super::checker::{Checker, Claim, Counts, Failure};
@@ -13,11 +12,19 @@ use super::link::Connection;
 use super::process::{Host, Process};
 use super::rng::Rng;
 use super::sim_event::{SimEvent, SimResult};
+use super::store_members::StoreMembers;
 
 /// How long a run goes on after its last fault, so that the client gets its answers.
 const PATIENCE: u64 = 800 * MS;
 /// Number of answers after the last fault that show that the guest lives.
 const ANSWERS: u64 = 3;
+
+/// Who no longer accepts a host's key.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RevokedBy {
+    pub peer: bool,
+    pub store: bool,
+}
 
 /// The whole simulation.
 pub struct World {
@@ -30,13 +37,19 @@ pub struct World {
     pub processes: u64,
     /// Until when bytes to each host wait.
     pub cut_until: [u64; 2],
-    pub store: StoreState,
+    pub store: StoreMembers,
     pub vm: VmName,
     pub store_cut_until: [u64; 2],
     pub no_quorum_until: u64,
     pub slow_until: u64,
     pub flood_until: u64,
     pub buffers: [u64; 2],
+    /// When the last fault is over.
+    pub quiet: u64,
+    /// When the operator had the VM forgotten and started it on a third host.
+    pub elsewhere_since: Option<u64>,
+    /// Whose keys each host's peer, and the store, accept no longer.
+    pub revoked: [RevokedBy; 2],
     /// The client's request that is not answered yet.
     pub asked: u64,
     pub guest_is_off: bool,
@@ -79,13 +92,16 @@ impl World {
             connection: None,
             processes: 0,
             cut_until: [0; 2],
-            store: StoreState::default(),
+            store: StoreMembers::new(without),
             vm: "simulated".parse().expect("a name"),
             store_cut_until: [0; 2],
             no_quorum_until: 0,
             slow_until: 0,
             flood_until: 0,
             buffers,
+            quiet: 0,
+            elsewhere_since: None,
+            revoked: Default::default(),
             asked: 1,
             guest_is_off: false,
             checker: Checker::default(),
@@ -124,21 +140,20 @@ impl World {
     fn run(&mut self) -> SimResult {
         let mut plan_rng = Rng::new(self.rng.next());
         let faults = plan_faults(&mut plan_rng);
-        let quiet = faults.iter().map(|(at, fault): &PlannedFault| at + fault.lasts_ns()).max().unwrap_or(0);
+        self.quiet = faults.iter().map(|(at, fault): &PlannedFault| at + fault.lasts_ns()).max().unwrap_or(0);
         for (at, fault) in faults {
             self.schedule_at(at, SimEvent::Fault(fault));
         }
         self.spawn(0);
         self.spawn(1);
         self.schedule_after(MS, SimEvent::Client);
-        let end = quiet + PATIENCE;
         let mut answered_when_quiet = None;
         while let Some(((time, _), event)) = self.queue.pop_first() {
             self.now = time;
-            if time > end {
+            if time > self.quiet + PATIENCE {
                 break;
             }
-            if time > quiet {
+            if time > self.quiet {
                 let before = *answered_when_quiet.get_or_insert(self.asked);
                 // The loser has to learn of it too, so some runs go on to their end.
                 if self.asked >= before + ANSWERS && !self.scheduled.is_multiple_of(8) && self.is_settled() {
@@ -156,6 +171,9 @@ impl World {
     fn is_settled(&self) -> bool {
         let phase = |h: &Host| h.process.as_ref().map_or(Phase::Out, |p| p.agent.status(0).phase);
         let phases = [phase(&self.hosts[0]), phase(&self.hosts[1])];
+        if self.elsewhere_since.is_some() {
+            return phases == [Phase::Out; 2];
+        }
         matches!(
             phases,
             [Phase::Protected, Phase::Protected] | [Phase::Alone, Phase::Out] | [Phase::Out, Phase::Alone]
@@ -197,15 +215,12 @@ impl World {
             }
             SimEvent::Connect { host, id } => self.connect(host, id),
             SimEvent::Arrive { connection, to } => self.arrive(connection, to),
-            SimEvent::Ask { host, id, command } => {
-                self.send_to_store(host, id, command);
+            SimEvent::Ask { host, id, question } => {
+                self.send_to_store(host, id, question);
                 Ok(())
             }
-            SimEvent::Apply { command, reply_to } => {
-                self.apply_command(command, reply_to);
-                Ok(())
-            }
-            SimEvent::Answer { host, command, reply, .. } => self.answer(host, &command, reply),
+            SimEvent::Reach { host, question, reply_to } => self.reach_store(host, question, reply_to),
+            SimEvent::Answer { host, question, answer, .. } => self.answer(host, &question, answer),
             SimEvent::DiskDone { host, request, .. } => {
                 self.disk_done(host, request);
                 Ok(())
@@ -252,15 +267,16 @@ impl World {
 
     /// Checks, when the faults are over, that the side that should live does, and the other does not.
     fn check_outcome(&mut self, progress: bool) -> SimResult {
-        let holder = self.store.get(&self.vm).and_then(|record| record.holder());
+        let holder = self.store.answered().get(&self.vm).and_then(|record| record.holder());
         let alive = |h: &Host| h.process.as_ref().filter(|p| p.id <= 2).map(|p| p.agent.incarnation());
         let alive = [alive(&self.hosts[0]), alive(&self.hosts[1])];
         if self.guest_is_off {
             return Ok(());
         }
-        for process in self.hosts.iter().filter_map(|h| h.process.as_ref()) {
-            // A process that has not met its peer, or was not told to start, never takes.
-            let has_run = process.agent.status(0).phase != Phase::Starting;
+        for (host, process) in self.hosts.iter().enumerate().filter_map(|(n, h)| Some((n, h.process.as_ref()?))) {
+            // A process that has not met its peer, or was not told to start, never takes. The store tells
+            // nothing to a host whose key is revoked: it is silent, unless the generation was its own before.
+            let has_run = process.agent.status(0).phase != Phase::Starting && !self.revoked[host].store;
             if has_run && holder.is_some_and(|holder| holder != process.agent.incarnation()) {
                 return Err(format!("a loser is not fenced: incarnation {}", process.agent.incarnation()));
             }
@@ -271,12 +287,20 @@ impl World {
         self.checker.counts.dead = 1;
         match holder {
             Some(holder) if alive.contains(&Some(holder)) => {
+                let host = (alive[1] == Some(holder)) as usize;
+                // A verdict that a host has not heard before its key is revoked, it never hears.
+                if self.revoked[host].store {
+                    return Ok(());
+                }
                 Err("the holder's process lives but does not answer the client".into())
             }
             // The holder died after it had won.
             Some(_) => Ok(()),
             None if !self.checker.saw_something() => Ok(()),
-            None => match self.hosts.iter().position(|h| !h.is_lost && h.process.is_some()) {
+            None => match (0..2).find(|n| {
+                let h = &self.hosts[*n];
+                !h.is_lost && h.process.is_some() && !self.revoked[*n].store
+            }) {
                 Some(host) => Err(format!("no side lives, but {} could", ["A", "B"][host])),
                 None => Ok(()),
             },

@@ -20,14 +20,14 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
-use agent::{Action, Agent, Event, Hello, Role};
+use agent::{Action, Agent, Event, Hello, Outcome, Role, StoreView};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use rustls::pki_types::CertificateDer;
 use test_and_set::blocking::BlockingStore;
 use test_and_set::names::{Generation, Incarnation, VmName};
-use test_and_set::record::Verdict;
+use test_and_set::record::{Verdict, VmRecord};
 use test_and_set::store::{StoreError, chain};
-use tracing::{debug, info, warn};
+use tracing::{debug, error, info, warn};
 
 use super::announce::Announcer;
 use super::hook::Hook;
@@ -185,6 +185,9 @@ impl Replica {
                 state.history.peer_lost(now_ns(), suspicion.to_string());
             }
             Action::Take { generation, who } => self.ask_for_verdict(state, generation, who),
+            Action::Look { generation, who } => self.look(generation, who),
+            Action::StoreProblem(Some(problem)) => warn!("UNPROTECTED: {problem}"),
+            Action::StoreProblem(None) => info!("the store answers, and has the record of this pair"),
             Action::GoLive => {
                 state.release_outputs();
                 state.alone = true;
@@ -197,7 +200,12 @@ impl Replica {
             Action::Pause => state.paused = true,
             Action::End { generation, who } => self.ask_to_record_end(state, generation, who),
             Action::Halt(outcome) => {
-                info!("this side ends: {outcome}");
+                match outcome {
+                    Outcome::Fenced(_) | Outcome::Forgotten | Outcome::Overtaken(_) => {
+                        error!("this side ends: {outcome}")
+                    }
+                    _ => info!("this side ends: {outcome}"),
+                }
                 // If this fails the connection is gone, and the last messages cannot be sent.
                 state.write_link().ok();
                 self.close_link(state);
@@ -216,6 +224,17 @@ impl Replica {
             replica.handle(Event::Verdict(verdict.map_unknown(|e| log_no_answer(&e))));
         };
         self.store.begin_take(self.vm.clone(), generation, who, STORE_PATIENCE, answer);
+    }
+
+    /// Reads the VM's record, to see whether the store still knows this side.
+    fn look(self: &Arc<Self>, generation: Generation, who: Incarnation) {
+        let replica = self.clone();
+        let answer = move |record: Result<Option<VmRecord>, StoreError>| {
+            let view = record.inspect_err(|e| debug!("a look at the store: {}", chain(e)));
+            let view = view.ok().map(|record| StoreView::of(record.as_ref(), generation, who));
+            replica.handle(Event::Looked(view));
+        };
+        self.store.begin_get(self.vm.clone(), STORE_PATIENCE, answer);
     }
 
     /// Asks the store to record that the VM has ended.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 
-use agent::{Event, Outcome, Phase, Role, Status};
+use agent::{Event, Outcome, Role, Status, StoreProblem};
 use entry::Console;
 
 use super::{Replica, now_ns};
@@ -57,7 +57,9 @@ impl Replica {
             name: self.vm.to_string(),
             role: role_name(status.role).into(),
             phase: phase_name(status.phase).into(),
-            protected: status.phase == Phase::Protected,
+            protected: status.is_protected(),
+            store_problem: status.store_problem.map(|problem| problem.to_string()),
+            store_answers: !matches!(status.store_problem, Some(StoreProblem::Silent(_))),
             generation: status.generation.map(|g| g.0),
             incarnation: state.agent.incarnation().to_string(),
             peer: status.peer.map(|p| p.to_string()),

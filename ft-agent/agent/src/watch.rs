@@ -1,0 +1,151 @@
+//! A side that runs the guest looks at the store's record of its VM (rule 11).
+
+use logging_channel::message::Message;
+use store_rule::names::{Generation, Incarnation};
+use store_rule::record::{VmPhase, VmRecord};
+
+use crate::agent::Agent;
+use crate::config::PairTiming;
+use crate::event::{Action, Outcome};
+use crate::rules::Rule;
+use crate::state::AgentState;
+
+/// How many looks in a row get no answer before the store counts as silent. A process that was stopped finds
+/// one look without an answer when it goes on.
+const UNANSWERED_MAX: u32 = 3;
+
+/// What the store's record of a VM means to a side that runs the VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StoreView {
+    /// The side is a member of the generation that is open, and the other side does not hold it.
+    Ours,
+    /// The VM was forgotten.
+    Forgotten,
+    /// The VM was opened again without this side: this is its generation.
+    Overtaken(Generation),
+    /// The other side holds the generation.
+    HeldByOther(Incarnation),
+    /// The store knows less than this side: it has no record of the VM, or one of an earlier generation.
+    Unknown,
+}
+
+impl StoreView {
+    /// What a VM's record (`None`: there is none) means to the side `who` of a generation.
+    pub fn of(record: Option<&VmRecord>, generation: Generation, who: Incarnation) -> StoreView {
+        let Some(record) = record.filter(|r| r.generation >= generation) else { return StoreView::Unknown };
+        match &record.phase {
+            VmPhase::Forgotten => StoreView::Forgotten,
+            VmPhase::Open { members, .. } if record.generation > generation || members.find(who).is_none() => {
+                StoreView::Overtaken(record.generation)
+            }
+            VmPhase::Open { holder: Some(holder), .. } if *holder != who => StoreView::HeldByOther(*holder),
+            VmPhase::Open { .. } => StoreView::Ours,
+        }
+    }
+}
+
+/// Why the store cannot decide which side lives, although this side runs: the VM is not protected meanwhile.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum StoreProblem {
+    /// It has not answered for this time, ns.
+    #[error("the store has not answered for {} s: without it neither side can go on alone; check its members", .0 / 1_000_000_000)]
+    Silent(u64),
+    /// It has lost its record of this pair.
+    #[error(
+        "the store has no record of this pair, and would fence both sides: give it back its data, or end the VM's run \
+         and start it again"
+    )]
+    Unknown,
+}
+
+/// When to look, and what was seen.
+#[derive(Debug)]
+pub(crate) struct StoreWatch {
+    timing: PairTiming,
+    /// When the next look is due; `None` while one is under way.
+    next_at: Option<u64>,
+    /// When the store last answered.
+    answered_at: u64,
+    /// Looks in a row without an answer.
+    unanswered: u32,
+    /// The store has no record of this pair.
+    is_unknown: bool,
+}
+
+impl StoreWatch {
+    /// The store has just answered that this side may run.
+    pub(crate) fn new(timing: PairTiming, now: u64) -> StoreWatch {
+        let next_at = Some(now + timing.store_watch_ns);
+        StoreWatch { timing, next_at, answered_at: now, unanswered: 0, is_unknown: false }
+    }
+
+    /// When the next look is due.
+    pub(crate) fn deadline(&self) -> Option<u64> {
+        self.next_at
+    }
+
+    /// What is wrong, if anything is.
+    pub(crate) fn problem(&self, now: u64) -> Option<StoreProblem> {
+        let silence = now.saturating_sub(self.answered_at);
+        if self.unanswered >= UNANSWERED_MAX && silence >= 3 * self.timing.store_watch_ns {
+            return Some(StoreProblem::Silent(silence));
+        }
+        self.is_unknown.then_some(StoreProblem::Unknown)
+    }
+
+    /// A look got no answer: the next one is soon.
+    fn missed(&mut self, now: u64) {
+        self.unanswered += 1;
+        self.next_at = Some(now + self.timing.store_watch_ns / 10);
+    }
+
+    /// A look was answered.
+    fn answered(&mut self, now: u64, is_unknown: bool) {
+        self.next_at = Some(now + self.timing.store_watch_ns);
+        (self.answered_at, self.unanswered, self.is_unknown) = (now, 0, is_unknown);
+    }
+}
+
+impl Agent {
+    /// Whether this side runs the guest, and nothing else will make it ask the store.
+    pub(crate) fn watches_store(&self) -> bool {
+        matches!(self.state, AgentState::Protected | AgentState::Alone) && self.in_force(Rule::WatchTheStore)
+    }
+
+    /// Looks at the store's record, when it is time to.
+    pub(crate) fn look_when_due(&mut self, now: u64) {
+        let Some(generation) = self.generation.filter(|_| self.watches_store()) else { return };
+        if self.watch.next_at.take_if(|at| *at <= now).is_some() {
+            self.actions.push_back(Action::Look { generation, who: self.incarnation() });
+        }
+    }
+
+    /// The store has answered a look, or has not (`None`). An answer may be late: what ends this side stays
+    /// true, and a side that has left the states that watch asks the store for a verdict anyway.
+    pub(crate) fn looked(&mut self, now: u64, view: Option<StoreView>) {
+        if !self.watches_store() {
+            return;
+        }
+        let before = self.watch.problem(now).map(|p| std::mem::discriminant(&p));
+        match view {
+            None => self.watch.missed(now),
+            Some(StoreView::Ours) => self.watch.answered(now, false),
+            Some(StoreView::Unknown) => self.watch.answered(now, true),
+            Some(StoreView::Forgotten) => return self.stand_down(Outcome::Forgotten),
+            Some(StoreView::Overtaken(generation)) => return self.stand_down(Outcome::Overtaken(generation)),
+            Some(StoreView::HeldByOther(holder)) => return self.stand_down(Outcome::Fenced(Some(holder))),
+        }
+        let problem = self.watch.problem(now);
+        if problem.map(|p| std::mem::discriminant(&p)) != before {
+            self.actions.push_back(Action::StoreProblem(problem));
+        }
+    }
+
+    /// This side has no right to run the VM: nothing leaves from here on, and the peer is told.
+    fn stand_down(&mut self, outcome: Outcome) {
+        if self.connected {
+            self.outbox.push(&Message::Failed { reason: outcome.to_string() });
+        }
+        self.halt(outcome);
+    }
+}
