@@ -35,7 +35,9 @@ impl StoreView {
         let Some(record) = record.filter(|r| r.generation >= generation) else { return StoreView::Unknown };
         match &record.phase {
             VmPhase::Forgotten => StoreView::Forgotten,
-            VmPhase::Open { members, .. } if record.generation > generation || members.find(who).is_none() => {
+            VmPhase::Open { members, .. }
+                if record.generation > generation || members.find(who).is_none() =>
+            {
                 StoreView::Overtaken(record.generation)
             }
             VmPhase::Open { holder: Some(holder), .. } if *holder != who => StoreView::HeldByOther(*holder),
@@ -68,7 +70,9 @@ pub(crate) struct StoreWatch {
     answered_at: u64,
     /// Looks in a row without an answer.
     unanswered: u32,
-    /// The store has no record of this pair.
+    /// It has not answered for long.
+    is_silent: bool,
+    /// It has no record of this pair.
     is_unknown: bool,
 }
 
@@ -76,7 +80,7 @@ impl StoreWatch {
     /// The store has just answered that this side may run.
     pub(crate) fn new(timing: PairTiming, now: u64) -> StoreWatch {
         let next_at = Some(now + timing.store_watch_ns);
-        StoreWatch { timing, next_at, answered_at: now, unanswered: 0, is_unknown: false }
+        StoreWatch { timing, next_at, answered_at: now, unanswered: 0, is_silent: false, is_unknown: false }
     }
 
     /// When the next look is due.
@@ -86,23 +90,23 @@ impl StoreWatch {
 
     /// What is wrong, if anything is.
     pub(crate) fn problem(&self, now: u64) -> Option<StoreProblem> {
-        let silence = now.saturating_sub(self.answered_at);
-        if self.unanswered >= UNANSWERED_MAX && silence >= 3 * self.timing.store_watch_ns {
-            return Some(StoreProblem::Silent(silence));
-        }
-        self.is_unknown.then_some(StoreProblem::Unknown)
+        let silent = self.is_silent.then(|| StoreProblem::Silent(now.saturating_sub(self.answered_at)));
+        silent.or(self.is_unknown.then_some(StoreProblem::Unknown))
     }
 
     /// A look got no answer: the next one is soon.
     fn missed(&mut self, now: u64) {
         self.unanswered += 1;
+        let silence = now.saturating_sub(self.answered_at);
+        self.is_silent = self.unanswered >= UNANSWERED_MAX && silence >= 3 * self.timing.store_watch_ns;
         self.next_at = Some(now + self.timing.store_watch_ns / 10);
     }
 
     /// A look was answered.
     fn answered(&mut self, now: u64, is_unknown: bool) {
         self.next_at = Some(now + self.timing.store_watch_ns);
-        (self.answered_at, self.unanswered, self.is_unknown) = (now, 0, is_unknown);
+        (self.answered_at, self.unanswered) = (now, 0);
+        (self.is_silent, self.is_unknown) = (false, is_unknown);
     }
 }
 
@@ -126,7 +130,7 @@ impl Agent {
         if !self.watches_store() {
             return;
         }
-        let before = self.watch.problem(now).map(|p| std::mem::discriminant(&p));
+        let before = (self.watch.is_silent, self.watch.is_unknown);
         match view {
             None => self.watch.missed(now),
             Some(StoreView::Ours) => self.watch.answered(now, false),
@@ -135,9 +139,8 @@ impl Agent {
             Some(StoreView::Overtaken(generation)) => return self.stand_down(Outcome::Overtaken(generation)),
             Some(StoreView::HeldByOther(holder)) => return self.stand_down(Outcome::Fenced(Some(holder))),
         }
-        let problem = self.watch.problem(now);
-        if problem.map(|p| std::mem::discriminant(&p)) != before {
-            self.actions.push_back(Action::StoreProblem(problem));
+        if before != (self.watch.is_silent, self.watch.is_unknown) {
+            self.actions.push_back(Action::StoreProblem(self.watch.problem(now)));
         }
     }
 

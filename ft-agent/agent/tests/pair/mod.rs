@@ -1,4 +1,5 @@
 //! Two agents, a connection and a store, driven step by step.
+#![allow(dead_code, reason = "each test binary uses only a part")]
 
 use agent::{Action, Agent, Buffers, Config, Event, NextRecord, PairTiming, Phase, Role};
 use entry::identity::Identity;

@@ -49,9 +49,7 @@ impl World {
             Action::Open { generation, members } => self.change(host, Command::Open { generation, members }),
             Action::Take { generation, who } => self.change(host, Command::Take { generation, who }),
             Action::End { generation, who } => self.change(host, Command::End { generation, who }),
-            Action::Look { generation, who } => {
-                self.ask_store(host, StoreQuestion::Look { generation, who })
-            }
+            Action::Look { generation, who } => self.ask_store(host, StoreQuestion::Look { generation, who }),
             Action::StoreProblem(_) => {}
             Action::Start { .. } => process.started = true,
             Action::Release => self.release(host)?,

@@ -44,12 +44,7 @@ impl World {
     }
 
     /// A question of a host reaches the store.
-    pub fn reach_store(
-        &mut self,
-        host: usize,
-        question: StoreQuestion,
-        reply_to: Option<u64>,
-    ) -> SimResult {
+    pub fn reach_store(&mut self, host: usize, question: StoreQuestion, reply_to: Option<u64>) -> SimResult {
         let refused = self.revoked[host].store && self.without != Some(Rule::RefuseRevokedKeys);
         let answer = match &question {
             _ if refused => None,

@@ -68,7 +68,7 @@ impl StoreMembers {
         &self.answered
     }
 
-    /// A change: `None` if a majority does not have it now. It may be in the log all the same.
+    /// A change: `None` if a majority does not have it now. It may be in the log anyway.
     pub fn change(&mut self, now: u64, vm: &VmName, command: Command) -> Option<CommandReply> {
         self.read(now)?;
         self.append(Some((vm.clone(), command.clone())));

@@ -273,7 +273,9 @@ impl World {
         if self.guest_is_off {
             return Ok(());
         }
-        for (host, process) in self.hosts.iter().enumerate().filter_map(|(n, h)| Some((n, h.process.as_ref()?))) {
+        for (host, process) in
+            self.hosts.iter().enumerate().filter_map(|(n, h)| Some((n, h.process.as_ref()?)))
+        {
             // A process that has not met its peer, or was not told to start, never takes. The store tells
             // nothing to a host whose key is revoked: it is silent, unless the generation was its own before.
             let has_run = process.agent.status(0).phase != Phase::Starting && !self.revoked[host].store;
