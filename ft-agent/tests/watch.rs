@@ -88,7 +88,9 @@ fn a_pair_is_unprotected_while_its_store_is_away_and_its_clients_do_not_notice()
     let hook = ["--hook", "echo \"hook: $VMFT_STATE $VMFT_PHASE $VMFT_REASON\" >&2"];
     let Some((mut site, mut a, mut b, client)) = pair_with(TEST, &hook, &[]) else { return };
     let stopped = Instant::now();
-    [1, 2].map(|id| site.stop_store(id));
+    for id in [1, 2] {
+        site.stop_store(id);
+    }
     for (side, host) in [(&mut a, Host::A), (&mut b, Host::B)] {
         let report = wait_protected(&site, host, false, 30);
         eprintln!("{host:?} is unprotected after {:?}", stopped.elapsed());
@@ -98,7 +100,9 @@ fn a_pair_is_unprotected_while_its_store_is_away_and_its_clients_do_not_notice()
         side.wait_for("UNPROTECTED: the store has not answered for ", 10);
         side.wait_for("hook: UNPROTECTED protected the store has not answered for ", 10);
     }
-    [1, 2].map(|id| site.start_store(id));
+    for id in [1, 2] {
+        site.start_store(id);
+    }
     for (side, host) in [(&mut a, Host::A), (&mut b, Host::B)] {
         let report = wait_protected(&site, host, true, 30);
         assert!(report["store_problem"].is_null(), "{report}");
@@ -117,11 +121,15 @@ fn a_pair_whose_store_has_lost_its_data_goes_on_unprotected_until_it_is_back() {
     let Some((mut site, mut a, mut b, client)) = pair(TEST) else { return };
     let data = |site: &Site, id: u64| site.dir.join(format!("store-{id}"));
     let kept = |site: &Site, id: u64| site.dir.join(format!("kept-{id}"));
-    [1, 2, 3].map(|id| site.stop_store(id));
+    for id in [1, 2, 3] {
+        site.stop_store(id);
+    }
     for id in 1..=3 {
         std::fs::rename(data(&site, id), kept(&site, id)).expect("rename");
     }
-    [1, 2, 3].map(|id| site.start_store(id));
+    for id in [1, 2, 3] {
+        site.start_store(id);
+    }
     for (side, host) in [(&mut a, Host::A), (&mut b, Host::B)] {
         side.wait_for("UNPROTECTED: the store has no record of this pair", 30);
         let report = status(&site, host);
@@ -131,12 +139,16 @@ fn a_pair_whose_store_has_lost_its_data_goes_on_unprotected_until_it_is_back() {
     let failover = Command::new(VMFT).args(["failover", "--control"]).arg(site.control(Host::A)).output();
     let refused = String::from_utf8_lossy(&failover.expect("vmft failover").stderr).into_owned();
     assert!(refused.contains("a handover needs the store"), "{refused}");
-    [1, 2, 3].map(|id| site.stop_store(id));
+    for id in [1, 2, 3] {
+        site.stop_store(id);
+    }
     for id in 1..=3 {
         std::fs::remove_dir_all(data(&site, id)).expect("remove");
         std::fs::rename(kept(&site, id), data(&site, id)).expect("rename");
     }
-    [1, 2, 3].map(|id| site.start_store(id));
+    for id in [1, 2, 3] {
+        site.start_store(id);
+    }
     for host in [Host::A, Host::B] {
         wait_protected(&site, host, true, 30);
     }
