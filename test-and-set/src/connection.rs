@@ -61,6 +61,10 @@ fn refusal(reason: ConnectionRefusal) -> &'static str {
         ConnectionRefusal::DataReplaced => {
             "this member had another data directory before; remove the member and add it again"
         }
+        ConnectionRefusal::RolledBack => {
+            "the member that connected lacks what it has acknowledged: its data is an old copy, or its disk has lost writes; \
+             remove the member, empty its --data directory, and add it again"
+        }
         ConnectionRefusal::Busy => "too many clients are connected",
     }
 }
@@ -134,12 +138,16 @@ impl Drop for NodeConnection {
     }
 }
 
+/// How a member introduces itself: called when its greeting is sent.
+pub type Introduction<'i> = &'i (dyn Fn() -> MemberHello + Sync);
+
 impl Dialer {
-    /// Connects within `patience`. A member introduces itself with `member`; a client passes `None`.
+    /// Connects within `patience`. A member introduces itself with `member`, and finds a refusal in the other member's greeting; a
+    /// client passes `None`.
     pub async fn connect(
         &self,
         address: &str,
-        member: Option<MemberHello>,
+        member: Option<Introduction<'_>>,
         patience: Duration,
     ) -> Result<(NodeConnection, Welcome), ConnectionError> {
         tokio::time::timeout(patience, self.connect_patiently(address, member))
@@ -150,7 +158,7 @@ impl Dialer {
     async fn connect_patiently(
         &self,
         address: &str,
-        member: Option<MemberHello>,
+        member: Option<Introduction<'_>>,
     ) -> Result<(NodeConnection, Welcome), ConnectionError> {
         let tcp = TcpStream::connect(address).await.map_err(ConnectionError::Connect)?;
         tcp.set_nodelay(true).map_err(ConnectionError::Connect)?;
@@ -158,6 +166,7 @@ impl Dialer {
         let name = ServerName::try_from("vmft-store")
             .map_err(|e| ConnectionError::Connect(std::io::Error::other(e)))?;
         let mut stream = self.tls.connect(name, tcp).await.map_err(ConnectionError::from_handshake)?;
+        let member = member.map(|introduce| introduce());
         let wanted = member.as_ref().map(|m| m.to);
         wire::write_greeting(&mut stream, &StoreHello { cluster: self.cluster.clone(), member }).await?;
         let greeted = wire::read_greeting::<Welcome>(&mut stream).await;
@@ -178,8 +187,8 @@ impl Dialer {
             return Err(ConnectionError::WrongMember(welcome.id));
         }
         match welcome.refused {
-            Some(reason) => Err(ConnectionError::Refused(reason)),
-            None => Ok((NodeConnection::start(stream, version), welcome)),
+            Some(reason) if wanted.is_none() => Err(ConnectionError::Refused(reason)),
+            _ => Ok((NodeConnection::start(stream, version), welcome)),
         }
     }
 }

@@ -14,7 +14,7 @@
 //! frame, after the greetings
 //!   offset 0   u32       length of the rest: 8 to FRAME_BYTES_MAX (members) or CLIENT_FRAME_BYTES_MAX (clients)
 //!          4   u64       request number, chosen by the sender of the request and repeated in the response
-//!         12   body      StoreRequest (client to member), StoreResponse (back); PeerRequest, PeerResponse (between members)
+//!         12   body      StoreRequest (client to member), StoreResponse (back); PeerAsk, PeerAnswer (between members)
 //! ```
 //!
 //! Frames are those of the newest version that both sides know; sides without a common version part after the greetings. A
@@ -31,7 +31,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-use crate::names::{ClusterName, CopyId, VmName};
+use crate::names::{ClusterName, CopyId, RunId, VmName};
 use crate::record::{Command, CommandReply, VmRecord};
 use crate::versions::{OURS, StoreVersions, tail};
 
@@ -65,10 +65,24 @@ pub struct StoreHello {
 pub struct MemberHello {
     /// Its number.
     pub id: NodeId,
-    /// The id of its data directory. A member that has lost its data has another one, and must not vote as before.
-    pub data: CopyId,
     /// The member that it wants to reach.
     pub to: NodeId,
+    /// How far its data has come.
+    pub mark: DataMark,
+    /// What it remembers of the member that it wants to reach.
+    pub remembers: Option<DataMark>,
+}
+
+/// How far a member's data has come: the last change of it that is on the disk. Every vote and every entry that the member
+/// acknowledges is a change, so data with less than another member remembers is an old copy, or its disk has lost writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DataMark {
+    /// The id of the data directory. A member that has lost its data has another one, and must not vote as before.
+    pub data: CopyId,
+    /// The member's run in which the change was made. An old copy does not know later runs, however many changes it makes.
+    pub run: RunId,
+    /// The number of the change, counted from the first of the data.
+    pub change: u64,
 }
 
 /// The greeting of the side that was connected to.
@@ -78,8 +92,10 @@ pub struct Welcome {
     pub cluster: ClusterName,
     /// The member that answers.
     pub id: NodeId,
-    /// The data directory of the member that answers.
-    pub data: CopyId,
+    /// How far the data of the member that answers has come.
+    pub mark: DataMark,
+    /// What it remembers of the member that connected; `None` for a client.
+    pub remembers: Option<DataMark>,
     /// Why it refuses the connection, which it then closes; `None` if it serves.
     pub refused: Option<ConnectionRefusal>,
 }
@@ -95,6 +111,8 @@ pub enum ConnectionRefusal {
     NotThatMember,
     /// The member with this number had another data directory before: remove the member and add it again.
     DataReplaced,
+    /// The member lacks what it has acknowledged: its data is an old copy, or its disk has lost writes.
+    RolledBack,
     /// Too many clients are connected.
     Busy,
 }
@@ -186,6 +204,10 @@ pub struct NodeStatus {
     pub commands: u64,
     /// The median and the 99th percentile of the time they took, in microseconds.
     pub command_us: (u64, u64),
+    /// The version of the format of its data.
+    pub data_format: u32,
+    /// The number of the last change of its data.
+    pub change: u64,
     /// Free bytes on its disk.
     pub disk_free_bytes: u64,
     /// The size of its data files in bytes.
@@ -203,6 +225,28 @@ pub struct MemberStatus {
     pub votes: bool,
     /// On the leader: the last index that this member is known to have.
     pub matched_index: Option<u64>,
+    /// The last change of this member's data that the answering one remembers.
+    pub remembered_change: Option<u64>,
+}
+
+/// What one member sends to another.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct PeerAsk {
+    /// How far the sender's data has come.
+    pub mark: DataMark,
+    /// What the sender remembers of all members that it knows.
+    pub remembers: BTreeMap<NodeId, DataMark>,
+    /// The request.
+    pub request: PeerRequest,
+}
+
+/// What the other member answers.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct PeerAnswer {
+    /// How far the data of the member that answers has come.
+    pub mark: DataMark,
+    /// The response.
+    pub response: PeerResponse,
 }
 
 /// A request from one member to another; the byte strings are messages of the Raft library.

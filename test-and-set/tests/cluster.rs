@@ -12,7 +12,11 @@ use support::membership::{
     a_member_that_is_not_there_gets_no_vote, a_new_member_votes_only_with_all_of_the_log,
     a_removal_leaves_a_quorum_that_answers,
 };
-use support::{Cluster, latency, wait_for, with_need};
+use support::rollback::{
+    an_old_copy_does_not_vote_a_verdict_away, an_old_copy_is_told_and_ends,
+    without_the_rule_an_old_copy_makes_two_winners,
+};
+use support::{Cluster, SmallDisk, latency, wait_for, with_need};
 use test_and_set::blocking::BlockingStore;
 use test_and_set::keys::{self, Keys};
 use test_and_set::names::{Generation, Incarnation, VmName};
@@ -68,8 +72,7 @@ fn wrong_store_is_named() -> Result<(), Failed> {
     win(&BlockingStore::connect(&cluster.url())?, "vm");
     expect_complaint(&format!("{}&cluster=other", cluster.url()), &["cluster vmft", &cluster.address(1)]);
     // An address at which nobody listens.
-    let nowhere =
-        format!("raft://127.0.0.1:{}?keys={}", support::free_port(), cluster.keys("client").display());
+    let nowhere = format!("raft://{}?keys={}", support::free_address(), cluster.keys("client").display());
     expect_complaint(&nowhere, &["cannot connect", "refused"]);
     // A server whose certificate we do not have, then one that does not have ours.
     let others = tempfile::tempdir()?;
@@ -190,46 +193,20 @@ fn disk_stays_bounded() -> Result<(), Failed> {
     Ok(())
 }
 
-/// Why a small file system cannot be mounted here, if it cannot.
-fn no_mount() -> Option<&'static str> {
-    (!rustix::process::geteuid().is_root()).then_some("a small file system can be mounted by root only")
-}
-
-/// A mounted file system, which is unmounted when this is dropped.
-struct Small(std::path::PathBuf);
-
-impl Drop for Small {
-    fn drop(&mut self) {
-        std::process::Command::new("umount").arg("-l").arg(&self.0).status().ok();
-    }
-}
-
 fn full_disk_is_named_and_loses_nothing() -> Result<(), Failed> {
-    let mut cluster = Cluster::start(1);
-    cluster.kill(1);
-    let data = cluster.data(1);
-    std::fs::remove_dir_all(&data).ok();
-    std::fs::create_dir(&data)?;
-    let mounted = std::process::Command::new("mount")
-        .args(["-t", "tmpfs", "-o", "size=64m", "tmpfs"])
-        .arg(&data)
-        .status()?;
-    assert!(mounted.success());
-    let _small = Small(data.clone());
+    let mut cluster = Cluster::prepare(1, &[]);
+    let small = SmallDisk::mount(&cluster.data(1))?;
     cluster.start_node(1);
     let store = BlockingStore::connect(&cluster.url())?;
     let who = win(&store, "before");
     let waiting = open(&store, "waiting")?;
-    // Fill it to the last byte.
-    let mut ballast = std::fs::File::create(data.join("ballast"))?;
-    while ballast.write_all(&[1; 1 << 16]).is_ok() {}
+    small.fill_completely()?;
     let verdict = store.take(&vm("waiting"), Generation::FIRST, waiting, Duration::from_secs(2));
     let Verdict::Unknown(StoreError::DiskFull(node)) = verdict else { panic!("{verdict:?}") };
     assert_eq!(node, cluster.address(1));
     assert_eq!(holder(&store, "before"), Some(who));
     cluster.kill(1);
-    drop(ballast);
-    std::fs::remove_file(data.join("ballast"))?;
+    small.empty()?;
     cluster.start_node(1);
     assert_eq!(holder(&store, "before"), Some(who));
     let verdict = store.take(&vm("waiting"), Generation::FIRST, waiting, PATIENCE);
@@ -238,7 +215,7 @@ fn full_disk_is_named_and_loses_nothing() -> Result<(), Failed> {
 }
 
 fn status_and_metrics_show_the_cluster() -> Result<(), Failed> {
-    let at = format!("127.0.0.1:{}", support::free_port());
+    let at = support::free_address().to_string();
     let cluster = Cluster::start_with(1, &["--metrics", &at]);
     win(&BlockingStore::connect(&cluster.url())?, "vm");
     let text = String::from_utf8(cluster.tool(&["status"]).stdout)?;
@@ -287,7 +264,7 @@ fn etcd_that_is_not_there_is_named() -> Result<(), Failed> {
     let taken = TcpListener::bind("127.0.0.1:0")?;
     let said = complaint(&format!("etcd://{}", taken.local_addr()?), Duration::from_secs(2));
     assert!(said.contains("no answer from the store"), "{said}");
-    expect_complaint(&format!("etcd://127.0.0.1:{}", support::free_port()), &["etcd"]);
+    expect_complaint(&format!("etcd://{}", support::free_address()), &["etcd"]);
     Ok(())
 }
 
@@ -335,7 +312,7 @@ fn one_certificate_cannot_use_up_a_member() -> Result<(), Failed> {
 
 /// Clients that send a byte now and then do not blind the metrics.
 fn slow_scrapes_do_not_keep_others_out() -> Result<(), Failed> {
-    let at = format!("127.0.0.1:{}", support::free_port());
+    let at = support::free_address().to_string();
     let cluster = Cluster::start_with(1, &["--metrics", &at]);
     cluster.leader();
     let mut slow: Vec<_> = (0..20).map(|_| TcpStream::connect(&at)).collect::<Result<_, _>>()?;
@@ -391,7 +368,11 @@ fn main() {
         Trial::test("members_come_and_go", members_come_and_go),
         Trial::test("replaced_data_is_refused", replaced_data_is_refused),
         Trial::test("disk_stays_bounded", disk_stays_bounded),
-        with_need("full_disk_is_named_and_loses_nothing", no_mount(), full_disk_is_named_and_loses_nothing),
+        with_need(
+            "full_disk_is_named_and_loses_nothing",
+            SmallDisk::missing(),
+            full_disk_is_named_and_loses_nothing,
+        ),
         Trial::test("status_and_metrics_show_the_cluster", status_and_metrics_show_the_cluster),
         Trial::test("data_has_one_owner", data_has_one_owner),
         with_need(
@@ -411,6 +392,17 @@ fn main() {
         Trial::test(
             "a_new_member_votes_only_with_all_of_the_log",
             a_new_member_votes_only_with_all_of_the_log,
+        ),
+        Trial::test("an_old_copy_is_told_and_ends", an_old_copy_is_told_and_ends),
+        with_need(
+            "an_old_copy_does_not_vote_a_verdict_away",
+            SmallDisk::missing(),
+            an_old_copy_does_not_vote_a_verdict_away,
+        ),
+        with_need(
+            "without_the_rule_an_old_copy_makes_two_winners",
+            SmallDisk::missing(),
+            without_the_rule_an_old_copy_makes_two_winners,
         ),
         Trial::test("a_removal_leaves_a_quorum_that_answers", a_removal_leaves_a_quorum_that_answers),
     ];

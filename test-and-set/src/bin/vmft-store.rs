@@ -291,7 +291,9 @@ fn show(
     let full = if status.disk_full { ", FULL: free some space" } else { "" };
     writeln!(
         out,
-        "  data {} KiB, disk free {} MiB{full}",
+        "  data of format {}: change {}, {} KiB, disk free {} MiB{full}",
+        status.data_format,
+        status.change,
         status.data_bytes >> 10,
         status.disk_free_bytes >> 20
     )?;

@@ -4,7 +4,7 @@
 //! closes the oldest. So slow or silent connections never keep out a client that completes its greeting. How many connections a
 //! certificate may have is in `quota`.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
@@ -22,7 +22,8 @@ use crate::server::bounded_log::BoundedLog;
 use crate::server::node::Node;
 use crate::server::quota::{ConnectionGrant, ConnectionQuotas, Party};
 use crate::wire::{
-    self, CLIENT_FRAME_BYTES_MAX, ConnectionRefusal, FRAME_BYTES_MAX, StoreHello, Welcome, WireError,
+    self, CLIENT_FRAME_BYTES_MAX, ConnectionRefusal, DataMark, FRAME_BYTES_MAX, NodeId, StoreHello, Welcome,
+    WireError,
 };
 
 /// The largest number of connections that have not completed their greeting.
@@ -96,7 +97,7 @@ impl StoreAcceptor {
         greeted.set_done();
         let (read, write) = tokio::io::split(stream);
         let (most, asker) = match admission.party() {
-            Party::Member => (FRAME_BYTES_MAX, RequesterRole::Member(Mutex::default())),
+            Party::Member(id) => (FRAME_BYTES_MAX, RequesterRole::Member(id, Mutex::default())),
             Party::Client => (CLIENT_FRAME_BYTES_MAX, RequesterRole::Client),
         };
         tokio::select! {
@@ -110,6 +111,8 @@ impl StoreAcceptor {
         &self,
         tcp: TcpStream,
     ) -> Result<(TlsStream<TcpStream>, ConnectionGrant, u16), WireError> {
+        // The other side reads its own mark after this.
+        let before = self.node.peers.remembered();
         let mut stream = self.tls.accept(tcp).await?;
         let (version, hello) = match wire::read_greeting::<StoreHello>(&mut stream).await {
             Err(error @ WireError::Versions(_)) => {
@@ -121,11 +124,12 @@ impl StoreAcceptor {
             greeting => greeting?,
         };
         let certificate = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
-        let admitted = self.admit(&hello, certificate);
+        let admitted = self.admit(&hello, certificate, &before);
         let welcome = Welcome {
             cluster: self.node.cluster.clone(),
             id: self.node.id,
-            data: self.node.disk.data(),
+            mark: self.node.disk.mark(),
+            remembers: hello.member.and_then(|member| self.node.peers.remembered().get(&member.id).copied()),
             refused: admitted.as_ref().err().copied(),
         };
         wire::write_greeting(&mut stream, &welcome).await?;
@@ -142,6 +146,7 @@ impl StoreAcceptor {
         &self,
         hello: &StoreHello,
         certificate: Option<&CertificateDer<'_>>,
+        before: &BTreeMap<NodeId, DataMark>,
     ) -> Result<ConnectionGrant, ConnectionRefusal> {
         if hello.cluster != self.node.cluster {
             return Err(ConnectionRefusal::WrongCluster);
@@ -156,10 +161,8 @@ impl StoreAcceptor {
         if !self.keys.is_this_member(member.id, own) {
             return Err(ConnectionRefusal::NotThatMember);
         }
-        if !self.node.peers.data_of.admits(member.id, member.data) {
-            return Err(ConnectionRefusal::DataReplaced);
-        }
-        self.quotas.admit(own, Party::Member).ok_or(ConnectionRefusal::Busy)
+        self.node.peers.check(member.id, member.mark, member.remembers.as_ref(), before)?;
+        self.quotas.admit(own, Party::Member(member.id)).ok_or(ConnectionRefusal::Busy)
     }
 
     /// Reads requests until the connection ends, and answers each in its own task.
@@ -237,27 +240,27 @@ struct Requester {
 /// Who is at the other end of a connection, and the state that belongs to it.
 enum RequesterRole {
     Client,
-    /// With the parts of a snapshot that have arrived.
-    Member(Mutex<Vec<u8>>),
+    /// With its number, and the parts of a snapshot that have arrived.
+    Member(NodeId, Mutex<Vec<u8>>),
 }
 
 enum DecodedRequest {
     Client(wire::StoreRequest),
-    Member(wire::PeerRequest),
+    Member(wire::PeerAsk),
 }
 
 impl Requester {
     fn decode(&self, body: &[u8]) -> Result<DecodedRequest, WireError> {
         Ok(match self.role {
             RequesterRole::Client => DecodedRequest::Client(wire::decode(self.version, body)?),
-            RequesterRole::Member(_) => DecodedRequest::Member(wire::decode(self.version, body)?),
+            RequesterRole::Member(..) => DecodedRequest::Member(wire::decode(self.version, body)?),
         })
     }
 
     async fn answer(&self, node: &Node, request: DecodedRequest, number: u64) -> Result<Vec<u8>, WireError> {
         match (request, &self.role) {
-            (DecodedRequest::Member(request), RequesterRole::Member(parts)) => {
-                wire::frame(self.version, number, &node.raft.answer(request, parts).await)
+            (DecodedRequest::Member(ask), RequesterRole::Member(id, parts)) => {
+                wire::frame(self.version, number, &node.answer_member(*id, ask, parts).await)
             }
             (DecodedRequest::Client(request), _) => {
                 wire::frame(self.version, number, &node.answer(request).await)

@@ -13,7 +13,8 @@ use redb::StorageBackend;
 
 use crate::names::{Generation, Incarnation, VmName};
 use crate::record::{Command, CommandReply, Member, Members};
-use crate::server::disk::{DataFiles, DiskError, MemberDisk};
+use crate::server::disk::{DataFiles, MemberDisk};
+use crate::server::disk_error::DiskError;
 use crate::server::peers::OtherMembers;
 use crate::server::raft::testing::{append_ask, is_granted, vote_ask};
 use crate::server::raft::{Raft, RaftTiming};
@@ -154,7 +155,7 @@ async fn start(
     let files = DataFiles { log: backend(0), snapshots: backend(1), journal: backend(2) };
     let opened = MemberDisk::open_on(files, &"crash".parse().unwrap(), 1);
     let disk = Arc::new(opened.map_err(|e: DiskError| e.to_string())?);
-    let peers = Arc::new(OtherMembers::new(1, disk.clone(), None).map_err(|e| e.to_string())?);
+    let peers = Arc::new(OtherMembers::new(1, disk.clone(), None));
     let raft = Raft::start(1, disk.clone(), peers, timing).await.map_err(|e| e.to_string())?;
     let members: BTreeMap<_, _> = members.iter().map(|id| (*id, format!("nowhere:{id}"))).collect();
     match raft.initialize(&members).await {
@@ -258,7 +259,7 @@ fn no_vote_is_given_twice_and_no_acknowledged_entry_is_lost() {
     let timing = RaftTiming { heartbeat_ms: 10, snapshot_every: 1000 };
     let session = async |sim: &Arc<Mutex<Sim>>, promised: &mut Promises| {
         let Ok((raft, _)) = start(sim, &[1, 2, 3], timing).await else { return };
-        raft.disable_elections();
+        raft.set_elections(false);
         for term in 2..8 {
             let Some(answer) = ask(&raft, vote_ask(term, 3, 1000)).await else { break };
             assert!(is_granted(&answer), "term {term}");
@@ -278,7 +279,7 @@ fn no_vote_is_given_twice_and_no_acknowledged_entry_is_lost() {
     };
     let check = async |sim: &Arc<Mutex<Sim>>, promised: &Promises| {
         let (raft, disk) = start(sim, &[1, 2, 3], timing).await.expect("the member must come back");
-        raft.disable_elections();
+        raft.set_elections(false);
         let entries = disk.read(1..).unwrap().len() as u64;
         assert!(entries >= promised.index, "{entries} entries are left of {}", promised.index);
         for term in &promised.votes {

@@ -7,9 +7,11 @@ use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{RngExt, SeedableRng};
 
-use crate::names::CopyId;
+use crate::names::{CopyId, RunId};
 use crate::server::crash_tests::{BLOCK, Backend, Sim, SimFile, sim};
-use crate::server::disk::{DataFiles, DiskError, MemberDisk};
+use crate::server::disk::{DataFiles, MemberDisk};
+use crate::server::disk_error::DiskError;
+use crate::wire::DataMark;
 
 /// What a member has acknowledged, and must still have.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -17,7 +19,7 @@ struct Acknowledged {
     data: u128,
     log: BTreeMap<u64, Vec<u8>>,
     values: BTreeMap<&'static str, Vec<u8>>,
-    data_of: BTreeMap<u64, u128>,
+    known: BTreeMap<u64, DataMark>,
     snapshot: Option<(Vec<u8>, Vec<u8>)>,
 }
 
@@ -38,7 +40,7 @@ impl Acknowledged {
             data: disk.data().into(),
             log: disk.read(..)?.into_iter().map(|entry| (index(&entry), entry)).collect(),
             values,
-            data_of: disk.data_of_members()?,
+            known: disk.known_members(),
             snapshot: disk.snapshot()?.map(|stored| (stored.meta, stored.state)),
         })
     }
@@ -58,9 +60,10 @@ impl Acknowledged {
                 self.log.split_off(&(next - 2));
             }
             2 => {
-                let (id, data) = (random.random_range(2..4), CopyId::random());
-                disk.set_data_of_member(id, Some(data))?;
-                self.data_of.insert(id, data.into());
+                let (id, change) = (random.random_range(2..4), random.random());
+                let mark = DataMark { data: CopyId::random(), run: RunId::random(), change };
+                disk.set_known(id, Some(mark))?;
+                self.known.insert(id, mark);
             }
             3 if self.log.len() > 6 => {
                 let (meta, state): (Vec<u8>, Vec<u8>) = (bytes(random), bytes(random));

@@ -6,21 +6,24 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io;
 use std::ops::RangeBounds;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use redb::{Builder, Database, ReadableDatabase, ReadableTable, StorageBackend, TableDefinition};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 
-use crate::names::{ClusterName, CopyId};
-use crate::server::journal::{self, APPEND_BYTES_MAX, DiskChange, Journal, JournalError};
-use crate::wire::NodeId;
+use crate::names::{ClusterName, CopyId, RunId};
+use crate::server::disk_error::{DATA_FORMAT, DiskError};
+use crate::server::journal::{self, APPEND_BYTES_MAX, DiskChange, Journal};
+use crate::server::marks::{KnownMembers, RunList};
+use crate::wire::{DataMark, NodeId};
 
 const LOG: TableDefinition<u64, &[u8]> = TableDefinition::new("log");
 const META: TableDefinition<&str, &[u8]> = TableDefinition::new("meta");
-const DATA_OF: TableDefinition<NodeId, u128> = TableDefinition::new("data_of");
 
 const LOG_FILE: &str = "log.redb";
 const SNAPSHOT_FILE: &str = "snapshot.redb";
@@ -29,105 +32,18 @@ const JOURNAL_FILE: &str = "journal";
 /// The number of the last change, and that of the last snapshot, in tables of metadata.
 const CHANGE_NUMBER: &str = "change";
 const SNAPSHOT_NUMBER: &str = "snapshot";
-/// Follows the name of the owner. A release that does not know this format takes the data for another member's; data without it
-/// is of the first format, which has no journal.
-const FORMAT: &str = ", data format 2";
+/// Stands between the name of the owner and the number of the format; data without it is of format 1.
+const FORMAT: &str = ", data format ";
+/// The names of values in the table of metadata: what is known of the other members, this member's runs, and why its data must not
+/// be used any more.
+const KNOWN: &str = "known";
+const RUNS: &str = "runs";
+const ROLLED_BACK: &str = "rolled back";
 
 /// How many bytes of each file redb may cache in memory.
 const CACHE_BYTES: usize = 16 << 20;
 /// No commands are accepted if less than this is free beside the room for another snapshot: votes and snapshots must still fit.
 const RESERVE_BYTES: u64 = 32 << 20;
-
-/// Why a member's data cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum DiskError {
-    /// The database failed: check the disk, free space if it is full, then start the member again.
-    #[error("the member's database failed: {0}")]
-    Database(Box<redb::Error>),
-    /// The directory cannot be used.
-    #[error("cannot open or write {path}")]
-    Io {
-        /// The directory or file.
-        path: PathBuf,
-        /// What happened.
-        source: io::Error,
-    },
-    /// The directory belongs to another member: correct --data, --id or --cluster.
-    #[error("the data belongs to {found}, not to {wanted}: correct --data, --id or --cluster")]
-    OtherNode {
-        /// The member that it belongs to.
-        found: String,
-        /// This member.
-        wanted: String,
-    },
-    /// The thread that writes the log cannot be started.
-    #[error("cannot start the thread that writes the log")]
-    Thread(#[source] io::Error),
-    /// An earlier write of the log has failed; its error was logged then.
-    #[error("an earlier write of the log has failed; see the message about it")]
-    NotFlushed,
-    /// A file is damaged. The member may lack what it has acknowledged, and must not vote.
-    #[error(
-        "{file} in this member's data is damaged: {how}. The member may lack entries that it has acknowledged, so it must not \
-         go on with this data: remove it with `vmft-store member remove`, move its --data directory away, start it with --join, \
-         and add it with `vmft-store member add`"
-    )]
-    Damaged {
-        /// The file's name.
-        file: &'static str,
-        /// What was found.
-        how: String,
-    },
-    /// The journal failed: check the disk, free space if it is full, then start the member again.
-    #[error(transparent)]
-    Journal(JournalError),
-    /// A value is in another release's encoding, or empty: start the release that wrote it.
-    #[error(
-        "the {what} has the encoding {found:?}, which this release does not know: start the release of vmft-store that wrote it"
-    )]
-    Encoding {
-        /// The value's name.
-        what: &'static str,
-        /// Its encoding.
-        found: Option<u8>,
-    },
-    /// A stored value cannot be decoded.
-    #[error("cannot decode the stored {what}")]
-    Decode {
-        /// The value's name.
-        what: &'static str,
-        /// Why.
-        source: postcard::Error,
-    },
-}
-
-impl<E: Into<redb::Error>> From<E> for DiskError {
-    fn from(error: E) -> Self {
-        Self::Database(Box::new(error.into()))
-    }
-}
-
-impl DiskError {
-    fn damaged(file: &'static str, how: impl Into<String>) -> Self {
-        Self::Damaged { file, how: how.into() }
-    }
-
-    /// An error of redb that comes from a file's content is the damage of that file.
-    fn in_file(self, file: &'static str) -> Self {
-        use io::ErrorKind::{InvalidData, InvalidInput, UnexpectedEof};
-        let Self::Database(error) = self else { return self };
-        match *error {
-            redb::Error::Corrupted(how) => Self::damaged(file, how),
-            redb::Error::UpgradeRequired(version) => {
-                Self::damaged(file, format!("its header has the version {version}"))
-            }
-            redb::Error::Io(e) if matches!(e.kind(), InvalidData | InvalidInput | UnexpectedEof) => {
-                Self::damaged(file, e.to_string())
-            }
-            _ => Self::Database(error),
-        }
-    }
-}
 
 /// An encoded snapshot.
 pub struct StoredSnapshot {
@@ -144,7 +60,12 @@ pub struct MemberDisk {
     /// `None` if the data is not in a directory, as in tests.
     dir: Option<PathBuf>,
     data: CopyId,
+    run: RunId,
+    runs: RunList,
     changes: Mutex<Changes>,
+    /// The number of the last change that is on the disk.
+    last: AtomicU64,
+    known: Mutex<KnownMembers>,
 }
 
 /// The journal, and the number of the next change; no number once a change has failed.
@@ -191,6 +112,28 @@ fn open(file: &'static str, backend: impl StorageBackend, has_content: bool) -> 
     opened.unwrap_or_else(|_| Err(DiskError::damaged(file, "it cannot be read"))).map_err(|e| e.in_file(file))
 }
 
+/// Checks whose data this is, before anything else of it is read: the rest may be in another format.
+fn check_owner(log: &Database, member: &str) -> Result<(), DiskError> {
+    let meta = log.begin_read()?.open_table(META)?;
+    let Some(owner) = meta.get("owner")?.map(|owner| String::from_utf8_lossy(owner.value()).into_owned())
+    else {
+        return Ok(());
+    };
+    let (found, format) = owner.split_once(FORMAT).unwrap_or((&owner, "1"));
+    let format = format.parse().map_err(|_| DiskError::damaged(LOG_FILE, "it has no number of a format"))?;
+    if format != DATA_FORMAT {
+        return Err(DiskError::Format { found: format });
+    }
+    if found != member {
+        return Err(DiskError::OtherNode { found: found.into(), wanted: member.into() });
+    }
+    Ok(())
+}
+
+fn encode(value: &impl Serialize) -> Result<Vec<u8>, DiskError> {
+    postcard::to_stdvec(value).map_err(|source| DiskError::Decode { what: "value", source })
+}
+
 impl MemberDisk {
     /// Opens the data in a directory, which is made if it does not exist. Only one process may have it open.
     pub fn open(dir: &Path, cluster: &ClusterName, id: NodeId) -> Result<Self, DiskError> {
@@ -229,20 +172,35 @@ impl MemberDisk {
         let log = open(LOG_FILE, files.log, journalled.is_some())?;
         let write = log.begin_write()?;
         write.open_table(LOG)?;
-        write.open_table(DATA_OF)?;
         write.open_table(META)?;
         write.commit()?;
+        let member = format!("node {id} of cluster {cluster}");
+        check_owner(&log, &member)?;
         let has_snapshot = log.begin_read()?.open_table(META)?.get(SNAPSHOT_NUMBER)?.is_some();
         let snapshots = open(SNAPSHOT_FILE, files.snapshots, has_snapshot)?;
         let write = snapshots.begin_write()?;
         write.open_table(META)?;
         write.commit()?;
-        let changes =
-            Mutex::new(Changes { journal: Journal::new(journal).map_err(DiskError::Journal)?, next: None });
-        let mut disk = Self { log, snapshots, dir: None, data: CopyId::random(), changes };
+        let journal = Journal::new(journal).map_err(DiskError::Journal)?;
+        let mut disk = Self {
+            log,
+            snapshots,
+            dir: None,
+            data: CopyId::random(),
+            run: RunId::random(),
+            runs: RunList::default(),
+            changes: Mutex::new(Changes { journal, next: None }),
+            last: AtomicU64::new(0),
+            known: Mutex::default(),
+        };
+        disk.known = Mutex::new(KnownMembers::stored(disk.stored(KNOWN)?.unwrap_or_default()));
         disk.recover(journalled)?;
-        disk.identify(&format!("node {id} of cluster {cluster}"))?;
+        disk.identify(member)?;
         disk.check_snapshot()?;
+        if let Some(why) = disk.stored(ROLLED_BACK)? {
+            return Err(DiskError::RolledBack(why));
+        }
+        disk.begin_run()?;
         Ok(disk)
     }
 
@@ -265,22 +223,28 @@ impl MemberDisk {
             _ => return Err(DiskError::damaged(LOG_FILE, "it lacks the last changes")),
         }
         self.changes().next = Some(has.max(newest) + 1);
+        self.last.store(has.max(newest), SeqCst);
         Ok(())
     }
 
-    /// Checks whose data this is, and reads its id; new data gets both.
-    fn identify(&mut self, member: &str) -> Result<(), DiskError> {
-        let wanted = format!("{member}{FORMAT}");
-        let found = self.get("owner")?.map(|owner| String::from_utf8_lossy(&owner).into_owned());
-        if let Some(found) = found.as_ref().filter(|found| **found != wanted && *found != member) {
-            return Err(DiskError::OtherNode { found: found.clone(), wanted });
-        }
+    /// Reads the id of the data; new data gets one, and its owner.
+    fn identify(&mut self, member: String) -> Result<(), DiskError> {
         let known = self.get("data")?.and_then(|v| u128::from_le_bytes(v.try_into().ok()?).try_into().ok());
-        self.data = known.unwrap_or(self.data);
-        if found.as_ref() != Some(&wanted) || known.is_none() {
-            self.change(DiskChange::Identify { owner: wanted, data: self.data.into() })?;
+        match known {
+            Some(data) => self.data = data,
+            None => {
+                let owner = format!("{member}{FORMAT}{DATA_FORMAT}");
+                self.change(DiskChange::Identify { owner, data: self.data.into() })?;
+            }
         }
         Ok(())
+    }
+
+    /// Stores that another run has begun. Nothing is told of it before.
+    fn begin_run(&mut self) -> Result<(), DiskError> {
+        self.runs = self.stored(RUNS)?.unwrap_or_default();
+        self.runs.begin(self.run, self.last.load(SeqCst));
+        self.put(RUNS, &encode(&self.runs)?)
     }
 
     /// Compares the snapshot with the number of the last one, which is in the log's database.
@@ -314,11 +278,13 @@ impl MemberDisk {
         changed?;
         journalled.map_err(DiskError::Journal)?;
         changes.next = Some(number + 1);
+        self.last.store(number, SeqCst);
         Ok(())
     }
 
     fn change_log(&self, number: u64, change: &DiskChange) -> Result<(), DiskError> {
         let write = self.log.begin_write()?;
+        let mut known = self.known().clone();
         {
             let (mut log, mut meta) = (write.open_table(LOG)?, write.open_table(META)?);
             match change {
@@ -338,19 +304,44 @@ impl MemberDisk {
                     meta.insert("purged", purged.as_slice())?;
                 }
                 DiskChange::Put { name, value } => drop(meta.insert(name.as_str(), value.as_slice())?),
-                DiskChange::DataOf { id, data: Some(data) } => {
-                    write.open_table(DATA_OF)?.insert(id, data)?;
-                }
-                DiskChange::DataOf { id, data: None } => drop(write.open_table(DATA_OF)?.remove(id)?),
+                DiskChange::Known { id, mark } => known.set(*id, *mark),
+            }
+            if matches!(change, DiskChange::Known { .. }) || !known.is_written() {
+                meta.insert(KNOWN, encode(known.all())?.as_slice())?;
             }
             meta.insert(CHANGE_NUMBER, number.to_le_bytes().as_slice())?;
         }
-        Ok(write.commit()?)
+        write.commit()?;
+        let mut now = self.known();
+        if let DiskChange::Known { id, mark } = change {
+            now.set(*id, *mark);
+        }
+        now.set_written(known.all());
+        Ok(())
+    }
+
+    fn known(&self) -> MutexGuard<'_, KnownMembers> {
+        self.known.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     /// The id of this data, which was made with it.
     pub fn data(&self) -> CopyId {
         self.data
+    }
+
+    /// How far this data has come.
+    pub fn mark(&self) -> DataMark {
+        DataMark { data: self.data, run: self.run, change: self.last.load(SeqCst) }
+    }
+
+    /// Whether this data has a change that another member remembers of it.
+    pub fn has(&self, mark: &DataMark) -> bool {
+        mark.data != self.data || self.runs.have(mark, self.last.load(SeqCst))
+    }
+
+    /// Stores why this data must not be used any more.
+    pub fn set_rolled_back(&self, why: &String) -> Result<(), DiskError> {
+        self.put(ROLLED_BACK, &encode(why)?)
     }
 
     /// Appends encoded entries, with their indexes, to the log.
@@ -393,23 +384,46 @@ impl MemberDisk {
         Ok(meta.get(name)?.map(|v| v.value().to_vec()))
     }
 
+    fn stored<T: DeserializeOwned>(&self, what: &'static str) -> Result<Option<T>, DiskError> {
+        let bytes = self.get(what)?;
+        bytes
+            .map(|bytes| postcard::from_bytes(&bytes).map_err(|source| DiskError::Decode { what, source }))
+            .transpose()
+    }
+
     /// Stores a value under this name.
     pub fn put(&self, name: &str, value: &[u8]) -> Result<(), DiskError> {
         self.change(DiskChange::Put { name: name.into(), value: value.to_vec() })
     }
 
-    /// The id of the data that each other member is known to have.
-    pub fn data_of_members(&self) -> Result<BTreeMap<NodeId, u128>, DiskError> {
-        let table = self.log.begin_read()?.open_table(DATA_OF)?;
-        table
-            .iter()?
-            .map(|row| row.map(|(id, data)| (id.value(), data.value())).map_err(DiskError::from))
-            .collect()
+    /// What is known of the other members' data.
+    pub fn known_members(&self) -> BTreeMap<NodeId, DataMark> {
+        self.known().all().clone()
     }
 
-    /// Stores or forgets the id of the data that a member is known to have.
-    pub fn set_data_of_member(&self, id: NodeId, data: Option<CopyId>) -> Result<(), DiskError> {
-        self.change(DiskChange::DataOf { id, data: data.map(u128::from) })
+    /// Stores or forgets what is known of a member's data, whatever was known before.
+    pub fn set_known(&self, id: NodeId, mark: Option<DataMark>) -> Result<(), DiskError> {
+        self.change(DiskChange::Known { id, mark })
+    }
+
+    /// Notes what is known of members' data, without waiting for the disk: the next change stores it, too, or
+    /// [`MemberDisk::write_known`].
+    pub fn note(&self, note: impl FnOnce(&mut KnownMembers)) {
+        note(&mut self.known());
+    }
+
+    /// Stores what is known of members' data, unless it is stored. This is no change, and not in the journal: what is lost of it
+    /// with a damaged page was told to nobody.
+    pub fn write_known(&self) -> Result<(), DiskError> {
+        if self.known().is_written() {
+            return Ok(());
+        }
+        let write = self.log.begin_write()?;
+        let known = self.known_members();
+        write.open_table(META)?.insert(KNOWN, encode(&known)?.as_slice())?;
+        write.commit()?;
+        self.known().set_written(&known);
+        Ok(())
     }
 
     /// Stores a snapshot, which replaces the previous one. The log's database then has the number of the last snapshot, so that

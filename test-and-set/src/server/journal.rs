@@ -10,18 +10,20 @@
 //!   offset 0   4 bytes   magic "VMTJ"
 //!          4   u32       length of the body
 //!          8   u64       n, from 1
-//!         16   u64       FNV-1a of the 16 bytes before and of the body
+//!         16   u64       XXH3 of the 16 bytes before and of the body
 //!         24   body      DiskChange, in postcard's encoding
 //! ```
 
+use std::hash::Hasher;
 use std::io;
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 
 use redb::StorageBackend;
 use serde::{Deserialize, Serialize};
+use twox_hash::XxHash3_64;
 
-use crate::wire::NodeId;
+use crate::wire::{DataMark, NodeId};
 
 const MAGIC: [u8; 4] = *b"VMTJ";
 const HEAD_BYTES: usize = 24;
@@ -80,12 +82,12 @@ pub enum DiskChange {
         /// The value.
         value: Vec<u8>,
     },
-    /// Stores or forgets the id of the data that a member is known to have.
-    DataOf {
+    /// Stores or forgets what is known of a member's data.
+    Known {
         /// The member.
         id: NodeId,
-        /// The id of its data.
-        data: Option<u128>,
+        /// How far its data has come.
+        mark: Option<DataMark>,
     },
 }
 
@@ -160,10 +162,11 @@ fn encode_slot(number: u64, change: &DiskChange) -> Result<Vec<u8>, JournalError
     Ok(slot)
 }
 
-/// FNV-1a, in which every change of one byte changes the sum.
 fn checksum(slot: &[u8]) -> u64 {
-    let bytes = slot[..16].iter().chain(&slot[HEAD_BYTES..]);
-    bytes.fold(0xcbf2_9ce4_8422_2325, |sum, byte| (sum ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
+    let mut sum = XxHash3_64::new();
+    sum.write(&slot[..16]);
+    sum.write(&slot[HEAD_BYTES..]);
+    sum.finish()
 }
 
 /// Reads the newest change and its number, and makes room for both slots in a new file.

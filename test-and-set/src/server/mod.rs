@@ -13,7 +13,10 @@ mod crash_tests;
 #[cfg(test)]
 mod damage_tests;
 pub mod disk;
+pub mod disk_error;
 pub mod journal;
+mod left_out;
+pub mod marks;
 pub mod metrics;
 pub mod node;
 pub mod peers;
@@ -26,18 +29,23 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::net::TcpListener;
 
 use crate::connection::Dialer;
 use crate::keys::{Keys, KeysError};
 use crate::names::ClusterName;
-use crate::server::disk::{DiskError, MemberDisk};
+use crate::server::disk::MemberDisk;
+use crate::server::disk_error::DiskError;
 use crate::server::node::Node;
 use crate::server::peers::OtherMembers;
 use crate::server::raft::{Raft, RaftStartError, RaftTiming};
 use crate::server::stats::NodeStats;
 use crate::wire::NodeId;
+
+/// Without changes for this long, what a member remembers of the others is stored on its own.
+const IDLE_PAUSE: Duration = Duration::from_millis(500);
 
 /// The settings of a member.
 #[derive(Debug, Clone)]
@@ -82,6 +90,9 @@ pub enum ServeError {
     /// It cannot start.
     #[error(transparent)]
     Start(#[from] RaftStartError),
+    /// It has found out that its data is an old copy, or that its disk has lost writes.
+    #[error("this member has stopped")]
+    RolledBack(#[source] DiskError),
     /// Its storage has failed. Everything that it acknowledged is safe; start it again when the disk works.
     #[error(
         "this member has stopped because its storage failed: {0}; repair the disk or free space on it, then start it again"
@@ -101,13 +112,14 @@ pub async fn serve(settings: ServerSettings) -> Result<(), ServeError> {
     let dialer =
         Dialer { tls: crate::tls::connector(&keys)?, keys: keys.clone(), cluster: settings.cluster.clone() };
     let disk = Arc::new(MemberDisk::open(&settings.data, &settings.cluster, settings.id)?);
-    let peers = Arc::new(OtherMembers::new(settings.id, disk.clone(), Some(dialer))?);
+    let peers = Arc::new(OtherMembers::new(settings.id, disk.clone(), Some(dialer)));
     let listener = listen(settings.listen).await?;
     let metrics = match settings.metrics {
         Some(at) => Some(listen(at).await?),
         None => None,
     };
     let raft = Raft::start(settings.id, disk.clone(), peers.clone(), settings.timing).await?;
+    raft.set_elections(false);
     let (id, cluster) = (settings.id, settings.cluster);
     let node = Arc::new(Node { id, cluster, disk, peers, raft, stats: NodeStats::default() });
     let acceptor = acceptor::StoreAcceptor::new(node.clone(), keys.clone(), crate::tls::acceptor(&keys)?);
@@ -115,11 +127,41 @@ pub async fn serve(settings: ServerSettings) -> Result<(), ServeError> {
     if let Some(listener) = metrics {
         tokio::spawn(metrics::serve(node.clone(), listener));
     }
-    if !settings.join {
-        node.raft.initialize(&settings.peers).await?;
+    tokio::spawn(write_known(node.disk.clone()));
+    let serving = async {
+        // Before it votes, the others may know that it must not.
+        node.raft.reach_others().await;
+        node.peers.set_asked();
+        node.raft.set_elections(true);
+        if !settings.join {
+            node.raft.initialize(&settings.peers).await?;
+        }
+        eprintln!("member {} of cluster {} serves on {}", node.id, node.cluster, settings.listen);
+        Err(ServeError::Stopped(node.raft.stopped().await))
+    };
+    tokio::select! {
+        biased;
+        why = node.peers.rolled_back() => {
+            node.raft.stop().await;
+            Err(ServeError::RolledBack(DiskError::RolledBack(why)))
+        }
+        ended = serving => ended,
     }
-    eprintln!("member {} of cluster {} serves on {}", node.id, node.cluster, settings.listen);
-    Err(ServeError::Stopped(node.raft.stopped().await))
+}
+
+/// Stores what is known of other members when no change of this member's own data has done so for a while.
+async fn write_known(disk: Arc<MemberDisk>) {
+    let mut before = disk.mark();
+    loop {
+        tokio::time::sleep(IDLE_PAUSE).await;
+        let now = disk.mark();
+        if now == before
+            && let Err(error) = disk.write_known()
+        {
+            eprintln!("cannot store what is known of the other members: {error}");
+        }
+        before = now;
+    }
 }
 
 async fn listen(at: SocketAddr) -> Result<TcpListener, ServeError> {

@@ -4,14 +4,20 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
 
+use tokio::sync::Mutex;
+
 use crate::names::{ClusterName, VmName};
 use crate::record::VmRecord;
 use crate::server::disk::MemberDisk;
+use crate::server::disk_error::DATA_FORMAT;
 use crate::server::peers::OtherMembers;
 use crate::server::raft::Raft;
 use crate::server::stats::{LatencyHistogram, NodeStats};
 use crate::store::PAGE_RECORDS_MAX;
-use crate::wire::{NodeId, NodeStatus, PAGE_BYTES, RequestFailure, StoreRequest, StoreResponse};
+use crate::wire::{
+    NodeId, NodeStatus, PAGE_BYTES, PeerAnswer, PeerAsk, PeerResponse, RequestFailure, StoreRequest,
+    StoreResponse,
+};
 
 /// A running member.
 pub struct Node {
@@ -55,6 +61,21 @@ impl Node {
         })
     }
 
+    /// Answers another member's request. `snapshot` collects the parts of the snapshot that arrives on its connection.
+    pub(super) async fn answer_member(
+        &self,
+        from: NodeId,
+        ask: PeerAsk,
+        snapshot: &Mutex<Vec<u8>>,
+    ) -> PeerAnswer {
+        self.peers.asked().await;
+        let response = match self.peers.hear(from, &ask, |id| self.raft.is_member(id)) {
+            Ok(()) => self.raft.answer(ask.request, snapshot).await,
+            Err(_) => PeerResponse::Failed(RequestFailure::Stopped),
+        };
+        PeerAnswer { mark: self.disk.mark(), response }
+    }
+
     fn status(&self) -> NodeStatus {
         let view = self.raft.view();
         let (disk_free_bytes, data_bytes) = self.disk.space();
@@ -73,6 +94,8 @@ impl Node {
             vms: view.vms,
             commands: commands.count(),
             command_us: (commands.quantile_us(0.5), commands.quantile_us(0.99)),
+            data_format: DATA_FORMAT,
+            change: self.disk.mark().change,
             disk_free_bytes,
             data_bytes,
             disk_full: self.disk.is_full(),

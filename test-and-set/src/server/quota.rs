@@ -6,6 +6,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use rustls::pki_types::CertificateDer;
 use tokio::sync::Notify;
 
+use crate::wire::NodeId;
+
 /// The largest number of clients that are connected at once.
 const CLIENTS_MAX: usize = 512;
 /// The largest number of connections of clients with one certificate.
@@ -19,7 +21,7 @@ pub enum Party {
     /// A client.
     Client,
     /// Another member.
-    Member,
+    Member(NodeId),
 }
 
 type OpenConnections = HashMap<(Party, Vec<u8>), VecDeque<Arc<Notify>>>;
@@ -51,7 +53,7 @@ impl ConnectionQuotas {
         let mut open = self.open();
         let own = open.get(&of).map_or(0, VecDeque::len);
         match party {
-            Party::Member if own >= PER_MEMBER_MAX => evict_oldest(&mut open, &of),
+            Party::Member(_) if own >= PER_MEMBER_MAX => evict_oldest(&mut open, &of),
             Party::Client if own >= CLIENTS_PER_CERTIFICATE_MAX => return None,
             Party::Client => {
                 let clients = || open.iter().filter(|((party, _), _)| *party == Party::Client);
@@ -64,7 +66,7 @@ impl ConnectionQuotas {
                     evict_oldest(&mut open, &most);
                 }
             }
-            Party::Member => {}
+            Party::Member(_) => {}
         }
         let eviction = Arc::new(Notify::new());
         open.entry(of.clone()).or_default().push_back(eviction.clone());
@@ -142,7 +144,7 @@ mod tests {
     #[test]
     fn a_member_that_connects_again_loses_its_oldest_connection() {
         let quotas = Arc::new(ConnectionQuotas::default());
-        let all = admit_all(&quotas, 1, Party::Member, PER_MEMBER_MAX + 2);
+        let all = admit_all(&quotas, 1, Party::Member(2), PER_MEMBER_MAX + 2);
         let evicted: Vec<_> = all.iter().map(is_evicted).collect();
         assert_eq!(evicted.iter().filter(|one| **one).count(), 2);
         assert!(evicted[0] && evicted[1]);

@@ -16,7 +16,8 @@ use std::sync::{Arc, Mutex, mpsc};
 
 use tokio::sync::watch;
 
-use crate::server::disk::{DiskError, MemberDisk};
+use crate::server::disk::MemberDisk;
+use crate::server::disk_error::DiskError;
 
 type EncodedEntries = Vec<(u64, Vec<u8>)>;
 

@@ -166,6 +166,10 @@ id! {
     /// The id of one copy of a disk image, stored in the image's sidecar file. Shown as 32 hexadecimal digits.
     CopyId
 }
+id! {
+    /// The random id of one run of a member of the store, from a start to the next.
+    RunId
+}
 
 /// What a key is known by: the SHA-256 of its certificate. Shown as 64 hexadecimal digits.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

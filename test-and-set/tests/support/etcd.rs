@@ -8,7 +8,7 @@ use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, ExtendedKeyUsa
 use tempfile::TempDir;
 use test_and_set::etcd::EtcdStore;
 
-use super::{Running, find_program, free_port};
+use super::{Running, find_program, free_address};
 
 /// Members of etcd.
 pub struct Etcd {
@@ -42,11 +42,11 @@ impl Etcd {
             make_keys(dir.path());
         }
         let scheme = if has_tls { "https" } else { "http" };
-        let ports: Vec<_> = (0..members).map(|_| (free_port(), free_port())).collect();
-        let peer = |i: usize| format!("{scheme}://127.0.0.1:{}", ports[i].1);
+        let addresses: Vec<_> = (0..members).map(|_| (free_address(), free_address())).collect();
+        let peer = |i: usize| format!("{scheme}://{}", addresses[i].1);
         let cluster: Vec<_> = (0..members).map(|i| format!("n{i}={}", peer(i))).collect();
         let nodes = (0..members).map(|i| {
-            let client = format!("{scheme}://127.0.0.1:{}", ports[i].0);
+            let client = format!("{scheme}://{}", addresses[i].0);
             let mut command = Command::new("etcd");
             command.args(["--name", &format!("n{i}"), "--initial-cluster", &cluster.join(",")]);
             command.args(["--listen-client-urls", &client, "--advertise-client-urls", &client]);
@@ -63,7 +63,7 @@ impl Etcd {
             Running::start(&mut command, &dir.path().join(format!("{i}.log")))
         });
         let nodes = nodes.collect();
-        let clients = ports.iter().map(|(client, _)| format!("127.0.0.1:{client}")).collect();
+        let clients = addresses.iter().map(|(client, _)| client.to_string()).collect();
         Self { clients, has_tls, dir, _nodes: nodes }
     }
 
@@ -88,7 +88,9 @@ fn make_keys(dir: &Path) {
     authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     let key = KeyPair::generate().expect("a key");
     let authority = CertifiedIssuer::self_signed(authority, key).expect("an authority");
-    let mut own = CertificateParams::new(["127.0.0.1".to_string()]).expect("a name");
+    // Members connect to each other from the first address.
+    let addresses = ["127.0.0.1".to_string(), free_address().ip().to_string()];
+    let mut own = CertificateParams::new(addresses).expect("a name");
     own.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
     let key = KeyPair::generate().expect("a key");
     let certificate = own.signed_by(&key, &authority).expect("a certificate");

@@ -8,13 +8,15 @@ pub mod latency;
 pub mod membership;
 pub mod nemesis;
 pub mod net;
+pub mod rollback;
 pub mod scale;
 
 use std::fs::{self, File};
 use std::io::Write;
-use std::net::TcpListener;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 pub use etcd::Etcd;
@@ -23,10 +25,13 @@ use tempfile::TempDir;
 use test_and_set::keys;
 use test_and_set::store::TestAndSet;
 
-/// A port that was free a moment ago.
-pub fn free_port() -> u16 {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("a loopback port");
-    listener.local_addr().expect("its address").port()
+/// An address on which nobody listens or will: a loopback address of this process alone, and a port that it has not used yet and
+/// that the kernel gives to no outgoing connection.
+pub fn free_address() -> SocketAddr {
+    static NEXT: AtomicU16 = AtomicU16::new(10_000);
+    // A process id has at most 22 bits.
+    let [_, a, b, c] = std::process::id().to_be_bytes();
+    SocketAddr::from(([127, 64 | a, b, c], NEXT.fetch_add(1, Relaxed)))
 }
 
 /// A process that is killed when this is dropped.
@@ -58,9 +63,11 @@ impl Drop for Running {
 /// Members of our own store.
 pub struct Cluster {
     pub dir: TempDir,
-    pub ports: Vec<u16>,
+    pub addresses: Vec<SocketAddr>,
     pub nodes: Vec<Option<Running>>,
     pub extra: Vec<String>,
+    /// A rule that its members leave out.
+    pub left_out: Option<&'static str>,
 }
 
 impl Cluster {
@@ -71,15 +78,20 @@ impl Cluster {
 
     /// Starts this number of members, each with these additional arguments.
     pub fn start_with(members: usize, extra: &[&str]) -> Self {
+        let mut cluster = Self::prepare(members, extra);
+        (1..=members).for_each(|id| cluster.start_node(id));
+        cluster
+    }
+
+    /// Makes the keys of this number of members, which are not started.
+    pub fn prepare(members: usize, extra: &[&str]) -> Self {
         let dir = tempfile::tempdir().expect("a directory");
         let ids: Vec<u64> = (1..=members as u64 + 1).collect();
         let client = ["client".to_owned()];
         keys::make_set(&dir.path().join("keys"), &ids, &client, &client).expect("keys");
-        let ports = ids.iter().map(|_| free_port()).collect();
+        let addresses = ids.iter().map(|_| free_address()).collect();
         let extra = extra.iter().map(|s| s.to_string()).collect();
-        let mut cluster = Self { dir, ports, nodes: ids.iter().map(|_| None).collect(), extra };
-        (1..=members).for_each(|id| cluster.start_node(id));
-        cluster
+        Self { dir, addresses, nodes: ids.iter().map(|_| None).collect(), extra, left_out: None }
     }
 
     /// The number of members that it was started with.
@@ -88,7 +100,7 @@ impl Cluster {
     }
 
     pub fn address(&self, id: usize) -> String {
-        format!("127.0.0.1:{}", self.ports[id - 1])
+        self.addresses[id - 1].to_string()
     }
 
     pub fn keys(&self, name: &str) -> PathBuf {
@@ -112,6 +124,7 @@ impl Cluster {
             .args(["serve", "--id", &id.to_string(), "--listen", &self.address(id)])
             .args(how)
             .args(&self.extra);
+        command.envs(self.left_out.map(|rule| ("VMFT_LEAVE_OUT", rule)));
         command.arg("--data").arg(self.data(id)).arg("--keys").arg(self.keys(&id.to_string()));
         self.nodes[id - 1] = Some(Running::start(&mut command, &self.log(id)));
     }
@@ -150,6 +163,52 @@ impl Cluster {
             let leader = rows.filter(|s| s["role"] == "leader").max_by_key(|s| s["term"].as_u64());
             leader?["id"].as_u64().map(|id| id as usize)
         })
+    }
+}
+
+/// A small file system in the place of a member's data, which is unmounted when this is dropped.
+pub struct SmallDisk(PathBuf);
+
+impl SmallDisk {
+    /// Why it cannot be mounted here, if it cannot.
+    pub fn missing() -> Option<&'static str> {
+        (!rustix::process::geteuid().is_root()).then_some("a small file system can be mounted by root only")
+    }
+
+    /// Mounts 64 MiB at this path, which must not exist.
+    pub fn mount(at: &Path) -> std::io::Result<Self> {
+        fs::create_dir(at)?;
+        let mut mount = Command::new("mount");
+        let mounted = mount.args(["-t", "tmpfs", "-o", "size=64m", "tmpfs"]).arg(at).status()?;
+        assert!(mounted.success());
+        Ok(Self(at.into()))
+    }
+
+    fn ballast(&self) -> PathBuf {
+        self.0.join("ballast")
+    }
+
+    /// Fills it, up to a few MiB.
+    pub fn fill(&self) -> std::io::Result<()> {
+        fs::write(self.ballast(), vec![1; 44 << 20])
+    }
+
+    /// Fills it to the last byte.
+    pub fn fill_completely(&self) -> std::io::Result<()> {
+        let mut ballast = File::create(self.ballast())?;
+        while ballast.write_all(&[1; 1 << 16]).is_ok() {}
+        Ok(())
+    }
+
+    /// Makes room again.
+    pub fn empty(&self) -> std::io::Result<()> {
+        fs::remove_file(self.ballast())
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        Command::new("umount").arg("-l").arg(&self.0).status().ok();
     }
 }
 
@@ -194,11 +253,13 @@ impl ZooKeeper {
 
     pub fn start() -> Self {
         let dir = tempfile::tempdir().expect("a directory");
-        let port = free_port();
+        let address = free_address();
         let data = dir.path().join("data");
         let config = format!(
-            "tickTime=500\ndataDir={}\nclientPort={port}\nclientPortAddress=127.0.0.1\nadmin.enableServer=false\n",
-            data.display()
+            "tickTime=500\ndataDir={}\nclientPort={}\nclientPortAddress={}\nadmin.enableServer=false\n",
+            data.display(),
+            address.port(),
+            address.ip()
         );
         fs::create_dir(&data).expect("a directory");
         fs::write(dir.path().join("zoo.cfg"), config).expect("a configuration");
@@ -206,7 +267,7 @@ impl ZooKeeper {
         command.args(["-Xmx128m", "-cp", "/etc/zookeeper/conf:/usr/share/java/*"]);
         command.arg("org.apache.zookeeper.server.quorum.QuorumPeerMain").arg(dir.path().join("zoo.cfg"));
         let node = Running::start(&mut command, &dir.path().join("log"));
-        Self { url: format!("zookeeper://127.0.0.1:{port}"), _dir: dir, node }
+        Self { url: format!("zookeeper://{address}"), _dir: dir, node }
     }
 
     /// Kills it, without a chance to clean up.

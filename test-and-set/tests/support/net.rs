@@ -31,7 +31,7 @@ impl Net {
     /// Makes a network with these hosts.
     pub fn new(hosts: &[u8]) -> Self {
         let net = Self {
-            name: format!("vmft-{}-{}", std::process::id(), super::free_port()),
+            name: format!("vmft-{}-{}", std::process::id(), super::free_address().port()),
             hosts: hosts.to_vec(),
         };
         let bridge = net.namespace(0);

@@ -79,6 +79,20 @@ impl Raft {
         self.change_members(|| self.raft.change_membership(change.clone(), false)).await
     }
 
+    /// Connects to all other members, each of which tells what it remembers of this one, or does not answer within the patience of a
+    /// connection.
+    pub async fn reach_others(&self) {
+        let me = self.raft.metrics().borrow().id;
+        let others = self.configured().into_iter().filter(|member| member.id != me);
+        let mut asked = tokio::task::JoinSet::new();
+        for other in others {
+            let (peers, peer) = (self.peers.clone(), self.peers.get(other.id, &other.address));
+            // A member that does not answer is asked again with the first message to it.
+            asked.spawn(async move { drop(peers.reach(&peer).await) });
+        }
+        asked.join_all().await;
+    }
+
     fn check_leads(&self) -> Result<(), RequestFailure> {
         let (me, leader) = (self.raft.metrics().borrow().id, self.leader());
         match leader {
@@ -106,7 +120,7 @@ impl Raft {
             let Err(error) = self.peers.reach(&peer).await else { return Ok(()) };
             if begun.elapsed() > FIRST_ANSWER_PATIENCE {
                 if self.configured().iter().all(|member| member.id != id)
-                    && let Err(error) = self.peers.data_of.forget(id)
+                    && let Err(error) = self.peers.forget(id)
                 {
                     eprintln!("cannot forget the data of member {id}, which was not added: {error}");
                 }

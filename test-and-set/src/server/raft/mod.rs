@@ -29,7 +29,8 @@ use self::state_machine::StoreMachine;
 use self::types::{LoggedCommand, RaftWriteError, Types, decode, encode};
 use crate::names::VmName;
 use crate::record::{Command, CommandReply};
-use crate::server::disk::{DiskError, MemberDisk};
+use crate::server::disk::MemberDisk;
+use crate::server::disk_error::DiskError;
 use crate::server::peers::OtherMembers;
 use crate::server::raft_log::RaftLog;
 use crate::state::StoreState;
@@ -117,6 +118,17 @@ impl Raft {
         Ok(Self { raft, machine, disk, peers, suspicion })
     }
 
+    /// Whether this member may become a candidate; at the start it may.
+    pub fn set_elections(&self, may_be: bool) {
+        self.raft.runtime_config().elect(may_be);
+    }
+
+    /// Whether this is a member of the cluster, as far as is known here.
+    pub fn is_member(&self, id: NodeId) -> bool {
+        let metrics = self.raft.metrics();
+        metrics.borrow().membership_config.membership().get_node(&id).is_some()
+    }
+
     /// Forms the cluster, unless this member already belongs to one. Each of the first members does this with the same list.
     pub async fn initialize(&self, members: &BTreeMap<NodeId, String>) -> Result<(), RaftStartError> {
         let failed = |e: String| RaftStartError::Raft(e);
@@ -180,9 +192,15 @@ impl Raft {
         let metrics = metrics.borrow();
         let config = metrics.membership_config.membership();
         let matched = |id: &NodeId| metrics.replication.as_ref()?.get(id)?.map(|log_id| log_id.index);
+        let remembered = self.peers.remembered();
         let members = config.nodes().map(|(id, node)| {
-            let votes = config.voter_ids().any(|voter| voter == *id);
-            (*id, MemberStatus { address: node.addr.clone(), votes, matched_index: matched(id) })
+            let status = MemberStatus {
+                address: node.addr.clone(),
+                votes: config.voter_ids().any(|voter| voter == *id),
+                matched_index: matched(id),
+                remembered_change: remembered.get(id).map(|mark| mark.change),
+            };
+            (*id, status)
         });
         let role = match metrics.state {
             _ if metrics.running_state.is_err() => "stopped",

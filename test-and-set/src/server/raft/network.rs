@@ -56,7 +56,7 @@ impl PeerClient {
     /// Sends a request. Every failure is reported as "unreachable", because the pause that openraft then makes suits all of them.
     async fn call<T: DeserializeOwned>(
         &self,
-        request: &PeerRequest,
+        request: PeerRequest,
         patience: Duration,
     ) -> Result<T, Unreachable> {
         match self.peers.ask(&self.peer, request, patience).await.map_err(|e| Unreachable::new(&e))? {
@@ -94,7 +94,7 @@ impl RaftNetwork<Types> for PeerClient {
         rpc.leader_commit = self.told;
         // openraft drops this future at its own deadline, and `confirmed` would not be updated: so this ends a little earlier.
         let patience = option.hard_ttl().mul_f64(0.9);
-        let answer = self.call(&PeerRequest::Append(bytes_for(&rpc)?), patience).await?;
+        let answer = self.call(PeerRequest::Append(bytes_for(&rpc)?), patience).await?;
         let upto = rpc.entries.last().map_or(rpc.prev_log_id, |entry| Some(entry.log_id));
         self.confirmed = matches!(answer, AppendEntriesResponse::Success).then(|| (Instant::now(), upto));
         Ok(answer)
@@ -105,7 +105,7 @@ impl RaftNetwork<Types> for PeerClient {
         rpc: VoteRequest<NodeId>,
         option: RPCOption,
     ) -> Result<VoteResponse<NodeId>, CallError> {
-        Ok(self.call(&PeerRequest::Vote(bytes_for(&rpc)?), option.hard_ttl().mul_f64(0.9)).await?)
+        Ok(self.call(PeerRequest::Vote(bytes_for(&rpc)?), option.hard_ttl().mul_f64(0.9)).await?)
     }
 
     async fn install_snapshot(
@@ -133,11 +133,11 @@ impl RaftNetwork<Types> for PeerClient {
             for offset in (0..whole).step_by(CHUNK_BYTES) {
                 let bytes = state[offset..offset + CHUNK_BYTES].to_vec();
                 let part = PeerRequest::Snapshot { offset: offset as u64, bytes, finish: None };
-                self.call::<()>(&part, CHUNK_PATIENCE).await?;
+                self.call::<()>(part, CHUNK_PATIENCE).await?;
             }
             let finish = Some(bytes_for(&(&vote, &snapshot.meta))?);
             let last = PeerRequest::Snapshot { offset: whole as u64, bytes: state[whole..].to_vec(), finish };
-            Ok(self.call(&last, CHUNK_PATIENCE).await?)
+            Ok(self.call(last, CHUNK_PATIENCE).await?)
         };
         tokio::select! {
             sent = send => sent,

@@ -12,7 +12,8 @@ use super::types::{
     RaftEntry, RaftMembership, RaftSnapshotMeta, RaftStorageError, Types, decode, encode, reading, writing,
 };
 use crate::record::CommandReply;
-use crate::server::disk::{DiskError, MemberDisk};
+use crate::server::disk::MemberDisk;
+use crate::server::disk_error::DiskError;
 use crate::server::peers::OtherMembers;
 use crate::server::raft_log::RaftLog;
 use crate::state::StoreState;
@@ -64,7 +65,7 @@ impl StoreMachine {
     /// Forgets the data of members that were removed, because they may be added again with other data.
     fn forget_removed(&self, before: &RaftMembership, now: &RaftMembership) -> Result<(), RaftStorageError> {
         let gone = before.nodes().filter(|(id, _)| now.membership().get_node(id).is_none());
-        gone.map(|(id, _)| *id).try_for_each(|id| self.peers.data_of.forget(id)).map_err(writing)
+        gone.map(|(id, _)| *id).try_for_each(|id| self.peers.forget(id)).map_err(writing)
     }
 }
 

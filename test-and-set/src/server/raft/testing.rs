@@ -3,18 +3,10 @@
 use openraft::raft::{AppendEntriesRequest, VoteRequest, VoteResponse};
 use openraft::{EntryPayload, LogId, Vote};
 
-use super::Raft;
 use super::types::{LoggedCommand, RaftEntry, Types, decode, encode};
 use crate::names::VmName;
 use crate::record::Command;
 use crate::wire::{NodeId, PeerRequest};
-
-impl Raft {
-    /// Prevents the member from starting elections.
-    pub fn disable_elections(&self) {
-        self.raft.runtime_config().elect(false);
-    }
-}
 
 fn at(term: u64, leader: NodeId, index: u64) -> LogId<NodeId> {
     LogId::new(openraft::CommittedLeaderId::new(term, leader), index)

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::names::VmName;
 use crate::record::{Asker, Command, CommandReply};
-use crate::server::disk::DiskError;
+use crate::server::disk_error::DiskError;
 use crate::wire::NodeId;
 
 /// A command in the log.
