@@ -18,6 +18,8 @@
 //! - **Members** can be changed while the store runs: put the new certificates in place, start the new member with `--join`, then
 //!   `vmft-store member add --store … 4 10.0.0.4:7400`; `vmft-store member remove --store … 1`. A member that lost its data is
 //!   refused by the others, because it has lost its votes, too: remove it, empty its `--data`, and add it again.
+//! - **Backup.** `vmft-store backup` saves the records of all VMs, and `vmft-store restore` makes a new store of them; see [`backup`].
+//!   An old copy of a member's directory is refused by the others, as far as they know that it is old; see [`server::marks`].
 //! - **Disk.** A member accepts no commands when less than 32 MiB are free beside the room for a snapshot, and says so; earlier
 //!   answers stay valid. `--metrics ADDR` serves metrics for Prometheus.
 //! - **Your own etcd or ZooKeeper** can be used, too: `etcd://HOST:PORT,…` or `zookeeper://HOST:PORT,…` in place of `raft://`; see
@@ -50,6 +52,7 @@
 //! A verdict is a chain of small steps in several processes, and each wake-up of a thread costs time: so a member runs on one thread,
 //! with a short [`time_slice`].
 
+pub mod backup;
 pub mod blocking;
 mod cas;
 pub mod checker;

@@ -73,6 +73,21 @@ impl RaftStore {
     }
 }
 
+impl RaftStore {
+    /// A page of all VMs, also those that are forgotten, in the order of their names, starting after `after`. An empty page is the
+    /// end.
+    pub async fn all(
+        &self,
+        after: Option<&VmName>,
+        deadline: Instant,
+    ) -> Result<Vec<(VmName, VmRecord)>, StoreError> {
+        match self.inner.ask(&StoreRequest::Export(after.cloned()), NODE_PATIENCE, deadline).await? {
+            StoreResponse::Page(page) => Ok(page),
+            answer => Err(StoreError::Unfitting(Box::new(answer))),
+        }
+    }
+}
+
 fn from_failure(failure: RequestFailure) -> NodeError {
     match failure {
         RequestFailure::NotLeader(leader) => NodeError::NotLeader(leader),

@@ -23,7 +23,9 @@ mod next_version {
 }
 
 #[cfg(all(feature = "next-version", not(debug_assertions)))]
-compile_error!("the feature `next-version` is for tests of upgrades: build without --release, or without the feature");
+compile_error!(
+    "the feature `next-version` is for tests of upgrades: build without --release, or without the feature"
+);
 
 /// The versions that one side knows: all from the oldest to the newest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

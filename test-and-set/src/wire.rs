@@ -134,6 +134,8 @@ pub enum StoreRequest {
     AddMember(NodeId, String),
     /// Remove a member.
     RemoveMember(NodeId),
+    /// As [`StoreRequest::List`], of all VMs, the forgotten ones included. Only for operators.
+    Export(Option<VmName>),
 }
 
 /// A member's response to a client.
@@ -143,7 +145,7 @@ pub enum StoreResponse {
     Reply(CommandReply),
     /// To [`StoreRequest::Get`].
     Record(Option<VmRecord>),
-    /// To [`StoreRequest::List`].
+    /// To [`StoreRequest::List`] and [`StoreRequest::Export`].
     Page(Vec<(VmName, VmRecord)>),
     /// To [`StoreRequest::Ping`]: the leader's address, if there is one.
     Leader(Option<String>),

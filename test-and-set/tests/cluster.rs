@@ -12,6 +12,7 @@ use support::membership::{
     a_member_that_is_not_there_gets_no_vote, a_new_member_votes_only_with_all_of_the_log,
     a_removal_leaves_a_quorum_that_answers,
 };
+use support::restoring::all_members_are_lost_and_restored;
 use support::rollback::{
     an_old_copy_does_not_vote_a_verdict_away, an_old_copy_is_told_and_ends,
     without_the_rule_an_old_copy_makes_two_winners,
@@ -393,6 +394,7 @@ fn main() {
             "a_new_member_votes_only_with_all_of_the_log",
             a_new_member_votes_only_with_all_of_the_log,
         ),
+        Trial::test("all_members_are_lost_and_restored", all_members_are_lost_and_restored),
         Trial::test("an_old_copy_is_told_and_ends", an_old_copy_is_told_and_ends),
         with_need(
             "an_old_copy_does_not_vote_a_verdict_away",

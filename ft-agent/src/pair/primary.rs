@@ -83,7 +83,7 @@ fn next_generation(side: &PairSide) -> Result<Generation, Error> {
         let (vm, store) = (name.clone(), side.plan.store.clone());
         return Err(Error::RunsElsewhere { vm, generation: record.generation, store });
     }
-    record.generation.next().ok_or_else(|| {
+    record.next_generation().ok_or_else(|| {
         Error::config("name", "this VM has used up all generation numbers; give it another name")
     })
 }

@@ -1,5 +1,8 @@
 //! `vmft-store`: runs a member of the store, and the commands of its operator.
 
+#[path = "vmft-store/backups.rs"]
+mod backups;
+
 use std::collections::BTreeMap;
 use std::error::Error;
 use std::io::{self, ErrorKind, Write};
@@ -8,6 +11,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
+use backups::RestoreArgs;
 use clap::{Args, Parser, Subcommand};
 use test_and_set::keys::{self, Keys};
 use test_and_set::names::ClusterName;
@@ -43,6 +47,16 @@ enum StoreCommand {
         #[command(subcommand)]
         command: MemberCommand,
     },
+    /// Write the records of all VMs to a file, from which `vmft-store restore` makes a new store. Only for operators.
+    Backup {
+        #[command(flatten)]
+        target: StoreArgs,
+        /// The file, which must not exist.
+        file: PathBuf,
+    },
+    /// Make the data of a new cluster's first member from a backup, after the majority of the old members was lost. See
+    /// docs/disasters.md.
+    Restore(RestoreArgs),
     /// Make keys, or change which ones a party accepts.
     Keys {
         #[command(subcommand)]
@@ -168,6 +182,11 @@ fn run(command: StoreCommand) -> Result<(), Box<dyn Error>> {
                 }
             }
             StoreCommand::Status { target, json } => status(&target, json).await,
+            StoreCommand::Backup { target, file } => {
+                let (_, store, cluster) = store(&target)?;
+                backups::save(&store, cluster, &file, deadline(&target)).await
+            }
+            StoreCommand::Restore(restore) => backups::make_member(restore),
             StoreCommand::Member { command: MemberCommand::Add { target, id, address } } => {
                 Ok(store(&target)?
                     .1
@@ -214,10 +233,11 @@ fn deadline(target: &StoreArgs) -> Instant {
     Instant::now() + Duration::from_secs(target.patience)
 }
 
-fn store(target: &StoreArgs) -> Result<(Vec<String>, RaftStore), Box<dyn Error>> {
+fn store(target: &StoreArgs) -> Result<(Vec<String>, RaftStore, ClusterName), Box<dyn Error>> {
     match target.store.parse().map_err(StoreError::Url)? {
         StoreUrl::Raft { nodes, keys, cluster } => {
-            Ok((nodes.clone(), RaftStore::new(nodes, Keys::load(&keys).map_err(StoreError::Keys)?, cluster)?))
+            let keys = Keys::load(&keys).map_err(StoreError::Keys)?;
+            Ok((nodes.clone(), RaftStore::new(nodes, keys, cluster.clone())?, cluster))
         }
         _ => {
             Err("--store must be a raft:// URL: use etcd's and ZooKeeper's own tools for their members"
@@ -227,7 +247,7 @@ fn store(target: &StoreArgs) -> Result<(Vec<String>, RaftStore), Box<dyn Error>>
 }
 
 async fn status(target: &StoreArgs, json: bool) -> Result<(), Box<dyn Error>> {
-    let (nodes, store) = store(target)?;
+    let (nodes, store, _) = store(target)?;
     let mut found = vec![];
     for node in nodes {
         let asked = Instant::now();

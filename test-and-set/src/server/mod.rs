@@ -23,6 +23,7 @@ pub mod peers;
 mod quota;
 pub mod raft;
 pub mod raft_log;
+pub mod restore;
 pub mod stats;
 
 use std::collections::BTreeMap;

@@ -44,6 +44,10 @@ impl Node {
                 let look = self.raft.read(|state| page(state.list(after.as_ref())));
                 timed(&self.stats.reads, look).await.map(StoreResponse::Page)
             }
+            StoreRequest::Export(after) => {
+                let look = self.raft.read(|state| page(state.all(after.as_ref())));
+                timed(&self.stats.reads, look).await.map(StoreResponse::Page)
+            }
             StoreRequest::Ping => Ok(StoreResponse::Leader(self.raft.leader().map(|(_, address)| address))),
             StoreRequest::Status => Ok(StoreResponse::Status(Box::new(self.status()))),
             StoreRequest::AddMember(id, address) => {

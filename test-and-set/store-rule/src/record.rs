@@ -156,7 +156,14 @@ pub struct VmRecord {
     pub hosts: BTreeSet<PartyName>,
     /// The host that opened the VM's first generation: the name counts as its. `None` in a store without roles.
     pub owner: Option<PartyName>,
+    /// Whether this is from a backup of the store. What happened later is not known: whether the generation was taken, or another
+    /// one opened. Until the next one is opened nobody wins by this record who had not won by the backup.
+    pub restored: bool,
 }
+
+/// After a VM from a backup was ended or forgotten, its next generation has a number so far ahead that none of those that were
+/// opened after the backup is used twice.
+const RESTORED_GAP: u64 = 1 << 20;
 
 impl VmRecord {
     /// The incarnation that holds the current generation, if it is taken.
@@ -164,6 +171,28 @@ impl VmRecord {
         match &self.phase {
             VmPhase::Open { holder, .. } => *holder,
             VmPhase::Forgotten => None,
+        }
+    }
+
+    /// What a store that was restored from a backup knows of a VM that is not in the backup.
+    pub const NOT_IN_BACKUP: VmRecord = VmRecord {
+        generation: Generation(0),
+        phase: VmPhase::Forgotten,
+        disks: BTreeMap::new(),
+        hosts: BTreeSet::new(),
+        owner: None,
+        restored: true,
+    };
+
+    fn is_of_no_vm(&self) -> bool {
+        self.generation < Generation::FIRST
+    }
+
+    /// The generation that is opened next; `None` if the number would overflow.
+    pub fn next_generation(&self) -> Option<Generation> {
+        match self.restored && self.phase == VmPhase::Forgotten {
+            true => self.generation.0.checked_add(RESTORED_GAP).map(Generation),
+            false => self.generation.next(),
         }
     }
 
@@ -315,6 +344,12 @@ pub enum Refusal {
     /// The VM is bound to other hosts: start it there, or forget it first.
     #[error("the VM is bound to {}: start it there, or have an operator forget it first (`vmft forget`)", named(.0))]
     Bound(BTreeSet<PartyName>),
+    /// The store was restored from a backup, and does not know what happened later: stop the VM on its hosts, or forget it.
+    #[error(
+        "the store was restored from a backup and does not know what became of this VM since then: find out which side of it runs, \
+         if any; then end it with `vmft stop`, or have an operator forget it (`vmft forget`) when both are dead; see docs/disasters.md"
+    )]
+    Restored,
 }
 
 fn named(hosts: &BTreeSet<PartyName>) -> String {
@@ -326,6 +361,14 @@ fn named(hosts: &BTreeSet<PartyName>) -> String {
 type Decision = Result<(Option<VmRecord>, CommandReply), Refusal>;
 
 const STALE: Decision = Ok((None, CommandReply::Stale));
+
+/// The decision on a generation that is not the record's.
+fn other_generation(record: Option<&VmRecord>, generation: Generation) -> Decision {
+    match record {
+        Some(record) if record.restored && generation > record.generation => Err(Refusal::Restored),
+        _ => STALE,
+    }
+}
 
 /// Applies a command to a VM's record (`None`: the VM is unknown). Returns the new record, or `None` if it stays as it is, and
 /// the reply. Without an asker the store has no roles, and everybody may do everything.
@@ -363,13 +406,16 @@ fn take(
     who: Incarnation,
     asks: Option<&PartyName>,
 ) -> Decision {
-    let Some(record) = record.filter(|r| r.generation == generation) else { return STALE };
+    let Some(record) = record.filter(|r| r.generation == generation) else {
+        return other_generation(record, generation);
+    };
     let VmPhase::Open { members, holder } = &record.phase else { return STALE };
     let Some(member) = members.find(who) else { return STALE };
     member.check_host(asks)?;
     Ok(match holder {
         Some(holder) if *holder == who => (None, CommandReply::Won),
         Some(holder) => (None, CommandReply::Lost(*holder)),
+        None if record.restored => return Err(Refusal::Restored),
         None => {
             let phase = VmPhase::Open { members: members.clone(), holder: Some(who) };
             let mut taken = VmRecord { phase, ..record.clone() };
@@ -390,7 +436,7 @@ fn open(
     }
     let members = members.on_hosts(asks);
     members.primary.check_host(asks)?;
-    let follows = |record: &VmRecord| record.generation.next() == Some(generation);
+    let follows = |record: &VmRecord| record.next_generation() == Some(generation);
     match record {
         None if generation == Generation::FIRST => {}
         None => return STALE,
@@ -405,13 +451,14 @@ fn open(
                 now.find(*holder).map_or(Ok(()), |holder| holder.check_host(asks))?;
             }
             VmPhase::Forgotten if follows(record) => record.check_bound(asks)?,
-            _ => return STALE,
+            _ => return other_generation(Some(record), generation),
         },
     }
     let mut opened = VmRecord {
         generation,
         hosts: members.hosts(),
-        owner: record.map_or_else(|| asks.cloned(), |record| record.owner.clone()),
+        owner: record.filter(|r| !r.is_of_no_vm()).map_or_else(|| asks.cloned(), |r| r.owner.clone()),
+        restored: false,
         disks: BTreeMap::new(),
         phase: VmPhase::Open { members: members.clone(), holder: None },
     };
@@ -425,7 +472,9 @@ fn end(
     who: Incarnation,
     asks: Option<&PartyName>,
 ) -> Decision {
-    let Some(record) = record.filter(|r| r.generation == generation) else { return STALE };
+    let Some(record) = record.filter(|r| r.generation == generation) else {
+        return other_generation(record, generation);
+    };
     let VmPhase::Open { members, holder } = &record.phase else {
         record.check_bound(asks)?;
         return Ok((None, CommandReply::Done));

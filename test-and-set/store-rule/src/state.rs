@@ -12,6 +12,8 @@ use crate::record::{Asker, Command, CommandReply, VmPhase, VmRecord, decide};
 #[serde(from = "StoredRecords")]
 pub struct StoreState {
     vms: BTreeMap<VmName, VmRecord>,
+    /// Whether the store was restored from a backup, after which there may have been more VMs.
+    restored: bool,
     /// How many names each host owns: derived from the records.
     #[serde(skip_serializing)]
     owned: BTreeMap<PartyName, u64>,
@@ -21,22 +23,31 @@ pub struct StoreState {
 #[derive(Deserialize)]
 struct StoredRecords {
     vms: BTreeMap<VmName, VmRecord>,
+    restored: bool,
 }
 
+static NOT_IN_BACKUP: VmRecord = VmRecord::NOT_IN_BACKUP;
+
 impl From<StoredRecords> for StoreState {
-    fn from(StoredRecords { vms }: StoredRecords) -> Self {
+    fn from(StoredRecords { vms, restored }: StoredRecords) -> Self {
         let mut owned = BTreeMap::new();
         for owner in vms.values().filter_map(|record| record.owner.clone()) {
             *owned.entry(owner).or_default() += 1;
         }
-        Self { vms, owned }
+        Self { vms, restored, owned }
     }
 }
 
 impl StoreState {
+    /// The state of a store that is restored from these records of a backup.
+    pub fn restored(records: impl IntoIterator<Item = (VmName, VmRecord)>) -> Self {
+        let restored = |(vm, record)| (vm, VmRecord { restored: true, ..record });
+        StoredRecords { vms: records.into_iter().map(restored).collect(), restored: true }.into()
+    }
+
     /// Applies a command. Commands must be applied in log order.
     pub fn apply(&mut self, vm: &VmName, command: &Command, asker: Option<&Asker>) -> CommandReply {
-        let (changed, reply) = decide(self.vms.get(vm), command, asker);
+        let (changed, reply) = decide(self.get(vm), command, asker);
         if let Some(record) = changed {
             let owner = record.owner.clone();
             // The owner of a name never changes.
@@ -56,14 +67,19 @@ impl StoreState {
 
     /// The record of a VM, forgotten or not.
     pub fn get(&self, vm: &VmName) -> Option<&VmRecord> {
-        self.vms.get(vm)
+        self.vms.get(vm).or(self.restored.then_some(&NOT_IN_BACKUP))
+    }
+
+    /// All VMs, also those that are forgotten, in the order of their names, starting after `after`.
+    pub fn all(&self, after: Option<&VmName>) -> impl Iterator<Item = (&VmName, &VmRecord)> {
+        use std::ops::Bound::{Excluded, Unbounded};
+        let from = after.map_or(Unbounded, Excluded);
+        self.vms.range::<VmName, _>((from, Unbounded))
     }
 
     /// The VMs that are not forgotten, in the order of their names, starting after `after`.
     pub fn list(&self, after: Option<&VmName>) -> impl Iterator<Item = (&VmName, &VmRecord)> {
-        use std::ops::Bound::{Excluded, Unbounded};
-        let from = after.map_or(Unbounded, Excluded);
-        self.vms.range::<VmName, _>((from, Unbounded)).filter(|(_, r)| r.phase != VmPhase::Forgotten)
+        self.all(after).filter(|(_, r)| r.phase != VmPhase::Forgotten)
     }
 
     /// The number of known VMs, including forgotten ones.

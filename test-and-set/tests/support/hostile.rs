@@ -112,8 +112,11 @@ impl Attack {
             }
             "wrong magic" | "wrong version" => {
                 let mut stream = self.connect(&self.accepted).await?;
-                let head: &[u8] =
-                    if kind == "wrong magic" { b"GET / HTTP/1.1\r\n\r\n" } else { b"VMTS\xff\xff\xff\xff\0\0" };
+                let head: &[u8] = if kind == "wrong magic" {
+                    b"GET / HTTP/1.1\r\n\r\n"
+                } else {
+                    b"VMTS\xff\xff\xff\xff\0\0"
+                };
                 stream.write_all(head).await?;
                 stream.read_to_end(&mut vec![]).await?;
             }

@@ -8,6 +8,7 @@ pub mod latency;
 pub mod membership;
 pub mod nemesis;
 pub mod net;
+pub mod restoring;
 pub mod rollback;
 pub mod scale;
 

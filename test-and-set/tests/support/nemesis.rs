@@ -1,8 +1,8 @@
-//! Concurrent clients of three members, and a nemesis that kills, pauses and restarts members, damages their files and
-//! cuts links. What the clients observed is checked.
+//! Concurrent clients of three members, and a nemesis that kills, pauses and restarts members, damages their files, restores
+//! old copies of their data and cuts links. What the clients observed is checked.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command as Process;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
@@ -66,6 +66,8 @@ struct Members3<'n> {
     net: &'n Net,
     dir: PathBuf,
     nodes: BTreeMap<u8, Running>,
+    /// The members of whose data there is an old copy.
+    copied: BTreeSet<u8>,
 }
 
 impl Members3<'_> {
@@ -121,18 +123,56 @@ impl Members3<'_> {
         super::damage::damage(&self.data(id).join(file), random).expect("to damage a file");
         wait(hold);
         self.start(id);
-        wait(Duration::from_secs(1));
-        let member = &mut self.nodes.get_mut(&id).expect("a member").0;
-        if member.try_wait().expect("its state").is_none() {
-            return "damage one, which has everything";
+        match self.added_anew_if_refused(id, "is damaged", wait) {
+            true => "damage one, which refuses",
+            false => "damage one, which has everything",
         }
-        let log = std::fs::read_to_string(self.dir.join(format!("{id}.log"))).expect("its log");
-        assert!(log.lines().last().is_some_and(|line| line.contains("is damaged")), "{file}: {log}");
-        self.change_members(&["remove", &id.to_string()]);
-        std::fs::remove_dir_all(self.data(id)).expect("to remove its data");
-        self.start_as(id, &["--join"]);
-        self.change_members(&["add", &id.to_string(), &format!("{}:{PORT}", Net::address(id))]);
-        "damage one, which refuses"
+    }
+
+    /// Waits until a member that was just started has refused its data, with these words; then removes it and adds it anew. Returns
+    /// whether it did.
+    fn added_anew_if_refused(&mut self, id: u8, words: &str, wait: impl Fn(Duration)) -> bool {
+        for _ in 0..20 {
+            wait(Duration::from_millis(100));
+            let member = &mut self.nodes.get_mut(&id).expect("a member").0;
+            if member.try_wait().expect("its state").is_some() {
+                let log = std::fs::read_to_string(self.dir.join(format!("{id}.log"))).expect("its log");
+                assert!(log.lines().last().is_some_and(|line| line.contains(words)), "{log}");
+                self.change_members(&["remove", &id.to_string()]);
+                std::fs::remove_dir_all(self.data(id)).expect("to remove its data");
+                self.copied.remove(&id);
+                self.start_as(id, &["--join"]);
+                self.change_members(&["add", &id.to_string(), &format!("{}:{PORT}", Net::address(id))]);
+                return true;
+            }
+        }
+        false
+    }
+
+    fn copy(&self, from: &Path, to: &Path) {
+        std::fs::remove_dir_all(to).ok();
+        let copied = Process::new("cp").arg("-a").arg(from).arg(to).status().expect("cp");
+        assert!(copied.success());
+    }
+
+    /// Stops a member and starts it with an old copy of its data; the others tell it, and it is added anew. Without a copy, takes
+    /// one for a later round.
+    fn restore_for(&mut self, id: u8, hold: Duration, wait: impl Fn(Duration)) -> &'static str {
+        self.kill(id);
+        let copy = self.dir.join(format!("copy{id}"));
+        if self.copied.insert(id) {
+            self.copy(&self.data(id), &copy);
+            wait(hold);
+            self.start(id);
+            return "copy one";
+        }
+        self.copy(&copy, &self.data(id));
+        wait(hold);
+        self.start(id);
+        match self.added_anew_if_refused(id, " remembers change ", wait) {
+            true => "restore one, which is told and ends",
+            false => "restore one, of which nobody remembers more",
+        }
     }
 
     fn signal(&self, id: u8, signal: Signal) {
@@ -154,7 +194,7 @@ impl Members3<'_> {
             self.net.cut(x, y);
             self.net.cut(y, x);
         };
-        match random.random_range(0..12) {
+        match random.random_range(0..15) {
             0 => self.kill_for(&[a], hold, wait, "kill one"),
             1 => self.kill_for(&[a, b], hold, wait, "kill two"),
             2 => self.kill_for(&[a, b, c], hold, wait, "kill all"),
@@ -182,6 +222,7 @@ impl Members3<'_> {
                     .for_each(|other| if deaf { self.net.cut(other, a) } else { self.net.cut(a, other) });
                 self.healed_after(hold, wait, "one from the others, one way")
             }
+            12..15 => self.restore_for(a, hold, wait),
             9 | 10 => self.damage_for(a, random, hold, wait),
             _ => {
                 // The client reaches only one member, which the others do not reach, and one more link is cut in one direction.
@@ -351,7 +392,8 @@ pub fn run(plan: &Plan) -> NemesisReport {
     let dir = tempfile::tempdir().expect("a directory");
     let name = ["client".to_owned()];
     keys::make_set(&dir.path().join("keys"), &MEMBERS.map(u64::from), &name, &name).expect("keys");
-    let mut members = Members3 { net: &net, dir: dir.path().into(), nodes: BTreeMap::new() };
+    let mut members =
+        Members3 { net: &net, dir: dir.path().into(), nodes: BTreeMap::new(), copied: BTreeSet::new() };
     MEMBERS.iter().for_each(|id| members.start(*id));
     let url = members.url();
     let mut faults = BTreeMap::new();

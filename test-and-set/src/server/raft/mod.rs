@@ -7,6 +7,7 @@
 mod log_store;
 mod members;
 mod network;
+mod restored;
 mod state_machine;
 #[cfg(test)]
 pub mod testing;
@@ -25,6 +26,7 @@ use serde::de::DeserializeOwned;
 
 use self::log_store::LogStore;
 use self::network::PeerClients;
+pub use self::restored::store_first_snapshot;
 use self::state_machine::StoreMachine;
 use self::types::{LoggedCommand, RaftWriteError, Types, decode, encode};
 use crate::names::VmName;

@@ -60,9 +60,7 @@ impl PeerClient {
         patience: Duration,
     ) -> Result<T, Unreachable> {
         match self.peers.ask(&self.peer, request, patience).await.map_err(|e| Unreachable::new(&e))? {
-            PeerResponse::Done(bytes) => {
-                decode("member's answer", &bytes).map_err(|e| Unreachable::new(&e))
-            }
+            PeerResponse::Done(bytes) => decode("member's answer", &bytes).map_err(|e| Unreachable::new(&e)),
             PeerResponse::Failed(failure) => Err(Unreachable::new(&failure)),
         }
     }
