@@ -25,7 +25,7 @@ pub enum StoreView {
     Overtaken(Generation),
     /// The other side holds the generation.
     HeldByOther(Incarnation),
-    /// The store knows less than this side: it has no record of the VM, or one of an earlier generation.
+    /// The store knows less than this side: it has no record of the VM, or one of an earlier generation, or from a backup.
     Unknown,
 }
 
@@ -41,6 +41,8 @@ impl StoreView {
                 StoreView::Overtaken(record.generation)
             }
             VmPhase::Open { holder: Some(holder), .. } if *holder != who => StoreView::HeldByOther(*holder),
+            // It is from a backup of the store, and gives no verdict.
+            VmPhase::Open { holder: None, .. } if record.restored => StoreView::Unknown,
             VmPhase::Open { .. } => StoreView::Ours,
         }
     }
@@ -54,8 +56,8 @@ pub enum StoreProblem {
     Silent(u64),
     /// It has lost its record of this pair.
     #[error(
-        "the store has no record of this pair, and would fence both sides: give it back its data, or end the VM's run \
-         and start it again"
+        "the store has no record of this pair, or one from a backup, and neither side can go on alone: give it back its \
+         data, or end the VM's run and start it again"
     )]
     Unknown,
 }

@@ -8,7 +8,7 @@ use entry::End;
 use entry::log::EndReason;
 use pair::{MS, Pair, TIMING, actions, phase, take};
 use store_rule::names::{Generation, Incarnation};
-use store_rule::record::{Command, Member, Members, Verdict};
+use store_rule::record::{Command, Member, Members, Verdict, VmRecord};
 
 const INTERVAL: u64 = TIMING.store_watch_ns;
 const NEXT: Generation = Generation(2);
@@ -47,6 +47,9 @@ fn a_record_means_what_it_says_to_each_side() {
         StoreView::Overtaken(Generation::FIRST),
         "other members: a store started anew"
     );
+    let record = pair.store.get(&"trial".parse().unwrap()).cloned().unwrap();
+    let restored = VmRecord { restored: true, ..record };
+    assert_eq!(StoreView::of(Some(&restored), Generation::FIRST, id(1)), StoreView::Unknown, "from a backup");
     pair.ask_store(&Command::Take { generation: Generation::FIRST, who: id(2) });
     assert_eq!([1, 2].map(|who| seen(&pair, who)), [StoreView::HeldByOther(id(2)), StoreView::Ours]);
     pair.ask_store(&Command::Forget { generation: Generation::FIRST });

@@ -18,7 +18,7 @@ use crate::server::disk_error::DiskError;
 use crate::server::peers::OtherMembers;
 use crate::server::raft::testing::{append_ask, is_granted, vote_ask};
 use crate::server::raft::{Raft, RaftTiming};
-use crate::wire::{NodeId, PeerRequest, PeerResponse};
+use crate::wire::{DataMark, NodeId, PeerRequest, PeerResponse};
 
 const SECTOR: usize = 512;
 /// The size of a page of redb.
@@ -211,8 +211,8 @@ async fn command(raft: &Raft, vm: &VmName, command: Command) -> Option<CommandRe
 
 #[test]
 fn no_committed_verdict_is_lost() {
-    let session = async |sim: &Arc<Mutex<Sim>>, won: &mut Vec<(VmName, Incarnation)>| {
-        let Ok((raft, _)) = start(sim, &[1], QUICK).await else { return };
+    let session = async |sim: &Arc<Mutex<Sim>>, (won, told): &mut (Vec<(VmName, Incarnation)>, Told)| {
+        let Ok((raft, disk)) = start(sim, &[1], QUICK).await else { return };
         for i in 0..12 {
             let (vm, who): (VmName, _) = (format!("vm-{i}").parse().unwrap(), Incarnation::random());
             let open = Command::Open { generation: Generation::FIRST, members: members_of(who) };
@@ -221,11 +221,14 @@ fn no_committed_verdict_is_lost() {
                 break;
             }
             won.push((vm, who));
+            told.push(disk.mark());
         }
+        told.push(disk.mark());
         raft.stop().await;
     };
-    let check = async |sim: &Arc<Mutex<Sim>>, won: &Vec<(VmName, Incarnation)>| {
-        let (raft, _) = start(sim, &[1], QUICK).await.expect("the member must come back");
+    let check = async |sim: &Arc<Mutex<Sim>>, (won, told): &(Vec<(VmName, Incarnation)>, Told)| {
+        let (raft, disk) = start(sim, &[1], QUICK).await.expect("the member must come back");
+        assert!(told.iter().all(|mark| disk.has(mark)), "it looks as if it had lost something: {told:?}");
         for (vm, who) in won {
             let other = Incarnation::random();
             let again = command(&raft, vm, Command::Take { generation: Generation::FIRST, who: *who }).await;
@@ -248,7 +251,11 @@ fn no_committed_verdict_is_lost() {
 struct Promises {
     votes: Vec<u64>,
     index: u64,
+    told: Told,
 }
+
+/// How far the member's data had come, as the others were told with each answer.
+type Told = Vec<DataMark>;
 
 #[test]
 fn no_vote_is_given_twice_and_no_acknowledged_entry_is_lost() {
@@ -258,12 +265,13 @@ fn no_vote_is_given_twice_and_no_acknowledged_entry_is_lost() {
     };
     let timing = RaftTiming { heartbeat_ms: 10, snapshot_every: 1000 };
     let session = async |sim: &Arc<Mutex<Sim>>, promised: &mut Promises| {
-        let Ok((raft, _)) = start(sim, &[1, 2, 3], timing).await else { return };
+        let Ok((raft, disk)) = start(sim, &[1, 2, 3], timing).await else { return };
         raft.set_elections(false);
         for term in 2..8 {
             let Some(answer) = ask(&raft, vote_ask(term, 3, 1000)).await else { break };
             assert!(is_granted(&answer), "term {term}");
             promised.votes.push(term);
+            promised.told.push(disk.mark());
             let other = ask(&raft, vote_ask(term, 2, 1000)).await;
             assert!(!other.is_some_and(|answer| is_granted(&answer)), "a second vote in term {term}");
         }
@@ -274,12 +282,15 @@ fn no_vote_is_given_twice_and_no_acknowledged_entry_is_lost() {
                 break;
             }
             promised.index = index;
+            promised.told.push(disk.mark());
         }
+        promised.told.push(disk.mark());
         raft.stop().await;
     };
     let check = async |sim: &Arc<Mutex<Sim>>, promised: &Promises| {
         let (raft, disk) = start(sim, &[1, 2, 3], timing).await.expect("the member must come back");
         raft.set_elections(false);
+        assert!(promised.told.iter().all(|mark| disk.has(mark)), "it looks as if it had lost something");
         let entries = disk.read(1..).unwrap().len() as u64;
         assert!(entries >= promised.index, "{entries} entries are left of {}", promised.index);
         for term in &promised.votes {

@@ -148,6 +148,9 @@ impl OtherMembers {
 
     /// Waits for [`OtherMembers::set_asked`].
     pub async fn asked(&self) {
+        if *self.has_asked.borrow() {
+            return;
+        }
         // The sender lives as long as this.
         self.has_asked.subscribe().wait_for(|asked| *asked).await.ok();
     }
