@@ -60,7 +60,7 @@ pub enum Error {
     /// According to the store the VM runs. If both hosts have died, the user has to say so.
     #[error(
         "the store has another generation of VM {vm}, {generation}: the VM runs elsewhere; if both its hosts have died, run \
-         `vmft forget --name {vm} --store '{store}'` and start it again"
+         `vmft forget --name {vm} --store '{store}'` with an operator's keys in place of these, and start it again"
     )]
     RunsElsewhere {
         /// The VM.
@@ -94,8 +94,8 @@ impl Error {
     }
 
     /// The exit code of the process: 1 not protected (`vmft status`), 2 configuration, 3 host, 4 guest crash, 5 divergence,
-    /// 6 fenced (the other side runs the VM, or it was forgotten or started elsewhere), 7 not started (the VM runs elsewhere, or the peer was lost before the guest
-    /// ran).
+    /// 6 fenced (the other side runs the VM, or it was forgotten or started elsewhere), 7 not started (the VM runs elsewhere,
+    /// the store refuses to open it, or the peer was lost before the guest ran).
     pub fn exit_code(&self) -> ExitCode {
         ExitCode::from(self.code())
     }
@@ -111,7 +111,8 @@ impl Error {
             Error::Divergence(_) | Error::ReplaysDiffer(_) | Error::NotRepeatable { .. } => 5,
             Error::Unprotected => 1,
             Error::Out(Outcome::Fenced(_) | Outcome::Forgotten | Outcome::Overtaken(_)) => 6,
-            Error::RunsElsewhere { .. } | Error::Out(Outcome::NotOpened | Outcome::NotStarted(_)) => 7,
+            Error::RunsElsewhere { .. }
+            | Error::Out(Outcome::NotOpened | Outcome::OpenRefused(_) | Outcome::NotStarted(_)) => 7,
             Error::Out(Outcome::Failed(_)) => 3,
             Error::Out(Outcome::Ended(_) | Outcome::HandedOver | Outcome::Stopped) => 0,
         }

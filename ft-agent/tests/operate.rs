@@ -228,10 +228,13 @@ fn a_vm_whose_hosts_have_died_starts_again_once_it_is_forgotten() {
     let (status, output) = start().finish(30);
     assert_eq!(status.code(), Some(7), "{output}");
     assert!(output.contains("vmft forget --name vm --store 'raft://"), "{output}");
-    let forget = |name: &str, yes: &[&str]| {
-        let store = site.store_url("a");
+    let forget_as = |party: &str, name: &str, yes: &[&str]| {
+        let store = site.store_url(party);
         run(vmft_in(&site.ns("a")).args(["forget", "--name", name, "--store", &store]).args(yes))
     };
+    let forget = |name: &str, yes: &[&str]| forget_as("admin", name, yes);
+    let (code, _, errors) = forget_as("a", "vm", &["--yes"]);
+    assert!(code == 2 && errors.contains("use an operator's keys"), "{errors}");
     let (code, _, errors) = forget("vm", &[]);
     assert!(code == 2 && errors.contains("may run generation 1 of VM vm"), "{errors}");
     assert_eq!(start().finish(30).0.code(), Some(7));

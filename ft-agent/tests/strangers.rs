@@ -23,7 +23,7 @@ use support::pair::{Host, Site, inside};
 use support::row::{BARE, LIVES, check_fenced, check_survivor, pair, pair_with};
 use support::vm::{VMFT, Vm, vmft_in};
 use support::{can_network, cases, has_guest};
-use test_and_set::keys::Keys;
+use test_and_set::keys::{Keys, key_id};
 use test_and_set::tls::peer_client;
 
 const BACKUP: &str = "10.78.0.2:7500";
@@ -193,6 +193,99 @@ fn hosts_with_the_same_keys_are_refused_on_both_sides() {
     drop(primary);
     let mut primary = Vm::start(&mut replica(&site, Host::A, "vm", "stranger"));
     primary.wait_for("the pair is open", 20);
+}
+
+/// Ends a VM's run in order, so that it is bound to hosts a and b.
+fn run_once(site: &Site) {
+    let control = site.control(Host::A);
+    let mut backup = Vm::start(&mut replica(site, Host::B, "vm", "b"));
+    backup.wait_for("waiting for a primary", 30);
+    let mut primary = Vm::start(replica(site, Host::A, "vm", "a").arg("--control").arg(&control));
+    primary.wait_for("the pair is open", 20);
+    let stopped = Command::new(VMFT).args(["stop", "--control"]).arg(&control).status();
+    assert!(stopped.expect("vmft stop").success());
+    for side in [primary, backup] {
+        let (status, output) = side.finish(30);
+        assert!(status.success() && output.contains("the VM has ended"), "{output}");
+    }
+}
+
+#[test]
+fn a_vm_that_has_ended_starts_only_on_its_hosts() {
+    const TEST: &str = "a_vm_that_has_ended_starts_only_on_its_hosts";
+    if !has_guest(TEST, "bare") || !can_network(TEST) {
+        return;
+    }
+    const WORDS: &str = "the VM is bound to hosts a and b";
+    let site = Site::new();
+    run_once(&site);
+    let mut backup = Vm::start(&mut replica(&site, Host::B, "vm", "b"));
+    backup.wait_for("waiting for a primary", 30);
+    // Another host that the backup accepts calls all the time, and does not keep the right one out.
+    let stop = claim_often(&site, "stranger");
+    backup.wait_for("a host called that may not run VM vm", 20);
+    backup.wait_for(WORDS, 20);
+    let (status, output) = Vm::start(&mut replica(&site, Host::A, "vm", "stranger")).finish(30);
+    assert_eq!(status.code(), Some(7), "{output}");
+    assert!(output.contains(WORDS), "{output}");
+    let mut primary = Vm::start(&mut replica(&site, Host::A, "vm", "a"));
+    primary.wait_for("the pair is open", 20);
+    assert!(stop() > 0);
+    assert!(!backup.has_ended() && !backup.has_printed("the peer is lost"), "{}", backup.seen());
+    drop((primary, backup));
+    // An operator lets it start elsewhere.
+    let mut forget = vmft_in(&site.ns("a"));
+    forget.args(["forget", "--yes", "--name", "vm", "--store", &site.store_url("admin")]);
+    assert!(forget.status().expect("vmft forget").success());
+    let mut backup = Vm::start(&mut replica(&site, Host::B, "vm", "b"));
+    backup.wait_for("waiting for a primary", 30);
+    let mut primary = Vm::start(&mut replica(&site, Host::A, "vm", "stranger"));
+    primary.wait_for("the pair is open", 20);
+}
+
+#[test]
+fn a_backup_that_the_store_does_not_know_is_named_by_its_key() {
+    const TEST: &str = "a_backup_that_the_store_does_not_know_is_named_by_its_key";
+    if !has_guest(TEST, "bare") || !can_network(TEST) {
+        return;
+    }
+    let mut site = Site::new();
+    let key = key_id(Keys::load(&site.keys("b")).expect("keys").certificate());
+    for member in ["1", "2", "3"] {
+        std::fs::remove_file(site.keys(member).join("hosts/b.crt")).expect("a certificate");
+    }
+    site.restart_stores();
+    let mut backup = Vm::start(&mut replica(&site, Host::B, "vm", "b"));
+    backup.wait_for("waiting for a primary", 30);
+    let (status, output) = Vm::start(&mut replica(&site, Host::A, "vm", "a")).finish(60);
+    assert_eq!(status.code(), Some(7), "{output}");
+    let words = format!("the store refuses to open the pair: no host has the key {key}");
+    assert!(output.contains(&words) && output.contains("hosts/ of every member"), "{output}");
+    backup.wait_for(&words, 20);
+}
+
+#[test]
+fn a_refused_take_is_told_and_asked_again() {
+    let Some((mut site, a, mut b, client)) = pair("a_refused_take_is_told_and_asked_again") else { return };
+    // The store comes to know host b by another name.
+    let rename = |site: &Site, from: &str, to: &str| {
+        for member in ["1", "2", "3"] {
+            let hosts = site.keys(member).join("hosts");
+            std::fs::rename(hosts.join(from), hosts.join(to)).expect("to rename a certificate");
+        }
+    };
+    rename(&site, "b.crt", "other.crt");
+    site.restart_stores();
+    drop(a);
+    b.wait_for("the store refuses this host, and is asked again: this side of the VM is on host b", 30);
+    let status = Command::new(VMFT).args(["status", "--control"]).arg(site.control(Host::B)).output();
+    let said = String::from_utf8_lossy(&status.expect("vmft status").stdout).into_owned();
+    assert!(said.contains("no verdict yet: ") && said.contains("on host b"), "{said}");
+    assert!(!b.has_printed(LIVES) && !b.has_ended(), "{}", b.seen());
+    rename(&site, "other.crt", "b.crt");
+    site.restart_stores();
+    b.wait_for(LIVES, 30);
+    check_survivor(client, b);
 }
 
 /// Whether the other side has closed a connection that says nothing.

@@ -3,7 +3,7 @@
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use crate::names::{Generation, Incarnation, VmName};
+use crate::names::{Generation, Incarnation, KeyId, PartyName, VmName};
 use crate::record::{Applied, Members, Verdict, VmRecord};
 use crate::store::{StoreError, TestAndSet};
 
@@ -130,6 +130,11 @@ impl BlockingStore {
     pub fn get(&self, vm: &VmName, patience: Duration) -> Result<Option<VmRecord>, StoreError> {
         let vm = vm.clone();
         self.wait(patience, move |store, deadline| async move { store.get(&vm, deadline).await })
+    }
+
+    /// The host that has this key, as [`TestAndSet::host_of`] returns it.
+    pub fn host_of(&self, key: KeyId, patience: Duration) -> Result<Option<PartyName>, StoreError> {
+        self.wait(patience, move |store, deadline| async move { store.host_of(key, deadline).await })
     }
 
     /// A page of the VMs, as [`TestAndSet::list`] returns it.

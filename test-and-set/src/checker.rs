@@ -290,6 +290,21 @@ mod tests {
     }
 
     #[test]
+    fn what_a_stranger_is_answered_is_checked() {
+        let host = |name: &str| Asker { host: Some(name.parse().unwrap()), operator: None };
+        let by = |asker: &str, operation: Operation| Operation { asker: Some(host(asker)), ..operation };
+        let opened = by("a", opened());
+        assert!(is_possible(&[opened.clone(), by("a", op(2, 3, take(1, 1), CommandReply::Won))]));
+        assert!(!is_possible(&[opened.clone(), by("b", op(2, 3, take(1, 1), CommandReply::Won))]));
+        // A stranger's take without an answer cannot have been applied.
+        let strangers = by("b", unknown(2, take(1, 1)));
+        let lost = by("a", op(4, 5, take(1, 2), CommandReply::Lost(who(1))));
+        assert!(!is_possible(&[opened.clone(), strangers, lost.clone()]));
+        assert!(is_possible(&[opened.clone(), by("a", unknown(2, take(1, 1))), lost]));
+        assert!(!is_possible(&[opened, by("a", op(2, 3, forget(1), CommandReply::Done))]));
+    }
+
+    #[test]
     fn reads_of_the_past_and_of_the_future_are_refused() {
         let won = op(4, 5, take(1, 1), CommandReply::Won);
         // It was read as taken before anybody tried to take it.

@@ -1,6 +1,7 @@
 //! Checks that a store behaves as every store must: [`run`] panics at the first difference.
 //!
-//! For tests. It uses new random VM names, so it may run against a store in use.
+//! For tests. It uses new random VM names, so it may run against a store in use. The client must be a host and an operator, if the
+//! store has roles.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -42,6 +43,10 @@ impl TestVm {
         self.store.open(&self.vm, Generation(generation), members, soon()).await.expect("open")
     }
 
+    async fn end(&self, generation: u64, who: Incarnation) -> Applied {
+        self.store.end(&self.vm, Generation(generation), who, soon()).await.expect("end")
+    }
+
     async fn forget(&self, generation: u64) -> Applied {
         self.store.forget(&self.vm, Generation(generation), soon()).await.expect("forget")
     }
@@ -64,6 +69,7 @@ pub async fn run(store: Arc<dyn TestAndSet>) {
     strangers_and_old_generations_are_stale(&TestVm::new(&store, "stale")).await;
     only_the_holder_opens_the_next(&TestVm::new(&store, "next")).await;
     generations_survive_forgetting(&TestVm::new(&store, "forget")).await;
+    an_ended_vm_is_opened_again(&TestVm::new(&store, "end")).await;
     newest_disks_follow_the_holder(&TestVm::new(&store, "disks")).await;
     impossible_members_are_refused(&TestVm::new(&store, "refuse")).await;
     lists_in_order(&store).await;
@@ -138,6 +144,21 @@ async fn generations_survive_forgetting(case: &TestVm) {
     assert_eq!(case.open(2, &pair(d, c)).await, Applied::Stale);
     assert_eq!(case.forget(1).await, Applied::Stale);
     expect!(case.take(2, d).await, Verdict::Won);
+}
+
+async fn an_ended_vm_is_opened_again(case: &TestVm) {
+    let [a, b, c, d] = [(); 4].map(|()| Incarnation::random());
+    assert_eq!(case.end(1, a).await, Applied::Stale);
+    assert_eq!(case.open(1, &pair(a, b)).await, Applied::Done);
+    assert_eq!(case.end(1, c).await, Applied::Stale, "c is no member");
+    assert_eq!(case.end(1, a).await, Applied::Done);
+    assert_eq!(case.end(1, b).await, Applied::Done, "both sides may say so");
+    expect!(case.take(1, a).await, Verdict::Stale);
+    assert_eq!(case.open(2, &pair(c, d)).await, Applied::Done);
+    expect!(case.take(2, d).await, Verdict::Won);
+    assert_eq!(case.end(2, c).await, Applied::Stale, "c has lost, and does not end d's run");
+    assert_eq!(case.end(2, d).await, Applied::Done);
+    assert_eq!(case.open(3, &pair(a, b)).await, Applied::Done);
 }
 
 async fn newest_disks_follow_the_holder(case: &TestVm) {

@@ -66,6 +66,9 @@ fn refusal(reason: ConnectionRefusal) -> &'static str {
              remove the member, empty its --data directory, and add it again"
         }
         ConnectionRefusal::Busy => "too many clients are connected",
+        ConnectionRefusal::NotAClient => {
+            "this certificate is neither in its directory hosts/ nor in operators/; only hosts and operators are clients"
+        }
     }
 }
 

@@ -15,6 +15,8 @@
 //! - **For a trial** one member is enough: `--id 1 --peers 1=127.0.0.1:7400`.
 //! - **Keys.** Each party has its own certificate and copies of those that it accepts; see [`keys`]. Copy `trial/1` to the first
 //!   host, and so on. Certificates can be added and removed while the store runs.
+//! - **Roles.** A host takes, opens and ends only for its own sides of pairs; an operator forgets VMs and changes the members. Each
+//!   member's standard output is an audit of that ([`server::audit`]).
 //! - **Members** can be changed while the store runs: put the new certificates in place, start the new member with `--join`, then
 //!   `vmft-store member add --store … 4 10.0.0.4:7400`; `vmft-store member remove --store … 1`. A member that lost its data is
 //!   refused by the others, because it has lost its votes, too: remove it, empty its `--data`, and add it again.
@@ -37,7 +39,7 @@
 //! - [`record`] is the rule: what a command does to a VM's record and the store's reply, as a pure function. The server applies it in
 //!   log order; the clients of etcd and ZooKeeper apply it and write the result by compare-and-set; the checker searches with it.
 //!   Invariants: a generation has one holder, for ever; generation numbers only grow, also when a VM is forgotten; a command with the
-//!   reply `Stale` or `Refused` has changed nothing; every command may be repeated.
+//!   reply `Stale` or `Refused` has changed nothing; only a member's host is answered `Won`; every command may be repeated.
 //! - [`store`] is the trait. A call ends at its deadline; an error means *unknown*, never *no*.
 //! - [`wire`] defines the protocol of `raft://`, whose versions are in [`versions`]; [`connection`] is one connection with any number of requests at once.
 //! - [`server`] is one member. [`server::raft`] is the only module that names openraft; [`server::raft_log`] lets a leader write to its

@@ -8,7 +8,7 @@ use async_trait::async_trait;
 
 use crate::connection::{ConnectionError, Dialer, NodeConnection};
 use crate::keys::Keys;
-use crate::names::{ClusterName, VmName};
+use crate::names::{ClusterName, KeyId, PartyName, VmName};
 use crate::record::{Command, CommandReply, VmRecord};
 use crate::store::{NodeError, StoreError, TestAndSet};
 use crate::wire::{NodeStatus, RequestFailure, StoreRequest, StoreResponse};
@@ -95,6 +95,7 @@ fn from_failure(failure: RequestFailure) -> NodeError {
         RequestFailure::DiskFull => NodeError::DiskFull,
         RequestFailure::Stopped => NodeError::Failed,
         RequestFailure::Members(why) => NodeError::Members(why),
+        RequestFailure::NotAllowed(why) => NodeError::NotAllowed(why),
     }
 }
 
@@ -180,7 +181,7 @@ impl SharedClient {
             Ok(answer) => return Ok(answer),
             Err(error) => error.into(),
         };
-        if !matches!(error, NodeError::Members(_) | NodeError::DiskFull) {
+        if !matches!(error, NodeError::Members(_) | NodeError::NotAllowed(_) | NodeError::DiskFull) {
             self.forget_connection(&link).await;
             self.demote(&node);
         }
@@ -208,6 +209,7 @@ impl SharedClient {
             match error {
                 NodeError::DiskFull => return Err(StoreError::DiskFull(node)),
                 NodeError::Members(why) => return Err(StoreError::Members(why)),
+                NodeError::NotAllowed(why) => return Err(StoreError::NotAllowed(why)),
                 _ => drop(said.insert(node, error)),
             }
             let all_lasting = self.order().iter().all(|n| said.get(n).is_some_and(NodeError::is_lasting));
@@ -245,6 +247,13 @@ impl TestAndSet for RaftStore {
     async fn get(&self, vm: &VmName, deadline: Instant) -> Result<Option<VmRecord>, StoreError> {
         match self.inner.ask(&StoreRequest::Get(vm.clone()), NODE_PATIENCE, deadline).await? {
             StoreResponse::Record(record) => Ok(record),
+            answer => Err(StoreError::Unfitting(Box::new(answer))),
+        }
+    }
+
+    async fn host_of(&self, key: KeyId, deadline: Instant) -> Result<Option<PartyName>, StoreError> {
+        match self.inner.ask(&StoreRequest::HostOf(key), NODE_PATIENCE, deadline).await? {
+            StoreResponse::Host(host) => Ok(host),
             answer => Err(StoreError::Unfitting(Box::new(answer))),
         }
     }

@@ -6,7 +6,7 @@ use async_trait::async_trait;
 
 use crate::connection::ConnectionError;
 use crate::keys::KeysError;
-use crate::names::{Generation, Incarnation, VmName};
+use crate::names::{Generation, Incarnation, KeyId, PartyName, VmName};
 use crate::record::{Applied, Command, CommandReply, Members, Refusal, Verdict, VmRecord};
 use crate::url::UrlError;
 use crate::wire::StoreResponse;
@@ -38,6 +38,11 @@ pub trait TestAndSet: Send + Sync {
         after: Option<&VmName>,
         deadline: Instant,
     ) -> Result<Vec<(VmName, VmRecord)>, StoreError>;
+
+    /// The host that has this key; `None` also in a store without roles.
+    async fn host_of(&self, _key: KeyId, _deadline: Instant) -> Result<Option<PartyName>, StoreError> {
+        Ok(None)
+    }
 
     /// Takes the generation for `who`, if `who` is a member of it and nobody has taken it.
     async fn take(
@@ -142,6 +147,9 @@ pub enum StoreError {
     /// The command is invalid, or not for the one that asks.
     #[error("the store refuses the command")]
     Refused(#[source] Refusal),
+    /// This client has not the role for what it asks.
+    #[error("the store does not allow it: {0}")]
+    NotAllowed(String),
     /// The requested change of the store's members is not possible.
     #[error("cannot change the members of the store: {0}")]
     Members(String),
@@ -174,6 +182,9 @@ pub enum NodeError {
     /// It cannot make the requested change of members.
     #[error("cannot change the members: {0}")]
     Members(String),
+    /// The client has not the role for what it asks.
+    #[error("{0}")]
+    NotAllowed(String),
     /// Its storage has failed; an operator has to look at it.
     #[error("its storage has failed; see its log")]
     Failed,

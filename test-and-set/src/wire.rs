@@ -31,7 +31,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-use crate::names::{ClusterName, CopyId, RunId, VmName};
+use crate::names::{ClusterName, CopyId, KeyId, PartyName, RunId, VmName};
 use crate::record::{Command, CommandReply, VmRecord};
 use crate::versions::{OURS, StoreVersions, tail};
 
@@ -115,6 +115,8 @@ pub enum ConnectionRefusal {
     RolledBack,
     /// Too many clients are connected.
     Busy,
+    /// The certificate is neither a host's nor an operator's, but perhaps a member's.
+    NotAClient,
 }
 
 /// A client's request.
@@ -136,6 +138,8 @@ pub enum StoreRequest {
     RemoveMember(NodeId),
     /// As [`StoreRequest::List`], of all VMs, the forgotten ones included. Only for operators.
     Export(Option<VmName>),
+    /// Ask which host has this key.
+    HostOf(KeyId),
 }
 
 /// A member's response to a client.
@@ -155,6 +159,8 @@ pub enum StoreResponse {
     MembersChanged,
     /// The request could not be answered.
     Failed(RequestFailure),
+    /// To [`StoreRequest::HostOf`].
+    Host(Option<PartyName>),
 }
 
 /// Why a member could not answer a request.
@@ -175,6 +181,9 @@ pub enum RequestFailure {
     /// The members cannot be changed as requested, and why.
     #[error("cannot change the members: {0}")]
     Members(String),
+    /// The one that asks has not the role for it, and which role that is.
+    #[error("{0}")]
+    NotAllowed(String),
 }
 
 /// One node's view of the cluster.

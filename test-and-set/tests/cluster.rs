@@ -17,6 +17,10 @@ use support::rollback::{
     an_old_copy_does_not_vote_a_verdict_away, an_old_copy_is_told_and_ends,
     without_the_rule_an_old_copy_makes_two_winners,
 };
+use support::roles::{
+    a_host_has_a_share_of_the_names, a_members_key_is_no_clients, an_ended_vm_is_bound_to_its_hosts,
+    only_operators_change_members, only_the_hosts_of_a_pair_act_for_it, the_audit_does_not_hold_up_a_member,
+};
 use support::{Cluster, SmallDisk, latency, wait_for, with_need};
 use test_and_set::blocking::BlockingStore;
 use test_and_set::keys::{self, Keys};
@@ -298,8 +302,7 @@ fn one_certificate_cannot_use_up_a_member() -> Result<(), Failed> {
     let cluster = Cluster::start(1);
     cluster.leader();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-    // Member 2 does not run here; its certificate is as good as a client's.
-    let held = runtime.block_on(support::hostile::hold(&cluster, &cluster.keys("2"), 600));
+    let held = runtime.block_on(support::hostile::hold(&cluster, &cluster.keys("b"), 600));
     assert_eq!(held.iter().filter(|(_, admitted)| *admitted).count(), 128);
     let silent: Vec<_> =
         (0..400).map(|_| TcpStream::connect(cluster.address(1))).collect::<Result<_, _>>()?;
@@ -389,6 +392,12 @@ fn main() {
         Trial::test("one_certificate_cannot_use_up_a_member", one_certificate_cannot_use_up_a_member),
         Trial::test("slow_scrapes_do_not_keep_others_out", slow_scrapes_do_not_keep_others_out),
         Trial::test("damaged_data_is_refused_in_words", damaged_data_is_refused_in_words),
+        Trial::test("only_the_hosts_of_a_pair_act_for_it", only_the_hosts_of_a_pair_act_for_it),
+        Trial::test("only_operators_change_members", only_operators_change_members),
+        Trial::test("a_members_key_is_no_clients", a_members_key_is_no_clients),
+        Trial::test("an_ended_vm_is_bound_to_its_hosts", an_ended_vm_is_bound_to_its_hosts),
+        Trial::test("a_host_has_a_share_of_the_names", a_host_has_a_share_of_the_names),
+        Trial::test("the_audit_does_not_hold_up_a_member", the_audit_does_not_hold_up_a_member),
         Trial::test("a_member_that_is_not_there_gets_no_vote", a_member_that_is_not_there_gets_no_vote),
         Trial::test(
             "a_new_member_votes_only_with_all_of_the_log",

@@ -9,7 +9,7 @@ use logging_channel::message::{Beat, Message, Role};
 use logging_channel::receiver::NextRecord;
 use logging_channel::sender::GuestPace;
 use logging_channel::stream::{MessageReader, Outbox};
-use store_rule::names::{Generation, Incarnation};
+use store_rule::names::{Generation, Incarnation, KeyId};
 
 use crate::config::Config;
 use crate::event::{Action, Event, Outcome, Suspicion};
@@ -31,6 +31,8 @@ pub struct Agent {
     pub(crate) inbox: MessageReader,
     pub(crate) outbox: Outbox,
     pub(crate) connected: bool,
+    /// The key that the process at the other end of the connection has shown.
+    pub(crate) peer_key: Option<KeyId>,
     pub(crate) next_beat_at: u64,
     /// When the store is asked again, if it did not answer.
     pub(crate) retry_at: Option<u64>,
@@ -66,6 +68,7 @@ impl Agent {
             inbox: MessageReader::new(),
             outbox: Outbox::new(),
             connected: false,
+            peer_key: None,
             next_beat_at: now,
             retry_at: None,
             watch: StoreWatch::new(config.timing, now),
@@ -90,7 +93,7 @@ impl Agent {
     /// Handles an event. Afterwards there may be actions to do and bytes to write.
     pub fn handle(&mut self, now: u64, event: Event<'_>) {
         match event {
-            Event::Connected => self.say_hello(now),
+            Event::Connected { peer_key } => self.say_hello(now, peer_key),
             Event::Received(bytes) => self.bytes_received(now, bytes),
             Event::Disconnected => self.peer_lost(now, Suspicion::Disconnected),
             Event::Stranger { hello, same_certificate } => {
@@ -99,6 +102,7 @@ impl Agent {
             Event::Tick => self.tick(now),
             Event::Verdict(verdict) => self.verdict_received(now, verdict),
             Event::Opened(opened) => self.open_answered(now, opened),
+            Event::OpenRefused(reason) => self.open_refused(reason),
             Event::EndRecorded(done) => self.end_recorded(now, done),
             Event::Looked(view) => self.looked(now, view),
             Event::Ready => {

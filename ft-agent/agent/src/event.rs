@@ -6,7 +6,7 @@ use entry::identity::Mismatch;
 use entry::log::EndReason;
 use logging_channel::ChannelError;
 use logging_channel::message::{Hello, Role};
-use store_rule::names::{Generation, Incarnation};
+use store_rule::names::{Generation, Incarnation, KeyId};
 use store_rule::record::{Applied, Members, Verdict};
 
 use crate::watch::{StoreProblem, StoreView};
@@ -15,8 +15,11 @@ use crate::watch::{StoreProblem, StoreView};
 #[derive(Debug)]
 pub enum Event<'a> {
     /// A connection to the peer has come up and its certificate is checked. Only while there is no other
-    /// connection.
-    Connected,
+    /// connection. A primary tells the store this key, so that only the peer's host can act for the peer.
+    Connected {
+        /// The key that the peer has shown.
+        peer_key: Option<KeyId>,
+    },
     /// Bytes arrived on the connection.
     Received(&'a [u8]),
     /// The connection has ended, or failed.
@@ -35,6 +38,8 @@ pub enum Event<'a> {
     Verdict(Verdict),
     /// The store's answer to [`Action::Open`]; `None` if there was no answer.
     Opened(Option<Applied>),
+    /// The store's answer to [`Action::Open`]: it is refused, for this reason.
+    OpenRefused(&'a str),
     /// The store's answer to [`Action::End`]: true if the end is recorded, or if the other replica has to see
     /// to it.
     EndRecorded(bool),
@@ -217,6 +222,9 @@ pub enum Outcome {
          forgotten first (`vmft forget`)"
     )]
     NotOpened,
+    /// The store refuses to open the generation: this host may not run the VM, or the store has to learn a key.
+    #[error("the store refuses to open the pair: {0}")]
+    OpenRefused(String),
     /// The peer was lost before the guest ran.
     #[error("the peer was lost before the guest ran: {0}")]
     NotStarted(Suspicion),

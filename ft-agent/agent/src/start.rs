@@ -4,8 +4,8 @@ use logging_channel::message::{Hello, Message, Role};
 use logging_channel::receiver::Receiver;
 use logging_channel::sender::{Limits, Sender};
 use logging_channel::stream::{MessageReader, Outbox};
-use store_rule::names::{CopyId, DiskName, Generation, Incarnation};
-use store_rule::record::{Applied, Member, Members};
+use store_rule::names::{CopyId, DiskName, Generation, Incarnation, KeyId};
+use store_rule::record::{Applied, HostId, Member, Members};
 
 use crate::agent::Agent;
 use crate::event::{Action, Outcome, PeerRefusal, Suspicion};
@@ -16,11 +16,12 @@ use crate::watch::StoreWatch;
 
 impl Agent {
     /// A connection to the peer has come up: this side says hello.
-    pub(crate) fn say_hello(&mut self, now: u64) {
+    pub(crate) fn say_hello(&mut self, now: u64, peer_key: Option<KeyId>) {
         if self.connected || self.state != AgentState::Waiting {
             return self.actions.push_back(Action::Close);
         }
         self.connected = true;
+        self.peer_key = peer_key;
         (self.inbox, self.outbox) = (MessageReader::new(), Outbox::new());
         self.failure_detector = FailureDetector::new(self.config.timing, now);
         let me = &self.config.me;
@@ -70,6 +71,7 @@ impl Agent {
         let incarnation = Incarnation::try_from(hello.incarnation).ok();
         let incarnation = incarnation.filter(|i| *i != ours.me.incarnation);
         let mut member = Member::new(incarnation.ok_or(PeerRefusal::Invalid("incarnation"))?);
+        member.host = self.peer_key.map(HostId::Key);
         for (name, copy) in hello.disks {
             let name = DiskName::try_from(name).map_err(|_| PeerRefusal::Invalid("disk name"))?;
             let copy = CopyId::try_from(copy).map_err(|_| PeerRefusal::Invalid("disk copy id"))?;
@@ -123,11 +125,7 @@ impl Agent {
         let AgentState::Opening { taking: false, lost } = &mut self.state else { return };
         match opened {
             None => self.retry_later(now),
-            Some(Applied::Stale) => {
-                let reason = Outcome::NotOpened.to_string();
-                self.outbox.push(&Message::Failed { reason });
-                self.halt(Outcome::NotOpened);
-            }
+            Some(Applied::Stale) => self.give_up(Outcome::NotOpened),
             Some(Applied::Done) => {
                 self.generation = Some(self.config.generation);
                 if let Some(suspicion) = lost.take() {
@@ -143,6 +141,18 @@ impl Agent {
                 }
             }
         }
+    }
+
+    pub(crate) fn open_refused(&mut self, reason: &str) {
+        if matches!(self.state, AgentState::Opening { taking: false, .. }) {
+            self.give_up(Outcome::OpenRefused(reason.into()));
+        }
+    }
+
+    /// Ends before the guest has run, and tells the peer why.
+    fn give_up(&mut self, outcome: Outcome) {
+        self.outbox.push(&Message::Failed { reason: outcome.to_string() });
+        self.halt(outcome);
     }
 
     /// The pair is protected: if the peer is lost from here on, the store decides.

@@ -9,9 +9,9 @@ use agent::{
 use entry::identity::Identity;
 use entry::log::{EndReason, Entry, Record};
 use entry::{End, Position, PositionUnit};
-use pair::{MS, Pair, TIMING, actions, config, phase, take, take_bytes};
+use pair::{BACKUP_KEY, MS, Pair, TIMING, actions, config, phase, take, take_bytes};
 use store_rule::names::{Generation, Incarnation};
-use store_rule::record::{Applied, Command, CommandReply, Member, Verdict};
+use store_rule::record::{Applied, Command, CommandReply, HostId, Member, Verdict};
 
 #[test]
 fn an_output_leaves_when_the_backup_has_its_record() {
@@ -311,6 +311,23 @@ fn rule_6_one_of_two_that_lost_each_other_lives() {
 }
 
 #[test]
+fn rule_6_the_store_is_told_the_peers_key_and_its_refusal_ends_the_start() {
+    let mut pair = Pair::new(config(Role::Primary, 1), config(Role::Backup, 2));
+    pair.connect();
+    let actions = pair.primary_actions();
+    let [Action::Open { members, .. }] = &actions[..] else { panic!("{actions:?}") };
+    assert_eq!(members.primary.host, None, "the host that asks");
+    let backup = members.backup.as_ref().map(|backup| backup.host.clone());
+    assert_eq!(backup, Some(Some(HostId::Key(BACKUP_KEY))));
+    pair.primary.handle(0, Event::OpenRefused("the VM is bound to host c"));
+    pair.exchange();
+    let outcome = Outcome::OpenRefused("the VM is bound to host c".into());
+    assert_eq!(pair.primary_actions(), [Action::Halt(outcome.clone())]);
+    let told = Action::Refused(PeerRefusal::Told(outcome.to_string()));
+    assert_eq!(pair.backup_actions(), [told, Action::Close]);
+}
+
+#[test]
 fn rule_7_another_machine_is_refused_and_the_field_named() {
     let mut other = config(Role::Backup, 2);
     other.identity = Identity::new(PositionUnit::Instructions).field("kernel", "k2");
@@ -347,7 +364,7 @@ fn rule_7_name_role_and_timeout_have_to_match() {
 #[test]
 fn rule_7_garbage_is_refused() {
     let mut agent = Agent::new(config(Role::Primary, 1), 0);
-    agent.handle(0, Event::Connected);
+    agent.handle(0, Event::Connected { peer_key: None });
     agent.handle(0, Event::Received(b"GET / HTTP/1.1\r\n"));
     let actions = actions(&mut agent);
     assert!(matches!(actions[..], [Action::Refused(PeerRefusal::Protocol(_)), Action::Close]), "{actions:?}");

@@ -9,11 +9,14 @@ use agent::Hello;
 use logging_channel::message::Message;
 use logging_channel::stream::MessageReader;
 use rustls::ServerConfig;
+use test_and_set::blocking::BlockingStore;
 use test_and_set::keys::Keys;
+use test_and_set::names::VmName;
 use test_and_set::store::chain;
-use tracing::info;
+use tracing::{debug, info};
 
 use super::admission::{Admission, AdmissionTicket};
+use super::hosts;
 use super::link::{PeerLink, PeerLinkError};
 use super::replica::Replica;
 use super::report::role_name;
@@ -22,6 +25,8 @@ use crate::error::Error;
 
 /// How long a peer may take for the TLS handshake and its hello.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How long the store may take for each of two answers about the peer's host.
+const STORE_PATIENCE: Duration = Duration::from_secs(1);
 /// How many handshakes may run at one time; the oldest is closed if there are more.
 const HANDSHAKES_MAX: usize = 16;
 
@@ -40,6 +45,8 @@ pub struct IncomingPeer {
 pub struct PeerAcceptor {
     tls: Arc<ServerConfig>,
     keys: Arc<Keys>,
+    store: BlockingStore,
+    vm: VmName,
     replica: Mutex<Option<Arc<Replica>>>,
     peers: SyncSender<IncomingPeer>,
 }
@@ -57,8 +64,9 @@ impl PeerAcceptor {
         let unusable = Error::host(format!("cannot listen on {address} for the primary"));
         let listener = TcpListener::bind(address).map_err(unusable)?;
         let (peers, incoming) = sync_channel(0);
-        let keys = side.keys.clone();
-        let acceptor = Arc::new(PeerAcceptor { tls, keys, replica: Mutex::default(), peers });
+        let (keys, store, vm) = (side.keys.clone(), side.store.clone(), side.plan.name.clone());
+        let acceptor = PeerAcceptor { tls, keys, store, vm, replica: Mutex::default(), peers };
+        let acceptor = Arc::new(acceptor);
         let accepting = acceptor.clone();
         let accept = move || {
             Admission::new("channel", HANDSHAKES_MAX)
@@ -85,6 +93,9 @@ impl PeerAcceptor {
     /// Lets in the peer on a connection, or returns why it is refused.
     fn let_in(&self, tcp: TcpStream, ticket: AdmissionTicket<TcpStream>) -> Result<(), String> {
         let peer = self.read_hello(tcp)?;
+        if self.replica().is_none() {
+            self.check_host(&peer)?;
+        }
         drop(ticket);
         if let Some(replica) = self.replica() {
             replica.stranger_called(&peer.hello, peer.link.peer_certificate());
@@ -92,6 +103,22 @@ impl PeerAcceptor {
             return Err(format!("a {role} of VM {vm:?} called, but this backup has a primary already"));
         }
         self.peers.try_send(peer).map_err(|_| "another primary called at the same time".to_owned())
+    }
+
+    /// Refuses a host that may not run this VM, before it can keep a primary out that may. Without an answer
+    /// from the store the peer is let in: it cannot open the pair without one.
+    fn check_host(&self, peer: &IncomingPeer) -> Result<(), String> {
+        let refusal = self.store.get(&self.vm, STORE_PATIENCE).and_then(|record| {
+            hosts::refusal(&self.store, record.as_ref(), peer.link.peer_certificate(), STORE_PATIENCE)
+        });
+        match refusal {
+            Ok(None) => Ok(()),
+            Ok(Some(refusal)) => Err(format!("a host called that may not run VM {}: {refusal}", self.vm)),
+            Err(e) => {
+                debug!("cannot ask the store whether the peer's host may run this VM: {}", chain(&e));
+                Ok(())
+            }
+        }
     }
 
     /// Does the TLS handshake and reads the hello. Both together take [`PATIENCE`] at most.

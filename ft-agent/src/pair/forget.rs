@@ -1,4 +1,4 @@
-//! `vmft forget`: allows a VM to be started again after all its hosts have died.
+//! `vmft forget`: allows a VM to be started again after all its hosts have died, or on other hosts. For operators.
 
 use std::time::Duration;
 
@@ -20,7 +20,7 @@ pub struct ForgetArgs {
     /// Name of the VM
     #[arg(long, value_name = "NAME")]
     name: String,
-    /// URL of the store: raft://HOST:PORT,...?keys=DIR, etcd://... or zookeeper://...
+    /// URL of the store, with an operator's keys: raft://HOST:PORT,...?keys=DIR, etcd://... or zookeeper://...
     #[arg(long, value_name = "URL")]
     store: String,
     /// Confirm that this VM runs nowhere: all its hosts are dead, and none is merely cut off or suspended
@@ -28,12 +28,12 @@ pub struct ForgetArgs {
     yes: bool,
 }
 
-/// Makes the store forget that a VM runs, so that it can be started again. The store keeps the number of its
-/// generation and the ids of its newest disk copies.
+/// Makes the store forget that a VM runs, and on which hosts, so that it can be started again on any. The store
+/// keeps the number of its generation and the ids of its newest disk copies.
 ///
 /// # Errors
-/// `--yes` is missing, the store does not know the VM, the VM was started again meanwhile, or the store does
-/// not answer.
+/// `--yes` is missing, the keys are no operator's, the store does not know the VM, the VM was started again
+/// meanwhile, or the store does not answer.
 pub fn forget(args: &ForgetArgs) -> Result<(), Error> {
     let name = &args.name;
     let vm: VmName = name.parse().map_err(|e| Error::config("name", format!("{name:?}: {e}")))?;
@@ -42,11 +42,12 @@ pub fn forget(args: &ForgetArgs) -> Result<(), Error> {
     let Some(record) = store.get(&vm, STORE_PATIENCE).map_err(unusable)? else {
         return Err(Error::config("name", format!("the store knows no VM {vm}; check --name and --store")));
     };
-    if record.phase == VmPhase::Forgotten {
+    if record.phase == VmPhase::Forgotten && record.hosts.is_empty() {
         println!("VM {vm} is already forgotten; it can be started");
         return Ok(());
     }
-    if !args.yes {
+    // A VM that has ended runs nowhere, but is bound to its hosts.
+    if record.phase != VmPhase::Forgotten && !args.yes {
         return Err(Error::config("yes", unconfirmed(&vm, &record)));
     }
     match store.forget(&vm, record.generation, STORE_PATIENCE).map_err(unusable)? {

@@ -25,6 +25,7 @@ mod guest_io;
 mod guest_thread;
 mod history;
 mod hook;
+mod hosts;
 mod link;
 mod metrics;
 mod options;

@@ -18,6 +18,7 @@ use vmm::{GuestLoop, Machine};
 use super::go_live::run_alone;
 use super::guest_io::{ChannelLog, GatedOutside, log_full_state};
 use super::guest_thread::GuestThread;
+use super::hosts;
 use super::link::PeerLink;
 use super::options::PairPlan;
 use super::replica::{Duty, Replica};
@@ -82,6 +83,10 @@ fn next_generation(side: &PairSide) -> Result<Generation, Error> {
     if record.phase != VmPhase::Forgotten {
         let (vm, store) = (name.clone(), side.plan.store.clone());
         return Err(Error::RunsElsewhere { vm, generation: record.generation, store });
+    }
+    let refusal = hosts::refusal(&side.store, Some(&record), side.keys.certificate(), STORE_PATIENCE);
+    if let Some(refusal) = refusal.map_err(|e| Error::config("store", chain(&e)))? {
+        return Err(Error::Out(Outcome::OpenRefused(refusal.to_string())));
     }
     record.next_generation().ok_or_else(|| {
         Error::config("name", "this VM has used up all generation numbers; give it another name")

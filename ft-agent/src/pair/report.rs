@@ -56,6 +56,8 @@ pub struct ReplicaReport {
     pub position: u64,
     /// Position of the other side's guest at its last heartbeat.
     pub peer_position: u64,
+    /// Why the store has given no verdict, while it is asked again.
+    pub no_verdict: Option<String>,
     /// How often this side went on without the other, planned or not.
     pub failovers: u64,
     /// The last failover, if there was one.
@@ -125,6 +127,9 @@ impl fmt::Display for ReplicaReport {
         writeln!(f, "position {} on this side, {} on the other", self.position, self.peer_position)?;
         if let Some(problem) = &self.store_problem {
             writeln!(f, "{problem}")?;
+        }
+        if let Some(why) = &self.no_verdict {
+            writeln!(f, "no verdict yet: {why}")?;
         }
         match &self.failover {
             None => Ok(()),

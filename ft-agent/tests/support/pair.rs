@@ -140,6 +140,7 @@ impl Site {
             join: false,
             metrics: None,
             timing: RaftTiming::default(),
+            names_per_host: ServerSettings::NAMES_PER_HOST,
         };
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
         let thread = inside(&self.ns("store"), move || {
@@ -161,6 +162,12 @@ impl Site {
         let (_, stop, thread) = self.stores.swap_remove(at);
         drop(stop);
         thread.join().expect("store");
+    }
+
+    /// Stops all members of the store and starts them again, so that all clients connect anew.
+    pub fn restart_stores(&mut self) {
+        (1..=3).for_each(|id| self.stop_store(id));
+        (1..=3).for_each(|id| self.start_store(id));
     }
 
     /// Keys of a party.

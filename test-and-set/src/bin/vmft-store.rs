@@ -115,6 +115,9 @@ struct ServeArgs {
     /// The number of commands between two snapshots.
     #[arg(long, default_value_t = RaftTiming::default().snapshot_every, value_parser = clap::value_parser!(u64).range(10..))]
     snapshot_every: u64,
+    /// How many VM names one host may open. Names are never given back; a VM that is started again keeps its own.
+    #[arg(long, default_value_t = ServerSettings::NAMES_PER_HOST, value_parser = clap::value_parser!(u64).range(1..))]
+    names_per_host: u64,
 }
 
 #[derive(Args)]
@@ -226,6 +229,7 @@ fn settings(serve: ServeArgs) -> Result<ServerSettings, Box<dyn Error>> {
         join: serve.join,
         metrics: serve.metrics,
         timing: RaftTiming { heartbeat_ms: serve.heartbeat_ms, snapshot_every: serve.snapshot_every },
+        names_per_host: serve.names_per_host,
     })
 }
 

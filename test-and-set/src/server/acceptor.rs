@@ -17,7 +17,8 @@ use tokio::task::AbortHandle;
 use tokio::time::timeout;
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
-use crate::keys::Keys;
+use crate::keys::{Keys, Roles};
+use crate::record::Asker;
 use crate::server::bounded_log::BoundedLog;
 use crate::server::node::Node;
 use crate::server::quota::{ConnectionGrant, ConnectionQuotas, Party};
@@ -92,16 +93,16 @@ impl StoreAcceptor {
     async fn serve(&self, tcp: TcpStream, greeted: &Greeted) -> Result<(), WireError> {
         tcp.set_nodelay(true)?;
         let handshake = timeout(HANDSHAKE_PATIENCE, self.handshake(tcp)).await;
-        let (stream, admission, version) =
+        let (stream, admission, requester) =
             handshake.map_err(|_| std::io::Error::from(std::io::ErrorKind::TimedOut))??;
         greeted.set_done();
         let (read, write) = tokio::io::split(stream);
-        let (most, asker) = match admission.party() {
-            Party::Member(id) => (FRAME_BYTES_MAX, RequesterRole::Member(id, Mutex::default())),
-            Party::Client => (CLIENT_FRAME_BYTES_MAX, RequesterRole::Client),
+        let most = match requester.role {
+            RequesterRole::Member(..) => FRAME_BYTES_MAX,
+            RequesterRole::Client(_) => CLIENT_FRAME_BYTES_MAX,
         };
         tokio::select! {
-            served = self.serve_requests(read, write, most, Requester { role: asker, version }) => served,
+            served = self.serve_requests(read, write, most, requester) => served,
             () = admission.evicted() => Err(refused("too many connections of its certificate are open")),
         }
     }
@@ -110,7 +111,7 @@ impl StoreAcceptor {
     async fn handshake(
         &self,
         tcp: TcpStream,
-    ) -> Result<(TlsStream<TcpStream>, ConnectionGrant, u16), WireError> {
+    ) -> Result<(TlsStream<TcpStream>, ConnectionGrant, Requester), WireError> {
         // The other side reads its own mark after this.
         let before = self.node.peers.remembered();
         let mut stream = self.tls.accept(tcp).await?;
@@ -134,7 +135,7 @@ impl StoreAcceptor {
         };
         wire::write_greeting(&mut stream, &welcome).await?;
         match admitted {
-            Ok(admission) => Ok((stream, admission, version)),
+            Ok((admission, role)) => Ok((stream, admission, Requester { role, version })),
             Err(reason) => {
                 stream.shutdown().await?;
                 Err(refused(&format!("{reason:?}")))
@@ -147,13 +148,18 @@ impl StoreAcceptor {
         hello: &StoreHello,
         certificate: Option<&CertificateDer<'_>>,
         before: &BTreeMap<NodeId, DataMark>,
-    ) -> Result<ConnectionGrant, ConnectionRefusal> {
+    ) -> Result<(ConnectionGrant, RequesterRole), ConnectionRefusal> {
         if hello.cluster != self.node.cluster {
             return Err(ConnectionRefusal::WrongCluster);
         }
         let own = certificate.ok_or(ConnectionRefusal::NotThatMember)?;
         let Some(member) = &hello.member else {
-            return self.quotas.admit(own, Party::Client).ok_or(ConnectionRefusal::Busy);
+            let Roles { host, operator, .. } = self.keys.roles(own);
+            if host.is_none() && operator.is_none() {
+                return Err(ConnectionRefusal::NotAClient);
+            }
+            let grant = self.quotas.admit(own, Party::Client).ok_or(ConnectionRefusal::Busy)?;
+            return Ok((grant, RequesterRole::Client(Asker { host, operator })));
         };
         if member.to != self.node.id {
             return Err(ConnectionRefusal::WrongMember);
@@ -162,7 +168,8 @@ impl StoreAcceptor {
             return Err(ConnectionRefusal::NotThatMember);
         }
         self.node.peers.check(member.id, member.mark, member.remembers.as_ref(), before)?;
-        self.quotas.admit(own, Party::Member(member.id)).ok_or(ConnectionRefusal::Busy)
+        let grant = self.quotas.admit(own, Party::Member(member.id)).ok_or(ConnectionRefusal::Busy)?;
+        Ok((grant, RequesterRole::Member(member.id, Mutex::default())))
     }
 
     /// Reads requests until the connection ends, and answers each in its own task.
@@ -239,7 +246,8 @@ struct Requester {
 
 /// Who is at the other end of a connection, and the state that belongs to it.
 enum RequesterRole {
-    Client,
+    /// With the names under which its certificate was known when it connected.
+    Client(Asker),
     /// With its number, and the parts of a snapshot that have arrived.
     Member(NodeId, Mutex<Vec<u8>>),
 }
@@ -252,7 +260,7 @@ enum DecodedRequest {
 impl Requester {
     fn decode(&self, body: &[u8]) -> Result<DecodedRequest, WireError> {
         Ok(match self.role {
-            RequesterRole::Client => DecodedRequest::Client(wire::decode(self.version, body)?),
+            RequesterRole::Client(_) => DecodedRequest::Client(wire::decode(self.version, body)?),
             RequesterRole::Member(..) => DecodedRequest::Member(wire::decode(self.version, body)?),
         })
     }
@@ -262,10 +270,11 @@ impl Requester {
             (DecodedRequest::Member(ask), RequesterRole::Member(id, parts)) => {
                 wire::frame(self.version, number, &node.answer_member(*id, ask, parts).await)
             }
-            (DecodedRequest::Client(request), _) => {
-                wire::frame(self.version, number, &node.answer(request).await)
+            (DecodedRequest::Client(request), RequesterRole::Client(asker)) => {
+                wire::frame(self.version, number, &node.answer(request, asker).await)
             }
-            (DecodedRequest::Member(_), RequesterRole::Client) => Err(WireError::Tail(0)),
+            (DecodedRequest::Member(_), RequesterRole::Client(_))
+            | (DecodedRequest::Client(_), RequesterRole::Member(..)) => Err(WireError::Tail(0)),
         }
     }
 }

@@ -17,7 +17,7 @@ use crate::server::disk::{DataFiles, MemberDisk};
 use crate::server::disk_error::DiskError;
 use crate::server::peers::OtherMembers;
 use crate::server::raft::testing::{append_ask, is_granted, vote_ask};
-use crate::server::raft::{Raft, RaftTiming};
+use crate::server::raft::{Raft, RaftTiming, VmCommand};
 use crate::wire::{DataMark, NodeId, PeerRequest, PeerResponse};
 
 const SECTOR: usize = 512;
@@ -198,7 +198,9 @@ fn members_of(who: Incarnation) -> Members {
 async fn command(raft: &Raft, vm: &VmName, command: Command) -> Option<CommandReply> {
     let begun = Instant::now();
     while begun.elapsed() < Duration::from_secs(20) {
-        match raft.command(vm.clone(), command.clone()).await {
+        let request =
+            VmCommand { vm: vm.clone(), command: command.clone(), asker: None, names_max: u64::MAX };
+        match raft.command(request).await {
             Ok(reply) => return Some(reply),
             Err(crate::wire::RequestFailure::NotLeader(_) | crate::wire::RequestFailure::NoQuorum) => {
                 tokio::time::sleep(Duration::from_millis(2)).await;

@@ -7,6 +7,7 @@
 //! ```
 
 pub mod acceptor;
+pub mod audit;
 mod bounded_log;
 #[cfg(test)]
 mod crash_tests;
@@ -69,6 +70,13 @@ pub struct ServerSettings {
     pub metrics: Option<SocketAddr>,
     /// When it suspects the leader, and when it compacts the log.
     pub timing: RaftTiming,
+    /// How many VM names one host may open.
+    pub names_per_host: u64,
+}
+
+impl ServerSettings {
+    /// The default of [`ServerSettings::names_per_host`].
+    pub const NAMES_PER_HOST: u64 = 1000;
 }
 
 /// Why a member does not run, or has stopped.
@@ -121,8 +129,10 @@ pub async fn serve(settings: ServerSettings) -> Result<(), ServeError> {
     };
     let raft = Raft::start(settings.id, disk.clone(), peers.clone(), settings.timing).await?;
     raft.set_elections(false);
-    let (id, cluster) = (settings.id, settings.cluster);
-    let node = Arc::new(Node { id, cluster, disk, peers, raft, stats: NodeStats::default() });
+    let ServerSettings { id, cluster, names_per_host, .. } = settings;
+    let (stats, node_keys) = (NodeStats::default(), keys.clone());
+    let node = Node { id, cluster, disk, peers, raft, stats, keys: node_keys, names_per_host };
+    let node = Arc::new(node);
     let acceptor = acceptor::StoreAcceptor::new(node.clone(), keys.clone(), crate::tls::acceptor(&keys)?);
     tokio::spawn(acceptor.accept(listener));
     if let Some(listener) = metrics {

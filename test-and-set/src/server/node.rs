@@ -6,12 +6,14 @@ use std::time::Instant;
 
 use tokio::sync::Mutex;
 
+use crate::keys::Keys;
 use crate::names::{ClusterName, VmName};
-use crate::record::VmRecord;
+use crate::record::{Asker, Command, HostId, VmRecord};
+use crate::server::audit::AuditNote;
 use crate::server::disk::MemberDisk;
 use crate::server::disk_error::DATA_FORMAT;
 use crate::server::peers::OtherMembers;
-use crate::server::raft::Raft;
+use crate::server::raft::{Raft, VmCommand};
 use crate::server::stats::{LatencyHistogram, NodeStats};
 use crate::store::PAGE_RECORDS_MAX;
 use crate::wire::{
@@ -27,14 +29,23 @@ pub struct Node {
     pub(super) peers: Arc<OtherMembers>,
     pub(super) raft: Raft,
     pub(super) stats: NodeStats,
+    pub(super) keys: Arc<Keys>,
+    /// How many VM names one host may open.
+    pub(super) names_per_host: u64,
 }
 
 impl Node {
-    /// Answers a client's request.
-    pub(super) async fn answer(&self, request: StoreRequest) -> StoreResponse {
+    /// Answers a client's request; `asker` says who that is.
+    pub(super) async fn answer(&self, request: StoreRequest, asker: &Asker) -> StoreResponse {
         let answer = match request {
             StoreRequest::Command(vm, command) => {
-                timed(&self.stats.commands, self.raft.command(vm, command)).await.map(StoreResponse::Reply)
+                let request = VmCommand {
+                    vm,
+                    command: self.name_hosts(command),
+                    asker: Some(asker.clone()),
+                    names_max: self.names_per_host,
+                };
+                timed(&self.stats.commands, self.raft.command(request)).await.map(StoreResponse::Reply)
             }
             StoreRequest::Get(vm) => {
                 let look = self.raft.read(|state| state.get(&vm).cloned());
@@ -46,16 +57,25 @@ impl Node {
             }
             StoreRequest::Export(after) => {
                 let look = self.raft.read(|state| page(state.all(after.as_ref())));
+                let look = async {
+                    self.check_operator(asker, "copy all records").await?;
+                    look.await
+                };
                 timed(&self.stats.reads, look).await.map(StoreResponse::Page)
             }
             StoreRequest::Ping => Ok(StoreResponse::Leader(self.raft.leader().map(|(_, address)| address))),
             StoreRequest::Status => Ok(StoreResponse::Status(Box::new(self.status()))),
             StoreRequest::AddMember(id, address) => {
-                self.raft.add_member(id, address).await.map(|()| StoreResponse::MembersChanged)
+                let what = format!("add member {id} at {address}");
+                let change = self.raft.add_member(id, address);
+                self.audited(asker, what, change).await.map(|()| StoreResponse::MembersChanged)
             }
             StoreRequest::RemoveMember(id) => {
-                self.raft.remove_member(id).await.map(|()| StoreResponse::MembersChanged)
+                let what = format!("remove member {id}");
+                let change = self.raft.remove_member(id);
+                self.audited(asker, what, change).await.map(|()| StoreResponse::MembersChanged)
             }
+            StoreRequest::HostOf(key) => Ok(StoreResponse::Host(self.keys.host_with_key(&key))),
         };
         answer.unwrap_or_else(|failure| {
             if !matches!(failure, RequestFailure::NotLeader(_)) {
@@ -78,6 +98,52 @@ impl Node {
             Err(_) => PeerResponse::Failed(RequestFailure::Stopped),
         };
         PeerAnswer { mark: self.disk.mark(), response }
+    }
+
+    /// Replaces the keys by which a client names hosts by the hosts' names, so that a host keeps its rights when its key is
+    /// replaced. The rule refuses keys that are left.
+    fn name_hosts(&self, mut command: Command) -> Command {
+        if let Command::Open { members, .. } = &mut command {
+            for host in members.iter_mut().filter_map(|member| member.host.as_mut()) {
+                if let HostId::Key(key) = host
+                    && let Some(name) = self.keys.host_with_key(key)
+                {
+                    *host = HostId::Name(name);
+                }
+            }
+        }
+        command
+    }
+
+    /// Refuses one that is no operator, and notes that in every member's audit.
+    async fn check_operator(&self, asker: &Asker, what: &str) -> Result<(), RequestFailure> {
+        if asker.operator.is_some() {
+            return Ok(());
+        }
+        let why =
+            format!("only operators may {what}, and this certificate is no operator's: use an operator's keys");
+        let (asker, verdict) = (asker.clone(), format!("refused: {why}"));
+        self.raft.note(AuditNote { asker, what: what.into(), verdict }).await?;
+        Err(RequestFailure::NotAllowed(why))
+    }
+
+    /// Does what only operators may ask for. Every member's audit says who asked and, afterwards, what became of it.
+    async fn audited<T>(
+        &self,
+        asker: &Asker,
+        what: String,
+        act: impl Future<Output = Result<T, RequestFailure>>,
+    ) -> Result<T, RequestFailure> {
+        self.check_operator(asker, &what).await?;
+        let note = |verdict: String| AuditNote { asker: asker.clone(), what: what.clone(), verdict };
+        // Without a leader that reaches a majority nothing can be noted, and nothing is done.
+        self.raft.note(note("begun".into())).await?;
+        let done = act.await;
+        let verdict = done.as_ref().map_or_else(|failure| format!("failed: {failure}"), |_| "done".into());
+        if let Err(failure) = self.raft.note(note(verdict)).await {
+            eprintln!("cannot note in the audit that this has ended: {what}: {failure}");
+        }
+        done
     }
 
     fn status(&self) -> NodeStatus {

@@ -81,11 +81,6 @@ fn evict_oldest(open: &mut OpenConnections, of: &(Party, Vec<u8>)) {
 }
 
 impl ConnectionGrant {
-    /// As what the other side has connected.
-    pub fn party(&self) -> Party {
-        self.of.0
-    }
-
     /// Waits until the connection has to make room for another.
     pub async fn evicted(&self) {
         self.eviction.notified().await;

@@ -111,6 +111,14 @@ impl Members {
         members
     }
 
+    /// The key of a host without a name.
+    fn unknown_key(&self) -> Option<KeyId> {
+        self.iter().find_map(|member| match member.host {
+            Some(HostId::Key(key)) => Some(key),
+            Some(HostId::Name(_)) | None => None,
+        })
+    }
+
     fn hosts(&self) -> BTreeSet<PartyName> {
         let name = |member: &Member| match &member.host {
             Some(HostId::Name(name)) => Some(name.clone()),
@@ -338,6 +346,22 @@ pub enum Refusal {
     /// Only operators forget VMs: use an operator's keys.
     #[error("the certificate is no operator's, and only operators forget VMs: use an operator's keys")]
     NotAnOperator,
+    /// A side of the pair is on a host that the store does not know: make its key known.
+    #[error(
+        "no host has the key {0}: put the certificate of the host that has it into hosts/ of every member of the store"
+    )]
+    UnknownKey(KeyId),
+    /// The host has used up its names: use old names again, or allow more.
+    #[error(
+        "host {host} has opened {most} VM names already, which is the limit: use one of them again, or give every member of the \
+         store a larger --names-per-host"
+    )]
+    TooManyNames {
+        /// The host that asks.
+        host: PartyName,
+        /// How many it may have.
+        most: u64,
+    },
     /// This side of the VM is on another host: ask from there.
     #[error("this side of the VM is on {}: only that host may ask for it", match .0 { Some(host) => host.to_string(), None => "no known host".into() })]
     OtherHost(Option<HostId>),
@@ -435,6 +459,9 @@ fn open(
         return Err(fault);
     }
     let members = members.on_hosts(asks);
+    if let (Some(_), Some(key)) = (asks, members.unknown_key()) {
+        return Err(Refusal::UnknownKey(key));
+    }
     members.primary.check_host(asks)?;
     let follows = |record: &VmRecord| record.next_generation() == Some(generation);
     match record {

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::names::{PartyName, VmName};
-use crate::record::{Asker, Command, CommandReply, VmPhase, VmRecord, decide};
+use crate::record::{Asker, Command, CommandReply, Refusal, VmPhase, VmRecord, decide};
 
 /// The records of all VMs that the store knows.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -58,6 +58,23 @@ impl StoreState {
             }
         }
         reply
+    }
+
+    /// Applies a command, unless it would make a new name beyond the `names_max` names that a host may have.
+    pub fn apply_within(
+        &mut self,
+        names_max: u64,
+        vm: &VmName,
+        command: &Command,
+        asker: Option<&Asker>,
+    ) -> CommandReply {
+        if let (Command::Open { .. }, Some(host)) = (command, asker.and_then(|asker| asker.host.as_ref()))
+            && self.names_of(host) >= names_max
+            && !self.vms.contains_key(vm)
+        {
+            return CommandReply::Refused(Refusal::TooManyNames { host: host.clone(), most: names_max });
+        }
+        self.apply(vm, command, asker)
     }
 
     /// How many VM names this host has opened first. Names are never given back.

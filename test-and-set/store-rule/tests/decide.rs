@@ -118,9 +118,10 @@ fn a_pair_is_opened_from_its_primarys_host() {
     assert_eq!(vm.refusal(&pair, &host("b")), other_host("a"));
     assert_eq!(vm.refusal(&pair, &operator()), Refusal::NotAHost);
     // Keys are replaced by names before the rule sees a command: a key that is left is nobody's.
-    let key = HostId::Key(KeyId([7; 32]));
-    let unnamed = Member { host: Some(key.clone()), ..Member::new(who(1)) };
-    assert_eq!(vm.refusal(&open(1, unnamed, None), &host("a")), Refusal::OtherHost(Some(key)));
+    let unnamed = Member { host: Some(HostId::Key(KeyId([7; 32]))), ..Member::new(who(1)) };
+    let unnamed_backup = open(1, on(1, "a"), Some(Member { incarnation: who(2), ..unnamed.clone() }));
+    assert_eq!(vm.refusal(&unnamed_backup, &host("a")), Refusal::UnknownKey(KeyId([7; 32])));
+    assert_eq!(vm.refusal(&open(1, unnamed, None), &host("a")), Refusal::UnknownKey(KeyId([7; 32])));
     assert_eq!(vm.ask(&pair, &host("a")), CommandReply::Done);
     assert_eq!(vm.ask(&take(1, 2), &host("b")), CommandReply::Won);
     // The next generation is the holder's, on its own host: another host cannot open it with the holder's incarnation.
@@ -171,6 +172,10 @@ fn names_are_counted_by_the_host_that_opened_them_first() {
     }
     state.apply(&name(0), &forget(1), Some(&operator()));
     state.apply(&name(0), &open(2, Member::new(who(2)), None), Some(&host("b")));
+    let more = state.apply_within(3, &name(9), &open(1, Member::new(who(1)), None), Some(&host("a")));
+    assert_eq!(more, CommandReply::Refused(Refusal::TooManyNames { host: party("a"), most: 3 }));
+    let old = state.apply_within(3, &name(1), &open(1, Member::new(who(1)), None), Some(&host("a")));
+    assert_eq!(old, CommandReply::Done);
     let counts = |state: &StoreState| ["a", "b", "c"].map(|host| state.names_of(&party(host)));
     assert_eq!(counts(&state), [3, 2, 0]);
     let stored: StoreState = postcard::from_bytes(&postcard::to_stdvec(&state).unwrap()).unwrap();

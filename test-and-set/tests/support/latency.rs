@@ -36,6 +36,11 @@ fn soon() -> Instant {
     Instant::now() + Duration::from_secs(10)
 }
 
+/// Three members that let a host open as many names as a measurement has verdicts.
+fn many_names() -> Cluster {
+    Cluster::start_with(3, &["--names-per-host", "1000000"])
+}
+
 /// Opens a VM, so that it can be taken.
 pub async fn open(store: &dyn TestAndSet, vm: &VmName) -> Incarnation {
     let who = Incarnation::random();
@@ -109,7 +114,7 @@ pub struct Beside {
 
 /// Measures verdicts and etcd's transactions, alternately 100 of each, from one thread on one machine, with a load if wanted.
 pub fn beside_etcd(verdicts: usize, is_loaded: bool) -> Beside {
-    let (cluster, plain, with_tls) = (Cluster::start(3), Etcd::start(3), Etcd::start_with_tls(3));
+    let (cluster, plain, with_tls) = (many_names(), Etcd::start(3), Etcd::start_with_tls(3));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     runtime.block_on(async {
         let ours = client(&cluster.url());
@@ -139,7 +144,7 @@ pub fn beside_etcd(verdicts: usize, is_loaded: bool) -> Beside {
 
 /// Kills the leader again and again; returns how long the next verdict took, requested at once on an open connection.
 pub fn failover(kills: usize) -> Sample {
-    let mut cluster = Cluster::start(3);
+    let mut cluster = many_names();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()

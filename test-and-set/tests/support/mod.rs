@@ -9,6 +9,7 @@ pub mod membership;
 pub mod nemesis;
 pub mod net;
 pub mod restoring;
+pub mod roles;
 pub mod rollback;
 pub mod scale;
 
@@ -88,8 +89,9 @@ impl Cluster {
     pub fn prepare(members: usize, extra: &[&str]) -> Self {
         let dir = tempfile::tempdir().expect("a directory");
         let ids: Vec<u64> = (1..=members as u64 + 1).collect();
-        let client = ["client".to_owned()];
-        keys::make_set(&dir.path().join("keys"), &ids, &client, &client).expect("keys");
+        let [hosts, operators] = [&["client", "a", "b", "c"][..], &["client", "admin"]]
+            .map(|names| names.iter().map(|name| name.to_string()).collect::<Vec<_>>());
+        keys::make_set(&dir.path().join("keys"), &ids, &hosts, &operators).expect("keys");
         let addresses = ids.iter().map(|_| free_address()).collect();
         let extra = extra.iter().map(|s| s.to_string()).collect();
         Self { dir, addresses, nodes: ids.iter().map(|_| None).collect(), extra, left_out: None }
@@ -139,15 +141,26 @@ impl Cluster {
         self.nodes[id - 1].take().expect("a running member").kill();
     }
 
+    /// The URL for a client that is a host and an operator.
     pub fn url(&self) -> String {
+        self.url_as("client")
+    }
+
+    /// The URL with the keys of a party: the hosts are client, a, b and c, the operators client and admin.
+    pub fn url_as(&self, party: &str) -> String {
         let nodes: Vec<_> = (1..=self.first_members()).map(|i| self.address(i)).collect();
-        format!("raft://{}?keys={}", nodes.join(","), self.keys("client").display())
+        format!("raft://{}?keys={}", nodes.join(","), self.keys(party).display())
     }
 
     /// The output of a `vmft-store` command for this store.
     pub fn tool(&self, args: &[&str]) -> std::process::Output {
+        self.tool_as("client", args)
+    }
+
+    /// The output of a `vmft-store` command for this store, with the keys of a party.
+    pub fn tool_as(&self, party: &str, args: &[&str]) -> std::process::Output {
         let mut command = Command::new(env!("CARGO_BIN_EXE_vmft-store"));
-        command.args(args).args(["--store", &self.url()]);
+        command.args(args).args(["--store", &self.url_as(party)]);
         command.output().expect("vmft-store")
     }
 

@@ -14,8 +14,8 @@ use rand::{RngExt, SeedableRng};
 use rustix::process::{Pid, Signal, kill_process};
 use test_and_set::checker::{self, Call, Observed, Operation};
 use test_and_set::keys;
-use test_and_set::names::{Generation, Incarnation, VmName};
-use test_and_set::record::{Command, CommandReply, Member, Members, VmPhase, VmRecord};
+use test_and_set::names::{Generation, Incarnation, PartyName, VmName};
+use test_and_set::record::{Asker, Command, CommandReply, HostId, Member, Members, VmPhase, VmRecord};
 use test_and_set::store::TestAndSet;
 
 use super::net::Net;
@@ -24,6 +24,9 @@ use super::{Running, client};
 const MEMBERS: [u8; 3] = [1, 2, 3];
 const CLIENT: u8 = 100;
 const PORT: u16 = 7000;
+/// Who calls: three hosts and an operator.
+const PARTIES: [&str; 4] = ["a", "b", "c", "admin"];
+const OPERATOR: usize = 3;
 /// The number of VMs in use at once. After [`CALLS_PER_VM`] calls each is replaced by a new one, because the time to check a history
 /// grows fast with its length.
 const VMS: usize = 6;
@@ -81,7 +84,7 @@ impl Members3<'_> {
         command.args(["netns", "exec", &self.net.namespace(id), env!("CARGO_BIN_EXE_vmft-store"), "serve"]);
         command.args(["--id", &id.to_string(), "--listen", &format!("{}:{PORT}", Net::address(id))]);
         // Few commands between snapshots, so that snapshots and purges are tried, too.
-        command.args(how).args(["--snapshot-every", "500"]);
+        command.args(how).args(["--snapshot-every", "500", "--names-per-host", "1000000"]);
         command.arg("--data").arg(self.data(id)).arg("--keys").arg(self.dir.join(format!("keys/{id}")));
         self.nodes.insert(id, Running::start(&mut command, &self.dir.join(format!("{id}.log"))));
     }
@@ -90,9 +93,9 @@ impl Members3<'_> {
         self.dir.join(format!("data{id}"))
     }
 
-    fn url(&self) -> String {
+    fn url(&self, party: &str) -> String {
         let nodes: Vec<_> = MEMBERS.iter().map(|id| format!("{}:{PORT}", Net::address(*id))).collect();
-        format!("raft://{}?keys={}", nodes.join(","), self.dir.join("keys/client").display())
+        format!("raft://{}?keys={}", nodes.join(","), self.dir.join("keys").join(party).display())
     }
 
     /// Runs `vmft-store member` where the clients are.
@@ -105,7 +108,7 @@ impl Members3<'_> {
             env!("CARGO_BIN_EXE_vmft-store"),
             "member",
         ]);
-        command.args(args).args(["--patience", "30", "--store", &self.url()]);
+        command.args(args).args(["--patience", "30", "--store", &self.url(PARTIES[OPERATOR])]);
         let output = command.output().expect("vmft-store");
         assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
     }
@@ -280,8 +283,23 @@ impl Known {
     }
 }
 
-struct Workload {
+/// A host, or the operator.
+struct Caller {
+    asker: Asker,
     store: Arc<dyn TestAndSet>,
+}
+
+/// The number of the party on whose host a member is.
+fn host_of(member: &Member) -> usize {
+    let host = |name: &PartyName| PARTIES.iter().position(|party| *party == name.as_str());
+    match &member.host {
+        Some(HostId::Name(name)) => host(name).expect("one of the hosts"),
+        other => panic!("the host is {other:?}"),
+    }
+}
+
+struct Workload {
+    callers: Vec<Caller>,
     known: Mutex<(Vec<Known>, usize)>,
     history: Mutex<BTreeMap<VmName, Vec<Operation>>>,
     begun: Instant,
@@ -294,20 +312,24 @@ impl Workload {
     }
 
     /// Makes a call, and records its answer and times.
-    async fn call(&self, vm: &VmName, call: Call) -> Option<Observed> {
+    async fn call(&self, party: usize, vm: &VmName, call: Call) -> Option<Observed> {
+        let Caller { asker, store } = &self.callers[party];
         let deadline = Instant::now() + PATIENCE;
         let begun = self.now();
         let seen = match &call {
-            Call::Command(command) => {
-                self.store.command(vm, command, deadline).await.ok().map(Observed::Reply)
-            }
-            Call::Get => self.store.get(vm, deadline).await.ok().map(Observed::Record),
+            Call::Command(command) => store.command(vm, command, deadline).await.ok().map(Observed::Reply),
+            Call::Get => store.get(vm, deadline).await.ok().map(Observed::Record),
         };
         let ended = seen.clone().map(|seen| (self.now(), seen));
         // A get without an answer proves nothing.
         if ended.is_some() || call != Call::Get {
             let mut history = self.history.lock().expect("the history");
-            history.entry(vm.clone()).or_default().push(Operation { begun, ended, asker: None, call });
+            history.entry(vm.clone()).or_default().push(Operation {
+                begun,
+                ended,
+                asker: Some(asker.clone()),
+                call,
+            });
         }
         seen
     }
@@ -318,30 +340,43 @@ impl Workload {
         let at = random.random_range(0..VMS);
         let Known { vm, record, .. } = self.use_vm(at);
         let fresh = Incarnation::random;
+        let on = |who, host: usize| {
+            let name = PARTIES[host].parse().expect("a name");
+            Member { host: Some(HostId::Name(name)), ..Member::new(who) }
+        };
+        let (at_host, other_host) = (random.random_range(0..OPERATOR), random.random_range(0..OPERATOR));
         let opening = |generation, primary| {
-            let members = Members { primary: Member::new(primary), backup: Some(Member::new(fresh())) };
+            let members = Members { primary, backup: Some(on(fresh(), other_host)) };
             Call::Command(Command::Open { generation, members })
         };
+        let mut party = at_host;
         let call = match &record {
-            None => opening(Generation::FIRST, fresh()),
+            None => opening(Generation::FIRST, on(fresh(), at_host)),
             Some(VmRecord { generation, phase: VmPhase::Forgotten, .. }) => {
-                opening(generation.next().expect("a next generation"), fresh())
+                opening(generation.next().expect("a next generation"), on(fresh(), at_host))
             }
             Some(VmRecord { generation, phase: VmPhase::Open { members, holder }, .. }) => {
-                let backup = members.backup.as_ref().expect("a backup").incarnation;
-                let member = *[members.primary.incarnation, backup].choose(random).expect("two");
+                let side = [&members.primary, members.backup.as_ref().expect("a backup")];
+                let side = *side.choose(random).expect("two");
+                let member = side.incarnation;
+                party = host_of(side);
                 match random.random_range(0..100) {
                     0..45 => Call::Command(Command::Take { generation: *generation, who: member }),
                     45..52 => Call::Command(Command::Take { generation: *generation, who: fresh() }),
                     52..58 => {
                         Call::Command(Command::Take { generation: Generation(generation.0 - 1), who: member })
                     }
-                    58..61 => Call::Command(Command::Forget { generation: *generation }),
-                    61..85 => match holder {
+                    58..60 => {
+                        party = OPERATOR;
+                        Call::Command(Command::Forget { generation: *generation })
+                    }
+                    60..62 => Call::Command(Command::End { generation: *generation, who: member }),
+                    62..85 => match holder.and_then(|holder| members.find(holder)) {
                         // By the holder, or by the member that lost.
                         Some(holder) => {
-                            let primary = if random.random_bool(0.8) { *holder } else { member };
-                            opening(generation.next().expect("a next generation"), primary)
+                            let primary = if random.random_bool(0.8) { holder } else { side };
+                            party = host_of(primary);
+                            opening(generation.next().expect("a next generation"), primary.clone())
                         }
                         None => Call::Get,
                     },
@@ -349,11 +384,15 @@ impl Workload {
                 }
             }
         };
-        let seen = self.call(&vm, call).await;
+        // Now and then somebody asks who may not.
+        if random.random_bool(0.1) {
+            party = random.random_range(0..PARTIES.len());
+        }
+        let seen = self.call(party, &vm, call).await;
         let record = match seen {
             Some(Observed::Record(record)) => record,
             // After any other answer the record is read.
-            _ => match self.call(&vm, Call::Get).await {
+            _ => match self.call(party, &vm, Call::Get).await {
                 Some(Observed::Record(record)) => record,
                 _ => return,
             },
@@ -390,12 +429,14 @@ pub fn run(plan: &Plan) -> NemesisReport {
     let begun = Instant::now();
     let net = Net::new(&[MEMBERS[0], MEMBERS[1], MEMBERS[2], CLIENT]);
     let dir = tempfile::tempdir().expect("a directory");
-    let name = ["client".to_owned()];
-    keys::make_set(&dir.path().join("keys"), &MEMBERS.map(u64::from), &name, &name).expect("keys");
+    let (hosts, operators) = PARTIES.split_at(OPERATOR);
+    let [hosts, operators] =
+        [hosts, operators].map(|names| names.iter().map(|n| n.to_string()).collect::<Vec<_>>());
+    keys::make_set(&dir.path().join("keys"), &MEMBERS.map(u64::from), &hosts, &operators).expect("keys");
     let mut members =
         Members3 { net: &net, dir: dir.path().into(), nodes: BTreeMap::new(), copied: BTreeSet::new() };
     MEMBERS.iter().for_each(|id| members.start(*id));
-    let url = members.url();
+    let urls = PARTIES.map(|party| members.url(party));
     let mut faults = BTreeMap::new();
     let history = std::thread::scope(|scope| {
         let (ready, workload) = std::sync::mpsc::channel();
@@ -408,7 +449,16 @@ pub fn run(plan: &Plan) -> NemesisReport {
                 let known = Mutex::new(((0..VMS).map(Known::new).collect(), VMS));
                 let history = Mutex::default();
                 let (begun, stop) = (Instant::now(), AtomicBool::new(false));
-                let workload = Arc::new(Workload { store: client(&url), known, history, begun, stop });
+                let callers = urls.iter().enumerate().map(|(number, url)| {
+                    let name = Some(PARTIES[number].parse().expect("a name"));
+                    let asker = match number {
+                        OPERATOR => Asker { host: None, operator: name },
+                        _ => Asker { host: name, operator: None },
+                    };
+                    Caller { asker, store: client(url) }
+                });
+                let callers = callers.collect();
+                let workload = Arc::new(Workload { callers, known, history, begun, stop });
                 ready.send(workload.clone()).expect("the nemesis");
                 work(workload, plan).await
             })
@@ -465,7 +515,7 @@ async fn work(workload: Arc<Workload>, plan: &Plan) -> BTreeMap<VmName, Vec<Oper
     let vms: Vec<_> = workload.history.lock().expect("the history").keys().cloned().collect();
     for vm in vms {
         assert!(
-            workload.call(&vm, Call::Get).await.is_some(),
+            workload.call(OPERATOR, &vm, Call::Get).await.is_some(),
             "{vm} cannot be read after all faults were repaired"
         );
     }

@@ -32,7 +32,7 @@ impl std::fmt::Display for ScaleReport {
 
 /// Registers `vms` VMs with three members, then kills and restarts all members.
 pub fn run(vms: usize) -> ScaleReport {
-    let mut cluster = Cluster::start(3);
+    let mut cluster = Cluster::start_with(3, &["--names-per-host", "1000000"]);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()

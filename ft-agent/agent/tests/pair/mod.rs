@@ -5,11 +5,12 @@ use agent::{Action, Agent, Buffers, Config, Event, NextRecord, PairTiming, Phase
 use entry::identity::Identity;
 use entry::log::{Entry, LoggedOutput, OutputTo, Record};
 use entry::{Digest, Position, PositionUnit};
-use store_rule::names::{Generation, Incarnation};
+use store_rule::names::{Generation, Incarnation, KeyId};
 use store_rule::record::{Applied, Command, CommandReply, Member};
 use store_rule::state::StoreState;
 
 pub const MS: u64 = 1_000_000;
+pub const BACKUP_KEY: KeyId = KeyId([2; 32]);
 pub const TIMING: PairTiming = PairTiming {
     timeout_ns: 1000 * MS,
     beat_interval_ns: 50 * MS,
@@ -65,8 +66,8 @@ impl Pair {
     }
 
     pub fn connect(&mut self) {
-        self.primary.handle(self.now, Event::Connected);
-        self.backup.handle(self.now, Event::Connected);
+        self.primary.handle(self.now, Event::Connected { peer_key: Some(BACKUP_KEY) });
+        self.backup.handle(self.now, Event::Connected { peer_key: None });
         self.exchange();
     }
 

@@ -105,7 +105,7 @@ impl World {
             Outcome::Fenced(_) => counts.fenced += 1,
             Outcome::Forgotten | Outcome::Overtaken(_) => counts.stood_down += 1,
             Outcome::Failed(_) | Outcome::Stopped => counts.failed += 1,
-            Outcome::NotOpened | Outcome::NotStarted(_) => {}
+            Outcome::NotOpened | Outcome::OpenRefused(_) | Outcome::NotStarted(_) => {}
         }
         self.hosts[host].process = None;
         self.hosts[host].is_lost |=

@@ -36,15 +36,15 @@ impl World {
         }
         let connection = self.processes << 32 | self.scheduled;
         self.connection = Some((connection, Connection::new()));
-        self.handle_event(host, Event::Connected)?;
-        self.handle_event(peer, Event::Connected)
+        self.handle_event(host, Event::Connected { peer_key: None })?;
+        self.handle_event(peer, Event::Connected { peer_key: None })
     }
 
     /// The peer has a connection already: it reads the hello on this one and closes it.
     pub fn say_hello_as_stranger(&mut self, host: usize) -> SimResult {
         let clock = self.clock(host);
         let Some(process) = &mut self.hosts[host].process else { return Ok(()) };
-        process.agent.handle(clock, Event::Connected);
+        process.agent.handle(clock, Event::Connected { peer_key: None });
         let mut inbox = MessageReader::new();
         while !process.agent.outgoing().is_empty() {
             let bytes = process.agent.outgoing().to_vec();

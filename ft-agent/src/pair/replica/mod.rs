@@ -24,6 +24,7 @@ use agent::{Action, Agent, Event, Hello, Outcome, Role, StoreView};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use rustls::pki_types::CertificateDer;
 use test_and_set::blocking::BlockingStore;
+use test_and_set::keys::key_id;
 use test_and_set::names::{Generation, Incarnation, VmName};
 use test_and_set::record::{Verdict, VmRecord};
 use test_and_set::store::{StoreError, chain};
@@ -113,8 +114,9 @@ impl Replica {
         if let Err(e) = link.set_nonblocking() {
             return warn!("cannot use the connection to the peer: {e}");
         }
+        let peer_key = Some(key_id(link.peer_certificate()));
         (state.link, state.refused) = (Some(link), None);
-        state.agent.handle(now_ns(), Event::Connected);
+        state.agent.handle(now_ns(), Event::Connected { peer_key });
         if !bytes.is_empty() {
             state.agent.handle(now_ns(), Event::Received(bytes));
         }
@@ -165,9 +167,9 @@ impl Replica {
             }
             Action::Open { generation, members } => {
                 let (replica, store, vm) = (self.clone(), self.store.clone(), self.vm.clone());
-                state.run_on_worker(move || {
-                    let opened = store.open(&vm, generation, &members, STORE_PATIENCE);
-                    replica.handle(Event::Opened(opened.inspect_err(log_no_answer).ok()));
+                state.run_on_worker(move || match store.open(&vm, generation, &members, STORE_PATIENCE) {
+                    Err(StoreError::Refused(why)) => replica.handle(Event::OpenRefused(&why.to_string())),
+                    opened => replica.handle(Event::Opened(opened.inspect_err(log_no_answer).ok())),
                 });
             }
             Action::Start { generation } => {
@@ -221,6 +223,11 @@ impl Replica {
         state.history.store_asked(now_ns());
         let replica = self.clone();
         let answer = move |verdict: Verdict<StoreError>| {
+            let no_verdict = match &verdict {
+                Verdict::Unknown(e) => Some(chain(e)),
+                Verdict::Won | Verdict::Lost(_) | Verdict::Stale => None,
+            };
+            replica.lock().no_verdict = no_verdict;
             replica.handle(Event::Verdict(verdict.map_unknown(|e| log_no_answer(&e))));
         };
         self.store.begin_take(self.vm.clone(), generation, who, STORE_PATIENCE, answer);
@@ -242,10 +249,22 @@ impl Replica {
         let (replica, store, vm) = (self.clone(), self.store.clone(), self.vm.clone());
         state.run_on_worker(move || {
             let ended = store.end(&vm, generation, who, STORE_PATIENCE);
-            if let Err(e) = &ended {
-                warn!("the store has not confirmed that VM {vm} has ended, and is asked again: {}", chain(e));
+            match &ended {
+                Ok(_) => {}
+                // It would be refused again.
+                Err(StoreError::Refused(why)) => error!(
+                    "VM {vm} has ended, but the store refuses to record that: {why}; before the VM can be \
+                     started again an operator has to forget it (`vmft forget`)"
+                ),
+                Err(e) => {
+                    warn!(
+                        "the store has not confirmed that VM {vm} has ended, and is asked again: {}",
+                        chain(e)
+                    );
+                }
             }
-            replica.handle(Event::EndRecorded(ended.is_ok()));
+            let settled = matches!(ended, Ok(_) | Err(StoreError::Refused(_)));
+            replica.handle(Event::EndRecorded(settled));
         });
     }
 
@@ -328,6 +347,9 @@ impl Replica {
 }
 
 fn log_no_answer(error: &StoreError) {
+    if let StoreError::Refused(why) = error {
+        return warn!("the store refuses this host, and is asked again: {why}");
+    }
     warn!(
         "the store does not answer: {}; check that a majority of its nodes run and are reachable",
         chain(error)

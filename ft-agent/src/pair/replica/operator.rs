@@ -77,6 +77,7 @@ impl Replica {
             spent: self.times.totals(now, state.gate.recorded() - state.gate.released()),
             position: status.position.count,
             peer_position: status.peer_position.count,
+            no_verdict: state.no_verdict.clone(),
             failovers: state.history.failovers,
             failover: state.history.failover.clone(),
         }

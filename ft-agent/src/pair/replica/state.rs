@@ -49,6 +49,8 @@ pub(super) struct ReplicaState {
     pub(super) finished: bool,
     /// Why the last peer was refused.
     pub(super) refused: Option<PeerRefusal>,
+    /// Why the store has given no verdict when it was asked last.
+    pub(super) no_verdict: Option<String>,
     /// The first failure of this host.
     pub(super) failed: Option<Error>,
     /// Until when the pump sleeps if it is not woken, ns.
@@ -95,6 +97,7 @@ impl ReplicaState {
             outcome: None,
             finished: false,
             refused: None,
+            no_verdict: None,
             failed: None,
             pump_sleeps_until: 0,
             socket_owner: SocketOwner::default(),

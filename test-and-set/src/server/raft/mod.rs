@@ -28,9 +28,10 @@ use self::log_store::LogStore;
 use self::network::PeerClients;
 pub use self::restored::store_first_snapshot;
 use self::state_machine::StoreMachine;
-use self::types::{LoggedCommand, RaftWriteError, Types, decode, encode};
-use crate::names::VmName;
-use crate::record::{Command, CommandReply};
+pub use self::types::VmCommand;
+use self::types::{LoggedRequest, RaftWriteError, Types, decode, encode};
+use crate::record::CommandReply;
+use crate::server::audit::{Audit, AuditNote};
 use crate::server::disk::MemberDisk;
 use crate::server::disk_error::DiskError;
 use crate::server::peers::OtherMembers;
@@ -80,6 +81,9 @@ pub enum RaftStartError {
     /// Its data cannot be read.
     #[error(transparent)]
     Disk(#[from] DiskError),
+    /// The audit's thread cannot be started.
+    #[error("cannot start the audit's thread")]
+    Audit(#[source] std::io::Error),
     /// openraft cannot start, for this reason.
     #[error("cannot start Raft: {0}")]
     Raft(String),
@@ -105,7 +109,8 @@ impl Raft {
         };
         let config = Arc::new(config.validate().map_err(|e| RaftStartError::Raft(e.to_string()))?);
         let log = Arc::new(RaftLog::new(disk.clone())?);
-        let machine = StoreMachine::load(log.clone(), disk.clone(), peers.clone())?;
+        let audit = Audit::start().map_err(RaftStartError::Audit)?;
+        let machine = StoreMachine::load(log.clone(), disk.clone(), peers.clone(), audit)?;
         let store = LogStore { id, log: log.clone(), disk: disk.clone(), leads: Arc::default() };
         let raft = openraft::Raft::new(
             id,
@@ -147,16 +152,20 @@ impl Raft {
     }
 
     /// Applies a command, if this member is the leader and reaches a majority.
-    pub async fn command(&self, vm: VmName, command: Command) -> Result<CommandReply, RequestFailure> {
+    pub async fn command(&self, command: VmCommand) -> Result<CommandReply, RequestFailure> {
+        self.write(LoggedRequest::Command(command)).await
+    }
+
+    /// Writes a note into the audit of every member, if this member is the leader and reaches a majority.
+    pub async fn note(&self, note: AuditNote) -> Result<(), RequestFailure> {
+        self.write(LoggedRequest::Note(note)).await.map(drop)
+    }
+
+    async fn write(&self, request: LoggedRequest) -> Result<CommandReply, RequestFailure> {
         if self.disk.is_full() {
             return Err(RequestFailure::DiskFull);
         }
-        match tokio::time::timeout(
-            QUORUM_PATIENCE,
-            self.raft.client_write(LoggedCommand { vm, command, asker: None }),
-        )
-        .await
-        {
+        match tokio::time::timeout(QUORUM_PATIENCE, self.raft.client_write(request)).await {
             Err(_) => Err(RequestFailure::NoQuorum),
             Ok(written) => written.map(|response| response.data).map_err(|e| self.write_failure(e)),
         }

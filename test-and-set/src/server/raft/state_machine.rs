@@ -9,9 +9,11 @@ use openraft::{
 };
 
 use super::types::{
-    RaftEntry, RaftMembership, RaftSnapshotMeta, RaftStorageError, Types, decode, encode, reading, writing,
+    LoggedRequest, RaftEntry, RaftMembership, RaftSnapshotMeta, RaftStorageError, Types, VmCommand, decode,
+    encode, reading, writing,
 };
 use crate::record::CommandReply;
+use crate::server::audit::Audit;
 use crate::server::disk::MemberDisk;
 use crate::server::disk_error::DiskError;
 use crate::server::peers::OtherMembers;
@@ -34,6 +36,7 @@ pub struct StoreMachine {
     log: Arc<RaftLog>,
     disk: Arc<MemberDisk>,
     peers: Arc<OtherMembers>,
+    audit: Audit,
 }
 
 impl StoreMachine {
@@ -41,6 +44,7 @@ impl StoreMachine {
         log: Arc<RaftLog>,
         disk: Arc<MemberDisk>,
         peers: Arc<OtherMembers>,
+        audit: Audit,
     ) -> Result<Self, DiskError> {
         let mut applied = AppliedState::default();
         if let Some(stored) = disk.snapshot()? {
@@ -51,7 +55,7 @@ impl StoreMachine {
                 membership: meta.last_membership,
             };
         }
-        Ok(Self { applied: Arc::new(RwLock::new(applied)), log, disk, peers })
+        Ok(Self { applied: Arc::new(RwLock::new(applied)), log, disk, peers, audit })
     }
 
     pub fn applied(&self) -> std::sync::RwLockReadGuard<'_, AppliedState> {
@@ -92,8 +96,17 @@ impl RaftStateMachine<Types> for StoreMachine {
             applied.last = Some(entry.log_id);
             replies.push(match entry.payload {
                 EntryPayload::Blank => CommandReply::Done,
-                EntryPayload::Normal(write) => {
-                    applied.state.apply(&write.vm, &write.command, write.asker.as_ref())
+                EntryPayload::Normal(LoggedRequest::Command(request)) => {
+                    let VmCommand { vm, command, asker, names_max } = &request;
+                    let reply = applied.state.apply_within(*names_max, vm, command, asker.as_ref());
+                    if let Some(asker) = asker {
+                        self.audit.command(entry.log_id.index, asker, vm, command, &reply);
+                    }
+                    reply
+                }
+                EntryPayload::Normal(LoggedRequest::Note(note)) => {
+                    self.audit.note(entry.log_id.index, &note);
+                    CommandReply::Done
                 }
                 EntryPayload::Membership(membership) => {
                     let membership = StoredMembership::new(Some(entry.log_id), membership);

@@ -3,7 +3,7 @@
 use openraft::raft::{AppendEntriesRequest, VoteRequest, VoteResponse};
 use openraft::{EntryPayload, LogId, Vote};
 
-use super::types::{LoggedCommand, RaftEntry, Types, decode, encode};
+use super::types::{LoggedRequest, RaftEntry, Types, VmCommand, decode, encode};
 use crate::names::VmName;
 use crate::record::Command;
 use crate::wire::{NodeId, PeerRequest};
@@ -29,7 +29,12 @@ pub fn append_ask(term: u64, leader: NodeId, index: u64, (vm, command): (VmName,
     let previous = if index == 1 { LogId::default() } else { at(term, leader, index - 1) };
     let entry = RaftEntry {
         log_id: at(term, leader, index),
-        payload: EntryPayload::Normal(LoggedCommand { vm, command, asker: None }),
+        payload: EntryPayload::Normal(LoggedRequest::Command(VmCommand {
+            vm,
+            command,
+            asker: None,
+            names_max: u64::MAX,
+        })),
     };
     let vote = Vote::new_committed(term, leader);
     let rpc = AppendEntriesRequest::<Types> {

@@ -9,23 +9,35 @@ use serde::{Deserialize, Serialize};
 
 use crate::names::VmName;
 use crate::record::{Asker, Command, CommandReply};
+use crate::server::audit::AuditNote;
 use crate::server::disk_error::DiskError;
 use crate::wire::NodeId;
 
-/// A command in the log.
+/// What the log's entries say.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct LoggedCommand {
+pub enum LoggedRequest {
+    /// A change to a VM's record.
+    Command(VmCommand),
+    /// Something for the audit, which changes nothing.
+    Note(AuditNote),
+}
+
+/// A command, as the leader puts it into the log.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct VmCommand {
     /// The VM whose record it changes.
     pub vm: VmName,
     /// The change.
     pub command: Command,
     /// Who asked for it.
     pub asker: Option<Asker>,
+    /// How many VM names the host that asks may have, by the leader's settings.
+    pub names_max: u64,
 }
 
 openraft::declare_raft_types!(
     /// The types with which openraft is instantiated.
-    pub Types: D = LoggedCommand, R = CommandReply, Node = BasicNode
+    pub Types: D = LoggedRequest, R = CommandReply, Node = BasicNode
 );
 
 pub type RaftEntry = openraft::Entry<Types>;
