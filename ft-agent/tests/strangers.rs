@@ -17,6 +17,8 @@ use agent::{Hello, Role};
 use entry::PositionUnit;
 use entry::identity::Identity;
 use logging_channel::message::{Message, encode};
+use logging_channel::stream::MessageReader;
+use logging_channel::versions::{ChannelVersions, OURS};
 use nix::sys::signal::Signal::{SIGCONT, SIGSTOP};
 use rustls::{ClientConnection, StreamOwned};
 use support::pair::{Host, Site, inside};
@@ -43,9 +45,15 @@ fn call(keys: &Path) -> std::io::Result<StreamOwned<ClientConnection, TcpStream>
 
 /// Claims to be the VM's primary, with a new incarnation. Returns once the backup has closed the connection.
 fn claim(keys: &Path, incarnation: u128) -> std::io::Result<()> {
+    say_hello(keys, incarnation, OURS).map(drop)
+}
+
+/// Says hello to the backup as the VM's primary. Returns what the backup said before it closed the connection.
+fn say_hello(keys: &Path, incarnation: u128, versions: ChannelVersions) -> std::io::Result<Vec<u8>> {
     let mut stream = call(keys)?;
     let mut hello = Vec::new();
     let content = Hello {
+        versions,
         vm: "vm".into(),
         role: Role::Primary,
         incarnation,
@@ -54,10 +62,12 @@ fn claim(keys: &Path, incarnation: u128) -> std::io::Result<()> {
         buffer_bytes: 1 << 20,
         identity: Identity::new(PositionUnit::Instructions),
     };
-    encode(&Message::Hello(Box::new(content)), &mut hello);
+    encode(OURS.oldest, &Message::Hello(Box::new(content)), &mut hello);
     stream.write_all(&hello)?;
-    while matches!(stream.read(&mut [0; 64]), Ok(1..)) {}
-    Ok(())
+    let mut said = Vec::new();
+    // However the connection ends, what came before it counts.
+    stream.read_to_end(&mut said).ok();
+    Ok(said)
 }
 
 /// Starts to claim, from host A, 20 times a second until told to stop.
@@ -175,6 +185,33 @@ fn of_two_primaries_that_are_started_at_once_exactly_one_runs() {
     let failed: Vec<_> = (0..rounds).filter_map(|round| two_primaries_at_once(&site, round).err()).collect();
     eprintln!("{rounds} rounds, {} failed", failed.len());
     assert!(failed.is_empty(), "{} of {rounds} rounds:\n{}", failed.len(), failed.join("\n\n"));
+}
+
+#[test]
+fn a_primary_that_is_refused_hears_why() {
+    const TEST: &str = "a_primary_that_is_refused_hears_why";
+    if !has_guest(TEST, "bare") || !can_network(TEST) {
+        return;
+    }
+    let site = Site::new();
+    let mut backup = Vm::start(&mut replica(&site, Host::B, "vm", "b"));
+    backup.wait_for("waiting for a primary", 30);
+    // By a backup that waits: a primary of a later release.
+    let (keys, versions) = (site.keys("a"), ChannelVersions { newest: 99, oldest: 98 });
+    let said = inside(&site.ns("a"), move || say_hello(&keys, 1, versions)).join().expect("a call");
+    let mut reader = MessageReader::new();
+    reader.push(&said.expect("an answer"));
+    let answer = reader.next_message().expect("a message");
+    assert!(
+        matches!(&answer, Some(Message::Failed { reason }) if reason.contains("speaks versions 98 to 99")),
+        "{answer:?}"
+    );
+    // By a backup that has a primary: another one.
+    let mut primary = Vm::start(&mut replica(&site, Host::A, "vm", "a"));
+    primary.wait_for("the pair is open", 20);
+    let mut other = Vm::start(&mut replica(&site, Host::A, "other", "stranger"));
+    other.wait_for("the other side reports: ", 20);
+    other.wait_for("this backup has a primary already", 5);
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use logging_channel::message::{Message, MessageError, encode};
 use logging_channel::receiver::{NextRecord, Receiver};
 use logging_channel::stream::MessageReader;
+use logging_channel::versions::OURS;
 
 /// Decodes any bytes, cut into any pieces: the messages or the error do not depend on the cuts; what decodes encodes to
 /// bytes that decode alike; and a log's messages go through a receiver without a panic.
@@ -14,7 +15,7 @@ pub fn channel(data: &[u8]) {
     let (messages, error) = read(bytes, bytes.len());
     assert_eq!((messages.clone(), error), read(bytes, piece as usize));
     let mut again = Vec::new();
-    messages.iter().for_each(|m| encode(m, &mut again));
+    messages.iter().for_each(|m| encode(OURS.oldest, m, &mut again));
     assert_eq!(
         read(&again, again.len()),
         (messages.clone(), None),

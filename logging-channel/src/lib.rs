@@ -2,7 +2,7 @@
 //!
 //! Everything here is a state machine of events and time, without I/O. [`message`] has the messages and their
 //! encoding (FORMAT.md, "The logging channel"), [`stream`] splits a connection's bytes into messages and
-//! queues those to be sent, [`sender`] is the primary's end of the log and [`receiver`] the backup's. This
+//! queues those to be sent, [`versions`] says which version of the protocol a connection speaks, [`sender`] is the primary's end of the log and [`receiver`] the backup's. This
 //! crate knows entries, but no machine.
 //!
 //! ```text
@@ -19,6 +19,7 @@ pub mod message;
 pub mod receiver;
 pub mod sender;
 pub mod stream;
+pub mod versions;
 
 use entry::log::{Entry, LoggedInput, Record};
 

@@ -10,10 +10,10 @@ use entry::codec::{ByteReader, DecodeError, DecodeFault, put_varint};
 use entry::identity::{IDENTITY_MAX, Identity};
 use entry::log::EndReason;
 
+use crate::versions::{ChannelVersions, OURS, beat_end};
+
 /// The first bytes of a hello.
 pub const MAGIC: [u8; 8] = *b"VMFTCHN\0";
-/// Version of the protocol.
-pub const VERSION: u16 = 2;
 /// Longest name of a VM or a disk, in bytes.
 pub const NAME_MAX: usize = 64;
 /// Most disks that a VM may have.
@@ -56,6 +56,8 @@ pub enum Role {
 /// The first message of each side.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hello {
+    /// The versions of the protocol that the sender knows.
+    pub versions: ChannelVersions,
     /// Name of the VM, at most [`NAME_MAX`] bytes.
     pub vm: String,
     /// The sender's role.
@@ -171,10 +173,10 @@ pub enum MessageFault {
     #[error("this is not a vmft channel (the magic number differs): check the address and port of the peer")]
     Magic,
     #[error(
-        "the peer speaks protocol version {0}, this vmft speaks version {VERSION}: use the same release of vmft \
-         on both sides"
+        "the peer speaks {0} of the channel's protocol and this vmft {OURS}, so they have none in common: replace \
+         the older of the two releases of vmft"
     )]
-    Version(u16),
+    Versions(ChannelVersions),
     #[error("the first message, and only the first, must be a hello")]
     Hello,
     #[error("message kind {0} is unknown")]
@@ -211,12 +213,17 @@ pub(crate) fn is_hello(kind: u8) -> bool {
     kind == kind::HELLO
 }
 
-/// Appends a message's bytes.
+/// Whether a message of this kind may come in place of the hello: its sender refuses the connection.
+pub(crate) fn is_refusal(kind: u8) -> bool {
+    kind == kind::FAILED
+}
+
+/// Appends a message's bytes in this version of the protocol. A hello and a failure are the same in all versions.
 ///
 /// # Panics
 /// If a name or a block is longer than allowed; both come from the program itself. A reason that is too long
 /// is cut.
-pub fn encode(message: &Message, out: &mut Vec<u8>) {
+pub fn encode(version: u16, message: &Message, out: &mut Vec<u8>) {
     let mut b = Vec::new();
     let kind = match message {
         Message::Hello(hello) => {
@@ -241,7 +248,7 @@ pub fn encode(message: &Message, out: &mut Vec<u8>) {
         }
         Message::Beat(beat) => {
             let fields = [beat.stamp_ns, beat.echo_ns, beat.turns, beat.records, beat.position];
-            fields.into_iter().for_each(|v| put_varint(v, &mut b));
+            fields.iter().chain(beat_end(version)).for_each(|v| put_varint(*v, &mut b));
             kind::BEAT
         }
         Message::Failed { reason } => {
@@ -276,7 +283,7 @@ pub(crate) fn encode_log(block: &mut [u8]) -> usize {
 fn encode_hello(hello: &Hello, out: &mut Vec<u8>) {
     assert!(hello.disks.len() <= DISKS_MAX, "{} disks", hello.disks.len());
     out.extend(MAGIC);
-    out.extend(VERSION.to_le_bytes());
+    out.extend([hello.versions.newest, hello.versions.oldest].into_iter().flat_map(u16::to_le_bytes));
     out.push(matches!(hello.role, Role::Backup) as u8);
     name(&hello.vm, out);
     out.extend(hello.incarnation.to_le_bytes());
@@ -302,8 +309,9 @@ fn text(text: &str, out: &mut Vec<u8>) {
     out.extend(text.as_bytes());
 }
 
-/// Decodes the message of this kind and body. The body begins at the offset `base` of the connection's bytes.
-pub(crate) fn decode(kind: u8, body: &[u8], base: u64) -> Result<Message, MessageError> {
+/// Decodes the message of this kind and body in this version of the protocol. The body begins at the offset `base` of
+/// the connection's bytes.
+pub(crate) fn decode(version: u16, kind: u8, body: &[u8], base: u64) -> Result<Message, MessageError> {
     if kind == kind::LOG {
         return Ok(Message::Log(body.to_vec()));
     }
@@ -317,13 +325,7 @@ pub(crate) fn decode(kind: u8, body: &[u8], base: u64) -> Result<Message, Messag
             echo_ns: r.varint("echo")?,
         }),
         kind::RELEASED => Message::Released { outputs: r.varint("outputs")? },
-        kind::BEAT => Message::Beat(Beat {
-            stamp_ns: r.varint("stamp")?,
-            echo_ns: r.varint("echo")?,
-            turns: r.varint("turns")?,
-            records: r.varint("records")?,
-            position: r.varint("position")?,
-        }),
+        kind::BEAT => Message::Beat(decode_beat(version, &mut r)?),
         kind::FAILED => Message::Failed { reason: decode_text(&mut r, "reason", 0, REASON_MAX)? },
         kind::HAND_OVER => Message::HandOver,
         kind::LIVE => Message::Live,
@@ -335,11 +337,29 @@ pub(crate) fn decode(kind: u8, body: &[u8], base: u64) -> Result<Message, Messag
         kind::ENDED => Message::Ended,
         unknown => return Err(MessageError { offset: base, fault: MessageFault::Kind(unknown) }),
     };
-    if r.is_done() {
+    // A later version may append fields to a hello.
+    if r.is_done() || kind == kind::HELLO {
         Ok(message)
     } else {
         Err(MessageError { offset: r.offset(), fault: MessageFault::Long })
     }
+}
+
+fn decode_beat(version: u16, r: &mut ByteReader<'_>) -> Result<Beat, MessageError> {
+    let beat = Beat {
+        stamp_ns: r.varint("stamp")?,
+        echo_ns: r.varint("echo")?,
+        turns: r.varint("turns")?,
+        records: r.varint("records")?,
+        position: r.varint("position")?,
+    };
+    for end in beat_end(version) {
+        let offset = r.offset();
+        if r.varint("end of a beat")? != *end {
+            return Err(MessageError { offset, fault: MessageFault::Long });
+        }
+    }
+    Ok(beat)
 }
 
 fn decode_hello(r: &mut ByteReader<'_>) -> Result<Hello, MessageError> {
@@ -349,9 +369,12 @@ fn decode_hello(r: &mut ByteReader<'_>) -> Result<Hello, MessageError> {
         return fault(offset, MessageFault::Magic);
     }
     let offset = r.offset();
-    let version = u16::from_le_bytes(r.array("version")?);
-    if version != VERSION {
-        return fault(offset, MessageFault::Version(version));
+    let newest = u16::from_le_bytes(r.array("newest version")?);
+    // Before version 3 there was one version only, and something else followed it.
+    let oldest = if newest < OURS.oldest { newest } else { u16::from_le_bytes(r.array("oldest version")?) };
+    let versions = ChannelVersions { newest, oldest };
+    if OURS.common(versions).is_none() {
+        return fault(offset, MessageFault::Versions(versions));
     }
     let offset = r.offset();
     let role = match r.byte("role")? {
@@ -387,7 +410,7 @@ fn decode_hello(r: &mut ByteReader<'_>) -> Result<Hello, MessageError> {
     if header.incomplete() != 0 {
         return fault(offset + header.offset(), MessageFault::Long);
     }
-    Ok(Hello { vm, role, incarnation, disks, timeout_ns, buffer_bytes, identity })
+    Ok(Hello { versions, vm, role, incarnation, disks, timeout_ns, buffer_bytes, identity })
 }
 
 fn decode_text(

@@ -4,7 +4,8 @@ use std::collections::VecDeque;
 
 use entry::codec::{ByteReader, DecodeError, DecodeFault};
 
-use crate::message::{Message, MessageError, MessageFault, body_max, decode, encode, is_hello};
+use crate::message::{Message, MessageError, MessageFault, body_max, decode, encode, is_hello, is_refusal};
+use crate::versions::OURS;
 
 /// Most bytes of a message before its body: its kind, and a varint of ten bytes.
 const PREFIX_MAX: usize = 11;
@@ -18,8 +19,8 @@ pub struct MessageReader {
     start: usize,
     /// The offset in the connection of the buffer's first byte.
     base: u64,
-    /// The hello has come.
-    greeted: bool,
+    /// The version of the protocol that both sides speak, once the hello has come.
+    version: Option<u16>,
     failed: Option<MessageError>,
 }
 
@@ -37,7 +38,13 @@ impl MessageReader {
         self.buffer.extend(bytes);
     }
 
-    /// The next message, once it is complete. The first message, and only the first, is a hello.
+    /// The version of the protocol that both sides speak: the newest that both know. `None` before the hello.
+    pub fn version(&self) -> Option<u16> {
+        self.version
+    }
+
+    /// The next message, once it is complete. The first message, and only the first, is a hello; a side that
+    /// refuses the connection sends a failure in its place.
     ///
     /// # Errors
     /// The bytes are not a valid message, or not one that may come here. Every later call fails with the same
@@ -58,7 +65,8 @@ impl MessageReader {
         let offset = self.base + self.start as u64;
         let Some(&kind) = bytes.first() else { return Ok(None) };
         let max = body_max(kind).map_err(|fault| MessageError { offset, fault })?;
-        if is_hello(kind) == self.greeted {
+        let may_come = is_hello(kind) != self.version.is_some() || is_refusal(kind);
+        if !may_come {
             return Err(MessageError { offset, fault: MessageFault::Hello });
         }
         let mut prefix = ByteReader::new(&bytes[1..bytes.len().min(PREFIX_MAX)], offset + 1);
@@ -70,9 +78,11 @@ impl MessageReader {
         let body_offset = prefix.offset();
         let body_start = (body_offset - offset) as usize;
         let Some(body) = bytes.get(body_start..body_start + length) else { return Ok(None) };
-        let message = decode(kind, body, body_offset)?;
+        let message = decode(self.version.unwrap_or(OURS.oldest), kind, body, body_offset)?;
         self.start += body_start + length;
-        self.greeted = true;
+        if let Message::Hello(hello) = &message {
+            self.version = OURS.common(hello.versions);
+        }
         Ok(Some(message))
     }
 
@@ -87,8 +97,10 @@ impl MessageReader {
 /// The owner of the socket writes [`Outbox::front`] and reports with [`Outbox::wrote`] how much the socket
 /// took. So that a beat is not delayed by bulk data, the owner writes no more than the socket takes at once,
 /// and the socket's own buffer is small.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Outbox {
+    /// The version of the protocol in which messages are encoded.
+    version: u16,
     /// The message that is being written, and how much of it is.
     front: Vec<u8>,
     written: usize,
@@ -101,13 +113,24 @@ pub struct Outbox {
 impl Outbox {
     /// An outbox for a new connection.
     pub fn new() -> Outbox {
-        Outbox::default()
+        Outbox {
+            version: OURS.oldest,
+            front: Vec::new(),
+            written: 0,
+            beat: Vec::new(),
+            waiting: VecDeque::new(),
+        }
+    }
+
+    /// Speaks this version of the protocol from now on: see [`MessageReader::version`].
+    pub fn speak(&mut self, version: u16) {
+        self.version = version;
     }
 
     /// Queues a message. A beat goes before all messages that wait, and replaces a beat that waits.
     pub fn push(&mut self, message: &Message) {
         let mut bytes = Vec::new();
-        encode(message, &mut bytes);
+        encode(self.version, message, &mut bytes);
         if matches!(message, Message::Beat(_)) {
             self.beat = bytes
         } else {
@@ -144,7 +167,7 @@ impl Outbox {
 
     /// Drops all messages.
     pub fn clear(&mut self) {
-        *self = Outbox::default();
+        *self = Outbox { version: self.version, ..Outbox::new() };
     }
 
     fn advance(&mut self) {

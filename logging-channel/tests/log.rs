@@ -8,6 +8,7 @@ use logging_channel::message::{Ack, Beat, Hello, Message, Role};
 use logging_channel::receiver::{NextRecord, Receiver};
 use logging_channel::sender::{Cursors, GuestPace, Limits, Sender};
 use logging_channel::stream::{MessageReader, Outbox};
+use logging_channel::versions::OURS;
 use logging_channel::{ChannelError, RECORD_WEIGHT, weight};
 
 const MS: u64 = 1_000_000;
@@ -49,6 +50,7 @@ impl Primary {
     fn new(limits: Limits) -> Primary {
         let (mut outbox, mut reader) = (Outbox::new(), MessageReader::new());
         let hello = Hello {
+            versions: OURS,
             vm: "a".into(),
             role: Role::Primary,
             incarnation: 1,

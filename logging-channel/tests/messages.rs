@@ -9,11 +9,13 @@ use entry::log::EndReason;
 use logging_channel::message::{
     Ack, BODY_MAX, Beat, Hello, Message, MessageError, MessageFault, NAME_MAX, REASON_MAX, Role, encode,
 };
-use logging_channel::stream::MessageReader;
+use logging_channel::stream::{MessageReader, Outbox};
+use logging_channel::versions::{ChannelVersions, OURS};
 use proptest::prelude::*;
 
 fn hello() -> Hello {
     Hello {
+        versions: ChannelVersions { newest: 3, oldest: 3 },
         vm: "trial".into(),
         role: Role::Backup,
         incarnation: 0x0102_0304_0506_0708_090a_0b0c_0d0e_0f10,
@@ -49,7 +51,7 @@ fn one_of_each() -> Vec<Message> {
 
 fn bytes_of(messages: &[Message]) -> Vec<u8> {
     let mut bytes = Vec::new();
-    messages.iter().for_each(|m| encode(m, &mut bytes));
+    messages.iter().for_each(|m| encode(3, m, &mut bytes));
     bytes
 }
 
@@ -89,7 +91,7 @@ fn refusal(bytes: &[u8]) -> MessageError {
 /// This file never changes: another format is a new version, with its own file.
 #[test]
 fn golden() {
-    let golden = include_bytes!("golden/v2.channel");
+    let golden = include_bytes!("golden/v3.channel");
     assert!(bytes_of(&one_of_each()) == golden, "the bytes of the channel have changed");
     assert_eq!(read(golden, &[golden.len()]), (one_of_each(), None));
 }
@@ -131,15 +133,10 @@ fn errors_name_the_field_and_its_offset() {
         "channel: byte 3: this is not a vmft channel (the magic number differs): check the address and port of \
          the peer"
     );
+    assert_eq!(changed(15, 2), "channel: byte 15: role 2 is unknown");
     assert_eq!(
-        changed(11, 9),
-        "channel: byte 11: the peer speaks protocol version 9, this vmft speaks version 2: use the same release \
-         of vmft on both sides"
-    );
-    assert_eq!(changed(13, 2), "channel: byte 13: role 2 is unknown");
-    assert_eq!(
-        changed(14, 0),
-        "channel: byte 14: the length of the VM name is 0, but must be between 1 and 64"
+        changed(16, 0),
+        "channel: byte 16: the length of the VM name is 0, but must be between 1 and 64"
     );
     assert_eq!(changed(0, 99), "channel: byte 0: message kind 99 is unknown");
     let last = golden.len() - 1;
@@ -150,6 +147,57 @@ fn errors_name_the_field_and_its_offset() {
         refusal(&long).to_string(),
         format!("channel: byte {}: the message continues after its last field", last + 1)
     );
+}
+
+/// A hello's versions follow its kind, a length of two bytes and the magic number; in version 2 the role came after
+/// the only version.
+#[test]
+fn sides_without_a_common_version_are_named() {
+    let refused = |versions: &[u8], theirs: &str| {
+        let mut bytes = bytes_of(&one_of_each());
+        bytes.splice(11..15, versions.iter().copied());
+        let words = format!(
+            "channel: byte 11: the peer speaks {theirs} of the channel's protocol and this vmft {OURS}, so they have \
+             none in common: replace the older of the two releases of vmft"
+        );
+        assert_eq!(refusal(&bytes).to_string(), words);
+    };
+    refused(&[2, 0, 0, 5], "version 2");
+    refused(&[12, 0, 11, 0], "versions 11 to 12");
+}
+
+#[test]
+fn both_sides_speak_the_newest_version_that_both_know() {
+    for newest in 3..=9 {
+        let versions = ChannelVersions { newest, oldest: 3 };
+        let mut outbox = Outbox::new();
+        outbox.push(&Message::Hello(Box::new(Hello { versions, ..hello() })));
+        let mut reader = MessageReader::new();
+        reader.push(outbox.front());
+        assert!(matches!(reader.next_message(), Ok(Some(Message::Hello(h))) if h.versions == versions));
+        assert_eq!(reader.version(), Some(newest.min(OURS.newest)));
+        outbox.wrote(outbox.front().len());
+        outbox.speak(newest.min(OURS.newest));
+        outbox.push(&one_of_each()[5]);
+        reader.push(outbox.front());
+        assert_eq!(reader.next_message(), Ok(Some(one_of_each()[5].clone())));
+    }
+}
+
+#[test]
+fn fields_that_a_later_version_adds_to_a_hello_are_ignored() {
+    let mut bytes = bytes_of(&one_of_each());
+    let [low, high] = [bytes[1], bytes[2]];
+    let length = usize::from(low & 0x7f) | usize::from(high) << 7;
+    bytes.splice(3 + length..3 + length, *b"more");
+    (bytes[1], bytes[2]) = ((length + 4) as u8 | 0x80, ((length + 4) >> 7) as u8);
+    assert_eq!(read(&bytes, &[bytes.len()]), (one_of_each(), None));
+}
+
+#[test]
+fn a_refusal_may_come_in_place_of_a_hello() {
+    let refusal = Message::Failed { reason: "this backup has a primary already".into() };
+    assert_eq!(read(&bytes_of(std::slice::from_ref(&refusal)), &[5]), (vec![refusal], None));
 }
 
 #[test]
@@ -168,6 +216,7 @@ fn any_hello() -> impl Strategy<Value = Message> {
             let role = if primary { Role::Primary } else { Role::Backup };
             let identity = Identity::new(PositionUnit::Branches).field("value", value);
             Message::Hello(Box::new(Hello {
+                versions: hello().versions,
                 vm,
                 role,
                 incarnation,

@@ -63,6 +63,8 @@ mod connect;
 pub mod connection;
 pub mod etcd;
 pub mod fake;
+#[cfg(test)]
+mod golden_tests;
 pub mod keys;
 pub mod raft_client;
 pub mod server;

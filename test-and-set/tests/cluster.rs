@@ -387,6 +387,11 @@ fn main() {
         Trial::test("etcd_that_is_not_there_is_named", etcd_that_is_not_there_is_named),
         Trial::test("next_verdict_after_the_leader_is_killed", next_verdict_after_the_leader_is_killed),
         with_need("nemesis", net, nemesis),
+        with_need(
+            "members_are_upgraded_one_at_a_time_and_back",
+            support::upgrade::missing(),
+            support::upgrade::one_member_at_a_time_and_back,
+        ),
         Trial::test("hostile_clients", hostile_clients),
         Trial::test("many_vms", many_vms),
         Trial::test("one_certificate_cannot_use_up_a_member", one_certificate_cannot_use_up_a_member),

@@ -181,7 +181,8 @@ pub enum PeerRefusal {
     },
     /// The machines differ.
     #[error(
-        "its machine differs in {0}; give both sides the same guest, disk images, engine and build of vmft"
+        "its machine differs in {0}; give both sides the same guest, disk images and engine, and releases of \
+         vmft with the same machine-version"
     )]
     Identity(#[from] Mismatch),
     /// It refused us, or gave up.

@@ -15,11 +15,17 @@ impl Agent {
     /// 3).
     pub(crate) fn peer_lost(&mut self, now: u64, suspicion: Suspicion) {
         match &mut self.state {
-            AgentState::Waiting | AgentState::Met => self.refuse(match suspicion {
-                Suspicion::Failed(reason) => PeerRefusal::Told(reason),
-                Suspicion::Protocol(e) => PeerRefusal::Protocol(e),
-                suspicion => PeerRefusal::Lost(suspicion),
-            }),
+            AgentState::Waiting | AgentState::Met => {
+                let refusal = match suspicion {
+                    Suspicion::Failed(reason) => PeerRefusal::Told(reason),
+                    Suspicion::Protocol(e) => PeerRefusal::Protocol(e),
+                    suspicion => PeerRefusal::Lost(suspicion),
+                };
+                if let PeerRefusal::Protocol(e) = &refusal {
+                    self.outbox.push(&Message::Failed { reason: e.to_string() });
+                }
+                self.refuse(refusal)
+            }
             AgentState::Opening { lost, .. } => {
                 *lost = Some(suspicion);
                 self.disconnect();

@@ -4,6 +4,7 @@ use logging_channel::message::{Hello, Message, Role};
 use logging_channel::receiver::Receiver;
 use logging_channel::sender::{Limits, Sender};
 use logging_channel::stream::{MessageReader, Outbox};
+use logging_channel::versions::OURS;
 use store_rule::names::{CopyId, DiskName, Generation, Incarnation, KeyId};
 use store_rule::record::{Applied, HostId, Member, Members};
 
@@ -26,6 +27,7 @@ impl Agent {
         self.failure_detector = FailureDetector::new(self.config.timing, now);
         let me = &self.config.me;
         self.outbox.push(&Message::Hello(Box::new(Hello {
+            versions: OURS,
             vm: self.config.vm.as_str().into(),
             role: self.config.role,
             incarnation: me.incarnation.into(),
@@ -38,6 +40,9 @@ impl Agent {
 
     /// The peer said hello: it is the other half of this pair, or it is refused (rule 7).
     pub(crate) fn hello_received(&mut self, now: u64, hello: Hello) {
+        if let Some(version) = self.inbox.version() {
+            self.outbox.speak(version);
+        }
         match self.check_hello(hello) {
             Ok(peer) => {
                 self.log_side = Some(self.new_log_side(&peer));

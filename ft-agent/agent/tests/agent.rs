@@ -9,6 +9,9 @@ use agent::{
 use entry::identity::Identity;
 use entry::log::{EndReason, Entry, Record};
 use entry::{End, Position, PositionUnit};
+use logging_channel::message::{Message, encode};
+use logging_channel::stream::MessageReader;
+use logging_channel::versions::{ChannelVersions, OURS};
 use pair::{BACKUP_KEY, MS, Pair, TIMING, actions, config, phase, take, take_bytes};
 use store_rule::names::{Generation, Incarnation};
 use store_rule::record::{Applied, Command, CommandReply, HostId, Member, Verdict};
@@ -33,6 +36,7 @@ fn an_output_leaves_when_the_backup_has_its_record() {
 /// A process says hello to the backup on a second connection. Returns what the backup does.
 fn claim(pair: &mut Pair, vm: &str, incarnation: u128, same_certificate: bool) -> Vec<Action> {
     let hello = Hello {
+        versions: OURS,
         vm: vm.into(),
         role: Role::Primary,
         incarnation,
@@ -340,6 +344,49 @@ fn rule_7_another_machine_is_refused_and_the_field_named() {
         "{refusal}"
     );
     assert_eq!(phase(&pair.primary), Phase::Starting, "another peer may come");
+}
+
+#[test]
+fn a_peer_without_a_common_version_is_refused_and_told() {
+    let mut primary = Agent::new(config(Role::Primary, 1), 0);
+    primary.handle(0, Event::Connected);
+    let hello = Hello {
+        versions: ChannelVersions { newest: 99, oldest: 98 },
+        vm: "trial".into(),
+        role: Role::Backup,
+        incarnation: 2,
+        disks: Default::default(),
+        timeout_ns: TIMING.timeout_ns,
+        buffer_bytes: 1,
+        identity: config(Role::Backup, 2).identity,
+    };
+    let mut bytes = Vec::new();
+    encode(OURS.oldest, &Message::Hello(Box::new(hello)), &mut bytes);
+    primary.handle(0, Event::Received(&bytes));
+    let mut reader = MessageReader::new();
+    reader.push(&take_bytes(&mut primary));
+    assert!(matches!(reader.next_message(), Ok(Some(Message::Hello(_)))));
+    let told = reader.next_message().unwrap();
+    assert!(
+        matches!(&told, Some(Message::Failed { reason }) if reason.contains("versions 98 to 99")),
+        "{told:?}"
+    );
+    let actions = actions(&mut primary);
+    assert!(
+        matches!(&actions[..], [Action::Refused(PeerRefusal::Protocol(_)), Action::Close]),
+        "{actions:?}"
+    );
+}
+
+#[test]
+fn a_peer_that_refuses_in_place_of_its_hello_is_heard() {
+    let mut primary = Agent::new(config(Role::Primary, 1), 0);
+    primary.handle(0, Event::Connected);
+    let mut bytes = Vec::new();
+    encode(OURS.oldest, &Message::Failed { reason: "occupied".into() }, &mut bytes);
+    primary.handle(0, Event::Received(&bytes));
+    assert_eq!(actions(&mut primary), [Action::Refused(PeerRefusal::Told("occupied".into())), Action::Close]);
+    assert_eq!(phase(&primary), Phase::Starting, "another peer may come");
 }
 
 #[test]

@@ -1,13 +1,14 @@
 //! The peer acceptor of a backup: accepts connections, and lets in the first peer that says hello.
 
 use std::net::{TcpListener, TcpStream};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use agent::Hello;
-use logging_channel::message::Message;
+use logging_channel::message::{Message, encode};
 use logging_channel::stream::MessageReader;
+use logging_channel::versions::OURS;
 use rustls::ServerConfig;
 use test_and_set::blocking::BlockingStore;
 use test_and_set::keys::Keys;
@@ -17,7 +18,7 @@ use tracing::{debug, info};
 
 use super::admission::{Admission, AdmissionTicket};
 use super::hosts;
-use super::link::{PeerLink, PeerLinkError};
+use super::link::PeerLink;
 use super::replica::Replica;
 use super::report::role_name;
 use super::side::PairSide;
@@ -90,26 +91,49 @@ impl PeerAcceptor {
         *self.replica.lock().unwrap_or_else(PoisonError::into_inner) = replica;
     }
 
-    /// Lets in the peer on a connection, or returns why it is refused.
+    /// Lets in the peer on a connection, or tells it why it is refused, and returns that. Handshake and hello together
+    /// take [`PATIENCE`] at most.
     fn let_in(&self, tcp: TcpStream, ticket: AdmissionTicket<TcpStream>) -> Result<(), String> {
-        let peer = self.read_hello(tcp)?;
-        if self.replica().is_none() {
-            self.check_host(&peer)?;
-        }
+        let deadline = Instant::now() + PATIENCE;
+        let own = self.keys.certificate();
+        let mut link = PeerLink::accept(tcp, self.tls.clone(), own, PATIENCE).map_err(|e| e.to_string())?;
+        let greeted = read_hello(&mut link, deadline).and_then(|hello| self.check_host(&link).map(|()| hello));
         drop(ticket);
+        let (link, refusal) = match greeted {
+            Ok((hello, bytes)) => match self.let_in_peer(IncomingPeer { link, hello, bytes }) {
+                Ok(()) => return Ok(()),
+                Err(refused) => refused,
+            },
+            Err(refusal) => (link, refusal),
+        };
+        let mut told = Vec::new();
+        encode(OURS.oldest, &Message::Failed { reason: refusal.clone() }, &mut told);
+        link.close_with(&told, Instant::now() + PATIENCE);
+        Err(refusal)
+    }
+
+    /// Lets in a peer that has said hello, or returns its connection, and why it is refused.
+    fn let_in_peer(&self, peer: IncomingPeer) -> Result<(), (PeerLink, String)> {
         if let Some(replica) = self.replica() {
             replica.stranger_called(&peer.hello, peer.link.peer_certificate());
             let (role, vm) = (role_name(peer.hello.role), &peer.hello.vm);
-            return Err(format!("a {role} of VM {vm:?} called, but this backup has a primary already"));
+            let refusal = format!("a {role} of VM {vm:?} called, but this backup has a primary already");
+            return Err((peer.link, refusal));
         }
-        self.peers.try_send(peer).map_err(|_| "another primary called at the same time".to_owned())
+        self.peers.try_send(peer).map_err(|refused| {
+            let (TrySendError::Full(peer) | TrySendError::Disconnected(peer)) = refused;
+            (peer.link, "another primary called at the same time".to_owned())
+        })
     }
 
     /// Refuses a host that may not run this VM, before it can keep a primary out that may. Without an answer
     /// from the store the peer is let in: it cannot open the pair without one.
-    fn check_host(&self, peer: &IncomingPeer) -> Result<(), String> {
+    fn check_host(&self, link: &PeerLink) -> Result<(), String> {
+        if self.replica().is_some() {
+            return Ok(());
+        }
         let refusal = self.store.get(&self.vm, STORE_PATIENCE).and_then(|record| {
-            hosts::refusal(&self.store, record.as_ref(), peer.link.peer_certificate(), STORE_PATIENCE)
+            hosts::refusal(&self.store, record.as_ref(), link.peer_certificate(), STORE_PATIENCE)
         });
         match refusal {
             Ok(None) => Ok(()),
@@ -120,24 +144,23 @@ impl PeerAcceptor {
             }
         }
     }
+}
 
-    /// Does the TLS handshake and reads the hello. Both together take [`PATIENCE`] at most.
-    fn read_hello(&self, tcp: TcpStream) -> Result<IncomingPeer, String> {
-        let deadline = Instant::now() + PATIENCE;
-        let text = |e: PeerLinkError| e.to_string();
-        let own = self.keys.certificate();
-        let mut link = PeerLink::accept(tcp, self.tls.clone(), own, PATIENCE).map_err(text)?;
-        let (mut messages, mut bytes) = (MessageReader::new(), Vec::new());
-        loop {
-            let more = link.wait_for_bytes(deadline).map_err(text)?;
-            messages.push(&more);
-            bytes.extend(more);
-            match messages.next_message() {
-                Ok(Some(Message::Hello(hello))) => return Ok(IncomingPeer { link, hello: *hello, bytes }),
-                // The hello is not complete yet: any other first message is an error.
-                Ok(_) => {}
-                Err(e) => return Err(e.to_string()),
+/// Reads the hello. Returns it, and all bytes that were read.
+fn read_hello(link: &mut PeerLink, deadline: Instant) -> Result<(Hello, Vec<u8>), String> {
+    let (mut messages, mut bytes) = (MessageReader::new(), Vec::new());
+    loop {
+        let more = link.wait_for_bytes(deadline).map_err(|e| e.to_string())?;
+        messages.push(&more);
+        bytes.extend(more);
+        match messages.next_message() {
+            Ok(Some(Message::Hello(hello))) => return Ok((*hello, bytes)),
+            // Nothing else than a failure may come in place of a hello.
+            Ok(Some(other)) => {
+                return Err(format!("the other side sent {:?} in place of a hello", other.name()));
             }
+            Ok(None) => {}
+            Err(e) => return Err(e.to_string()),
         }
     }
 }

@@ -239,6 +239,15 @@ impl PeerLink {
         }
     }
 
+    /// Sends a last message on a connection that the agent never had, and closes it.
+    pub fn close_with(mut self, message: &[u8], deadline: Instant) {
+        // If the message cannot be sent, the other side sees only the end of the connection.
+        if self.tls.writer().write_all(message).is_ok() {
+            while self.tls.wants_write() && self.blocking_step(deadline).is_ok() {}
+        }
+        self.close();
+    }
+
     /// Closes the connection. Reads for up to half a second what the other side still sends: closing a socket
     /// that has unread bytes would reset the connection, and the other side could lose the last messages.
     pub fn close(mut self) {

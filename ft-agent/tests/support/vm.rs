@@ -15,6 +15,14 @@ pub fn vmft_in(namespace: &str) -> Command {
     c
 }
 
+/// The same command with another build of `vmft`.
+pub fn with_program(vmft: Command, program: &std::path::Path) -> Command {
+    let mut command = Command::new(vmft.get_program());
+    command.args(vmft.get_args().map(|arg| if arg == VMFT { program.as_os_str() } else { arg }));
+    command.envs(vmft.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    command
+}
+
 /// The same command under a wrapper: these words are put before the program, and have to execute it.
 pub fn under(vmft: Command, wrapper: &[&str]) -> Command {
     let mut args = vmft.get_args().map(|arg| arg.to_owned()).collect::<Vec<_>>();

@@ -12,6 +12,8 @@ pub mod restoring;
 pub mod roles;
 pub mod rollback;
 pub mod scale;
+pub mod steady;
+pub mod upgrade;
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -70,6 +72,8 @@ pub struct Cluster {
     pub extra: Vec<String>,
     /// A rule that its members leave out.
     pub left_out: Option<&'static str>,
+    /// The `vmft-store` that members which are started run.
+    pub program: PathBuf,
 }
 
 impl Cluster {
@@ -94,7 +98,8 @@ impl Cluster {
         keys::make_set(&dir.path().join("keys"), &ids, &hosts, &operators).expect("keys");
         let addresses = ids.iter().map(|_| free_address()).collect();
         let extra = extra.iter().map(|s| s.to_string()).collect();
-        Self { dir, addresses, nodes: ids.iter().map(|_| None).collect(), extra, left_out: None }
+        let (nodes, program) = (ids.iter().map(|_| None).collect(), env!("CARGO_BIN_EXE_vmft-store").into());
+        Self { dir, addresses, nodes, extra, left_out: None, program }
     }
 
     /// The number of members that it was started with.
@@ -122,7 +127,7 @@ impl Cluster {
 
     /// Starts a member; `how` has the arguments by which it joins or forms the cluster.
     pub fn start_node_as(&mut self, id: usize, how: &[&str]) {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_vmft-store"));
+        let mut command = Command::new(&self.program);
         command
             .args(["serve", "--id", &id.to_string(), "--listen", &self.address(id)])
             .args(how)

@@ -3,6 +3,7 @@
 use agent::{Event, Hello, Role, Rule};
 use entry::PositionUnit;
 use entry::identity::Identity;
+use logging_channel::versions::OURS;
 use store_rule::names::Incarnation;
 use store_rule::record::{Command, Member, Members};
 
@@ -148,6 +149,7 @@ impl World {
         }
         let role = if host == 0 { Role::Backup } else { Role::Primary };
         let hello = Hello {
+            versions: OURS,
             vm: self.vm.as_str().into(),
             role,
             incarnation: u128::from(self.rng.next()) | 1 << 64,

@@ -11,7 +11,7 @@ mod restored;
 mod state_machine;
 #[cfg(test)]
 pub mod testing;
-mod types;
+pub(crate) mod types;
 
 use std::collections::BTreeMap;
 use std::io::Cursor;
