@@ -325,7 +325,8 @@ impl Agent {
     }
 
     fn beat_received(&mut self, now: u64, beat: Beat) {
-        self.failure_detector.beat_received(now, &beat);
+        let turns_count = !matches!(self.state, AgentState::HandingOver { .. });
+        self.failure_detector.beat_received(now, &beat, turns_count);
         self.peer_beat = beat;
         if let Some(LogSide::Primary(sender)) = &mut self.log_side {
             sender.replayed(beat.records, &mut self.outbox);
@@ -356,7 +357,10 @@ impl Agent {
     fn tick(&mut self, now: u64) {
         if let Some(LogSide::Primary(sender)) = &mut self.log_side {
             sender.tick(now, &mut self.outbox);
-            if sender.cursors().replayed == sender.cursors().acked {
+            // A backup that is to go on has something to do until it has its verdict: one that the store does not
+            // answer, or refuses, would leave the guest paused for ever.
+            let handing_over = matches!(self.state, AgentState::HandingOver { .. });
+            if sender.cursors().replayed == sender.cursors().acked && !handing_over {
                 self.failure_detector.peer_idle(now);
             }
         }

@@ -65,10 +65,11 @@ impl FailureDetector {
         self.echoed = self.echoed.max(Some(stamp)).filter(|s| *s > 0);
     }
 
-    pub(crate) fn beat_received(&mut self, now: u64, beat: &Beat) {
+    /// A beat has come. `turns_count`: turns of the peer's guest loop are progress.
+    pub(crate) fn beat_received(&mut self, now: u64, beat: &Beat, turns_count: bool) {
         self.stamp_echoed(beat.echo_ns);
         self.peer_stamp = self.peer_stamp.max(beat.stamp_ns);
-        if beat.turns != self.peer_turns || beat.records != self.peer_records {
+        if turns_count && beat.turns != self.peer_turns || beat.records != self.peer_records {
             self.progress_at = now;
         }
         (self.peer_turns, self.peer_records) = (beat.turns, beat.records);

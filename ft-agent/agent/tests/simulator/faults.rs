@@ -54,8 +54,9 @@ pub enum Fault {
     Revoke { host: usize, revoked: RevokedBy },
     /// The store's leader, or another member, does not answer.
     StoreDown { leader: bool, ns: u64 },
-    /// A member of the store comes back with an earlier copy of its directory: this many changes earlier.
-    StoreRollBack { changes: usize },
+    /// The store's leader, or another member, comes back with an earlier copy of its directory: this many
+    /// changes earlier.
+    StoreRollBack { leader: bool, changes: usize },
 }
 
 /// A fault and when it happens.
@@ -94,7 +95,10 @@ pub fn plan_faults(rng: &mut Rng) -> Vec<PlannedFault> {
         faults.push((at, Fault::Cut { to: [true; 2], ns: 150 * MS }));
         faults.push((at, Fault::CutStore { host, ns: rng.between(75 * MS, 100 * MS) }));
         faults.push((at + 20 * MS, Fault::StoreDown { leader: false, ns: 45 * MS }));
-        faults.push((at + 66 * MS, Fault::StoreRollBack { changes: rng.between(1, 3) as usize }));
+        faults.push((
+            at + 66 * MS,
+            Fault::StoreRollBack { leader: false, changes: rng.between(1, 3) as usize },
+        ));
         faults.push((at + 67 * MS, Fault::StoreDown { leader: true, ns: rng.between(10 * MS, 80 * MS) }));
     }
     if rng.chance(30) {
@@ -131,7 +135,7 @@ fn fault(rng: &mut Rng) -> Fault {
             Fault::Revoke { host, revoked: RevokedBy { peer, store } }
         }
         28 | 29 => Fault::StoreDown { leader: rng.chance(500), ns: rng.between(MS, 100 * MS) },
-        30 => Fault::StoreRollBack { changes: rng.between(1, 3) as usize },
+        30 => Fault::StoreRollBack { leader: rng.chance(500), changes: rng.between(1, 3) as usize },
         _ => Fault::Flood { ns: rng.between(5 * MS, 60 * MS) },
     }
 }

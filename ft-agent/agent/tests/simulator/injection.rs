@@ -68,8 +68,9 @@ impl World {
             Fault::Elsewhere => self.start_elsewhere(),
             Fault::Revoke { host, revoked } => return self.revoke(host, revoked),
             Fault::StoreDown { leader, .. } => self.store.stop_member(leader, until),
-            Fault::StoreRollBack { changes } => {
-                self.checker.counts.rolled_back += self.store.roll_back_member(changes, self.now) as u64;
+            Fault::StoreRollBack { leader, changes } => {
+                let is_old = self.store.roll_back_member(leader, changes, self.now);
+                self.checker.counts.rolled_back += is_old as u64;
             }
         }
         Ok(())

@@ -5,7 +5,7 @@
 //! A member remembers up to which entry each other one holds the log. One that comes back with less is told by
 //! those that remember, and does not vote. **What three members cannot know**: if none that remembers is
 //! reachable, the old copy and a member that was away cannot tell, and vote. So the faults here roll back one
-//! member, and only while the leader is there, which had its acknowledgements; and they never roll back two.
+//! member, and only while another is there that remembers more of it; and they never roll back two.
 
 use agent::Rule;
 use store_rule::names::VmName;
@@ -46,7 +46,9 @@ struct StoreMember {
 /// The members, and what they have answered.
 pub struct StoreMembers {
     members: [StoreMember; 3],
+    /// The last leader, and whether it still leads.
     leader: usize,
+    is_led: bool,
     term: u64,
     answered: StoreState,
     doubts: bool,
@@ -57,6 +59,7 @@ impl StoreMembers {
         StoreMembers {
             members: Default::default(),
             leader: 0,
+            is_led: false,
             term: 0,
             answered: StoreState::default(),
             doubts: without != Some(Rule::DoubtRolledBackMembers),
@@ -78,7 +81,7 @@ impl StoreMembers {
 
     /// The state, confirmed by a majority.
     pub fn read(&mut self, now: u64) -> Option<&StoreState> {
-        let led = self.votes(now, self.leader) && self.term > 0 || self.elect(now);
+        let led = self.is_led && self.votes(now, self.leader) || self.elect(now);
         (led && self.replicate(now)).then_some(&self.answered)
     }
 
@@ -92,7 +95,7 @@ impl StoreMembers {
         let age = |m: usize| self.members[m].directory.age();
         let wins = |c: usize| voters.iter().filter(|v| age(**v) <= age(c)).count() >= MAJORITY;
         let Some(leader) = voters.iter().copied().find(|c| wins(*c)) else { return false };
-        (self.leader, self.term) = (leader, self.term + 1);
+        (self.leader, self.is_led, self.term) = (leader, true, self.term + 1);
         self.append(None);
         true
     }
@@ -143,23 +146,22 @@ impl StoreMembers {
         self.members[member].down_until = self.members[member].down_until.max(until);
     }
 
-    /// A follower that is there comes back with an earlier directory, while the leader is there. False: none
-    /// does.
-    pub fn roll_back_member(&mut self, changes: usize, now: u64) -> bool {
-        let leader = self.leader;
-        let follower = [2, 1].map(|n| (leader + n) % 3).into_iter().find(|m| self.votes(now, *m));
-        let (Some(member), true) = (follower, self.votes(now, leader)) else { return false };
-        if self.members.iter().any(|m| m.is_doubted) {
+    /// The leader, or a follower that is there, comes back with an earlier directory, while another member is there
+    /// that remembers more of it. False: none does.
+    pub fn roll_back_member(&mut self, leader: bool, changes: usize, now: u64) -> bool {
+        let offsets: &[usize] = if leader { &[0] } else { &[2, 1] };
+        let places = offsets.iter().map(|n| (self.leader + n) % 3);
+        let Some(member) = places.into_iter().find(|m| self.votes(now, *m)) else { return false };
+        let Some(earlier) = self.members[member].earlier.iter().rev().nth(changes - 1) else { return false };
+        let has = earlier.log.len();
+        let mut others = (0..3).filter(|o| *o != member && self.votes(now, *o));
+        let is_told = others.any(|o| self.members[o].directory.remembers[member] > has);
+        if !is_told || self.members.iter().any(|m| m.is_doubted) {
             return false;
         }
-        let remembered = self.members[leader].directory.remembers[member];
-        let back = self.members[member].earlier.iter().rev().nth(changes - 1).cloned();
-        let Some(directory) = back.filter(|d| d.log.len() < remembered) else { return false };
-        let has = directory.log.len();
-        self.members[member].directory = directory;
-        let others: Vec<_> = (0..3).filter(|o| *o != member && self.votes(now, *o)).collect();
-        let told = others.into_iter().any(|o| self.members[o].directory.remembers[member] > has);
-        self.members[member].is_doubted = self.doubts && told;
+        self.members[member].directory = earlier.clone();
+        self.members[member].is_doubted = self.doubts;
+        self.is_led &= member != self.leader;
         true
     }
 }
