@@ -3,72 +3,26 @@
 
 mod support;
 
+use std::collections::VecDeque;
 use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use agent::{Hello, Role};
-use entry::PositionUnit;
-use entry::identity::Identity;
-use logging_channel::message::{Message, encode};
+use logging_channel::message::Message;
 use logging_channel::stream::MessageReader;
 use logging_channel::versions::{ChannelVersions, OURS};
 use nix::sys::signal::Signal::{SIGCONT, SIGSTOP};
-use rustls::{ClientConnection, StreamOwned};
 use support::pair::{Host, Site, inside};
 use support::row::{BARE, LIVES, check_fenced, check_survivor, pair, pair_with};
+use support::stranger::{BACKUP, call, claim, say_hello};
 use support::vm::{VMFT, Vm, vmft_in};
 use support::{can_network, cases, has_guest};
 use test_and_set::keys::{Keys, key_id};
-use test_and_set::tls::peer_client;
-
-const BACKUP: &str = "10.78.0.2:7500";
-
-/// A TLS connection to the backup, with these keys.
-fn call(keys: &Path) -> std::io::Result<StreamOwned<ClientConnection, TcpStream>> {
-    let keys = Arc::new(Keys::load(keys).expect("keys"));
-    let mut tcp = TcpStream::connect(BACKUP)?;
-    tcp.set_read_timeout(Some(Duration::from_secs(4)))?;
-    let name = "vmft".try_into().expect("name");
-    let mut tls = ClientConnection::new(peer_client(&keys).expect("TLS"), name).expect("TLS");
-    while tls.is_handshaking() || tls.wants_write() {
-        tls.complete_io(&mut tcp)?;
-    }
-    Ok(StreamOwned::new(tls, tcp))
-}
-
-/// Claims to be the VM's primary, with a new incarnation. Returns once the backup has closed the connection.
-fn claim(keys: &Path, incarnation: u128) -> std::io::Result<()> {
-    say_hello(keys, incarnation, OURS).map(drop)
-}
-
-/// Says hello to the backup as the VM's primary. Returns what the backup said before it closed the connection.
-fn say_hello(keys: &Path, incarnation: u128, versions: ChannelVersions) -> std::io::Result<Vec<u8>> {
-    let mut stream = call(keys)?;
-    let mut hello = Vec::new();
-    let content = Hello {
-        versions,
-        vm: "vm".into(),
-        role: Role::Primary,
-        incarnation,
-        disks: Default::default(),
-        timeout_ns: 1_000_000_000,
-        buffer_bytes: 1 << 20,
-        identity: Identity::new(PositionUnit::Instructions),
-    };
-    encode(OURS.oldest, &Message::Hello(Box::new(content)), &mut hello);
-    stream.write_all(&hello)?;
-    let mut said = Vec::new();
-    // However the connection ends, what came before it counts.
-    stream.read_to_end(&mut said).ok();
-    Ok(said)
-}
 
 /// Starts to claim, from host A, 20 times a second until told to stop.
 fn claim_often(site: &Site, party: &str) -> impl FnOnce() -> u64 + use<> {
@@ -429,4 +383,87 @@ fn slow_clients_blind_neither_the_metrics_nor_the_control_socket() {
     assert!(said.contains("waiting for a primary"), "{said}");
     silent[0].set_read_timeout(Some(Duration::from_secs(1))).expect("timeout");
     assert!(matches!((&silent[0]).read(&mut [0]), Ok(0)), "the oldest is closed for the newest");
+}
+
+/// Opens silent connections to the backup, 2,000 a second as far as the machine allows, until told to stop. Keeps the
+/// newest. Returns how many it has opened.
+fn flood(stop: &AtomicBool) -> usize {
+    let (begun, mut opened) = (Instant::now(), 0);
+    let mut silent = VecDeque::new();
+    while !stop.load(Ordering::Relaxed) {
+        let due = begun.elapsed().as_micros() as usize / 500;
+        while opened < due && !stop.load(Ordering::Relaxed) {
+            silent.extend(TcpStream::connect(BACKUP).ok());
+            opened += 1;
+            if silent.len() > 500 {
+                silent.pop_front();
+            }
+        }
+        sleep(Duration::from_millis(1));
+    }
+    opened
+}
+
+#[test]
+fn a_flood_from_another_address_does_not_keep_a_primary_out() {
+    const TEST: &str = "a_flood_from_another_address_does_not_keep_a_primary_out";
+    if !has_guest(TEST, "bare") || !can_network(TEST) {
+        return;
+    }
+    let site = Site::new();
+    let mut backup = Vm::start(&mut replica(&site, Host::B, "vm", "b"));
+    backup.wait_for("waiting for a primary", 30);
+    let handshakes = || {
+        let keys = site.keys("a");
+        let calls = inside(&site.ns("a"), move || {
+            let mut took: Vec<_> = (0..30)
+                .map(|_| {
+                    let asked = Instant::now();
+                    call(&keys).map(|_| asked.elapsed())
+                })
+                .collect::<Result<_, _>>()?;
+            took.sort_unstable();
+            Ok::<_, std::io::Error>(took)
+        });
+        calls.join().expect("calls")
+    };
+    let usual = handshakes().expect("handshakes without a flood");
+    let stop = Arc::new(AtomicBool::new(false));
+    let (stopped, begun) = (stop.clone(), Instant::now());
+    let flood = inside(&site.ns("store"), move || flood(&stopped));
+    sleep(Duration::from_secs(1));
+    let meanwhile = handshakes();
+    let mut primary = Vm::start(&mut replica(&site, Host::A, "vm", "a"));
+    primary.wait_for("the pair is open", 20);
+    let took = begun.elapsed();
+    stop.store(true, Ordering::Relaxed);
+    let opened = flood.join().expect("the flood");
+    eprintln!(
+        "{opened} connections in {took:?}; handshakes took {usual:?} before and {meanwhile:?} meanwhile"
+    );
+    assert!(meanwhile.is_ok(), "each handshake beside a flood: {meanwhile:?}");
+    assert!(opened > 1000, "{opened} connections are no flood");
+}
+
+#[test]
+fn a_peer_that_is_refused_again_and_again_is_a_few_lines() {
+    const TEST: &str = "a_peer_that_is_refused_again_and_again_is_a_few_lines";
+    if !has_guest(TEST, "bare") || !can_network(TEST) {
+        return;
+    }
+    let site = Site::new();
+    let mut backup = Vm::start(replica(&site, Host::B, "vm", "b").args(["--timeout-ms", "1500"]));
+    backup.wait_for("waiting for a primary", 30);
+    let mut primary = Vm::start(&mut replica(&site, Host::A, "vm", "a"));
+    for side in [&mut primary, &mut backup] {
+        side.wait_for("give both the same --timeout-ms", 20);
+    }
+    // Sixteen attempts, of which each side logs those at 0, 1, 3 and 7 seconds.
+    sleep(Duration::from_secs(8));
+    for side in [&mut primary, &mut backup] {
+        side.has_printed("");
+        let lines = side.seen().lines().filter(|line| line.contains("the peer is refused")).count();
+        assert!((2..=8).contains(&lines), "{lines} lines:\n{}", side.seen());
+        assert!(side.seen().contains("left_out="), "{}", side.seen());
+    }
 }

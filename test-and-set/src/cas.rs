@@ -2,9 +2,11 @@
 
 use std::time::{Duration, Instant};
 
+use async_trait::async_trait;
+
 use crate::names::VmName;
 use crate::record::{self, Command, CommandReply, VmRecord};
-use crate::store::{NodeError, StoreError};
+use crate::store::{NodeError, StoreError, TestAndSet};
 
 /// What a compare-and-set store has to offer: one record for each VM.
 pub(crate) trait CasStore: Sync {
@@ -25,6 +27,41 @@ pub(crate) trait CasStore: Sync {
         record: Vec<u8>,
         revision: Self::Revision,
     ) -> impl Future<Output = Result<bool, CasError>> + Send;
+
+    /// A page of records, as [`TestAndSet::list`] returns it.
+    fn list(
+        &self,
+        after: Option<&VmName>,
+        deadline: Instant,
+    ) -> impl Future<Output = Result<Vec<(VmName, VmRecord)>, StoreError>> + Send;
+}
+
+#[async_trait]
+impl<S: CasStore + Send> TestAndSet for S {
+    async fn command(
+        &self,
+        vm: &VmName,
+        command: &Command,
+        deadline: Instant,
+    ) -> Result<CommandReply, StoreError> {
+        apply(self, vm, command, deadline).await
+    }
+
+    async fn get(&self, vm: &VmName, deadline: Instant) -> Result<Option<VmRecord>, StoreError> {
+        retry_until(deadline, || async {
+            let (bytes, _) = self.read(vm, true).await?;
+            Ok(bytes.map(|bytes| decode(vm, &bytes)).transpose()?)
+        })
+        .await
+    }
+
+    async fn list(
+        &self,
+        after: Option<&VmName>,
+        deadline: Instant,
+    ) -> Result<Vec<(VmName, VmRecord)>, StoreError> {
+        CasStore::list(self, after, deadline).await
+    }
 }
 
 /// Why an attempt failed.
@@ -83,7 +120,7 @@ pub(crate) async fn retry_until<T, F: Future<Output = Result<T, CasError>>>(
 
 /// Applies a command. After a write with an unknown outcome it is safe to start again, because the next read shows what the
 /// write did.
-pub(crate) async fn command<R: CasStore>(
+async fn apply<R: CasStore>(
     registers: &R,
     vm: &VmName,
     command: &Command,
@@ -105,19 +142,6 @@ pub(crate) async fn command<R: CasStore>(
                 }
             }
         }
-    })
-    .await
-}
-
-/// Reads a record.
-pub(crate) async fn get<R: CasStore>(
-    registers: &R,
-    vm: &VmName,
-    deadline: Instant,
-) -> Result<Option<VmRecord>, StoreError> {
-    retry_until(deadline, || async {
-        let (bytes, _) = registers.read(vm, true).await?;
-        Ok(bytes.map(|bytes| decode(vm, &bytes)).transpose()?)
     })
     .await
 }

@@ -16,7 +16,11 @@ pub fn connect(url: &StoreUrl) -> Result<Arc<dyn TestAndSet>, StoreError> {
         StoreUrl::Raft { nodes, keys, cluster } => {
             Arc::new(RaftStore::new(nodes.clone(), Keys::load(keys)?, cluster.clone())?)
         }
-        StoreUrl::Etcd { nodes, prefix, keys } => Arc::new(EtcdStore::new(nodes, prefix, keys.as_deref())?),
-        StoreUrl::ZooKeeper { nodes, prefix } => Arc::new(ZooKeeperStore::new(nodes, prefix)),
+        StoreUrl::Etcd { nodes, prefix, keys } => {
+            Arc::new(EtcdStore::new(nodes, prefix, keys.as_deref().into())?)
+        }
+        StoreUrl::ZooKeeper { nodes, prefix, keys } => {
+            Arc::new(ZooKeeperStore::new(nodes, prefix, keys.as_deref().into())?)
+        }
     })
 }

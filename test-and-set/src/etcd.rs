@@ -3,18 +3,19 @@
 //! Of etcd's protocol (version 3, gRPC) this needs one request for reading and one for transactions. The messages here have only
 //! the fields that are used; protobuf skips the others.
 
-use std::path::Path;
 use std::time::{Duration, Instant};
 
-use async_trait::async_trait;
 use prost::{Message, Oneof};
+use tokio::sync::Mutex;
 use tonic::codegen::http::uri::PathAndQuery;
+use tonic::metadata::{Ascii, MetadataValue};
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 
 use crate::cas::{self, CasError, CasStore};
+use crate::client_keys::ClientKeys;
 use crate::names::VmName;
-use crate::record::{Command, CommandReply, VmPhase, VmRecord};
-use crate::store::{NodeError, PAGE_RECORDS_MAX, StoreError, TestAndSet};
+use crate::record::{VmPhase, VmRecord};
+use crate::store::{NodeError, PAGE_RECORDS_MAX, StoreError};
 
 /// How long one request may take before it is repeated.
 const REQUEST_PATIENCE: Duration = Duration::from_secs(1);
@@ -95,17 +96,39 @@ struct TxnResponse {
     succeeded: bool,
 }
 
+#[derive(Clone, PartialEq, Message)]
+struct AuthenticateRequest {
+    #[prost(string, tag = "1")]
+    name: String,
+    #[prost(string, tag = "2")]
+    password: String,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct AuthenticateResponse {
+    #[prost(string, tag = "2")]
+    token: String,
+}
+
 /// A client of etcd.
 pub struct EtcdStore {
     channel: Channel,
     nodes: String,
     prefix: String,
+    keys: ClientKeys,
+    /// The token for the user, once etcd has given one.
+    token: Mutex<Option<MetadataValue<Ascii>>>,
 }
 
 impl EtcdStore {
     /// Makes a client, which connects with the first request. Must be called in a tokio runtime.
-    pub fn new(nodes: &[String], prefix: &str, keys: Option<&Path>) -> Result<Self, StoreError> {
-        let tls = keys.map(tls).transpose()?;
+    ///
+    /// # Errors
+    /// The keys cannot be used.
+    pub fn new(nodes: &[String], prefix: &str, keys: ClientKeys) -> Result<Self, StoreError> {
+        let tls = tls(&keys)?;
+        keys.user()?;
+        keys.warn(&format!("etcd://{}", nodes.join(",")), true);
         let scheme = if tls.is_some() { "https" } else { "http" };
         let endpoints = nodes.iter().map(|node| {
             let endpoint = Endpoint::from_shared(format!("{scheme}://{node}"))?;
@@ -119,7 +142,7 @@ impl EtcdStore {
         let failed = |error| StoreError::Unusable(vec![(nodes.join(","), NodeError::EtcdTransport(error))]);
         let endpoints = endpoints.collect::<Result<Vec<_>, _>>().map_err(failed)?;
         let channel = Channel::balance_list(endpoints.into_iter());
-        Ok(Self { channel, nodes: nodes.join(","), prefix: prefix.into() })
+        Ok(Self { channel, nodes: nodes.join(","), prefix: prefix.into(), keys, token: Mutex::default() })
     }
 
     fn key(&self, vm: &VmName) -> Vec<u8> {
@@ -138,48 +161,93 @@ impl EtcdStore {
         cas::retry_until(deadline, || self.write(vm, value.clone(), revision)).await
     }
 
+    /// Sends a request in the name of the user, if there is one.
     async fn request<Q, A>(&self, path: &'static str, request: Q) -> Result<A, CasError>
     where
         Q: Message + Send + Sync + 'static,
         A: Message + Default + Send + Sync + 'static,
     {
-        let again = |error| CasError::Retry(self.nodes.clone(), error);
-        let mut grpc = tonic::client::Grpc::new(self.channel.clone());
-        grpc.ready().await.map_err(|error| again(error.into()))?;
-        let codec = tonic_prost::ProstCodec::default();
-        let answer = grpc.unary(tonic::Request::new(request), PathAndQuery::from_static(path), codec).await;
-        match answer {
-            Ok(answer) => Ok(answer.into_inner()),
-            Err(status)
-                if status.code() == tonic::Code::ResourceExhausted && status.message().contains("space") =>
-            {
-                Err(CasError::Report(StoreError::DiskFull(self.nodes.clone())))
+        let mut request = tonic::Request::new(request);
+        if let Some(token) = self.token().await? {
+            request.metadata_mut().insert("token", token);
+        }
+        match self.unary(path, request).await? {
+            Ok(answer) => Ok(answer),
+            Err(status) if is_old_token(&status) => {
+                *self.token.lock().await = None;
+                Err(CasError::Retry(self.nodes.clone(), NodeError::Etcd(Box::new(status))))
             }
-            Err(status) if is_lasting(status.code()) => {
-                let error = NodeError::Etcd(Box::new(status));
-                Err(CasError::Report(StoreError::Unusable(vec![(self.nodes.clone(), error)])))
-            }
-            Err(status) => Err(again(NodeError::Etcd(Box::new(status)))),
+            Err(status) => Err(self.failed(status)),
         }
     }
+
+    /// The user's token. etcd gives one for the name and the password.
+    async fn token(&self) -> Result<Option<MetadataValue<Ascii>>, CasError> {
+        let mut kept = self.token.lock().await;
+        if kept.is_none()
+            && let Some(user) = self.keys.user()?
+        {
+            let request = AuthenticateRequest { name: user.name, password: user.password };
+            let answer = self.unary("/etcdserverpb.Auth/Authenticate", tonic::Request::new(request)).await?;
+            let AuthenticateResponse { token } = answer.map_err(|status| self.failed(status))?;
+            let unusable = |_| self.failed(tonic::Status::unauthenticated("etcd's token is not a text"));
+            *kept = Some(token.parse().map_err(unusable)?);
+        }
+        Ok(kept.clone())
+    }
+
+    async fn unary<Q, A>(
+        &self,
+        path: &'static str,
+        request: tonic::Request<Q>,
+    ) -> Result<Result<A, tonic::Status>, CasError>
+    where
+        Q: Message + Send + Sync + 'static,
+        A: Message + Default + Send + Sync + 'static,
+    {
+        let mut grpc = tonic::client::Grpc::new(self.channel.clone());
+        grpc.ready().await.map_err(|error| CasError::Retry(self.nodes.clone(), error.into()))?;
+        let codec = tonic_prost::ProstCodec::default();
+        let answer = grpc.unary(request, PathAndQuery::from_static(path), codec).await;
+        Ok(answer.map(tonic::Response::into_inner))
+    }
+
+    fn failed(&self, status: tonic::Status) -> CasError {
+        if status.code() == tonic::Code::ResourceExhausted && status.message().contains("space") {
+            return CasError::Report(StoreError::DiskFull(self.nodes.clone()));
+        }
+        let (lasts, error) = (is_lasting(status.code()), NodeError::Etcd(Box::new(status)));
+        if lasts {
+            return CasError::Report(StoreError::Unusable(vec![(self.nodes.clone(), error)]));
+        }
+        CasError::Retry(self.nodes.clone(), error)
+    }
+}
+
+/// Whether etcd has forgotten the token: it was restarted, the token was not used for long, or users were changed.
+fn is_old_token(status: &tonic::Status) -> bool {
+    ["invalid auth token", "revision of auth store is old"].iter().any(|text| status.message().contains(text))
 }
 
 /// Whether etcd will answer in the same way until an operator corrects something.
 fn is_lasting(code: tonic::Code) -> bool {
-    use tonic::Code::{InvalidArgument, PermissionDenied, Unauthenticated, Unimplemented};
-    matches!(code, InvalidArgument | PermissionDenied | Unauthenticated | Unimplemented)
+    use tonic::Code::{
+        FailedPrecondition, InvalidArgument, PermissionDenied, Unauthenticated, Unimplemented,
+    };
+    matches!(
+        code,
+        // The first is the answer to a user where etcd's authentication is not enabled.
+        FailedPrecondition | InvalidArgument | PermissionDenied | Unauthenticated | Unimplemented
+    )
 }
 
-fn tls(dir: &Path) -> Result<ClientTlsConfig, StoreError> {
-    let read = |name: &str| {
-        let path = dir.join(name);
-        std::fs::read(&path).map_err(|source| StoreError::Keys(crate::keys::KeysError::Io { path, source }))
-    };
-    let config = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(read("ca.crt")?));
-    if !dir.join("own.crt").exists() {
-        return Ok(config);
-    }
-    Ok(config.identity(Identity::from_pem(read("own.crt")?, read("own.key")?)))
+fn tls(keys: &ClientKeys) -> Result<Option<ClientTlsConfig>, StoreError> {
+    let Some(authority) = keys.read_needed("ca.crt")? else { return Ok(None) };
+    let config = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(authority));
+    Ok(Some(match keys.own()? {
+        Some((certificate, key)) => config.identity(Identity::from_pem(certificate, key)),
+        None => config,
+    }))
 }
 
 impl CasStore for EtcdStore {
@@ -201,22 +269,6 @@ impl CasStore for EtcdStore {
         let request = TxnRequest { compare: vec![unchanged], success: vec![put] };
         let answer: TxnResponse = self.request("/etcdserverpb.KV/Txn", request).await?;
         Ok(answer.succeeded)
-    }
-}
-
-#[async_trait]
-impl TestAndSet for EtcdStore {
-    async fn command(
-        &self,
-        vm: &VmName,
-        command: &Command,
-        deadline: Instant,
-    ) -> Result<CommandReply, StoreError> {
-        cas::command(self, vm, command, deadline).await
-    }
-
-    async fn get(&self, vm: &VmName, deadline: Instant) -> Result<Option<VmRecord>, StoreError> {
-        cas::get(self, vm, deadline).await
     }
 
     async fn list(

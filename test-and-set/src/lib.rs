@@ -58,6 +58,7 @@ pub mod backup;
 pub mod blocking;
 mod cas;
 pub mod checker;
+pub mod client_keys;
 pub mod conformance;
 mod connect;
 pub mod connection;
@@ -66,7 +67,9 @@ pub mod fake;
 #[cfg(test)]
 mod golden_tests;
 pub mod keys;
+pub mod pending;
 pub mod raft_client;
+pub mod refusal_log;
 pub mod server;
 pub mod store;
 pub mod time_slice;

@@ -10,6 +10,7 @@ use crate::names::{Generation, Incarnation, KeyId, PartyName, VmName};
 use crate::record::{Applied, Command, CommandReply, Members, Refusal, Verdict, VmRecord};
 use crate::url::UrlError;
 use crate::wire::StoreResponse;
+use crate::zookeeper::ZooKeeperError;
 
 /// The largest number of records in a page of [`TestAndSet::list`].
 pub const PAGE_RECORDS_MAX: usize = 500;
@@ -128,9 +129,14 @@ pub enum StoreError {
     /// The store's disk is full, and it accepts no more commands; earlier answers stay valid. Free space on that node.
     #[error("the disk of store node {0} is full: free space on it")]
     DiskFull(String),
-    /// The ZooKeeper session was lost during a command: ask again.
-    #[error("the ZooKeeper session was lost during the command: ask again")]
-    SessionLost,
+    /// The file with the user of an etcd or a ZooKeeper cannot be used: correct it.
+    #[error("cannot use {path} for the store: {why}")]
+    UserFile {
+        /// The file.
+        path: std::path::PathBuf,
+        /// What is wrong with it.
+        why: &'static str,
+    },
     /// The record in etcd or ZooKeeper was not written by vmft.
     #[error(
         "cannot read the record of VM {vm}: another program wrote it; give vmft its own prefix in the store's URL"
@@ -196,7 +202,7 @@ pub enum NodeError {
     EtcdTransport(#[from] tonic::transport::Error),
     /// ZooKeeper's answer.
     #[error("ZooKeeper: {0}")]
-    ZooKeeper(#[from] zookeeper_client::Error),
+    ZooKeeper(#[from] ZooKeeperError),
     /// It did not answer in time.
     #[error("no answer in time")]
     Silent,

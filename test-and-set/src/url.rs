@@ -10,11 +10,12 @@ use crate::names::{ClusterName, NameError};
 /// ```text
 /// raft://HOST:PORT,HOST:PORT,…?keys=DIR[&cluster=NAME]     our own store; the cluster is "vmft" by default
 /// etcd://HOST:PORT,…[/PREFIX][?keys=DIR]                   etcd, version 3 protocol
-/// zookeeper://HOST:PORT,…[/PREFIX]                         ZooKeeper
+/// zookeeper://HOST:PORT,…[/PREFIX][?keys=DIR]              ZooKeeper
 /// ```
 ///
-/// The prefix is the path of the records, by default `/vmft`. For etcd `keys` is a directory with `ca.crt`, and with `own.crt`
-/// and `own.key` if etcd requires a client certificate; without `keys` the connection is not encrypted.
+/// The prefix is the path of the records, by default `/vmft`. For etcd and ZooKeeper `keys` is a directory as
+/// [`crate::client_keys`] describes it: `ca.crt` for TLS, `own.crt` and `own.key` if the servers ask for a client's certificate,
+/// and `user` with a name and a password. Without them whoever reaches the store can change the records, and a warning says so.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum StoreUrl {
     /// Our own store.
@@ -32,7 +33,7 @@ pub enum StoreUrl {
         nodes: Vec<String>,
         /// The path of the records.
         prefix: String,
-        /// The directory of certificates.
+        /// The directory of the client's keys.
         keys: Option<PathBuf>,
     },
     /// ZooKeeper.
@@ -41,6 +42,8 @@ pub enum StoreUrl {
         nodes: Vec<String>,
         /// The path of the records.
         prefix: String,
+        /// The directory of the client's keys.
+        keys: Option<PathBuf>,
     },
 }
 
@@ -56,8 +59,7 @@ impl StoreUrl {
     pub fn keys(&self) -> Option<&Path> {
         match self {
             Self::Raft { keys, .. } => Some(keys),
-            Self::Etcd { keys, .. } => keys.as_deref(),
-            Self::ZooKeeper { .. } => None,
+            Self::Etcd { keys, .. } | Self::ZooKeeper { keys, .. } => keys.as_deref(),
         }
     }
 }
@@ -76,7 +78,7 @@ pub enum UrlError {
     Prefix(String),
     /// The scheme does not have this parameter, or it has no value.
     #[error(
-        "the parameter {0:?} is unknown, or has no value: raft:// takes keys= and cluster=, etcd:// takes keys="
+        "the parameter {0:?} is unknown, or has no value: raft:// takes keys= and cluster=, the others take keys="
     )]
     Parameter(String),
     /// A `raft://` URL has no keys.
@@ -98,9 +100,7 @@ impl FromStr for StoreUrl {
         let (mut keys, mut cluster) = (None, None);
         for parameter in query.split('&').filter(|p| !p.is_empty()) {
             match parameter.split_once('=') {
-                Some(("keys", dir)) if !dir.is_empty() && scheme != "zookeeper" => {
-                    keys = Some(PathBuf::from(dir))
-                }
+                Some(("keys", dir)) if !dir.is_empty() => keys = Some(PathBuf::from(dir)),
                 Some(("cluster", name)) if scheme == "raft" => cluster = Some(name.parse()?),
                 _ => return Err(UrlError::Parameter(parameter.into())),
             }
@@ -112,7 +112,7 @@ impl FromStr for StoreUrl {
             }
             "raft" => Err(UrlError::Prefix(path.into())),
             "etcd" => Ok(Self::Etcd { nodes, prefix: parse_prefix(path)?, keys }),
-            "zookeeper" => Ok(Self::ZooKeeper { nodes, prefix: parse_prefix(path)? }),
+            "zookeeper" => Ok(Self::ZooKeeper { nodes, prefix: parse_prefix(path)?, keys }),
             other => Err(UrlError::Scheme(other.into())),
         }
     }
@@ -161,8 +161,8 @@ mod tests {
             Ok(StoreUrl::Etcd { nodes: nodes.clone(), prefix: "/x/y".into(), keys: None })
         );
         assert_eq!(
-            "zookeeper://a:1,[::1]:2".parse(),
-            Ok(StoreUrl::ZooKeeper { nodes, prefix: "/vmft".into() })
+            "zookeeper://a:1,[::1]:2?keys=/k".parse(),
+            Ok(StoreUrl::ZooKeeper { nodes, prefix: "/vmft".into(), keys: Some("/k".into()) })
         );
     }
 

@@ -256,7 +256,7 @@ fn data_has_one_owner() -> Result<(), Failed> {
 
 fn zookeeper_that_dies_is_unknown() -> Result<(), Failed> {
     let mut zookeeper = support::ZooKeeper::start();
-    let store = BlockingStore::connect(&zookeeper.url)?;
+    let store = BlockingStore::connect(&zookeeper.url())?;
     let who = open(&store, "vm")?;
     zookeeper.kill();
     let verdict = store.take(&vm("vm"), Generation::FIRST, who, Duration::from_secs(2));

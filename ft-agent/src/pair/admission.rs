@@ -1,19 +1,18 @@
 //! Admission to a port: a bounded number of connections that have not yet shown who they are or what they want,
-//! each for a bounded time. If there are too many, the oldest is closed in favour of the newest, so that silent
-//! clients keep nobody out. Refusals are logged at a bounded rate.
+//! each for a bounded time. If there are too many, one is closed in favour of the newest ([`PendingPlaces`] says
+//! which), so that silent clients keep nobody out. Refusals are logged at a bounded rate.
 
-use std::collections::VecDeque;
 use std::io::{self, ErrorKind, Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use test_and_set::pending::PendingPlaces;
+use test_and_set::refusal_log::{RefusalLine, RefusalLog};
 use tracing::warn;
 
-/// Time between two refusals in the log.
-const LOG_INTERVAL: Duration = Duration::from_secs(1);
 /// How long a new connection waits for the threads of those that were closed for it.
 const GRACE: Duration = Duration::from_secs(1);
 /// How long the acceptor pauses when the system cannot give it a connection.
@@ -42,11 +41,11 @@ pub trait ListeningPort {
     /// Its connections.
     type Stream: AdmittedStream;
 
-    /// Waits for the next connection. Returns it, and where it comes from.
+    /// Waits for the next connection. Returns it, and where it comes from, unless that is this host.
     ///
     /// # Errors
     /// The system cannot give one at the moment.
-    fn next_connection(&self) -> io::Result<(Self::Stream, String)>;
+    fn next_connection(&self) -> io::Result<(Self::Stream, Option<SocketAddr>)>;
 }
 
 macro_rules! admitted_stream {
@@ -69,15 +68,15 @@ macro_rules! admitted_stream {
         impl ListeningPort for $listener {
             type Stream = $stream;
 
-            fn next_connection(&self) -> io::Result<(Self::Stream, String)> {
+            fn next_connection(&self) -> io::Result<(Self::Stream, Option<SocketAddr>)> {
                 self.accept().map(|(stream, address)| (stream, $from(address)))
             }
         }
     };
 }
 
-admitted_stream!(TcpStream, TcpListener, |address: std::net::SocketAddr| address.to_string());
-admitted_stream!(UnixStream, UnixListener, |_| "a process on this host".to_owned());
+admitted_stream!(TcpStream, TcpListener, Some);
+admitted_stream!(UnixStream, UnixListener, |_| None);
 
 /// A stream whose reads and writes together may take until a deadline.
 pub struct TimedStream<S> {
@@ -120,61 +119,14 @@ impl<S: AdmittedStream> Write for TimedStream<S> {
     }
 }
 
-/// Whether a refusal is logged.
-#[derive(Debug, PartialEq, Eq)]
-enum RefusalLine {
-    /// Now, with the number of refusals that were left out since the last line.
-    Now { left_out: u64 },
-    /// It is counted. Somebody should report it after this time.
-    Later(Duration),
-    /// It is counted, and somebody will report it already.
-    Counted,
-}
-
-/// Decides which refusals are logged: one in [`LOG_INTERVAL`], with the number of the others.
-#[derive(Debug, Default)]
-struct RefusalLog {
-    logged_at: Option<Instant>,
-    left_out: u64,
-    /// A thread waits, to report those that were left out.
-    has_reporter: bool,
-}
-
-impl RefusalLog {
-    fn refused(&mut self, now: Instant) -> RefusalLine {
-        let next = self.logged_at.map(|at| at + LOG_INTERVAL).filter(|next| *next > now);
-        let Some(next) = next else {
-            self.logged_at = Some(now);
-            return RefusalLine::Now { left_out: std::mem::take(&mut self.left_out) };
-        };
-        self.left_out += 1;
-        match self.has_reporter {
-            false => RefusalLine::Later(next - now),
-            true => RefusalLine::Counted,
-        }
-    }
-
-    /// The reporter has waited. Returns how many refusals it has to report.
-    fn report(&mut self, now: Instant) -> u64 {
-        self.has_reporter = false;
-        if self.left_out > 0 {
-            self.logged_at = Some(now);
-        }
-        std::mem::take(&mut self.left_out)
-    }
-}
-
 /// A connection that has not shown who it is.
 struct PendingConnection<S> {
-    number: u64,
     stream: S,
     evicted: Arc<AtomicBool>,
 }
 
 struct PendingConnections<S> {
-    /// The oldest first.
-    queue: VecDeque<PendingConnection<S>>,
-    accepted: u64,
+    places: PendingPlaces<PendingConnection<S>>,
     /// Tickets that exist, also of connections that were closed.
     tickets: usize,
     log: RefusalLog,
@@ -200,7 +152,7 @@ pub struct AdmissionTicket<S> {
 impl<S> Drop for AdmissionTicket<S> {
     fn drop(&mut self) {
         let mut pending = self.admission.lock();
-        pending.queue.retain(|p| p.number != self.number);
+        pending.places.take_back(self.number);
         pending.tickets -= 1;
         drop(pending);
         self.admission.ticket_returned.notify_all();
@@ -210,8 +162,8 @@ impl<S> Drop for AdmissionTicket<S> {
 impl<S> Admission<S> {
     /// Admission to a port. `limit` connections may be pending.
     pub fn new(port: &'static str, limit: usize) -> Arc<Admission<S>> {
-        let (queue, log) = (VecDeque::new(), RefusalLog::default());
-        let pending = PendingConnections { queue, accepted: 0, tickets: 0, log };
+        let (places, log) = (PendingPlaces::new(limit), RefusalLog::default());
+        let pending = PendingConnections { places, tickets: 0, log };
         Arc::new(Admission { port, limit, pending: pending.into(), ticket_returned: Condvar::new() })
     }
 
@@ -221,12 +173,7 @@ impl<S> Admission<S> {
 
     /// Logs a refusal, or counts it. May wait to report what others left out.
     fn refused(&self, from: &str, why: &str) {
-        let line = {
-            let log = &mut self.lock().log;
-            let line = log.refused(Instant::now());
-            log.has_reporter |= matches!(line, RefusalLine::Later(_));
-            line
-        };
+        let line = self.lock().log.refused(Instant::now());
         match line {
             RefusalLine::Now { left_out: 0 } => warn!(%from, "{}: connection refused: {why}", self.port),
             RefusalLine::Now { left_out } => {
@@ -245,26 +192,21 @@ impl<S> Admission<S> {
 }
 
 impl<S: AdmittedStream> Admission<S> {
-    /// Admits a connection. If there are too many, closes the oldest.
-    fn admit(self: &Arc<Self>, stream: &S) -> io::Result<AdmissionTicket<S>> {
+    /// Admits a connection. If there are too many, closes another one.
+    fn admit(self: &Arc<Self>, stream: &S, from: Option<SocketAddr>) -> io::Result<AdmissionTicket<S>> {
         let stream = stream.duplicate()?;
         let evicted = Arc::new(AtomicBool::new(false));
+        let connection = PendingConnection { stream, evicted: evicted.clone() };
         let mut pending = self.lock();
-        while pending.queue.len() >= self.limit {
-            if let Some(oldest) = pending.queue.pop_front() {
-                oldest.evicted.store(true, Ordering::Release);
-                oldest.stream.disconnect();
-            }
+        let (number, closed) = pending.places.give(from.map(|from| from.ip()), connection);
+        if let Some(closed) = closed {
+            closed.evicted.store(true, Ordering::Release);
+            closed.stream.disconnect();
         }
-        // A connection that was closed has a thread until that has noticed.
-        let many = |pending: &mut PendingConnections<S>| pending.tickets >= 2 * self.limit;
-        let waited = self.ticket_returned.wait_timeout_while(pending, GRACE, many);
-        let mut pending = waited.unwrap_or_else(PoisonError::into_inner).0;
-        pending.accepted += 1;
         pending.tickets += 1;
-        let number = pending.accepted;
-        pending.queue.push_back(PendingConnection { number, stream, evicted: evicted.clone() });
-        drop(pending);
+        // A connection that was closed has a thread until that has noticed.
+        let many = |pending: &mut PendingConnections<S>| pending.tickets > 2 * self.limit;
+        drop(self.ticket_returned.wait_timeout_while(pending, GRACE, many));
         Ok(AdmissionTicket { admission: self.clone(), number, evicted })
     }
 
@@ -278,8 +220,9 @@ impl<S: AdmittedStream> Admission<S> {
         let serve = Arc::new(serve);
         loop {
             let admitted = listener.next_connection().and_then(|(stream, from)| {
-                let ticket = self.admit(&stream)?;
+                let ticket = self.admit(&stream, from)?;
                 let (admission, serve) = (self.clone(), serve.clone());
+                let from = from.map_or("a process on this host".into(), |from| from.to_string());
                 let thread = std::thread::Builder::new().name(self.port.into());
                 thread.spawn(move || admission.serve_one(&from, stream, ticket, &*serve))
             });
@@ -304,8 +247,9 @@ impl<S: AdmittedStream> Admission<S> {
         match serve(stream, ticket) {
             _ if evicted.load(Ordering::Acquire) => {
                 let limit = self.limit;
-                let why =
-                    format!("it was the oldest of {limit} that had not said who they are, and more came");
+                let why = format!(
+                    "{limit} had not said who they are and more came, and it was the oldest of the address with the most"
+                );
                 self.refused(from, &why);
             }
             Err(why) => self.refused(from, &why),
@@ -323,7 +267,7 @@ mod tests {
     const SECOND: Duration = Duration::from_secs(1);
 
     /// A port whose connections have to send one byte. Returns its address, and who has sent one.
-    fn port(limit: usize, time: Duration) -> (std::net::SocketAddr, std::sync::mpsc::Receiver<u8>) {
+    fn port(limit: usize, time: Duration) -> (SocketAddr, std::sync::mpsc::Receiver<u8>) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let (sender, served) = channel();
@@ -376,24 +320,5 @@ mod tests {
         assert!(begin.elapsed() < 10 * SECOND && !text.is_empty());
         drop(far);
         slow.join().unwrap();
-    }
-
-    #[test]
-    fn refusals_are_logged_once_a_second_with_a_count_of_the_others() {
-        let (mut log, begin) = (RefusalLog::default(), Instant::now());
-        let ms = |n| begin + Duration::from_millis(n);
-        assert_eq!(log.refused(ms(0)), RefusalLine::Now { left_out: 0 });
-        assert_eq!(log.refused(ms(400)), RefusalLine::Later(Duration::from_millis(600)));
-        log.has_reporter = true;
-        for n in 0..1000 {
-            assert_eq!(log.refused(ms(500 + n % 400)), RefusalLine::Counted);
-        }
-        assert_eq!(log.report(ms(1000)), 1001);
-        assert_eq!(log.refused(ms(1500)), RefusalLine::Later(Duration::from_millis(500)));
-        log.has_reporter = true;
-        // The reporter is late, and another refusal says it first.
-        assert_eq!(log.refused(ms(2100)), RefusalLine::Now { left_out: 1 });
-        assert_eq!(log.report(ms(2101)), 0);
-        assert_eq!(log.refused(ms(3100)), RefusalLine::Now { left_out: 0 });
     }
 }

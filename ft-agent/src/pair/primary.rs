@@ -1,12 +1,13 @@
 //! `vmft primary`: runs the guest, and records it for its backup.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use agent::{Event, Outcome, Role};
 use entry::log::EndReason;
 use test_and_set::names::Generation;
 use test_and_set::record::VmPhase;
+use test_and_set::refusal_log::RefusalReasons;
 use test_and_set::store::chain;
 use tracing::{info, warn};
 use vmm::guest_loop::Turn;
@@ -98,14 +99,13 @@ fn keep_connecting(side: &PairSide, peer: &str, replica: &Arc<Replica>) -> Resul
     let tls = test_and_set::tls::peer_client(&side.keys).map_err(|e| Error::config("keys", chain(&e)))?;
     let (peer, replica, keys) = (peer.to_owned(), replica.clone(), side.keys.clone());
     let dial = move || {
-        let mut logged = String::new();
+        let failures = RefusalReasons::default();
         while replica.is_starting() {
             if !replica.is_connected() {
                 match PeerLink::connect(&peer, tls.clone(), keys.certificate(), PATIENCE) {
                     Ok(link) => replica.connected(link, &[]),
-                    Err(e) if e.to_string() != logged => {
+                    Err(e) if failures.refused(&e.to_string(), Instant::now()).is_some() => {
                         warn!("no connection to backup {peer} yet: {e}; trying again");
-                        logged = e.to_string();
                     }
                     Err(_) => {}
                 }

@@ -15,6 +15,7 @@ use test_and_set::blocking::BlockingStore;
 use test_and_set::keys::Keys;
 use test_and_set::names::{Generation, Incarnation};
 use test_and_set::record::Member;
+use test_and_set::refusal_log::RefusalReasons;
 use test_and_set::store::chain;
 use test_and_set::url::StoreUrl;
 use tracing::warn;
@@ -60,6 +61,8 @@ pub struct PairSide {
     pub tap: Option<Arc<Tap>>,
     /// The sidecars of its disk images.
     pub sidecars: Sidecars,
+    /// Which refusals of a peer are logged: it tries again twice a second.
+    peer_refusals: Arc<RefusalReasons>,
     /// The user's command for each change between PROTECTED and UNPROTECTED.
     hook: Option<Hook>,
     /// The confinement of the guest's thread; `None` with `--no-confine`.
@@ -89,7 +92,8 @@ impl PairSide {
         failpoint::watch();
         let store = BlockingStore::connect(&plan.store).map_err(|e| wrong_store(&e))?;
         std::thread::spawn(move || quorum::warn_if_lost_with_this_host(&url));
-        Ok(PairSide { plan, keys: keys.into(), store, tap, sidecars, hook, confinement })
+        let peer_refusals = Arc::default();
+        Ok(PairSide { plan, keys: keys.into(), store, tap, sidecars, peer_refusals, hook, confinement })
     }
 
     /// Starts the guest's thread, which makes the machine and is then confined. Returns the machine, ready to
@@ -162,7 +166,8 @@ impl PairSide {
         }
         let agent = Agent::new(config, now_ns());
         let announcer = Announcer::new(ports);
-        Replica::new(plan.name.clone(), self.store.clone(), agent, outlet, announcer, self.hook.clone())
+        let (hook, refusals) = (self.hook.clone(), self.peer_refusals.clone());
+        Replica::new(plan.name.clone(), self.store.clone(), agent, outlet, announcer, hook, refusals)
     }
 
     /// Ends a replica whose guest no longer runs here, and turns its outcome into the result of the command.

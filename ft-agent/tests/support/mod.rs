@@ -11,6 +11,7 @@ pub mod log;
 pub mod net;
 pub mod pair;
 pub mod row;
+pub mod stranger;
 pub mod vm;
 
 use std::io::Write;

@@ -5,7 +5,7 @@
 //!   client 10.77.0.1 ──┐            guest's network, 10.77.0.0/24
 //!   A: br0, tap0  ─────┼─ lan
 //!   B: br0, tap0  ─────┘
-//!   A 10.78.0.1, B 10.78.0.2 ── log             the logging channel
+//!   A 10.78.0.1, B 10.78.0.2 ── log             the logging channel; strangers call from the store's host, 10.78.0.3
 //!   A 10.79.0.1, B 10.79.0.2, store 10.79.0.3 ── ctl
 //! ```
 
@@ -81,7 +81,7 @@ impl Site {
         for (host, address) in [("a", "10.79.0.1/24"), ("b", "10.79.0.2/24"), ("store", "10.79.0.3/24")] {
             site.plug("ctl", host, "ctl0", Some(address));
         }
-        for (host, address) in [("a", "10.78.0.1/24"), ("b", "10.78.0.2/24")] {
+        for (host, address) in [("a", "10.78.0.1/24"), ("b", "10.78.0.2/24"), ("store", "10.78.0.3/24")] {
             site.plug("log", host, "link0", Some(address));
         }
         let hosts = ["a", "b", "stranger"].map(String::from);

@@ -1,13 +1,14 @@
 //! Accepts connections, checks who connects, and answers their requests, all within bounds.
 //!
 //! A connection that has not completed TLS and its greeting costs little, and there are at most [`GREETINGS_MAX`] of them: one more
-//! closes the oldest. So slow or silent connections never keep out a client that completes its greeting. How many connections a
-//! certificate may have is in `quota`.
+//! closes one of the address that has the most ([`PendingPlaces`]). So slow or silent connections never keep out a client that
+//! completes its greeting. How many connections a certificate may have is in `quota`.
 
-use std::collections::{BTreeMap, VecDeque};
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::time::Duration;
+use std::sync::{Arc, Mutex as PlainMutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use rustls::pki_types::CertificateDer;
 use tokio::io::{AsyncRead, AsyncWriteExt, ReadHalf, WriteHalf};
@@ -18,8 +19,9 @@ use tokio::time::timeout;
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
 use crate::keys::{Keys, Roles};
+use crate::pending::PendingPlaces;
 use crate::record::Asker;
-use crate::server::bounded_log::BoundedLog;
+use crate::refusal_log::{RefusalLine, RefusalLog};
 use crate::server::node::Node;
 use crate::server::quota::{ConnectionGrant, ConnectionQuotas, Party};
 use crate::wire::{
@@ -43,50 +45,71 @@ pub struct StoreAcceptor {
     keys: Arc<Keys>,
     tls: TlsAcceptor,
     quotas: Arc<ConnectionQuotas>,
-    refusals: BoundedLog,
+    refusals: PlainMutex<RefusalLog>,
 }
 
 impl StoreAcceptor {
     /// An acceptor for this member.
     pub fn new(node: Arc<Node>, keys: Arc<Keys>, tls: TlsAcceptor) -> Arc<Self> {
-        Arc::new(Self { node, keys, tls, quotas: Arc::default(), refusals: BoundedLog::default() })
+        Arc::new(Self { node, keys, tls, quotas: Arc::default(), refusals: PlainMutex::default() })
     }
 
     /// Accepts connections for ever, and serves each in its own task.
     pub async fn accept(self: Arc<Self>, listener: TcpListener) {
-        let mut greeting: VecDeque<(AbortHandle, Arc<Greeted>)> = VecDeque::new();
+        let mut greeting: PendingPlaces<(AbortHandle, Arc<Greeted>)> = PendingPlaces::new(GREETINGS_MAX);
         loop {
             let (tcp, from) = match listener.accept().await {
                 Ok(accepted) => accepted,
                 Err(error) => {
                     // Most likely there is no free file descriptor: connections that end free theirs.
-                    self.refusals.line(|| format!("cannot accept a connection, trying again: {error}"));
+                    self.refused(format!("cannot accept a connection, trying again: {error}"));
                     tokio::time::sleep(Duration::from_millis(50)).await;
                     continue;
                 }
             };
             greeting.retain(|(task, greeted)| !task.is_finished() && !greeted.is_done());
-            if greeting.len() >= GREETINGS_MAX
-                && let Some((oldest, _)) = greeting.pop_front()
-            {
-                oldest.abort();
-                self.refusals.line(|| {
-                    format!("closed the oldest of {GREETINGS_MAX} connections that have not completed their greeting")
-                });
+            let (acceptor, greeted) = (self.clone(), Arc::new(Greeted::default()));
+            let task = tokio::spawn(acceptor.serve_counted(tcp, from, greeted.clone()));
+            if let (_, Some((closed, _))) = greeting.give(Some(from.ip()), (task.abort_handle(), greeted)) {
+                closed.abort();
+                self.refused(format!(
+                    "closed one of {GREETINGS_MAX} connections that have not completed their greeting: the oldest of the address with the most"
+                ));
                 self.node.stats.connections_faulty.fetch_add(1, Relaxed);
             }
-            let (acceptor, greeted) = (self.clone(), Arc::new(Greeted::default()));
-            let done = greeted.clone();
-            let task = tokio::spawn(async move {
-                let _open = CountedConnection::new(&acceptor.node.stats.connections);
-                if let Err(error) = acceptor.serve(tcp, &done).await
-                    && !matches!(&error, WireError::Io(e) if e.kind() == std::io::ErrorKind::UnexpectedEof)
-                {
-                    acceptor.refusals.line(|| format!("closed a connection from {from}: {error}"));
-                    acceptor.node.stats.connections_faulty.fetch_add(1, Relaxed);
-                }
-            });
-            greeting.push_back((task.abort_handle(), greeted));
+        }
+    }
+
+    fn refusal_log(&self) -> MutexGuard<'_, RefusalLog> {
+        self.refusals.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Logs a refusal, or counts it and sees to it that the count is logged.
+    fn refused(self: &Arc<Self>, why: String) {
+        match self.refusal_log().refused(Instant::now()) {
+            RefusalLine::Now { left_out: 0 } => eprintln!("{why}"),
+            RefusalLine::Now { left_out } => eprintln!("{why} ({left_out} more like it since the last line)"),
+            RefusalLine::Later(time) => {
+                let acceptor = self.clone();
+                tokio::spawn(async move {
+                    tokio::time::sleep(time).await;
+                    if let Some(left_out) = acceptor.refusal_log().report(Instant::now()).checked_sub(1) {
+                        eprintln!("{why} ({left_out} more like it since the last line)");
+                    }
+                });
+            }
+            RefusalLine::Counted => {}
+        }
+    }
+
+    /// Serves a connection, and counts it meanwhile.
+    async fn serve_counted(self: Arc<Self>, tcp: TcpStream, from: SocketAddr, greeted: Arc<Greeted>) {
+        let _open = CountedConnection::new(&self.node.stats.connections);
+        if let Err(error) = self.serve(tcp, &greeted).await
+            && !matches!(&error, WireError::Io(e) if e.kind() == std::io::ErrorKind::UnexpectedEof)
+        {
+            self.refused(format!("closed a connection from {from}: {error}"));
+            self.node.stats.connections_faulty.fetch_add(1, Relaxed);
         }
     }
 

@@ -1,6 +1,5 @@
 //! `GET /metrics` for Prometheus, over plain HTTP on an address of its own.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,33 +7,31 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::AbortHandle;
 
+use crate::pending::PendingPlaces;
 use crate::server::node::Node;
 
-/// The largest number of scrapes at once; one more closes the oldest.
+/// The largest number of scrapes at once; one more closes another, as [`PendingPlaces`] says.
 const SCRAPES_MAX: usize = 8;
 const REQUEST_BYTES_MAX: usize = 4096;
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Answers scrapes for ever.
 pub async fn serve(node: Arc<Node>, listener: TcpListener) {
-    let mut scrapes: VecDeque<AbortHandle> = VecDeque::new();
+    let mut scrapes: PendingPlaces<AbortHandle> = PendingPlaces::new(SCRAPES_MAX);
     loop {
-        let Ok((tcp, _)) = listener.accept().await else {
+        let Ok((tcp, from)) = listener.accept().await else {
             tokio::time::sleep(Duration::from_millis(50)).await;
             continue;
         };
         scrapes.retain(|scrape| !scrape.is_finished());
-        if scrapes.len() >= SCRAPES_MAX
-            && let Some(oldest) = scrapes.pop_front()
-        {
-            oldest.abort();
-        }
         let node = node.clone();
         let scrape = tokio::spawn(async move {
             // Prometheus repeats a scrape that fails.
             tokio::time::timeout(PATIENCE, answer(&node, tcp)).await.ok();
         });
-        scrapes.push_back(scrape.abort_handle());
+        if let (_, Some(closed)) = scrapes.give(Some(from.ip()), scrape.abort_handle()) {
+            closed.abort();
+        }
     }
 }
 

@@ -8,7 +8,6 @@
 
 pub mod acceptor;
 pub mod audit;
-mod bounded_log;
 #[cfg(test)]
 mod crash_tests;
 #[cfg(test)]

@@ -1,8 +1,10 @@
 //! Members of etcd on loopback ports of their own, plain or with mutual TLS.
 
 use std::fs;
-use std::path::Path;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, ExtendedKeyUsagePurpose, IsCa, KeyPair};
 use tempfile::TempDir;
@@ -15,14 +17,14 @@ pub struct Etcd {
     pub clients: Vec<String>,
     has_tls: bool,
     dir: TempDir,
-    _nodes: Vec<Running>,
+    commands: Vec<Command>,
+    nodes: Vec<Running>,
 }
 
 impl Etcd {
     /// Why it cannot be started here, if it cannot.
     pub fn missing() -> Option<&'static str> {
-        find_program("etcd")
-            .is_none()
+        (find_program("etcd").is_none() || find_program("etcdctl").is_none())
             .then_some("etcd is not installed, run test-and-set/tests/install-peers")
     }
 
@@ -45,7 +47,7 @@ impl Etcd {
         let addresses: Vec<_> = (0..members).map(|_| (free_address(), free_address())).collect();
         let peer = |i: usize| format!("{scheme}://{}", addresses[i].1);
         let cluster: Vec<_> = (0..members).map(|i| format!("n{i}={}", peer(i))).collect();
-        let nodes = (0..members).map(|i| {
+        let commands = (0..members).map(|i| {
             let client = format!("{scheme}://{}", addresses[i].0);
             let mut command = Command::new("etcd");
             command.args(["--name", &format!("n{i}"), "--initial-cluster", &cluster.join(",")]);
@@ -60,11 +62,66 @@ impl Etcd {
                     command.arg(format!("--{side}{option}")).arg(dir.path().join(file));
                 }
             }
-            Running::start(&mut command, &dir.path().join(format!("{i}.log")))
+            command
         });
-        let nodes = nodes.collect();
         let clients = addresses.iter().map(|(client, _)| client.to_string()).collect();
-        Self { clients, has_tls, dir, _nodes: nodes }
+        let mut etcd = Self { clients, has_tls, commands: commands.collect(), dir, nodes: vec![] };
+        (0..members).for_each(|i| etcd.start_member(i));
+        etcd
+    }
+
+    fn start_member(&mut self, i: usize) {
+        let log = self.dir.path().join(format!("{i}.log"));
+        self.nodes.push(Running::start(&mut self.commands[i], &log));
+    }
+
+    /// Kills all members, and starts them again with their data: they have forgotten the tokens that they gave.
+    pub fn restart(&mut self) {
+        self.nodes.clear();
+        (0..self.commands.len()).for_each(|i| self.start_member(i));
+    }
+
+    /// Enables etcd's authentication, with a user `vmft` that may use only the records of vmft.
+    pub fn enable_users(&self, password: &str) {
+        let begun = Instant::now();
+        while !self.tool(&["endpoint", "health"]).0 {
+            assert!(begun.elapsed() < Duration::from_secs(20), "etcd does not start");
+        }
+        for command in [
+            "user add root:secret",
+            "user grant-role root root",
+            &format!("user add vmft:{password}"),
+            "role add vmft",
+            "role grant-permission vmft readwrite /vmft/ --prefix",
+            "user grant-role vmft vmft",
+            "auth enable",
+        ] {
+            let (done, said) = self.tool(&command.split(' ').collect::<Vec<_>>());
+            // A user that does not exist yet cannot be given the role that exists always.
+            assert!(done, "{command}: {said}");
+        }
+    }
+
+    /// Whether `etcdctl` succeeds, with the client's certificate if there is one, and what it prints.
+    pub fn tool(&self, arguments: &[&str]) -> (bool, String) {
+        let mut command = Command::new("etcdctl");
+        let scheme = if self.has_tls { "https" } else { "http" };
+        command.env("ETCDCTL_API", "3").arg(format!("--endpoints={scheme}://{}", self.clients[0]));
+        let files = [("cacert", "ca.crt"), ("cert", "own.crt"), ("key", "own.key")];
+        for (option, file) in files.into_iter().filter(|_| self.has_tls) {
+            command.arg(format!("--{option}={}", self.dir.path().join(file).display()));
+        }
+        let output = command.args(arguments).output().expect("etcdctl");
+        (
+            output.status.success(),
+            String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned(),
+        )
+    }
+
+    /// The URL with TLS and a user.
+    pub fn url_as(&self, name: &str, password: &str) -> String {
+        let dir = keys_as(self.dir.path(), name, password);
+        format!("etcd://{}?keys={}", self.clients.join(","), dir.display())
     }
 
     fn keys(&self) -> Option<&Path> {
@@ -78,12 +135,12 @@ impl Etcd {
 
     /// A client of one member only.
     pub fn client_of(&self, member: usize) -> EtcdStore {
-        EtcdStore::new(&self.clients[member..=member], "/vmft", self.keys()).expect("a client")
+        EtcdStore::new(&self.clients[member..=member], "/vmft", self.keys().into()).expect("a client")
     }
 }
 
 /// Makes one certificate for all members and clients, and the authority that signs it.
-fn make_keys(dir: &Path) {
+pub fn make_keys(dir: &Path) {
     let mut authority = CertificateParams::default();
     authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     let key = KeyPair::generate().expect("a key");
@@ -99,4 +156,16 @@ fn make_keys(dir: &Path) {
     for (name, pem) in files {
         fs::write(dir.join(name), pem).expect("a file");
     }
+}
+
+/// The directory of a user with the keys in `dir`.
+pub fn keys_as(dir: &Path, name: &str, password: &str) -> PathBuf {
+    let keys = dir.join(format!("{name}-{password}"));
+    fs::create_dir_all(&keys).expect("a directory");
+    for file in ["ca.crt", "own.crt", "own.key"] {
+        fs::copy(dir.join(file), keys.join(file)).expect("a copy");
+    }
+    fs::write(keys.join("user"), format!("{name}:{password}\n")).expect("a file");
+    fs::set_permissions(keys.join("user"), fs::Permissions::from_mode(0o600)).expect("its mode");
+    keys
 }

@@ -2,7 +2,7 @@
 #![allow(dead_code, reason = "each test uses its part")]
 
 pub mod damage;
-mod etcd;
+pub mod etcd;
 pub mod hostile;
 pub mod latency;
 pub mod membership;
@@ -14,8 +14,9 @@ pub mod rollback;
 pub mod scale;
 pub mod steady;
 pub mod upgrade;
+mod zookeeper;
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::Write;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -28,6 +29,7 @@ use libtest_mimic::{Failed, Trial};
 use tempfile::TempDir;
 use test_and_set::keys;
 use test_and_set::store::TestAndSet;
+pub use zookeeper::ZooKeeper;
 
 /// An address on which nobody listens or will: a loopback address of this process alone, and a port that it has not used yet and
 /// that the kernel gives to no outgoing connection.
@@ -252,47 +254,6 @@ pub fn client(url: &str) -> std::sync::Arc<dyn TestAndSet> {
 pub fn find_program(name: &str) -> Option<PathBuf> {
     let places = ["/usr/bin", "/usr/sbin", "/usr/local/bin", "/bin", "/sbin"];
     places.iter().map(|dir| Path::new(dir).join(name)).find(|path| path.exists())
-}
-
-/// One ZooKeeper server.
-pub struct ZooKeeper {
-    pub url: String,
-    _dir: TempDir,
-    node: Running,
-}
-
-const ZOOKEEPER_JAR: &str = "/usr/share/java/zookeeper.jar";
-
-impl ZooKeeper {
-    /// Why it cannot be started here, if it cannot.
-    pub fn missing() -> Option<&'static str> {
-        let there = Path::new(ZOOKEEPER_JAR).exists() && find_program("java").is_some();
-        (!there).then_some("ZooKeeper is not installed, run test-and-set/tests/install-peers")
-    }
-
-    pub fn start() -> Self {
-        let dir = tempfile::tempdir().expect("a directory");
-        let address = free_address();
-        let data = dir.path().join("data");
-        let config = format!(
-            "tickTime=500\ndataDir={}\nclientPort={}\nclientPortAddress={}\nadmin.enableServer=false\n",
-            data.display(),
-            address.port(),
-            address.ip()
-        );
-        fs::create_dir(&data).expect("a directory");
-        fs::write(dir.path().join("zoo.cfg"), config).expect("a configuration");
-        let mut command = Command::new("java");
-        command.args(["-Xmx128m", "-cp", "/etc/zookeeper/conf:/usr/share/java/*"]);
-        command.arg("org.apache.zookeeper.server.quorum.QuorumPeerMain").arg(dir.path().join("zoo.cfg"));
-        let node = Running::start(&mut command, &dir.path().join("log"));
-        Self { url: format!("zookeeper://{address}"), _dir: dir, node }
-    }
-
-    /// Kills it, without a chance to clean up.
-    pub fn kill(&mut self) {
-        self.node.kill();
-    }
 }
 
 /// Checks the interface for plain threads.

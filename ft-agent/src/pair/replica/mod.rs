@@ -18,7 +18,7 @@ pub use guest_side::Duty;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use agent::{Action, Agent, Event, Hello, Outcome, Role, StoreView};
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -27,6 +27,7 @@ use test_and_set::blocking::BlockingStore;
 use test_and_set::keys::key_id;
 use test_and_set::names::{Generation, Incarnation, VmName};
 use test_and_set::record::{Verdict, VmRecord};
+use test_and_set::refusal_log::RefusalReasons;
 use test_and_set::store::{StoreError, chain};
 use tracing::{debug, error, info, warn};
 
@@ -47,6 +48,7 @@ pub const TURN_INTERVAL: Duration = Duration::from_millis(50);
 pub struct Replica {
     vm: VmName,
     store: BlockingStore,
+    peer_refusals: Arc<RefusalReasons>,
     state: Mutex<ReplicaState>,
     /// Notified when something has changed that a thread may wait for.
     changed: Condvar,
@@ -72,6 +74,7 @@ impl Replica {
         outlet: Outlet,
         announcer: Announcer,
         hook: Option<Hook>,
+        peer_refusals: Arc<RefusalReasons>,
     ) -> Result<Arc<Replica>, Error> {
         let wake = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC);
         let wake = wake.map_err(|e| Error::host("cannot create an eventfd")(e.into()))?;
@@ -80,6 +83,7 @@ impl Replica {
         let replica = Arc::new(Replica {
             vm,
             store,
+            peer_refusals,
             state: state.into(),
             changed: Condvar::new(),
             wake,
@@ -162,7 +166,11 @@ impl Replica {
         match action {
             Action::Close => self.close_link(state),
             Action::Refused(refusal) => {
-                warn!("the peer is refused: {refusal}");
+                match self.peer_refusals.refused(&refusal.to_string(), Instant::now()) {
+                    Some(0) => warn!("the peer is refused: {refusal}"),
+                    Some(left_out) => warn!(left_out, "the peer is refused: {refusal}"),
+                    None => {}
+                }
                 state.refused = Some(refusal);
             }
             Action::Open { generation, members } => {
