@@ -11,7 +11,7 @@ use support::counter::Counter;
 use support::inject::inject;
 use support::net::ip;
 use support::pair::{Host, Site};
-use support::row::{LIVES, check_survivor, pair_with};
+use support::row::{BARE, LIVES, check_survivor, one_lives, pair_with};
 use support::vm::{VMFT, Vm, under};
 use support::{can_network, has, has_guest, has_kvm, image, skip};
 
@@ -103,6 +103,34 @@ fn a_confined_replica_is_refused_what_it_does_not_need() {
         drop(a);
         check_survivor(client, b);
     }
+}
+
+#[test]
+fn a_confined_replica_sees_a_removed_key_wherever_its_keys_are() {
+    const TEST: &str = "a_confined_replica_sees_a_removed_key_wherever_its_keys_are";
+    if !has_guest(TEST, "bare") || !can_network(TEST) {
+        return;
+    }
+    let site = Site::new();
+    // Beside neither the store's keys nor anything else that a replica may read.
+    let elsewhere = PathBuf::from(format!("{}-keys", site.dir.display()));
+    let copied = Command::new("cp").arg("-r").arg(site.keys("b")).arg(&elsewhere).status();
+    assert!(copied.expect("cp").success());
+    let replica = site.replica(Host::B, &BARE);
+    let mut args: Vec<_> = replica.get_args().map(|arg| arg.to_owned()).collect();
+    let keys = args.iter().position(|arg| arg == "--keys").expect("--keys");
+    args[keys + 1] = elsewhere.clone().into();
+    let mut b = Vm::start(Command::new(replica.get_program()).args(args));
+    b.wait_for("waiting for a primary", 30);
+    let mut a = Vm::start(&mut site.replica(Host::A, &BARE));
+    a.wait_for("READY", 60);
+    let client = Counter::bare(&site.ns("client"));
+    client.wait_for(20, 20);
+    std::fs::remove_file(elsewhere.join("peers/a.crt")).expect("to remove");
+    b.wait_for("the peer's certificate is no longer accepted", 5);
+    let (_, survivor) = one_lives(a, b);
+    check_survivor(client, survivor);
+    std::fs::remove_dir_all(&elsewhere).expect("to remove");
 }
 
 /// User and group without any rights.

@@ -20,6 +20,10 @@ pub const NAME_MAX: usize = 64;
 pub const DISKS_MAX: usize = 16;
 /// Longest reason, in bytes.
 pub const REASON_MAX: usize = 1024;
+/// Longest certificate in a [`KeyProof`], in bytes.
+pub const CERTIFICATE_MAX: usize = 4096;
+/// Longest signature in a [`KeyProof`], in bytes.
+pub const SIGNATURE_MAX: usize = 1024;
 /// Longest message body, in bytes: that of [`Message::Log`].
 pub const BODY_MAX: usize = BLOCK_MAX + 16;
 /// Longest header of a log, in bytes.
@@ -42,6 +46,7 @@ mod kind {
     pub const LIVE: u8 = 9;
     pub const END: u8 = 10;
     pub const ENDED: u8 = 11;
+    pub const KEY: u8 = 12;
 }
 
 /// The role of a replica in its pair.
@@ -101,6 +106,18 @@ pub struct Beat {
     pub position: u64,
 }
 
+/// Shows that the sender has a new key, which replaces the one of the connection's handshake. Only the connection's
+/// owner knows what is in it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KeyProof {
+    /// The new certificate, at most [`CERTIFICATE_MAX`] bytes.
+    pub certificate: Vec<u8>,
+    /// The signature's scheme, as TLS 1.3 numbers them.
+    pub scheme: u16,
+    /// The new key's signature over a value that only this connection has, at most [`SIGNATURE_MAX`] bytes.
+    pub signature: Vec<u8>,
+}
+
 /// A message.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Message {
@@ -135,6 +152,8 @@ pub enum Message {
     End(EndReason),
     /// From the backup: it knows that the VM has ended, and will never take.
     Ended,
+    /// From both, at any time after the hello: the sender has a new key.
+    Key(KeyProof),
 }
 
 impl Message {
@@ -152,6 +171,7 @@ impl Message {
             Message::Live => "live",
             Message::End(_) => "end",
             Message::Ended => "ended",
+            Message::Key(_) => "key",
         }
     }
 }
@@ -204,6 +224,7 @@ pub(crate) fn body_max(kind: u8) -> Result<usize, MessageFault> {
         kind::HELLO => HELLO_MAX,
         kind::LOG => BODY_MAX,
         kind::FAILED => REASON_MAX + 8,
+        kind::KEY => CERTIFICATE_MAX + SIGNATURE_MAX + 8,
         kind::START..=kind::ENDED => SMALL_MAX,
         _ => return Err(MessageFault::Kind(kind)),
     })
@@ -262,6 +283,14 @@ pub fn encode(version: u16, message: &Message, out: &mut Vec<u8>) {
             kind::END
         }
         Message::Ended => kind::ENDED,
+        Message::Key(proof) => {
+            put_varint(proof.certificate.len() as u64, &mut b);
+            b.extend(&proof.certificate);
+            b.extend(proof.scheme.to_le_bytes());
+            put_varint(proof.signature.len() as u64, &mut b);
+            b.extend(&proof.signature);
+            kind::KEY
+        }
     };
     out.push(kind);
     put_varint(b.len() as u64, out);
@@ -335,6 +364,11 @@ pub(crate) fn decode(version: u16, kind: u8, body: &[u8], base: u64) -> Result<M
             Message::End(EndReason::numbered(number).ok_or(MessageError { offset, fault: unknown })?)
         }
         kind::ENDED => Message::Ended,
+        kind::KEY => Message::Key(KeyProof {
+            certificate: r.prefixed_bytes("certificate", 1, CERTIFICATE_MAX)?,
+            scheme: u16::from_le_bytes(r.array("signature scheme")?),
+            signature: r.prefixed_bytes("signature", 1, SIGNATURE_MAX)?,
+        }),
         unknown => return Err(MessageError { offset: base, fault: MessageFault::Kind(unknown) }),
     };
     // A later version may append fields to a hello.

@@ -7,7 +7,8 @@ use entry::PositionUnit;
 use entry::identity::Identity;
 use entry::log::EndReason;
 use logging_channel::message::{
-    Ack, BODY_MAX, Beat, Hello, Message, MessageError, MessageFault, NAME_MAX, REASON_MAX, Role, encode,
+    Ack, BODY_MAX, Beat, CERTIFICATE_MAX, Hello, KeyProof, Message, MessageError, MessageFault, NAME_MAX,
+    REASON_MAX, Role, SIGNATURE_MAX, encode,
 };
 use logging_channel::stream::{MessageReader, Outbox};
 use logging_channel::versions::{ChannelVersions, OURS};
@@ -46,6 +47,7 @@ fn one_of_each() -> Vec<Message> {
         Message::Live,
         Message::End(EndReason::Stopped),
         Message::Ended,
+        Message::Key(KeyProof { certificate: vec![0x30; 300], scheme: 0x0403, signature: vec![7; 70] }),
     ]
 }
 
@@ -139,6 +141,7 @@ fn errors_name_the_field_and_its_offset() {
         "channel: byte 16: the length of the VM name is 0, but must be between 1 and 64"
     );
     assert_eq!(changed(0, 99), "channel: byte 0: message kind 99 is unknown");
+    let golden = bytes_of(&one_of_each()[..11]);
     let last = golden.len() - 1;
     let mut long = golden.clone();
     long[last] = 1;
@@ -201,6 +204,17 @@ fn a_refusal_may_come_in_place_of_a_hello() {
 }
 
 #[test]
+fn a_key_proof_is_bounded() {
+    let hello = one_of_each()[0].clone();
+    for (certificate, signature) in [(CERTIFICATE_MAX + 1, 1), (1, SIGNATURE_MAX + 1), (0, 1), (1, 0)] {
+        let (certificate, signature) = (vec![1; certificate], vec![2; signature]);
+        let proof = Message::Key(KeyProof { certificate, scheme: 3, signature });
+        let error = refusal(&bytes_of(&[hello.clone(), proof]));
+        assert!(error.to_string().contains("must be between 1 and"), "{error}");
+    }
+}
+
+#[test]
 fn a_long_reason_is_cut_at_a_character() {
     let message = Message::Failed { reason: "ä".repeat(REASON_MAX) };
     let (read, error) = read(&bytes_of(&[one_of_each()[0].clone(), message]), &[100]);
@@ -244,6 +258,12 @@ fn any_message() -> impl Strategy<Value = Message> {
         Just(Message::Live),
         (0u8..4).prop_map(|n| Message::End(EndReason::numbered(n).expect("a reason"))),
         Just(Message::Ended),
+        (1..=CERTIFICATE_MAX, any::<(u8, u16)>(), 1..=SIGNATURE_MAX).prop_map(
+            |(certificate, (byte, scheme), signature)| {
+                let (certificate, signature) = (vec![byte; certificate], vec![byte; signature]);
+                Message::Key(KeyProof { certificate, scheme, signature })
+            }
+        ),
     ]
 }
 

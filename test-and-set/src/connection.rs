@@ -14,8 +14,8 @@ use tokio::sync::oneshot;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
-use crate::keys::Keys;
-use crate::names::ClusterName;
+use crate::keys::{Keys, Permission};
+use crate::names::{ClusterName, KeyId};
 use crate::wire::{self, ConnectionRefusal, FRAME_BYTES_MAX, MemberHello, StoreHello, Welcome, WireError};
 
 /// Why a connection cannot be made or used.
@@ -130,6 +130,8 @@ pub struct NodeConnection {
     shared: Arc<Shared>,
     /// The version of the protocol that both sides speak.
     version: u16,
+    /// The key with which this side has connected.
+    own: KeyId,
     next: AtomicU64,
     write: tokio::sync::Mutex<WriteHalf<TlsStream<TcpStream>>>,
     reader: tokio::task::AbortHandle,
@@ -163,6 +165,7 @@ impl Dialer {
         address: &str,
         member: Option<Introduction<'_>>,
     ) -> Result<(NodeConnection, Welcome), ConnectionError> {
+        let own = self.keys.own().id();
         let tcp = TcpStream::connect(address).await.map_err(ConnectionError::Connect)?;
         tcp.set_nodelay(true).map_err(ConnectionError::Connect)?;
         // TLS wants a name, which nobody checks: certificates are pinned.
@@ -185,28 +188,31 @@ impl Dialer {
             return Err(ConnectionError::WrongCluster(welcome.cluster));
         }
         let certificate = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
-        let is_right = certificate.is_some_and(|c| self.keys.is_this_member(welcome.id, c));
-        if wanted.is_some_and(|to| to != welcome.id) || !is_right {
+        let permission = certificate.map(|certificate| Permission::new(&self.keys, certificate));
+        let permission = permission.filter(|permission| permission.roles().member == Some(welcome.id));
+        let Some(permission) = permission.filter(|_| wanted.is_none_or(|to| to == welcome.id)) else {
             return Err(ConnectionError::WrongMember(welcome.id));
-        }
+        };
         match welcome.refused {
             Some(reason) if wanted.is_none() => Err(ConnectionError::Refused(reason)),
-            _ => Ok((NodeConnection::start(stream, version), welcome)),
+            _ => Ok((NodeConnection::start(stream, version, own, permission), welcome)),
         }
     }
 }
 
 impl NodeConnection {
-    fn start(stream: TlsStream<TcpStream>, version: u16) -> Self {
+    fn start(stream: TlsStream<TcpStream>, version: u16, own: KeyId, permission: Permission) -> Self {
         let (mut read, write) = tokio::io::split(stream);
         let shared = Arc::new(Shared {
             waiting: Mutex::new(Some(HashMap::new())),
             last_heard: Mutex::new(Instant::now()),
         });
         let heard = shared.clone();
-        let reader = tokio::spawn(async move {
+        let member = permission.clone();
+        let read_all = async move {
             while let Ok(Some(length)) = wire::read_length(&mut read, FRAME_BYTES_MAX).await
                 && let Ok((number, body)) = wire::read_rest(&mut read, length).await
+                && member.holds()
             {
                 *heard.last_heard() = Instant::now();
                 let caller = heard.waiting().as_mut().and_then(|waiting| waiting.remove(&number));
@@ -215,10 +221,18 @@ impl NodeConnection {
                     caller.send(body).ok();
                 }
             }
-            heard.waiting().take();
+        };
+        let ended = shared.clone();
+        let reader = tokio::spawn(async move {
+            tokio::select! {
+                () = read_all => {}
+                // Its certificate was removed from `members/`, or has become another's.
+                () = permission.ended() => {}
+            }
+            ended.waiting().take();
         });
         let (next, reader) = (AtomicU64::new(1), reader.abort_handle());
-        NodeConnection { shared, version, next, write: write.into(), reader }
+        NodeConnection { shared, version, own, next, write: write.into(), reader }
     }
 
     /// Sends a frame in the caller's task. If the caller is dropped in the middle of a frame, the connection is closed, because
@@ -234,6 +248,11 @@ impl NodeConnection {
     /// Whether the connection is open, as far as is known.
     pub fn is_open(&self) -> bool {
         self.shared.waiting().is_some()
+    }
+
+    /// The key with which this side has connected; it may have a newer one since.
+    pub fn own_key(&self) -> KeyId {
+        self.own
     }
 
     /// When a frame was last received.

@@ -101,8 +101,10 @@ fn from_failure(failure: RequestFailure) -> NodeError {
 
 /// Keeps a connection to the leader open while there are no requests.
 async fn keep_warm(inner: Weak<SharedClient>) {
+    let mut refused = None;
     loop {
         let Some(strong) = inner.upgrade() else { return };
+        strong.use_new_key(&mut refused).await;
         // A failure here will occur again with the next request, and be reported then.
         strong.ask(&StoreRequest::Ping, NODE_PATIENCE, Instant::now() + 2 * NODE_PATIENCE).await.ok();
         drop(strong);
@@ -139,6 +141,7 @@ impl SharedClient {
         if let Some((link, node)) = kept.as_ref().filter(|(link, _)| link.is_open()) {
             return Ok((link.clone(), node.clone()));
         }
+        *kept = None;
         let node = self.order().first().cloned().unwrap_or_default();
         match self.dialer.connect(&node, None, CONNECT_PATIENCE.min(patience)).await {
             Ok((link, _)) => {
@@ -147,6 +150,29 @@ impl SharedClient {
                 Ok((link, node))
             }
             Err(error) => Err((node, error)),
+        }
+    }
+
+    /// Connects anew if this party's key was replaced since it connected. As long as the new key is not accepted, the connection
+    /// stays as it is. `refused` has the key about which that was said.
+    async fn use_new_key(&self, refused: &mut Option<KeyId>) {
+        let own = self.dialer.keys.own().id();
+        let kept = self.link.lock().await.clone();
+        let Some((old, node)) = kept.filter(|(link, _)| link.own_key() != own) else { return };
+        match self.dialer.connect(&node, None, CONNECT_PATIENCE).await {
+            Ok((link, _)) => {
+                let mut kept = self.link.lock().await;
+                if kept.as_ref().is_some_and(|(now, _)| Arc::ptr_eq(now, &old)) {
+                    *kept = Some((Arc::new(link), node));
+                }
+            }
+            Err(error) if refused.replace(own) != Some(own) => {
+                eprintln!(
+                    "member {node} cannot be reached with this party's new key {own}, so the connection with the old one \
+                     stays: {error}"
+                );
+            }
+            Err(_) => {}
         }
     }
 

@@ -2,11 +2,13 @@
 
 use std::sync::Arc;
 
+use rustls::client::ResolvesClientCert;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, verify_tls13_signature};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
-use rustls::server::NoServerSessionStorage;
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert};
+use rustls::sign::CertifiedKey;
 use rustls::{
     CertificateError, CipherSuite, ClientConfig, DigitallySignedStruct, DistinguishedName, Error,
     ServerConfig, SignatureScheme,
@@ -131,6 +133,26 @@ impl ClientCertVerifier for PinnedVerifier {
     }
 }
 
+/// The key that a party has at the moment of a handshake.
+#[derive(Debug)]
+struct CurrentKey(Arc<Keys>);
+
+impl ResolvesServerCert for CurrentKey {
+    fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        Some(self.0.own().certified.clone())
+    }
+}
+
+impl ResolvesClientCert for CurrentKey {
+    fn resolve(&self, _: &[&[u8]], _: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
+        Some(self.0.own().certified.clone())
+    }
+
+    fn has_certs(&self) -> bool {
+        true
+    }
+}
+
 /// For the side that connects to a member of the store: accepts members only.
 pub fn connector(keys: &Arc<Keys>) -> Result<TlsConnector, KeysError> {
     Ok(client(keys, Keys::is_member)?.into())
@@ -160,7 +182,7 @@ fn client(keys: &Arc<Keys>, accepts: AcceptRule) -> Result<Arc<ClientConfig>, Ke
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .dangerous()
         .with_custom_certificate_verifier(pinned)
-        .with_client_auth_cert(vec![keys.certificate.clone()], keys.key.clone_key())?;
+        .with_client_cert_resolver(Arc::new(CurrentKey(keys.clone())));
     config.resumption = rustls::client::Resumption::disabled();
     Ok(Arc::new(config))
 }
@@ -170,7 +192,7 @@ fn server(keys: &Arc<Keys>, accepts: AcceptRule) -> Result<Arc<ServerConfig>, Ke
     let mut config = ServerConfig::builder_with_provider(pinned.provider.clone())
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .with_client_cert_verifier(pinned)
-        .with_single_cert(vec![keys.certificate.clone()], keys.key.clone_key())?;
+        .with_cert_resolver(Arc::new(CurrentKey(keys.clone())));
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
     Ok(Arc::new(config))

@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use entry::Position;
 use entry::log::{EndReason, Record};
 use logging_channel::ChannelError;
-use logging_channel::message::{Beat, Message, Role};
+use logging_channel::message::{Beat, KeyProof, Message, Role};
 use logging_channel::receiver::NextRecord;
 use logging_channel::sender::GuestPace;
 use logging_channel::stream::{MessageReader, Outbox};
@@ -113,6 +113,7 @@ impl Agent {
             Event::HostFailed(reason) => self.host_failed(reason),
             Event::GuestEnded(reason) => self.guest_ended(reason),
             Event::HandOver => self.hand_over(),
+            Event::KeyReplaced(proof) => self.tell_new_key(proof),
         }
         self.offer_release(now);
     }
@@ -293,6 +294,7 @@ impl Agent {
         let name = message.name();
         match (message, &mut self.log_side) {
             (Message::Hello(hello), _) => self.hello_received(now, *hello),
+            (Message::Key(proof), _) => self.actions.push_back(Action::PeerKey(proof)),
             (Message::Failed { reason }, _) => self.peer_lost(now, Suspicion::Failed(reason)),
             (Message::Beat(beat), Some(_)) => self.beat_received(now, beat),
             (Message::Ack(ack), Some(LogSide::Primary(sender))) => {
@@ -397,6 +399,13 @@ impl Agent {
         let (turns, echo_ns) = (self.failure_detector.turns(), self.failure_detector.peer_stamp());
         let beat = Beat { stamp_ns: now, echo_ns, turns, records, position: self.position.count };
         self.outbox.push(&Message::Beat(beat));
+    }
+
+    /// What a key proof says is between the owners of the connection's two ends.
+    fn tell_new_key(&mut self, proof: &KeyProof) {
+        if self.connected {
+            self.outbox.push(&Message::Key(proof.clone()));
+        }
     }
 
     /// Whether a rule is in force.

@@ -5,7 +5,7 @@ use entry::Position;
 use entry::identity::Mismatch;
 use entry::log::EndReason;
 use logging_channel::ChannelError;
-use logging_channel::message::{Hello, Role};
+use logging_channel::message::{Hello, KeyProof, Role};
 use store_rule::names::{Generation, Incarnation, KeyId};
 use store_rule::record::{Applied, Members, Verdict};
 
@@ -60,6 +60,8 @@ pub enum Event<'a> {
     GuestEnded(EndReason),
     /// The user asks a primary to let the backup go on in its place, or a backup to leave the pair.
     HandOver,
+    /// This side has a new key: the peer is to be shown it on the connection that is up.
+    KeyReplaced(&'a KeyProof),
 }
 
 /// Something to do. Actions are to be done in their order.
@@ -120,6 +122,8 @@ pub enum Action {
         /// For which replica.
         who: Incarnation,
     },
+    /// The peer shows a new key on the connection: check it, and know the peer by it from then on.
+    PeerKey(KeyProof),
     /// Never emit an output again. Write the bytes of [`crate::Agent::outgoing`] if the connection takes
     /// them, then exit.
     Halt(Outcome),

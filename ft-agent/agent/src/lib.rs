@@ -67,7 +67,7 @@ mod watch;
 pub use agent::Agent;
 pub use config::{Buffers, Config, PairTiming};
 pub use event::{Action, Event, Outcome, PeerRefusal, Suspicion};
-pub use logging_channel::message::{Hello, Role};
+pub use logging_channel::message::{Hello, KeyProof, Role};
 pub use logging_channel::receiver::NextRecord;
 pub use logging_channel::sender::{Cursors, GuestPace};
 #[cfg(feature = "ablation")]

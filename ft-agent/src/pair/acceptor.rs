@@ -95,8 +95,7 @@ impl PeerAcceptor {
     /// take [`PATIENCE`] at most.
     fn let_in(&self, tcp: TcpStream, ticket: AdmissionTicket<TcpStream>) -> Result<(), String> {
         let deadline = Instant::now() + PATIENCE;
-        let own = self.keys.certificate();
-        let mut link = PeerLink::accept(tcp, self.tls.clone(), own, PATIENCE).map_err(|e| e.to_string())?;
+        let mut link = PeerLink::accept(tcp, self.tls.clone(), &self.keys, PATIENCE).map_err(|e| e.to_string())?;
         let greeted = read_hello(&mut link, deadline).and_then(|hello| self.check_host(&link).map(|()| hello));
         drop(ticket);
         let (link, refusal) = match greeted {
@@ -115,7 +114,7 @@ impl PeerAcceptor {
     /// Lets in a peer that has said hello, or returns its connection, and why it is refused.
     fn let_in_peer(&self, peer: IncomingPeer) -> Result<(), (PeerLink, String)> {
         if let Some(replica) = self.replica() {
-            replica.stranger_called(&peer.hello, peer.link.peer_certificate());
+            replica.stranger_called(&peer.hello, peer.link.keys.peer());
             let (role, vm) = (role_name(peer.hello.role), &peer.hello.vm);
             let refusal = format!("a {role} of VM {vm:?} called, but this backup has a primary already");
             return Err((peer.link, refusal));
@@ -133,7 +132,7 @@ impl PeerAcceptor {
             return Ok(());
         }
         let refusal = self.store.get(&self.vm, STORE_PATIENCE).and_then(|record| {
-            hosts::refusal(&self.store, record.as_ref(), link.peer_certificate(), STORE_PATIENCE)
+            hosts::refusal(&self.store, record.as_ref(), link.keys.peer(), STORE_PATIENCE)
         });
         match refusal {
             Ok(None) => Ok(()),

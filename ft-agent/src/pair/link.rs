@@ -6,9 +6,12 @@ use std::net::{Shutdown, TcpStream, ToSocketAddrs};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use agent::Agent;
-use rustls::pki_types::{CertificateDer, ServerName};
-use rustls::{ClientConfig, ClientConnection, Connection, ServerConfig, ServerConnection};
+use agent::{Agent, Role};
+use rustls::pki_types::ServerName;
+use rustls::{CertificateError, ClientConfig, ClientConnection, Connection, ServerConfig, ServerConnection};
+use test_and_set::keys::{Keys, OwnKey, key_id};
+
+use super::link_keys::{KeyCheck, LinkKeys};
 
 /// The most bytes that one [`PeerLink::read`] takes from the socket.
 const READ_MAX: usize = 128 << 10;
@@ -17,6 +20,9 @@ const BATCH: usize = 16 << 10;
 /// Size of the socket's send buffer: small, so that a heartbeat never waits long for bulk data sent before
 /// it.
 const SEND_BUFFER: usize = 256 << 10;
+
+/// The label under which a value is exported that a new key signs.
+const EXPORT_LABEL: &[u8] = b"EXPORTER-vmft-key";
 
 /// Why a connection could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -42,7 +48,8 @@ pub enum PeerLinkError {
 pub struct PeerLink {
     tcp: Arc<TcpStream>,
     tls: Connection,
-    peer: CertificateDer<'static>,
+    /// The keys by which the two sides know each other.
+    pub keys: LinkKeys,
     /// The bytes that the last read took from the socket.
     taken: Vec<u8>,
     /// The plaintext of the last read.
@@ -50,95 +57,69 @@ pub struct PeerLink {
 }
 
 impl PeerLink {
-    /// Connects to the other host. `own` is this host's certificate.
+    /// Connects to the other host. `keys` are this host's.
     ///
     /// # Errors
     /// The host does not answer, or is not the peer.
     pub fn connect(
         address: &str,
         tls: Arc<ClientConfig>,
-        own: &CertificateDer<'_>,
+        keys: &Keys,
         patience: Duration,
     ) -> Result<PeerLink, PeerLinkError> {
         let deadline = Instant::now() + patience;
         let tcp = dial(address, patience).map_err(PeerLinkError::Connect)?;
         // The certificates are pinned, so the name means nothing, but TLS requires one.
         let name = ServerName::try_from("vmft").map_err(|e| PeerLinkError::Connect(io::Error::other(e)))?;
-        Self::handshake(tcp, ClientConnection::new(tls, name)?.into(), own, deadline)
+        Self::handshake(tcp, ClientConnection::new(tls, name)?.into(), keys, deadline)
     }
 
-    /// Accepts a connection of the other host. `own` is this host's certificate.
+    /// Accepts a connection of the other host. `keys` are this host's.
     ///
     /// # Errors
     /// The host is not the peer.
     pub fn accept(
         tcp: TcpStream,
         tls: Arc<ServerConfig>,
-        own: &CertificateDer<'_>,
+        keys: &Keys,
         patience: Duration,
     ) -> Result<PeerLink, PeerLinkError> {
         let deadline = Instant::now() + patience;
-        Self::handshake(tcp, ServerConnection::new(tls)?.into(), own, deadline)
+        Self::handshake(tcp, ServerConnection::new(tls)?.into(), keys, deadline)
     }
 
     fn handshake(
         tcp: TcpStream,
-        tls: Connection,
-        own: &CertificateDer<'_>,
+        mut tls: Connection,
+        keys: &Keys,
         deadline: Instant,
     ) -> Result<PeerLink, PeerLinkError> {
+        let own = keys.own();
         tcp.set_nodelay(true).map_err(PeerLinkError::Broken)?;
         let sized = nix::sys::socket::setsockopt(&tcp, nix::sys::socket::sockopt::SndBuf, &SEND_BUFFER);
         sized.map_err(|e| PeerLinkError::Broken(e.into()))?;
-        let (taken, plaintext, peer) = (vec![0; READ_MAX], Vec::new(), CertificateDer::from(vec![]));
-        let mut link = PeerLink { tcp: Arc::new(tcp), tls, peer, taken, plaintext };
-        while link.tls.is_handshaking() {
-            link.blocking_step(deadline)?;
+        while tls.is_handshaking() || tls.wants_write() {
+            blocking_step(&tcp, &mut tls, deadline)?;
         }
-        while link.tls.wants_write() {
-            link.blocking_step(deadline)?;
-        }
-        let certificates = link.tls.peer_certificates().unwrap_or_default();
-        let peer = certificates.first().ok_or(rustls::Error::NoCertificatesPresented)?.clone();
-        if peer == *own {
+        let certificates = tls.peer_certificates().unwrap_or_default();
+        let peer = certificates.first().ok_or(rustls::Error::NoCertificatesPresented)?.clone().into_owned();
+        if peer == *own.certificate() {
             return Err(PeerLinkError::SameCertificate);
         }
-        link.peer = peer.into_owned();
-        Ok(link)
+        let refused = rustls::Error::InvalidCertificate(CertificateError::ApplicationVerificationFailure);
+        let keys = LinkKeys::new(keys, &own, peer).ok_or(refused)?;
+        let (taken, plaintext) = (vec![0; READ_MAX], Vec::new());
+        Ok(PeerLink { tcp: Arc::new(tcp), tls, keys, taken, plaintext })
     }
 
-    /// The other host's certificate.
-    pub fn peer_certificate(&self) -> &CertificateDer<'static> {
-        &self.peer
-    }
-
-    /// Does one blocking read or write. Used before the agent has the connection.
-    fn blocking_step(&mut self, deadline: Instant) -> Result<(), PeerLinkError> {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(PeerLinkError::Slow);
-        }
-        let timeouts = self.tcp.set_read_timeout(Some(left)).and(self.tcp.set_write_timeout(Some(left)));
-        timeouts.map_err(PeerLinkError::Broken)?;
-        let moved = if self.tls.wants_write() {
-            self.tls.write_tls(&mut &*self.tcp)
-        } else {
-            self.tls.read_tls(&mut &*self.tcp)
-        };
-        match moved {
-            Ok(0) => return Err(PeerLinkError::Broken(ErrorKind::UnexpectedEof.into())),
-            Ok(_) => {}
-            Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
-                return Err(PeerLinkError::Slow);
-            }
-            Err(e) => return Err(PeerLinkError::Broken(e)),
-        }
-        if let Err(e) = self.tls.process_new_packets() {
-            // The alert tells the other side what is wrong; it does not matter if it does not arrive.
-            self.tls.write_tls(&mut &*self.tcp).ok();
-            return Err(e.into());
-        }
-        Ok(())
+    /// Begins a check of the two sides' keys. `own` is this side's key, and `role` its role.
+    pub fn begin_key_check(&mut self, role: Role, own: &Arc<OwnKey>) -> KeyCheck {
+        let tls = &self.tls;
+        self.keys.begin_check(role, own, |role, certificate| {
+            let mut context = vec![matches!(role, Role::Backup) as u8];
+            context.extend(key_id(certificate).0);
+            tls.export_keying_material([0; 32], EXPORT_LABEL, Some(&context)).ok()
+        })
     }
 
     /// Waits for the next bytes of plaintext. Used before the agent has the connection.
@@ -152,7 +133,7 @@ impl PeerLink {
             if !bytes.is_empty() {
                 return Ok(bytes);
             }
-            self.blocking_step(deadline)?;
+            blocking_step(&self.tcp, &mut self.tls, deadline)?;
         }
     }
 
@@ -264,6 +245,31 @@ impl PeerLink {
     }
 }
 
+/// Does one blocking read or write. Used before the agent has the connection.
+fn blocking_step(mut tcp: &TcpStream, tls: &mut Connection, deadline: Instant) -> Result<(), PeerLinkError> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    if left.is_zero() {
+        return Err(PeerLinkError::Slow);
+    }
+    let timeouts = tcp.set_read_timeout(Some(left)).and(tcp.set_write_timeout(Some(left)));
+    timeouts.map_err(PeerLinkError::Broken)?;
+    let moved = if tls.wants_write() { tls.write_tls(&mut tcp) } else { tls.read_tls(&mut tcp) };
+    match moved {
+        Ok(0) => return Err(PeerLinkError::Broken(ErrorKind::UnexpectedEof.into())),
+        Ok(_) => {}
+        Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+            return Err(PeerLinkError::Slow);
+        }
+        Err(e) => return Err(PeerLinkError::Broken(e)),
+    }
+    if let Err(e) = tls.process_new_packets() {
+        // The alert tells the other side what is wrong; it does not matter if it does not arrive.
+        tls.write_tls(&mut tcp).ok();
+        return Err(e.into());
+    }
+    Ok(())
+}
+
 fn dial(address: &str, patience: Duration) -> io::Result<TcpStream> {
     let mut last = io::Error::new(ErrorKind::NotFound, "the host name has no address");
     for address in address.to_socket_addrs()? {
@@ -281,7 +287,7 @@ mod tests {
     use std::sync::mpsc::channel;
     use std::thread;
 
-    use test_and_set::keys::{Keys, make_set};
+    use test_and_set::keys::make_set;
     use test_and_set::tls::{peer_client, peer_server};
 
     use super::*;
@@ -295,15 +301,15 @@ mod tests {
         let dir = std::env::temp_dir().join(format!("vmft-link-{test}-{}", std::process::id()));
         make_set(&dir, &[], &["a", "b"].map(String::from), &[]).unwrap();
         let [a, b] = names.map(|name| Arc::new(Keys::load(&dir.join(name)).unwrap()));
-        std::fs::remove_dir_all(&dir).unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap().to_string();
-        let dialled = thread::spawn(move || {
-            PeerLink::connect(&address, peer_client(&a).unwrap(), a.certificate(), PATIENCE)
-        });
+        let dialled =
+            thread::spawn(move || PeerLink::connect(&address, peer_client(&a).unwrap(), &a, PATIENCE));
         let tcp = listener.accept().unwrap().0;
-        let accepted = PeerLink::accept(tcp, peer_server(&b).unwrap(), b.certificate(), PATIENCE);
-        [dialled.join().unwrap(), accepted]
+        let accepted = PeerLink::accept(tcp, peer_server(&b).unwrap(), &b, PATIENCE);
+        let dialled = dialled.join().unwrap();
+        std::fs::remove_dir_all(&dir).unwrap();
+        [dialled, accepted]
     }
 
     #[test]
@@ -313,7 +319,7 @@ mod tests {
             assert!(refused.contains("own.crt is the peer's certificate"), "{refused}");
         }
         let [dialled, accepted] = connect("different", ["a", "b"]).map(Result::unwrap);
-        assert_ne!(dialled.peer_certificate(), accepted.peer_certificate());
+        assert_ne!(dialled.keys.peer(), accepted.keys.peer());
     }
 
     #[test]

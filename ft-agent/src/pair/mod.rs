@@ -27,6 +27,7 @@ mod history;
 mod hook;
 mod hosts;
 mod link;
+mod link_keys;
 mod metrics;
 mod options;
 mod primary;

@@ -85,7 +85,7 @@ fn next_generation(side: &PairSide) -> Result<Generation, Error> {
         let (vm, store) = (name.clone(), side.plan.store.clone());
         return Err(Error::RunsElsewhere { vm, generation: record.generation, store });
     }
-    let refusal = hosts::refusal(&side.store, Some(&record), side.keys.certificate(), STORE_PATIENCE);
+    let refusal = hosts::refusal(&side.store, Some(&record), side.keys.own().certificate(), STORE_PATIENCE);
     if let Some(refusal) = refusal.map_err(|e| Error::config("store", chain(&e)))? {
         return Err(Error::Out(Outcome::OpenRefused(refusal.to_string())));
     }
@@ -102,7 +102,7 @@ fn keep_connecting(side: &PairSide, peer: &str, replica: &Arc<Replica>) -> Resul
         let failures = RefusalReasons::default();
         while replica.is_starting() {
             if !replica.is_connected() {
-                match PeerLink::connect(&peer, tls.clone(), keys.certificate(), PATIENCE) {
+                match PeerLink::connect(&peer, tls.clone(), &keys, PATIENCE) {
                     Ok(link) => replica.connected(link, &[]),
                     Err(e) if failures.refused(&e.to_string(), Instant::now()).is_some() => {
                         warn!("no connection to backup {peer} yet: {e}; trying again");

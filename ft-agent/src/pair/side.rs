@@ -166,8 +166,11 @@ impl PairSide {
         }
         let agent = Agent::new(config, now_ns());
         let announcer = Announcer::new(ports);
+        let (name, store) = (plan.name.clone(), self.store.clone());
         let (hook, refusals) = (self.hook.clone(), self.peer_refusals.clone());
-        Replica::new(plan.name.clone(), self.store.clone(), agent, outlet, announcer, hook, refusals)
+        let replica = Replica::new(name, store, agent, outlet, announcer, hook, refusals)?;
+        replica.watch_keys(self.keys.clone())?;
+        Ok(replica)
     }
 
     /// Ends a replica whose guest no longer runs here, and turns its outcome into the result of the command.
@@ -204,7 +207,13 @@ fn confinement_needs(plan: &PairPlan, url: &StoreUrl, sidecars: &Sidecars) -> Ne
         _ => PathBuf::from("."),
     };
     Needs {
-        read: url.keys().map(Path::to_owned).into_iter().chain(["/dev/urandom".into()]).collect(),
+        // The directories below may be links to elsewhere.
+        read: [Some(plan.keys.as_path()), url.keys()]
+            .into_iter()
+            .flatten()
+            .flat_map(|keys| ["", "members", "peers"].map(|below| keys.join(below)))
+            .chain(["/dev/urandom".into()])
+            .collect(),
         devices: kvm.then(|| "/dev/kvm".into()).into_iter().collect(),
         make_in: sidecars
             .paths()

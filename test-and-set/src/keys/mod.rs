@@ -14,23 +14,31 @@
 //! A `.crt` file may hold several certificates, such as the old one and the new one while a key is replaced: each of them is that
 //! party's. The same certificate may be a host's and an operator's, but one in `members/` is a member's and nobody else's.
 //!
-//! The accepted certificates are read again at most a second after a change, so they can be added and removed while a server
-//! runs.
+//! The directory is read again each second, so certificates can be added and removed, and the party's own key replaced, while a
+//! server runs. What cannot be read stays in use for 5 s, because files are replaced in steps; then nobody is accepted by it.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
 use crate::names::{KeyId, NameError, PartyName};
 use crate::wire::NodeId;
 
+mod accepted;
+pub mod manage;
+mod own;
+mod permission;
 mod set;
 
+use accepted::AcceptedCertificates;
+pub use accepted::Roles;
+use own::OwnFiles;
+pub use own::{OwnKey, check_proof};
+pub use permission::Permission;
 pub use set::make_set;
 
 /// What is wrong with a directory of keys.
@@ -56,7 +64,7 @@ pub enum KeysError {
     #[error("{0} is not named after a member's number, such as 1.crt: rename or remove it")]
     MemberName(PathBuf),
     /// A file is not named by a host's or an operator's name.
-    #[error("{path} is not named after a host or an operator: rename or remove it")]
+    #[error("{path} is not a host's or an operator's name: rename or remove it")]
     PartyName {
         /// The file.
         path: PathBuf,
@@ -74,9 +82,50 @@ pub enum KeysError {
         /// Why.
         source: rcgen::Error,
     },
-    /// The key and the certificate do not belong together, or cannot be used for TLS.
-    #[error("cannot use own.key and own.crt for TLS: make both anew with `vmft-store keys`")]
+    /// A key and a certificate do not belong together, or cannot be used for TLS.
+    #[error(
+        "{key} and {certificate} do not fit together, or cannot be used for TLS: put both files of one key there"
+    )]
+    Misfit {
+        /// The key's file.
+        key: PathBuf,
+        /// The certificate's file.
+        certificate: PathBuf,
+        /// What is wrong.
+        source: rustls::Error,
+    },
+    /// TLS cannot be set up.
+    #[error("cannot set up TLS")]
     Tls(#[from] rustls::Error),
+    /// A file that is to be accepted holds more than one certificate.
+    #[error(
+        "{0} holds several certificates: give a file with the one to be accepted, such as the party's own.crt"
+    )]
+    Several(PathBuf),
+    /// A certificate is not one that TLS can use.
+    #[error("{path} is not a certificate for TLS: give the party's own.crt")]
+    Certificate {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        source: webpki::Error,
+    },
+    /// A certificate is known as somebody else's.
+    #[error("the certificate in {path} is that of {owner}: each party needs a key of its own")]
+    OthersCertificate {
+        /// The file that is to be accepted.
+        path: PathBuf,
+        /// The file in which it is.
+        owner: PathBuf,
+    },
+    /// The key that is to be removed is not there.
+    #[error("{path} has no certificate with key {key}: `vmft-store keys show` lists them")]
+    NotThere {
+        /// The party's file.
+        path: PathBuf,
+        /// The key.
+        key: KeyId,
+    },
 }
 
 fn io_error(path: &Path) -> impl FnOnce(std::io::Error) -> KeysError {
@@ -85,8 +134,12 @@ fn io_error(path: &Path) -> impl FnOnce(std::io::Error) -> KeysError {
 
 /// The certificates of a file, at least one.
 fn read_certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, KeysError> {
-    let pem = fs::read(path).map_err(io_error(path))?;
-    let all: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
+    parse_certificates(path, &fs::read(path).map_err(io_error(path))?)
+}
+
+/// The certificates in the content of a file, at least one.
+fn parse_certificates(path: &Path, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, KeysError> {
+    let all: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
     match all {
         Ok(all) if all.is_empty() => Err(KeysError::Empty(path.into())),
         Ok(all) => Ok(all),
@@ -102,135 +155,70 @@ pub fn key_id(certificate: &CertificateDer<'_>) -> KeyId {
     KeyId(id)
 }
 
-/// As whom a certificate is accepted.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Roles {
-    /// As this member of the store, and then as nobody else.
-    pub member: Option<NodeId>,
-    /// As this host.
-    pub host: Option<PartyName>,
-    /// As this operator.
-    pub operator: Option<PartyName>,
-}
+/// How long what was read is used before it is read again.
+const RELOAD_AFTER: Duration = Duration::from_secs(1);
+/// The same for a certificate that is not accepted: it may just have been added.
+const RELOAD_FOR_UNKNOWN_AFTER: Duration = Duration::from_millis(100);
 
 /// A party's keys, and the certificates that it accepts.
 #[derive(Debug)]
 pub struct Keys {
     dir: PathBuf,
-    pub(crate) certificate: CertificateDer<'static>,
-    pub(crate) key: PrivateKeyDer<'static>,
-    pins: Mutex<(AcceptedCertificates, Instant)>,
+    read: Mutex<KeysContent>,
 }
-
-/// The certificates of one directory, by the party that they belong to.
-type CertificatesOf<Id> = BTreeMap<Id, Vec<CertificateDer<'static>>>;
 
 #[derive(Debug)]
-struct AcceptedCertificates {
-    members: CertificatesOf<NodeId>,
-    hosts: CertificatesOf<PartyName>,
-    operators: CertificatesOf<PartyName>,
-    peers: CertificatesOf<PartyName>,
+struct KeysContent {
+    own: OwnFiles,
+    accepted: AcceptedCertificates,
+    read_at: Instant,
 }
-
-impl AcceptedCertificates {
-    fn load(dir: &Path) -> Result<Self, KeysError> {
-        let member = |path: &Path, stem: &str| stem.parse().map_err(|_| KeysError::MemberName(path.into()));
-        let party = |path: &Path, stem: &str| {
-            stem.parse().map_err(|source| KeysError::PartyName { path: path.into(), source })
-        };
-        Ok(Self {
-            members: certificates_in(&dir.join("members"), member)?,
-            hosts: certificates_in(&dir.join("hosts"), party)?,
-            operators: certificates_in(&dir.join("operators"), party)?,
-            peers: certificates_in(&dir.join("peers"), party)?,
-        })
-    }
-
-    fn roles(&self, certificate: &CertificateDer<'_>) -> Roles {
-        if let Some(member) = owner(&self.members, certificate) {
-            return Roles { member: Some(*member), ..Roles::default() };
-        }
-        Roles {
-            member: None,
-            host: owner(&self.hosts, certificate).cloned(),
-            operator: owner(&self.operators, certificate).cloned(),
-        }
-    }
-}
-
-/// Whose certificate this is.
-fn owner<'c, Id>(all: &'c CertificatesOf<Id>, certificate: &CertificateDer<'_>) -> Option<&'c Id> {
-    all.iter().find(|(_, own)| own.contains(certificate)).map(|(id, _)| id)
-}
-
-/// The certificates in the `.crt` files of a directory, by their files' names; none if it does not exist.
-fn certificates_in<Id: Ord>(
-    dir: &Path,
-    parse: impl Fn(&Path, &str) -> Result<Id, KeysError>,
-) -> Result<CertificatesOf<Id>, KeysError> {
-    let mut all = BTreeMap::new();
-    for path in files_in(dir)? {
-        let stem = path.file_stem().unwrap_or_default().to_string_lossy();
-        all.insert(parse(&path, &stem)?, read_certificates(&path)?);
-    }
-    Ok(all)
-}
-
-/// The `.crt` files of a directory; none if it does not exist.
-fn files_in(dir: &Path) -> Result<Vec<PathBuf>, KeysError> {
-    let entries = match fs::read_dir(dir) {
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(vec![]),
-        entries => entries.map_err(io_error(dir))?,
-    };
-    let paths =
-        entries.map(|entry| entry.map(|e| e.path())).collect::<Result<Vec<_>, _>>().map_err(io_error(dir))?;
-    Ok(paths.into_iter().filter(|path| path.extension().is_some_and(|e| e == "crt")).collect())
-}
-
-/// How long the accepted certificates are used before they are read again.
-const RELOAD_AFTER: Duration = Duration::from_secs(1);
 
 impl Keys {
     /// Reads a party's directory.
+    ///
+    /// # Errors
+    /// There is no key, or it does not fit its certificate. Certificates that cannot be read are only told, and not accepted.
     pub fn load(dir: &Path) -> Result<Self, KeysError> {
-        let certificate = read_certificates(&dir.join("own.crt"))?.swap_remove(0);
-        let path = dir.join("own.key");
-        let pem = fs::read(&path).map_err(io_error(&path))?;
-        let key = PrivateKeyDer::from_pem_slice(&pem).map_err(|source| KeysError::Pem { path, source })?;
-        let pins = Mutex::new((AcceptedCertificates::load(dir)?, Instant::now()));
-        Ok(Self { dir: dir.into(), certificate, key, pins })
+        let (own, mut accepted, now) =
+            (OwnFiles::load(dir)?, AcceptedCertificates::default(), Instant::now());
+        accepted.read(dir, now);
+        Ok(Self { dir: dir.into(), read: Mutex::new(KeysContent { own, accepted, read_at: now }) })
     }
 
-    /// Calls `look` with the accepted certificates, after reading them again if they are old. If they cannot be read, those read
-    /// before stay in use.
-    fn with_accepted<T>(&self, look: impl FnOnce(&AcceptedCertificates) -> T) -> T {
-        let mut pins = self.pins.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if pins.1.elapsed() >= RELOAD_AFTER {
-            match AcceptedCertificates::load(&self.dir) {
-                Ok(read) => pins.0 = read,
-                Err(error) => {
-                    eprintln!(
-                        "cannot reload the accepted certificates, so those read before stay in use: {error}"
-                    )
-                }
-            }
-            pins.1 = Instant::now();
+    /// Calls `look` with what was read, after reading again if that is older than `age`.
+    fn look<T>(&self, age: Duration, look: impl FnOnce(&KeysContent) -> T) -> T {
+        let mut content = self.read.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        if now.saturating_duration_since(content.read_at) >= age {
+            content.own.reload();
+            content.accepted.read(&self.dir, now);
+            content.read_at = now;
         }
-        look(&pins.0)
+        look(&content)
+    }
+
+    /// Looks something up among the accepted certificates; looks again in fresher ones before it is said not to be there.
+    fn find<T: Default + PartialEq>(&self, find: impl Fn(&AcceptedCertificates) -> T) -> T {
+        match self.look(RELOAD_AFTER, |content| find(&content.accepted)) {
+            found if found != T::default() => found,
+            _ => self.look(RELOAD_FOR_UNKNOWN_AFTER, |content| find(&content.accepted)),
+        }
     }
 
     /// As whom a certificate is accepted.
     pub fn roles(&self, certificate: &CertificateDer<'_>) -> Roles {
-        self.with_accepted(|pins| pins.roles(certificate))
+        self.find(|accepted| accepted.roles(certificate))
     }
 
     /// The host that has the key with this id.
     pub fn host_with_key(&self, key: &KeyId) -> Option<PartyName> {
-        self.with_accepted(|pins| {
-            let mut hosts = pins.hosts.iter();
-            hosts.find(|(_, own)| own.iter().any(|one| key_id(one) == *key)).map(|(name, _)| name.clone())
-        })
+        self.find(|accepted| accepted.host_with_key(key))
+    }
+
+    /// The name of the host that may form a pair with this one and has this certificate.
+    pub fn peer(&self, certificate: &CertificateDer<'_>) -> Option<PartyName> {
+        self.find(|accepted| accepted.peer(certificate))
     }
 
     /// Whether this is a member's certificate.
@@ -243,16 +231,15 @@ impl Keys {
         self.roles(certificate).member == Some(id)
     }
 
-    /// This party's own certificate.
-    pub fn certificate(&self) -> &CertificateDer<'static> {
-        &self.certificate
+    /// This party's own key.
+    pub fn own(&self) -> Arc<OwnKey> {
+        self.look(RELOAD_AFTER, |content| content.own.key.clone())
     }
 
     /// Whether this is the certificate of a host that may form a pair with this one, or this host's own: two hosts with the same
     /// keys finish their handshake, so that both learn why they are then refused.
     pub(crate) fn is_peer_or_own(&self, certificate: &CertificateDer<'_>) -> bool {
-        *certificate == self.certificate
-            || self.with_accepted(|pins| owner(&pins.peers, certificate).is_some())
+        self.peer(certificate).is_some() || self.own().certificate() == certificate
     }
 
     /// Whether this is a member's, a host's or an operator's certificate.

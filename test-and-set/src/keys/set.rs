@@ -1,14 +1,12 @@
 //! Makes the keys of all parties at one place, for trials and tests.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::io::{ErrorKind, Write};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use rcgen::{CertifiedKey, KeyPair};
 
-use super::{KeysError, io_error};
+use super::KeysError;
+use super::manage::{make_pair, write_new};
 use crate::wire::NodeId;
 
 /// A party of the set, and the directories in which others keep its certificate.
@@ -34,15 +32,9 @@ pub fn make_set(
     let members: Vec<_> = members.iter().map(NodeId::to_string).collect();
     let mut made = BTreeMap::new();
     for name in members.iter().chain(hosts).chain(operators) {
-        let pair = rcgen::generate_simple_self_signed([name.clone()])
-            .map_err(|source| KeysError::Make { name: name.clone(), source })?;
         let is_in = |list: &[String]| list.contains(name);
-        let party = SetParty {
-            is_member: is_in(&members),
-            is_host: is_in(hosts),
-            is_operator: is_in(operators),
-            pair,
-        };
+        let (is_member, is_host, is_operator) = (is_in(&members), is_in(hosts), is_in(operators));
+        let party = SetParty { is_member, is_host, is_operator, pair: make_pair(name)? };
         made.insert(name, party);
     }
     for (name, party) in &made {
@@ -62,18 +54,4 @@ pub fn make_set(
         }
     }
     Ok(())
-}
-
-fn write_new(path: &Path, text: &str, mode: u32) -> Result<(), KeysError> {
-    if let Some(parent) = path.parent() {
-        fs::create_dir_all(parent).map_err(io_error(parent))?;
-    }
-    let file = fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(path);
-    let existing = |e: std::io::Error| match e.kind() {
-        kind @ ErrorKind::AlreadyExists => {
-            std::io::Error::new(kind, "the file exists and is not overwritten; give another directory")
-        }
-        _ => e,
-    };
-    file.map_err(existing).and_then(|mut file| file.write_all(text.as_bytes())).map_err(io_error(path))
 }

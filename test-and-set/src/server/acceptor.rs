@@ -18,7 +18,7 @@ use tokio::task::AbortHandle;
 use tokio::time::timeout;
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
-use crate::keys::{Keys, Roles};
+use crate::keys::{Keys, Permission, Roles};
 use crate::pending::PendingPlaces;
 use crate::record::Asker;
 use crate::refusal_log::{RefusalLine, RefusalLog};
@@ -124,8 +124,10 @@ impl StoreAcceptor {
             RequesterRole::Member(..) => FRAME_BYTES_MAX,
             RequesterRole::Client(_) => CLIENT_FRAME_BYTES_MAX,
         };
+        let permission = requester.permission.clone();
         tokio::select! {
             served = self.serve_requests(read, write, most, requester) => served,
+            () = permission.ended() => Err(no_longer_accepted()),
             () = admission.evicted() => Err(refused("too many connections of its certificate are open")),
         }
     }
@@ -149,6 +151,7 @@ impl StoreAcceptor {
         };
         let certificate = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
         let admitted = self.admit(&hello, certificate, &before);
+        let permission = certificate.map(|certificate| Permission::new(&self.keys, certificate));
         let welcome = Welcome {
             cluster: self.node.cluster.clone(),
             id: self.node.id,
@@ -157,9 +160,12 @@ impl StoreAcceptor {
             refused: admitted.as_ref().err().copied(),
         };
         wire::write_greeting(&mut stream, &welcome).await?;
-        match admitted {
-            Ok((admission, role)) => Ok((stream, admission, Requester { role, version })),
-            Err(reason) => {
+        match (admitted, permission) {
+            (Ok((admission, role)), Some(permission)) => {
+                Ok((stream, admission, Requester { role, permission, version }))
+            }
+            (Ok(_), None) => Err(no_longer_accepted()),
+            (Err(reason), _) => {
                 stream.shutdown().await?;
                 Err(refused(&format!("{reason:?}")))
             }
@@ -203,13 +209,17 @@ impl StoreAcceptor {
         most: u32,
         requester: Requester,
     ) -> Result<(), WireError> {
-        let responses = Arc::new(ResponseWriter { write: Mutex::new(write), broken: AtomicBool::new(false) });
+        let (write, permission) = (Mutex::new(write), requester.permission.clone());
+        let responses = Arc::new(ResponseWriter { write, permission, broken: AtomicBool::new(false) });
         let (slots, requester) = (Arc::new(Semaphore::new(REQUESTS_MAX)), Arc::new(requester));
         while let Some((number, body)) = next_frame(&mut read, most).await? {
             let Ok(slot) = slots.clone().acquire_owned().await else { break };
             let request = requester.decode(&body)?;
             if responses.broken.load(Relaxed) {
                 break;
+            }
+            if !responses.permission.holds() {
+                return Err(no_longer_accepted());
             }
             let (node, requester, responses) = (self.node.clone(), requester.clone(), responses.clone());
             tokio::spawn(async move {
@@ -228,6 +238,10 @@ fn refused(why: &str) -> WireError {
     std::io::Error::other(why).into()
 }
 
+fn no_longer_accepted() -> WireError {
+    refused("its certificate is no longer accepted as before")
+}
+
 async fn next_frame(
     read: &mut (impl AsyncRead + Unpin),
     most: u32,
@@ -242,14 +256,16 @@ async fn next_frame(
 /// Writes the responses of a connection. Each is written by the task that made it.
 struct ResponseWriter {
     write: Mutex<WriteHalf<TlsStream<TcpStream>>>,
+    permission: Permission,
     broken: AtomicBool,
 }
 
 impl ResponseWriter {
-    /// Sends a response. After one that fails or takes too long, nothing more is sent.
+    /// Sends a response. After one that fails or takes too long, nothing more is sent, and nothing to somebody who is no longer
+    /// accepted, whenever the request came.
     async fn send(&self, frame: &[u8]) {
         let mut write = self.write.lock().await;
-        if self.broken.load(Relaxed) {
+        if self.broken.load(Relaxed) || !self.permission.holds() {
             return;
         }
         let written = timeout(FRAME_PATIENCE, async {
@@ -263,6 +279,7 @@ impl ResponseWriter {
 /// The other end of a connection.
 struct Requester {
     role: RequesterRole,
+    permission: Permission,
     /// The version of the protocol that both sides speak.
     version: u16,
 }

@@ -171,6 +171,7 @@ impl OtherMembers {
         if let Some(link) = kept.as_ref().filter(|link| link.is_open()) {
             return Ok(link.clone());
         }
+        *kept = None;
         let dialer = self.dialer.as_ref().ok_or(ConnectionError::Ended)?;
         let before = self.remembered();
         let hello = || MemberHello {

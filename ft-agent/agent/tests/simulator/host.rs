@@ -57,6 +57,7 @@ impl World {
             Action::Suspected(suspicion) => self.suspected(host, &suspicion, received)?,
             Action::GoLive => self.go_live(host, received)?,
             Action::Pause => process.paused = true,
+            Action::PeerKey(_) => {}
             Action::Halt(exit) => self.halt(host, exit),
         }
         Ok(())

@@ -8,6 +8,7 @@
 
 mod clock;
 mod guest_side;
+mod key_watch;
 mod operator;
 mod pump;
 mod socket_owner;
@@ -118,7 +119,7 @@ impl Replica {
         if let Err(e) = link.set_nonblocking() {
             return warn!("cannot use the connection to the peer: {e}");
         }
-        let peer_key = Some(key_id(link.peer_certificate()));
+        let peer_key = Some(key_id(link.keys.peer()));
         (state.link, state.refused) = (Some(link), None);
         state.agent.handle(now_ns(), Event::Connected { peer_key });
         if !bytes.is_empty() {
@@ -138,7 +139,7 @@ impl Replica {
         let mut state = self.lock();
         // The peer's silence is judged only when its socket is drained; reading anything at all ends it.
         state.read_link();
-        let same_certificate = state.link.as_ref().is_some_and(|l| l.peer_certificate() == certificate);
+        let same_certificate = state.link.as_ref().is_some_and(|l| l.keys.peer() == certificate);
         state.agent.handle(now_ns(), Event::Stranger { hello, same_certificate });
         self.process_actions(&mut state);
         self.changed.notify_all();
@@ -209,6 +210,7 @@ impl Replica {
             }
             Action::Pause => state.paused = true,
             Action::End { generation, who } => self.ask_to_record_end(state, generation, who),
+            Action::PeerKey(proof) => key_watch::peer_key(state, proof),
             Action::Halt(outcome) => {
                 match outcome {
                     Outcome::Fenced(_) | Outcome::Forgotten | Outcome::Overtaken(_) => {

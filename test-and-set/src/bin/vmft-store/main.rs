@@ -1,7 +1,7 @@
 //! `vmft-store`: runs a member of the store, and the commands of its operator.
 
-#[path = "vmft-store/backups.rs"]
 mod backups;
+mod keys_command;
 
 use std::collections::BTreeMap;
 use std::error::Error;
@@ -13,7 +13,8 @@ use std::time::{Duration, Instant};
 
 use backups::RestoreArgs;
 use clap::{Args, Parser, Subcommand};
-use test_and_set::keys::{self, Keys};
+use keys_command::KeysCommand;
+use test_and_set::keys::Keys;
 use test_and_set::names::ClusterName;
 use test_and_set::raft_client::RaftStore;
 use test_and_set::server::raft::RaftTiming;
@@ -58,29 +59,8 @@ enum StoreCommand {
     /// docs/disasters.md.
     Restore(RestoreArgs),
     /// Make keys, or change which ones a party accepts.
-    Keys {
-        #[command(subcommand)]
-        command: KeysCommand,
-    },
-}
-
-#[derive(Subcommand)]
-enum KeysCommand {
-    /// Make the keys and certificates of all parties at once, for a trial. Each party gets a directory, complete and ready to be
-    /// copied to its host.
-    Set {
-        /// The directory in which to make one directory for each party; files in it are never overwritten.
-        dir: PathBuf,
-        /// The numbers of the members, separated by commas.
-        #[arg(long, value_delimiter = ',', default_value = "1,2,3")]
-        members: Vec<NodeId>,
-        /// The names of the hosts that run VMs, separated by commas.
-        #[arg(long, value_delimiter = ',')]
-        hosts: Vec<String>,
-        /// The names of the operators, separated by commas. A name that is also a host's is one party with one key.
-        #[arg(long, value_delimiter = ',')]
-        operators: Vec<String>,
-    },
+    #[command(subcommand)]
+    Keys(KeysCommand),
 }
 
 #[derive(Args)]
@@ -200,9 +180,7 @@ fn run(command: StoreCommand) -> Result<(), Box<dyn Error>> {
                 .1
                 .change_members(StoreRequest::RemoveMember(id), deadline(&target))
                 .await?),
-            StoreCommand::Keys { command: KeysCommand::Set { dir, members, hosts, operators } } => {
-                Ok(keys::make_set(&dir, &members, &hosts, &operators)?)
-            }
+            StoreCommand::Keys(command) => Ok(command.run()?),
         }
     })
 }
