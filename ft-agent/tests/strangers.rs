@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use logging_channel::message::Message;
 use logging_channel::stream::MessageReader;
-use logging_channel::versions::{ChannelVersions, OURS};
+use logging_channel::versions::ChannelVersions;
 use nix::sys::signal::Signal::{SIGCONT, SIGSTOP};
 use support::pair::{Host, Site, inside};
 use support::row::{BARE, LIVES, check_fenced, check_survivor, pair, pair_with};
@@ -241,7 +241,7 @@ fn a_backup_that_the_store_does_not_know_is_named_by_its_key() {
         return;
     }
     let mut site = Site::new();
-    let key = key_id(Keys::load(&site.keys("b")).expect("keys").certificate());
+    let key = key_id(Keys::load(&site.keys("b")).expect("keys").own().certificate());
     for member in ["1", "2", "3"] {
         std::fs::remove_file(site.keys(member).join("hosts/b.crt")).expect("a certificate");
     }

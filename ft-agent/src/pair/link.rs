@@ -224,7 +224,7 @@ impl PeerLink {
     pub fn close_with(mut self, message: &[u8], deadline: Instant) {
         // If the message cannot be sent, the other side sees only the end of the connection.
         if self.tls.writer().write_all(message).is_ok() {
-            while self.tls.wants_write() && self.blocking_step(deadline).is_ok() {}
+            while self.tls.wants_write() && blocking_step(&self.tcp, &mut self.tls, deadline).is_ok() {}
         }
         self.close();
     }
