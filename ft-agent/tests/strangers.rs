@@ -240,12 +240,9 @@ fn a_backup_that_the_store_does_not_know_is_named_by_its_key() {
     if !has_guest(TEST, "bare") || !can_network(TEST) {
         return;
     }
-    let mut site = Site::new();
+    let site = Site::new();
     let key = key_id(Keys::load(&site.keys("b")).expect("keys").own().certificate());
-    for member in ["1", "2", "3"] {
-        std::fs::remove_file(site.keys(member).join("hosts/b.crt")).expect("a certificate");
-    }
-    site.restart_stores();
+    site.rename_host("b", "b", None);
     let mut backup = Vm::start(&mut replica(&site, Host::B, "vm", "b"));
     backup.wait_for("waiting for a primary", 30);
     let (status, output) = Vm::start(&mut replica(&site, Host::A, "vm", "a")).finish(60);
@@ -257,24 +254,23 @@ fn a_backup_that_the_store_does_not_know_is_named_by_its_key() {
 
 #[test]
 fn a_refused_take_is_told_and_asked_again() {
-    let Some((mut site, a, mut b, client)) = pair("a_refused_take_is_told_and_asked_again") else { return };
-    // The store comes to know host b by another name.
-    let rename = |site: &Site, from: &str, to: &str| {
-        for member in ["1", "2", "3"] {
-            let hosts = site.keys(member).join("hosts");
-            std::fs::rename(hosts.join(from), hosts.join(to)).expect("to rename a certificate");
-        }
+    let Some((site, a, mut b, client)) = pair("a_refused_take_is_told_and_asked_again") else { return };
+    // The store comes to know host b by another name, and b connects anew.
+    let reconnect = || {
+        site.set_store_mute(Host::B, true);
+        sleep(Duration::from_secs(4));
+        site.set_store_mute(Host::B, false);
     };
-    rename(&site, "b.crt", "other.crt");
-    site.restart_stores();
+    site.rename_host("b", "b", Some("other"));
+    reconnect();
     drop(a);
     b.wait_for("the store refuses this host, and is asked again: this side of the VM is on host b", 30);
     let status = Command::new(VMFT).args(["status", "--control"]).arg(site.control(Host::B)).output();
     let said = String::from_utf8_lossy(&status.expect("vmft status").stdout).into_owned();
     assert!(said.contains("no verdict yet: ") && said.contains("on host b"), "{said}");
     assert!(!b.has_printed(LIVES) && !b.has_ended(), "{}", b.seen());
-    rename(&site, "other.crt", "b.crt");
-    site.restart_stores();
+    site.rename_host("b", "other", Some("b"));
+    reconnect();
     b.wait_for(LIVES, 30);
     check_survivor(client, b);
 }

@@ -22,6 +22,7 @@ pub enum Call {
 }
 
 /// What a client was answered.
+#[expect(clippy::large_enum_variant, reason = "few live at once, and most are records")]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Observed {
     /// The reply to a command.

@@ -14,8 +14,9 @@ use crate::backup::StoreBackup;
 use crate::cas;
 use crate::names::{CopyId, Generation, Incarnation, KeyId, VmName};
 use crate::record::{Asker, Command, CommandReply, HostId, Member, Members, Refusal, VmPhase, VmRecord};
+use crate::server::audit::AuditNote;
 use crate::server::journal::DiskChange;
-use crate::server::raft::types::{self, LoggedCommand, RaftEntry, RaftSnapshotMeta, Types};
+use crate::server::raft::types::{self, LoggedRequest, RaftEntry, RaftSnapshotMeta, Types, VmCommand};
 use crate::state::StoreState;
 use crate::wire::{
     self, ConnectionRefusal, DataMark, MemberHello, MemberStatus, NodeStatus, PeerAnswer, PeerAsk,
@@ -109,14 +110,15 @@ fn records() -> [VmRecord; 2] {
     let phase = VmPhase::Open { members: members(), holder: Some(incarnation(7)) };
     let disks = BTreeMap::from([("root".parse().unwrap(), BTreeSet::from([copy(0x0102)]))]);
     let hosts = BTreeSet::from(["host-a", "host-b"].map(|name| name.parse().unwrap()));
-    let open =
-        VmRecord { generation: Generation(300), phase, disks, hosts, owner: Some("host-a".parse().unwrap()) };
+    let owner = Some("host-a".parse().unwrap());
+    let open = VmRecord { generation: Generation(300), phase, disks, hosts, owner, restored: false };
     let forgotten = VmRecord {
         generation: Generation::FIRST,
         phase: VmPhase::Forgotten,
         disks: BTreeMap::new(),
         hosts: BTreeSet::new(),
         owner: None,
+        restored: true,
     };
     [open, forgotten]
 }
@@ -137,6 +139,8 @@ fn replies() -> Vec<CommandReply> {
         Refusal::TooManyDisks,
         Refusal::NotAHost,
         Refusal::NotAnOperator,
+        Refusal::UnknownKey(key(0xcd)),
+        Refusal::TooManyNames { host: "host-a".parse().unwrap(), most: 100 },
         Refusal::OtherHost(Some(HostId::Name("host-a".parse().unwrap()))),
         Refusal::Bound(BTreeSet::from(["host-a".parse().unwrap()])),
         Refusal::Restored,
@@ -157,9 +161,14 @@ fn membership() -> Membership<u64, BasicNode> {
 
 fn entries() -> Vec<RaftEntry> {
     let asker = Some(Asker { host: Some("host-a".parse().unwrap()), operator: None });
-    let logged = commands()
-        .map(|command| EntryPayload::Normal(LoggedCommand { vm: vm(), command, asker: asker.clone() }));
-    let others = [EntryPayload::Blank, EntryPayload::Membership(membership())];
+    let logged = commands().map(|command| {
+        let command = VmCommand { vm: vm(), command, asker: asker.clone(), names_max: 1000 };
+        EntryPayload::Normal(LoggedRequest::Command(command))
+    });
+    let asker = Asker { host: None, operator: Some("admin".parse().unwrap()) };
+    let note = AuditNote { asker, what: "add member 4".into(), verdict: "done".into() };
+    let note = EntryPayload::Normal(LoggedRequest::Note(note));
+    let others = [note, EntryPayload::Blank, EntryPayload::Membership(membership())];
     let payloads = logged.into_iter().chain(others).enumerate();
     payloads.map(|(n, payload)| RaftEntry { log_id: log_id(n as u64 + 1), payload }).collect()
 }
@@ -220,6 +229,7 @@ fn failures() -> Vec<RequestFailure> {
         RequestFailure::DiskFull,
         RequestFailure::Stopped,
         RequestFailure::Members("why".into()),
+        RequestFailure::NotAllowed("why".into()),
     ]
 }
 

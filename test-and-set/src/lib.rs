@@ -44,7 +44,9 @@
 //! - [`wire`] defines the protocol of `raft://`, whose versions are in [`versions`]; [`connection`] is one connection with any number of requests at once.
 //! - [`server`] is one member. [`server::raft`] is the only module that names openraft; [`server::raft_log`] lets a leader write to its
 //!   disk while it sends to the others; a change in [`server::disk`] is on the disk (fsync) when the call returns, and a second time in
-//!   [`server::journal`], so that damage is never taken for a torn write. A member is bound to its data: the others record the id of its data when it first connects, and refuse it if it comes with another one.
+//!   [`server::journal`], so that damage is never taken for a torn write. A member is bound to its data: the others
+//!   record its id when it first connects, and how far it has come, and refuse a member that comes with other data or with less;
+//!   see [`server::marks`] and [`server::peers`].
 //! - [`checker`] checks histories; [`conformance`] is the suite that every store must pass.
 //!
 //! Three shortcomings of openraft 0.9 are worked around. It lets a restarted leader resume its term and then read an old state, so a

@@ -143,6 +143,7 @@ pub enum StoreRequest {
 }
 
 /// A member's response to a client.
+#[expect(clippy::large_enum_variant, reason = "few live at once, and most are records")]
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub enum StoreResponse {
     /// To [`StoreRequest::Command`].

@@ -13,13 +13,13 @@ use support::membership::{
     a_removal_leaves_a_quorum_that_answers,
 };
 use support::restoring::all_members_are_lost_and_restored;
-use support::rollback::{
-    an_old_copy_does_not_vote_a_verdict_away, an_old_copy_is_told_and_ends,
-    without_the_rule_an_old_copy_makes_two_winners,
-};
 use support::roles::{
     a_host_has_a_share_of_the_names, a_members_key_is_no_clients, an_ended_vm_is_bound_to_its_hosts,
     only_operators_change_members, only_the_hosts_of_a_pair_act_for_it, the_audit_does_not_hold_up_a_member,
+};
+use support::rollback::{
+    an_old_copy_does_not_vote_a_verdict_away, an_old_copy_is_told_and_ends,
+    without_the_rule_an_old_copy_makes_two_winners,
 };
 use support::{Cluster, SmallDisk, latency, wait_for, with_need};
 use test_and_set::blocking::BlockingStore;

@@ -349,7 +349,7 @@ fn rule_7_another_machine_is_refused_and_the_field_named() {
 #[test]
 fn a_peer_without_a_common_version_is_refused_and_told() {
     let mut primary = Agent::new(config(Role::Primary, 1), 0);
-    primary.handle(0, Event::Connected);
+    primary.handle(0, Event::Connected { peer_key: None });
     let hello = Hello {
         versions: ChannelVersions { newest: 99, oldest: 98 },
         vm: "trial".into(),
@@ -381,7 +381,7 @@ fn a_peer_without_a_common_version_is_refused_and_told() {
 #[test]
 fn a_peer_that_refuses_in_place_of_its_hello_is_heard() {
     let mut primary = Agent::new(config(Role::Primary, 1), 0);
-    primary.handle(0, Event::Connected);
+    primary.handle(0, Event::Connected { peer_key: None });
     let mut bytes = Vec::new();
     encode(OURS.oldest, &Message::Failed { reason: "occupied".into() }, &mut bytes);
     primary.handle(0, Event::Received(&bytes));

@@ -95,8 +95,10 @@ impl PeerAcceptor {
     /// take [`PATIENCE`] at most.
     fn let_in(&self, tcp: TcpStream, ticket: AdmissionTicket<TcpStream>) -> Result<(), String> {
         let deadline = Instant::now() + PATIENCE;
-        let mut link = PeerLink::accept(tcp, self.tls.clone(), &self.keys, PATIENCE).map_err(|e| e.to_string())?;
-        let greeted = read_hello(&mut link, deadline).and_then(|hello| self.check_host(&link).map(|()| hello));
+        let mut link =
+            PeerLink::accept(tcp, self.tls.clone(), &self.keys, PATIENCE).map_err(|e| e.to_string())?;
+        let greeted =
+            read_hello(&mut link, deadline).and_then(|hello| self.check_host(&link).map(|()| hello));
         drop(ticket);
         let (link, refusal) = match greeted {
             Ok((hello, bytes)) => match self.let_in_peer(IncomingPeer { link, hello, bytes }) {

@@ -14,10 +14,11 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sched::{CloneFlags, setns};
-use test_and_set::keys::make_set;
+use test_and_set::blocking::BlockingStore;
+use test_and_set::keys::{Keys, key_id, make_set};
 use test_and_set::server::{ServerSettings, raft::RaftTiming, serve};
 
 use super::net::ip;
@@ -164,10 +165,28 @@ impl Site {
         thread.join().expect("store");
     }
 
-    /// Stops all members of the store and starts them again, so that all clients connect anew.
-    pub fn restart_stores(&mut self) {
-        (1..=3).for_each(|id| self.stop_store(id));
-        (1..=3).for_each(|id| self.start_store(id));
+    /// Moves a host's certificate on all members of the store, or removes it, and waits until the store knows.
+    pub fn rename_host(&self, key_of: &str, from: &str, to: Option<&str>) {
+        for member in ["1", "2", "3"] {
+            let hosts = self.keys(member).join("hosts");
+            let from = hosts.join(format!("{from}.crt"));
+            let moved = match to {
+                Some(to) => std::fs::rename(from, hosts.join(format!("{to}.crt"))),
+                None => std::fs::remove_file(from),
+            };
+            moved.expect("a certificate");
+        }
+        let key = key_id(Keys::load(&self.keys(key_of)).expect("keys").own().certificate());
+        let (url, to) = (self.store_url("admin"), to.map(|name| name.parse().expect("a name")));
+        let wait = inside(&self.ns("a"), move || {
+            let store = BlockingStore::connect(&url).expect("a client");
+            let deadline = Instant::now() + Duration::from_secs(20);
+            while store.host_of(key, Duration::from_secs(5)).expect("an answer") != to {
+                assert!(Instant::now() < deadline, "the store does not read its keys again");
+                std::thread::sleep(Duration::from_millis(50));
+            }
+        });
+        wait.join().expect("the store's answer");
     }
 
     /// Keys of a party.

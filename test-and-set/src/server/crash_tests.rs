@@ -273,6 +273,11 @@ fn no_vote_is_given_twice_and_no_acknowledged_entry_is_lost() {
             let Some(answer) = ask(&raft, vote_ask(term, 3, 1000)).await else { break };
             assert!(is_granted(&answer), "term {term}");
             promised.votes.push(term);
+            // What is heard of others is stored beside, and costs none of the member's own.
+            disk.note(|all| all.hear_of(2, DataMark { change: term, ..disk.mark() }));
+            if disk.write_known().is_err() {
+                break;
+            }
             promised.told.push(disk.mark());
             let other = ask(&raft, vote_ask(term, 2, 1000)).await;
             assert!(!other.is_some_and(|answer| is_granted(&answer)), "a second vote in term {term}");

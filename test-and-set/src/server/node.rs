@@ -120,8 +120,9 @@ impl Node {
         if asker.operator.is_some() {
             return Ok(());
         }
-        let why =
-            format!("only operators may {what}, and this certificate is no operator's: use an operator's keys");
+        let why = format!(
+            "only operators may {what}, and this certificate is no operator's: use an operator's keys"
+        );
         let (asker, verdict) = (asker.clone(), format!("refused: {why}"));
         self.raft.note(AuditNote { asker, what: what.into(), verdict }).await?;
         Err(RequestFailure::NotAllowed(why))

@@ -101,6 +101,6 @@ mod tests {
             let texts = JuteReader(&bytes).list("names", |reader| reader.text("name"));
             assert!(matches!(texts, Err(ZooKeeperError::Malformed(_))), "{length}: {texts:?}");
         }
-        assert_eq!(JuteReader(&[255; 4]).bytes("data").expect("nothing"), []);
+        assert!(JuteReader(&[255; 4]).bytes("data").expect("nothing").is_empty());
     }
 }

@@ -16,7 +16,7 @@ pub mod steady;
 pub mod upgrade;
 mod zookeeper;
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::Write;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -29,6 +29,7 @@ use libtest_mimic::{Failed, Trial};
 use tempfile::TempDir;
 use test_and_set::keys;
 use test_and_set::store::TestAndSet;
+#[allow(unused_imports, reason = "each test uses its part")]
 pub use zookeeper::ZooKeeper;
 
 /// An address on which nobody listens or will: a loopback address of this process alone, and a port that it has not used yet and

@@ -26,7 +26,7 @@ fn client(cluster: &Cluster, party: &str) -> BlockingStore {
 /// A member on the host of a party, which is named by its key.
 fn on(cluster: &Cluster, party: &str) -> Member {
     let keys = Keys::load(&cluster.keys(party)).expect("keys");
-    Member { host: Some(HostId::Key(key_id(keys.certificate()))), ..Member::new(Incarnation::random()) }
+    Member { host: Some(HostId::Key(key_id(keys.own().certificate()))), ..Member::new(Incarnation::random()) }
 }
 
 /// Opens a pair on hosts a and b.
@@ -176,7 +176,7 @@ pub fn an_ended_vm_is_bound_to_its_hosts() -> Result<(), Failed> {
     assert!(record.phase == VmPhase::Forgotten && record.hosts.is_empty(), "{record:?}");
     assert_eq!(host_c.open(&web, Generation(3), &alone, PATIENCE)?, Applied::Done);
     // Hosts are found by their keys.
-    let key = key_id(Keys::load(&cluster.keys("b"))?.certificate());
+    let key = key_id(Keys::load(&cluster.keys("b"))?.own().certificate());
     assert_eq!(host_a.host_of(key, PATIENCE)?, Some("b".parse()?));
     assert_eq!(host_a.host_of(test_and_set::names::KeyId([7; 32]), PATIENCE)?, None);
     Ok(())
