@@ -289,6 +289,18 @@ struct Caller {
     store: Arc<dyn TestAndSet>,
 }
 
+impl Caller {
+    /// The party with this number; must be called in a runtime.
+    fn new(party: usize, url: &str) -> Self {
+        let name = Some(PARTIES[party].parse().expect("a name"));
+        let asker = match party {
+            OPERATOR => Asker { host: None, operator: name },
+            _ => Asker { host: name, operator: None },
+        };
+        Self { asker, store: client(url) }
+    }
+}
+
 /// The number of the party on whose host a member is.
 fn host_of(member: &Member) -> usize {
     let host = |name: &PartyName| PARTIES.iter().position(|party| *party == name.as_str());
@@ -449,15 +461,7 @@ pub fn run(plan: &Plan) -> NemesisReport {
                 let known = Mutex::new(((0..VMS).map(Known::new).collect(), VMS));
                 let history = Mutex::default();
                 let (begun, stop) = (Instant::now(), AtomicBool::new(false));
-                let callers = urls.iter().enumerate().map(|(number, url)| {
-                    let name = Some(PARTIES[number].parse().expect("a name"));
-                    let asker = match number {
-                        OPERATOR => Asker { host: None, operator: name },
-                        _ => Asker { host: name, operator: None },
-                    };
-                    Caller { asker, store: client(url) }
-                });
-                let callers = callers.collect();
+                let callers = urls.iter().enumerate().map(|(party, url)| Caller::new(party, url)).collect();
                 let workload = Arc::new(Workload { callers, known, history, begun, stop });
                 ready.send(workload.clone()).expect("the nemesis");
                 work(workload, plan).await
