@@ -26,7 +26,6 @@ use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 
 use crate::names::{KeyId, NameError, PartyName};
-use crate::wire::NodeId;
 
 mod accepted;
 pub mod manage;
@@ -224,11 +223,6 @@ impl Keys {
     /// Whether this is a member's certificate.
     pub(crate) fn is_member(&self, certificate: &CertificateDer<'_>) -> bool {
         self.roles(certificate).member.is_some()
-    }
-
-    /// Whether this is the certificate of the member with this number.
-    pub(crate) fn is_this_member(&self, id: NodeId, certificate: &CertificateDer<'_>) -> bool {
-        self.roles(certificate).member == Some(id)
     }
 
     /// This party's own key.

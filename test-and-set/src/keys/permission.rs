@@ -25,6 +25,11 @@ impl Permission {
         Self { keys: keys.clone(), certificate: certificate.clone().into_owned(), roles }
     }
 
+    /// The certificate of the other end.
+    pub fn certificate(&self) -> &CertificateDer<'static> {
+        &self.certificate
+    }
+
     /// As what the other end was accepted.
     pub fn roles(&self) -> &Roles {
         &self.roles

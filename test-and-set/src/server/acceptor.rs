@@ -10,7 +10,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex as PlainMutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustls::pki_types::CertificateDer;
 use tokio::io::{AsyncRead, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Mutex, Semaphore};
@@ -150,8 +149,8 @@ impl StoreAcceptor {
             greeting => greeting?,
         };
         let certificate = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
-        let admitted = self.admit(&hello, certificate, &before);
         let permission = certificate.map(|certificate| Permission::new(&self.keys, certificate));
+        let admitted = self.admit(&hello, permission.as_ref(), &before);
         let welcome = Welcome {
             cluster: self.node.cluster.clone(),
             id: self.node.id,
@@ -175,15 +174,16 @@ impl StoreAcceptor {
     fn admit(
         &self,
         hello: &StoreHello,
-        certificate: Option<&CertificateDer<'_>>,
+        permission: Option<&Permission>,
         before: &BTreeMap<NodeId, DataMark>,
     ) -> Result<(ConnectionGrant, RequesterRole), ConnectionRefusal> {
         if hello.cluster != self.node.cluster {
             return Err(ConnectionRefusal::WrongCluster);
         }
-        let own = certificate.ok_or(ConnectionRefusal::NotThatMember)?;
+        let permission = permission.ok_or(ConnectionRefusal::NotThatMember)?;
+        let own = permission.certificate();
         let Some(member) = &hello.member else {
-            let Roles { host, operator, .. } = self.keys.roles(own);
+            let Roles { host, operator, .. } = permission.roles().clone();
             if host.is_none() && operator.is_none() {
                 return Err(ConnectionRefusal::NotAClient);
             }
@@ -193,7 +193,7 @@ impl StoreAcceptor {
         if member.to != self.node.id {
             return Err(ConnectionRefusal::WrongMember);
         }
-        if !self.keys.is_this_member(member.id, own) {
+        if permission.roles().member != Some(member.id) {
             return Err(ConnectionRefusal::NotThatMember);
         }
         self.node.peers.check(member.id, member.mark, member.remembers.as_ref(), before)?;
