@@ -80,6 +80,7 @@ pub mod url;
 pub mod versions;
 pub mod wire;
 pub mod zookeeper;
+pub mod zookeeper_error;
 
 pub use connect::connect;
 pub use store_rule::{names, record, state};

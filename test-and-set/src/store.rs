@@ -10,7 +10,7 @@ use crate::names::{Generation, Incarnation, KeyId, PartyName, VmName};
 use crate::record::{Applied, Command, CommandReply, Members, Refusal, Verdict, VmRecord};
 use crate::url::UrlError;
 use crate::wire::StoreResponse;
-use crate::zookeeper::ZooKeeperError;
+use crate::zookeeper_error::ZooKeeperError;
 
 /// The largest number of records in a page of [`TestAndSet::list`].
 pub const PAGE_RECORDS_MAX: usize = 500;

@@ -1,6 +1,6 @@
 //! ZooKeeper's encoding: numbers are big-endian, and texts, bytes and lists begin with their length.
 
-use super::session::ZooKeeperError;
+use crate::zookeeper_error::ZooKeeperError;
 
 /// Encodes a request.
 #[derive(Default)]

@@ -20,8 +20,7 @@ use crate::client_keys::ClientKeys;
 use crate::names::VmName;
 use crate::record::{VmPhase, VmRecord};
 use crate::store::{NodeError, PAGE_RECORDS_MAX, StoreError};
-
-pub use session::ZooKeeperError;
+use crate::zookeeper_error::ZooKeeperError;
 use session::{AclIdentity, ZooKeeperSession};
 
 /// How long a session lives without a word from this client.

@@ -97,7 +97,6 @@ impl Etcd {
             "auth enable",
         ] {
             let (done, said) = self.tool(&command.split(' ').collect::<Vec<_>>());
-            // A user that does not exist yet cannot be given the role that exists always.
             assert!(done, "{command}: {said}");
         }
     }
