@@ -14,7 +14,7 @@ use test_and_set::store::TestAndSet;
 const PATIENCE: Duration = Duration::from_secs(10);
 const PAUSE: Duration = Duration::from_millis(5);
 /// The number of generations of each VM.
-const GENERATIONS: u64 = 4;
+const GENERATIONS: u64 = 12;
 
 struct SteadyClient<'s> {
     store: &'s dyn TestAndSet,

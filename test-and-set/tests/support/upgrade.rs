@@ -51,6 +51,15 @@ fn newer_client(dir: &Path, url: &str) -> Result<Child, Failed> {
     Ok(command.stderr(Stdio::piped()).spawn()?)
 }
 
+/// Lets a client end, also when the test fails.
+struct StopOnDrop<'s>(&'s AtomicBool);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Relaxed);
+    }
+}
+
 /// The members are replaced under calls from clients of both builds.
 pub fn one_member_at_a_time_and_back() -> Result<(), Failed> {
     let newer = newer_build()?;
@@ -64,12 +73,13 @@ pub fn one_member_at_a_time_and_back() -> Result<(), Failed> {
         let older_client = scope.spawn(move || {
             runtime.block_on(async { steady::use_store(&*client(url), "older", stopped).await })
         });
+        let stop = StopOnDrop(&stop);
         for program in [newer.join("vmft-store"), older] {
             for id in [1, 2, 3] {
                 replace(&mut cluster, id, &program);
             }
         }
-        stop.store(true, Relaxed);
+        drop(stop);
         let seen = older_client.join().map_err(|_| "the older client panicked")?;
         eprintln!("{}", seen.map_err(Failed::from)?);
         Ok::<_, Failed>(())
