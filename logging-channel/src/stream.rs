@@ -110,6 +110,12 @@ pub struct Outbox {
     waiting: VecDeque<(Vec<u8>, usize)>,
 }
 
+impl Default for Outbox {
+    fn default() -> Outbox {
+        Outbox::new()
+    }
+}
+
 impl Outbox {
     /// An outbox for a new connection.
     pub fn new() -> Outbox {
