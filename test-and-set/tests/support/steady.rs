@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use test_and_set::checker::{self, Call, Observed, Operation};
 use test_and_set::names::{Generation, Incarnation, VmName};
-use test_and_set::record::{Command, CommandReply, Member, Members};
+use test_and_set::record::{Asker, Command, CommandReply, Member, Members};
 use test_and_set::store::TestAndSet;
 
 /// How long a call may take: the members that it needs may be in the middle of an election, more than once.
@@ -15,6 +15,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const PAUSE: Duration = Duration::from_millis(5);
 /// The number of generations of each VM.
 const GENERATIONS: u64 = 12;
+/// The name of the client's host in the store.
+const HOST: &str = "client";
 
 struct SteadyClient<'s> {
     store: &'s dyn TestAndSet,
@@ -35,7 +37,8 @@ impl SteadyClient<'_> {
         let seen = answer.map_err(|e| format!("{vm}: no answer to {call:?}: {e}"))?;
         let at = |time: Instant| time.duration_since(self.begun).as_nanos() as u64;
         let ended = Some((at(Instant::now()), seen.clone()));
-        let operation = Operation { begun: at(asked), ended, asker: None, call };
+        let asker = Some(Asker { host: Some(HOST.parse().expect("a name")), operator: None });
+        let operation = Operation { begun: at(asked), ended, asker, call };
         self.slowest = self.slowest.max(asked.elapsed());
         self.history.entry(vm.clone()).or_default().push(operation);
         tokio::time::sleep(PAUSE).await;
