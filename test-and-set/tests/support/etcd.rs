@@ -54,6 +54,8 @@ impl Etcd {
             command.args(["--listen-client-urls", &client, "--advertise-client-urls", &client]);
             command.args(["--listen-peer-urls", &peer(i), "--initial-advertise-peer-urls", &peer(i)]);
             command.arg("--data-dir").arg(dir.path().join(format!("data{i}")));
+            // A password is checked in little time, also on a busy machine.
+            command.args(["--bcrypt-cost", "4"]);
             for side in ["", "peer-"].into_iter().filter(|_| has_tls) {
                 command.arg(format!("--{side}client-cert-auth"));
                 for (option, file) in

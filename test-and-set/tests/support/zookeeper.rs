@@ -2,8 +2,10 @@
 
 use std::fs;
 use std::io::Write;
+use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
@@ -55,6 +57,12 @@ impl ZooKeeper {
         command.arg("-Xmx128m").args(CLASS_PATH);
         command.arg("org.apache.zookeeper.server.quorum.QuorumPeerMain").arg(path("zoo.cfg"));
         let node = Running::start(&mut command, &path("log"));
+        // Java takes its time on a busy machine.
+        let deadline = Instant::now() + Duration::from_secs(90);
+        while [address, secure_address].iter().any(|at| TcpStream::connect(at).is_err()) {
+            assert!(Instant::now() < deadline, "ZooKeeper does not listen");
+            std::thread::sleep(Duration::from_millis(50));
+        }
         let [address, secure_address] = [address, secure_address].map(|at| at.to_string());
         Self { address, secure_address, dir, node }
     }
