@@ -25,6 +25,9 @@ pub(crate) struct StoreUser {
     pub(crate) password: String,
 }
 
+/// A certificate and its key, both PEM.
+type CertificateAndKey = (Vec<u8>, Vec<u8>);
+
 impl ClientKeys {
     /// Reads a file; `None` if there is no directory or no such file.
     pub(crate) fn read(&self, name: &str) -> Result<Option<Vec<u8>>, StoreError> {
@@ -44,7 +47,7 @@ impl ClientKeys {
     }
 
     /// Reads the certificate and the key of this client, if it has them.
-    pub(crate) fn own(&self) -> Result<Option<(Vec<u8>, Vec<u8>)>, StoreError> {
+    pub(crate) fn own(&self) -> Result<Option<CertificateAndKey>, StoreError> {
         let Some(certificate) = self.read("own.crt")? else { return Ok(None) };
         Ok(self.read_needed("own.key")?.map(|key| (certificate, key)))
     }

@@ -69,6 +69,9 @@ fn refusal(reason: ConnectionRefusal) -> &'static str {
         ConnectionRefusal::NotAClient => {
             "this certificate is neither in its directory hosts/ nor in operators/; only hosts and operators are clients"
         }
+        ConnectionRefusal::NotAMember => {
+            "the cluster has no member with this number: it was removed, or is not added yet"
+        }
     }
 }
 
@@ -80,7 +83,9 @@ impl ConnectionError {
             | ConnectionError::WrongCluster(_)
             | ConnectionError::WrongMember(_) => true,
             ConnectionError::Wire(error) => matches!(error, WireError::Magic(_) | WireError::Versions(_)),
-            ConnectionError::Refused(reason) => *reason != ConnectionRefusal::Busy,
+            ConnectionError::Refused(reason) => {
+                !matches!(reason, ConnectionRefusal::Busy | ConnectionRefusal::NotAMember)
+            }
             ConnectionError::Connect(_) | ConnectionError::Ended | ConnectionError::Silent => false,
         }
     }

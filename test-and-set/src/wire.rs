@@ -117,6 +117,8 @@ pub enum ConnectionRefusal {
     Busy,
     /// The certificate is neither a host's nor an operator's, but perhaps a member's.
     NotAClient,
+    /// The cluster has no member with this number: it was removed, or is not added yet.
+    NotAMember,
 }
 
 /// A client's request.

@@ -124,7 +124,8 @@ fn a_backup_and_a_side_that_is_alone_are_out_too() {
 
 #[test]
 fn an_answer_that_comes_when_the_pair_is_ending_or_has_asked_for_a_verdict_changes_nothing() {
-    let steps: [(fn(&mut Pair), Phase); 3] = [
+    type Step = fn(&mut Pair);
+    let steps: [(Step, Phase); 3] = [
         (
             |pair| pair.primary.handle(pair.now, Event::GuestEnded(EndReason::Guest(End::PowerOff))),
             Phase::Ending,

@@ -97,42 +97,32 @@ impl PeerAcceptor {
         let deadline = Instant::now() + PATIENCE;
         let mut link =
             PeerLink::accept(tcp, self.tls.clone(), &self.keys, PATIENCE).map_err(|e| e.to_string())?;
-        let greeted =
-            read_hello(&mut link, deadline).and_then(|hello| self.check_host(&link).map(|()| hello));
-        drop(ticket);
-        let (link, refusal) = match greeted {
-            Ok((hello, bytes)) => match self.let_in_peer(IncomingPeer { link, hello, bytes }) {
-                Ok(()) => return Ok(()),
-                Err(refused) => refused,
-            },
-            Err(refusal) => (link, refusal),
+        let (hello, bytes) = match read_hello(&mut link, deadline) {
+            Ok(greeting) => greeting,
+            Err(refusal) => return Err(tell_refusal(link, refusal)),
         };
-        let mut told = Vec::new();
-        encode(OURS.oldest, &Message::Failed { reason: refusal.clone() }, &mut told);
-        link.close_with(&told, Instant::now() + PATIENCE);
-        Err(refusal)
-    }
-
-    /// Lets in a peer that has said hello, or returns its connection, and why it is refused.
-    fn let_in_peer(&self, peer: IncomingPeer) -> Result<(), (PeerLink, String)> {
-        if let Some(replica) = self.replica() {
-            replica.stranger_called(&peer.hello, peer.link.keys.peer());
-            let (role, vm) = (role_name(peer.hello.role), &peer.hello.vm);
-            let refusal = format!("a {role} of VM {vm:?} called, but this backup has a primary already");
-            return Err((peer.link, refusal));
+        let peer = IncomingPeer { link, hello, bytes };
+        let wrong_host = if self.replica().is_none() { self.check_host(&peer.link).err() } else { None };
+        drop(ticket);
+        if let Some(refusal) = wrong_host.or_else(|| self.occupied(&peer)) {
+            return Err(tell_refusal(peer.link, refusal));
         }
         self.peers.try_send(peer).map_err(|refused| {
             let (TrySendError::Full(peer) | TrySendError::Disconnected(peer)) = refused;
-            (peer.link, "another primary called at the same time".to_owned())
+            tell_refusal(peer.link, "another primary called at the same time".into())
         })
+    }
+
+    /// Reports a peer to the replica, if there is one, and returns that this backup has a primary.
+    fn occupied(&self, peer: &IncomingPeer) -> Option<String> {
+        self.replica()?.stranger_called(&peer.hello, peer.link.keys.peer());
+        let (role, vm) = (role_name(peer.hello.role), &peer.hello.vm);
+        Some(format!("a {role} of VM {vm:?} called, but this backup has a primary already"))
     }
 
     /// Refuses a host that may not run this VM, before it can keep a primary out that may. Without an answer
     /// from the store the peer is let in: it cannot open the pair without one.
     fn check_host(&self, link: &PeerLink) -> Result<(), String> {
-        if self.replica().is_some() {
-            return Ok(());
-        }
         let refusal = self.store.get(&self.vm, STORE_PATIENCE).and_then(|record| {
             hosts::refusal(&self.store, record.as_ref(), link.keys.peer(), STORE_PATIENCE)
         });
@@ -145,6 +135,14 @@ impl PeerAcceptor {
             }
         }
     }
+}
+
+/// Tells a peer why it is refused, closes its connection, and returns the reason.
+fn tell_refusal(link: PeerLink, refusal: String) -> String {
+    let mut told = Vec::new();
+    encode(OURS.oldest, &Message::Failed { reason: refusal.clone() }, &mut told);
+    link.close_with(&told, Instant::now() + PATIENCE);
+    refusal
 }
 
 /// Reads the hello. Returns it, and all bytes that were read.

@@ -196,6 +196,10 @@ impl StoreAcceptor {
         if permission.roles().member != Some(member.id) {
             return Err(ConnectionRefusal::NotThatMember);
         }
+        // One that was removed and still runs must not make its old data known again.
+        if !self.node.raft.may_connect(member.id) {
+            return Err(ConnectionRefusal::NotAMember);
+        }
         self.node.peers.check(member.id, member.mark, member.remembers.as_ref(), before)?;
         let grant = self.quotas.admit(own, Party::Member(member.id)).ok_or(ConnectionRefusal::Busy)?;
         Ok((grant, RequesterRole::Member(member.id, Mutex::default())))

@@ -36,6 +36,7 @@ impl Raft {
     pub async fn add_member(&self, id: NodeId, address: String) -> Result<(), RequestFailure> {
         self.check_leads()?;
         let known = self.configured().into_iter().find(|member| member.id == id);
+        let is_new = known.is_none();
         if let Some(known) = known.filter(|known| known.address != address || known.votes) {
             return match known.address == address {
                 true => Ok(()),
@@ -44,6 +45,10 @@ impl Raft {
                     known.address
                 ))),
             };
+        }
+        // Before its data was emptied, a removed member that still ran may have connected once more.
+        if is_new && let Err(error) = self.peers.forget(id) {
+            eprintln!("cannot forget the data of member {id}: {error}");
         }
         self.wait_for_first_answer(id, &address).await?;
         let node = BasicNode::new(&address);

@@ -136,6 +136,14 @@ impl Raft {
         metrics.borrow().membership_config.membership().get_node(&id).is_some()
     }
 
+    /// Whether a member with this number may connect: it is one of the cluster, or this member does not know the cluster yet.
+    pub fn may_connect(&self, id: NodeId) -> bool {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow();
+        let config = metrics.membership_config.membership();
+        config.nodes().next().is_none() || config.get_node(&id).is_some()
+    }
+
     /// Forms the cluster, unless this member already belongs to one. Each of the first members does this with the same list.
     pub async fn initialize(&self, members: &BTreeMap<NodeId, String>) -> Result<(), RaftStartError> {
         let failed = |e: String| RaftStartError::Raft(e);
