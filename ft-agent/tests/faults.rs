@@ -322,7 +322,6 @@ fn connections_that_are_not_from_the_peer_do_not_disturb_a_pair() {
     let reasons = reasons(&mut b);
     eprintln!("{called} connections: {reasons:#?}");
     assert_eq!(reasons.values().sum::<usize>(), called);
-    assert!(reasons.len() >= 2, "the silent ones are refused later than the others, for another reason");
     // A primary whose certificate is not pinned, and one of another VM.
     let keys = site.dir.join("other-keys");
     test_and_set::keys::make_set(&keys, &[1], &["x".into(), "y".into()], &[]).expect("keys");

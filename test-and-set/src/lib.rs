@@ -59,6 +59,7 @@
 pub mod backup;
 pub mod blocking;
 mod cas;
+mod chain;
 pub mod checker;
 pub mod client_keys;
 pub mod conformance;

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 
+pub use crate::chain::chain;
 use crate::connection::ConnectionError;
 use crate::keys::KeysError;
 use crate::names::{Generation, Incarnation, KeyId, PartyName, VmName};
@@ -213,12 +214,6 @@ impl NodeError {
     pub(crate) fn is_lasting(&self) -> bool {
         matches!(self, NodeError::Link(link) if link.is_lasting())
     }
-}
-
-/// The messages of an error and all its sources, in one line.
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(Some(error), |e| e.source());
-    causes.map(|e| e.to_string()).collect::<Vec<_>>().join(": ")
 }
 
 struct NodeErrors<'a>(&'a [(String, NodeError)]);

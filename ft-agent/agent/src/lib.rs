@@ -58,6 +58,7 @@ mod end;
 mod event;
 mod failover;
 mod failure_detector;
+mod look;
 mod rules;
 mod start;
 mod state;

@@ -1,14 +1,9 @@
-//! A side that runs the guest looks at the store's record of its VM (rule 11).
+//! What the store's record of a VM means to a side that runs it, and when that side looks (rule 11).
 
-use logging_channel::message::Message;
 use store_rule::names::{Generation, Incarnation};
 use store_rule::record::{VmPhase, VmRecord};
 
-use crate::agent::Agent;
 use crate::config::PairTiming;
-use crate::event::{Action, Outcome};
-use crate::rules::Rule;
-use crate::state::AgentState;
 
 /// How many looks in a row get no answer before the store counts as silent. A process that was stopped finds
 /// one look without an answer when it goes on.
@@ -67,15 +62,15 @@ pub enum StoreProblem {
 pub(crate) struct StoreWatch {
     timing: PairTiming,
     /// When the next look is due; `None` while one is under way.
-    next_at: Option<u64>,
+    pub(crate) next_at: Option<u64>,
     /// When the store last answered.
     answered_at: u64,
     /// Looks in a row without an answer.
     unanswered: u32,
     /// It has not answered for long.
-    is_silent: bool,
+    pub(crate) is_silent: bool,
     /// It has no record of this pair.
-    is_unknown: bool,
+    pub(crate) is_unknown: bool,
 }
 
 impl StoreWatch {
@@ -97,7 +92,7 @@ impl StoreWatch {
     }
 
     /// A look got no answer: the next one is soon.
-    fn missed(&mut self, now: u64) {
+    pub(crate) fn missed(&mut self, now: u64) {
         self.unanswered += 1;
         let silence = now.saturating_sub(self.answered_at);
         self.is_silent = self.unanswered >= UNANSWERED_MAX && silence >= 3 * self.timing.store_watch_ns;
@@ -105,52 +100,9 @@ impl StoreWatch {
     }
 
     /// A look was answered.
-    fn answered(&mut self, now: u64, is_unknown: bool) {
+    pub(crate) fn answered(&mut self, now: u64, is_unknown: bool) {
         self.next_at = Some(now + self.timing.store_watch_ns);
         (self.answered_at, self.unanswered) = (now, 0);
         (self.is_silent, self.is_unknown) = (false, is_unknown);
-    }
-}
-
-impl Agent {
-    /// Whether this side runs the guest, and nothing else will make it ask the store.
-    pub(crate) fn watches_store(&self) -> bool {
-        matches!(self.state, AgentState::Protected | AgentState::Alone) && self.in_force(Rule::WatchTheStore)
-    }
-
-    /// Looks at the store's record, when it is time to.
-    pub(crate) fn look_when_due(&mut self, now: u64) {
-        let Some(generation) = self.generation.filter(|_| self.watches_store()) else { return };
-        if self.watch.next_at.take_if(|at| *at <= now).is_some() {
-            self.actions.push_back(Action::Look { generation, who: self.incarnation() });
-        }
-    }
-
-    /// The store has answered a look, or has not (`None`). An answer may be late: what ends this side stays
-    /// true, and a side that has left the states that watch asks the store for a verdict anyway.
-    pub(crate) fn looked(&mut self, now: u64, view: Option<StoreView>) {
-        if !self.watches_store() {
-            return;
-        }
-        let before = (self.watch.is_silent, self.watch.is_unknown);
-        match view {
-            None => self.watch.missed(now),
-            Some(StoreView::Ours) => self.watch.answered(now, false),
-            Some(StoreView::Unknown) => self.watch.answered(now, true),
-            Some(StoreView::Forgotten) => return self.stand_down(Outcome::Forgotten),
-            Some(StoreView::Overtaken(generation)) => return self.stand_down(Outcome::Overtaken(generation)),
-            Some(StoreView::HeldByOther(holder)) => return self.stand_down(Outcome::Fenced(Some(holder))),
-        }
-        if before != (self.watch.is_silent, self.watch.is_unknown) {
-            self.actions.push_back(Action::StoreProblem(self.watch.problem(now)));
-        }
-    }
-
-    /// This side has no right to run the VM: nothing leaves from here on, and the peer is told.
-    fn stand_down(&mut self, outcome: Outcome) {
-        if self.connected {
-            self.outbox.push(&Message::Failed { reason: outcome.to_string() });
-        }
-        self.halt(outcome);
     }
 }

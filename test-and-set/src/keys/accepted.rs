@@ -43,7 +43,7 @@ impl Unreadables {
     /// Notes that this cannot be read now. Returns whether what was read of it before stays in use.
     fn note(&mut self, path: &Path, error: &KeysError, now: Instant) -> bool {
         let begins = || {
-            let why = crate::store::chain(error);
+            let why = crate::chain::chain(error);
             eprintln!(
                 "{why}; certificates that were read from it before stay accepted for {GRACE:?} at most"
             );

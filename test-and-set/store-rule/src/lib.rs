@@ -5,5 +5,6 @@
 #![forbid(unsafe_code)]
 
 pub mod names;
+mod party;
 pub mod record;
 pub mod state;

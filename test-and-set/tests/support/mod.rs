@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test uses its part")]
 
 pub mod damage;
+mod disturbed;
 pub mod etcd;
 pub mod hostile;
 pub mod latency;
