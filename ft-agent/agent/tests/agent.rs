@@ -3,18 +3,14 @@
 
 mod pair;
 
-use agent::{
-    Action, Agent, Config, Event, GuestPace, Hello, NextRecord, Outcome, PeerRefusal, Phase, Role, Suspicion,
-};
+use agent::{Action, Event, GuestPace, Hello, NextRecord, Outcome, PeerRefusal, Phase, Role, Suspicion};
 use entry::identity::Identity;
 use entry::log::{EndReason, Entry, Record};
 use entry::{End, Position, PositionUnit};
-use logging_channel::message::{Message, encode};
-use logging_channel::stream::MessageReader;
-use logging_channel::versions::{ChannelVersions, OURS};
-use pair::{BACKUP_KEY, MS, Pair, TIMING, actions, config, phase, take, take_bytes};
+use logging_channel::versions::OURS;
+use pair::{BACKUP_KEY, MS, Pair, TIMING, config, phase, take, take_bytes};
 use store_rule::names::{Generation, Incarnation};
-use store_rule::record::{Applied, Command, CommandReply, HostId, Member, Verdict};
+use store_rule::record::{Applied, Command, CommandReply, HostId, Verdict};
 
 #[test]
 fn an_output_leaves_when_the_backup_has_its_record() {

@@ -2,18 +2,15 @@
 
 mod pair;
 
-use agent::{
-    Action, Agent, Config, Event, GuestPace, Hello, NextRecord, Outcome, PeerRefusal, Phase, Role, Suspicion,
-};
+use agent::{Action, Agent, Config, Event, GuestPace, Hello, Outcome, PeerRefusal, Phase, Role};
+use entry::PositionUnit;
 use entry::identity::Identity;
-use entry::log::{EndReason, Entry, Record};
-use entry::{End, Position, PositionUnit};
 use logging_channel::message::{Message, encode};
 use logging_channel::stream::MessageReader;
 use logging_channel::versions::{ChannelVersions, OURS};
-use pair::{BACKUP_KEY, MS, Pair, TIMING, actions, config, phase, take, take_bytes};
+use pair::{Pair, TIMING, actions, config, phase, take, take_bytes};
 use store_rule::names::{Generation, Incarnation};
-use store_rule::record::{Applied, Command, CommandReply, HostId, Member, Verdict};
+use store_rule::record::{Applied, Member, Verdict};
 
 #[test]
 fn rule_7_another_machine_is_refused_and_the_field_named() {

@@ -21,7 +21,7 @@ use crate::names::VmName;
 use crate::record::{VmPhase, VmRecord};
 use crate::store::{NodeError, PAGE_RECORDS_MAX, StoreError};
 use crate::zookeeper_error::ZooKeeperError;
-use session::{AclIdentity, ZooKeeperSession};
+use session::ZooKeeperSession;
 
 /// How long a session lives without a word from this client.
 const SESSION: Duration = Duration::from_secs(6);
@@ -50,28 +50,18 @@ struct ClientState {
 /// A session whose parents belong to the user, if there is one.
 struct CheckedSession {
     session: ZooKeeperSession,
-    /// The user's name.
-    user: Option<String>,
-    has_certificate: bool,
+    /// The user, as ZooKeeper calls it in permissions.
+    owner: Option<String>,
     /// The records that were seen to belong to the user. Only the user could change that.
     checked: BTreeSet<VmName>,
 }
 
 impl CheckedSession {
-    /// Whether an identity in a znode's permissions is this client's. The server has added the certificate's to what the user makes.
-    fn is_ours(&self, user: &str, (scheme, id): &AclIdentity) -> bool {
-        match scheme.as_str() {
-            "digest" => id.split_once(':').is_some_and(|(name, _)| name == user),
-            "x509" => self.has_certificate,
-            _ => false,
-        }
-    }
-
     /// Refuses a znode that does not belong to the user alone.
     async fn check(&mut self, path: &str) -> Result<(), ZooKeeperError> {
-        let Some(user) = self.user.clone() else { return Ok(()) };
+        let Some(owner) = &self.owner else { return Ok(()) };
         let identities = self.session.get_acl(path).await?;
-        match identities.iter().find(|identity| !self.is_ours(&user, identity)) {
+        match identities.iter().find(|(scheme, id)| scheme != "digest" || id != owner) {
             None => Ok(()),
             Some((scheme, id)) => {
                 Err(ZooKeeperError::NotOurs { path: path.into(), owner: format!("{scheme}:{id}") })
@@ -80,7 +70,7 @@ impl CheckedSession {
     }
 
     async fn create(&mut self, path: &str, data: &[u8]) -> Result<(), ZooKeeperError> {
-        self.session.create(path, data, self.user.is_some()).await
+        self.session.create(path, data, self.owner.as_deref()).await
     }
 
     /// Makes the parents of the records and the barrier, if they do not exist. The parents of the prefix may belong to others: a
@@ -146,13 +136,12 @@ impl ZooKeeperClient {
     async fn start(&self, started: usize) -> Result<CheckedSession, CasError> {
         let server = &self.servers[started % self.servers.len()];
         let (tls, user) = (session::tls(&self.keys)?, self.keys.user()?);
-        let has_certificate = self.keys.own()?.is_some();
         let session =
             ZooKeeperSession::start(server, tls.as_ref(), user.as_ref(), SESSION.as_millis() as i32);
         let begun = async {
-            let user = user.as_ref().map(|user| user.name.clone());
+            let owner = user.as_ref().map(session::owner_of);
             let session = session.await?;
-            let mut checked = CheckedSession { session, user, has_certificate, checked: BTreeSet::new() };
+            let mut checked = CheckedSession { session, owner, checked: BTreeSet::new() };
             checked.prepare(&self.prefix).await?;
             Ok(checked)
         };

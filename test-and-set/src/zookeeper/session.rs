@@ -5,6 +5,8 @@
 
 use std::sync::Arc;
 
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::{ClientConfig, RootCertStore};
@@ -37,8 +39,15 @@ const AUTH: i32 = 100;
 const PING_XID: i32 = -2;
 const AUTH_XID: i32 = -4;
 
-/// Who may do something with a znode: a scheme and a name.
-pub(super) type AclIdentity = (String, String);
+/// How ZooKeeper calls a user in a znode's permissions. Its `auth` scheme would add the session's certificate, whose holders
+/// would then need no password.
+pub(super) fn owner_of(StoreUser { name, password }: &StoreUser) -> String {
+    let digest = ring::digest::digest(
+        &ring::digest::SHA1_FOR_LEGACY_USE_ONLY,
+        format!("{name}:{password}").as_bytes(),
+    );
+    format!("{name}:{}", BASE64_STANDARD.encode(digest))
+}
 
 trait ZooKeeperStream: AsyncRead + AsyncWrite + Unpin + Send {}
 
@@ -153,14 +162,14 @@ impl ZooKeeperSession {
         self.request(PING_XID, PING, JuteWriter::default()).await.map(drop)
     }
 
-    /// Creates a znode, for this session's user only or for everybody.
+    /// Creates a znode for a user only ([`owner_of`]), or for everybody.
     pub(super) async fn create(
         &mut self,
         path: &str,
         data: &[u8],
-        for_user_only: bool,
+        owner: Option<&str>,
     ) -> Result<(), ZooKeeperError> {
-        let (scheme, id) = if for_user_only { ("auth", "") } else { ("world", "anyone") };
+        let (scheme, id) = owner.map_or(("world", "anyone"), |owner| ("digest", owner));
         let body = JuteWriter::default().text(path).bytes(data).int(1).int(ALL_PERMISSIONS);
         self.ask(CREATE, body.text(scheme).text(id).int(0)).await.map(drop)
     }
@@ -187,8 +196,8 @@ impl ZooKeeperSession {
         self.ask(SET_DATA, body).await.map(drop)
     }
 
-    /// Who may do something with a znode.
-    pub(super) async fn get_acl(&mut self, path: &str) -> Result<Vec<AclIdentity>, ZooKeeperError> {
+    /// Who may do something with a znode: schemes and names.
+    pub(super) async fn get_acl(&mut self, path: &str) -> Result<Vec<(String, String)>, ZooKeeperError> {
         let answer = self.ask(GET_ACL, JuteWriter::default().text(path)).await?;
         JuteReader(&answer).list("list of permissions", |reader| {
             reader.skip(4, "permissions")?;
@@ -200,5 +209,16 @@ impl ZooKeeperSession {
     pub(super) async fn list_children(&mut self, path: &str) -> Result<Vec<String>, ZooKeeperError> {
         let answer = self.ask(GET_CHILDREN, JuteWriter::default().text(path).flag(false)).await?;
         JuteReader(&answer).list("list of children", |reader| Ok(reader.text("name")?.to_owned()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_user_is_called_as_in_zookeepers_documentation() {
+        let user = StoreUser { name: "super".into(), password: "test".into() };
+        assert_eq!(owner_of(&user), "super:D/InIHSb7yEEbrWz8b9l71RjZJU=");
     }
 }

@@ -245,7 +245,7 @@ mod tests {
         assert!(postcard::from_bytes::<CopyId>(&postcard::to_stdvec(&0u128).unwrap()).is_err());
         let id = Incarnation::try_from(0x1234_5678 << 96 | 9).unwrap();
         assert_eq!(id.to_string().parse::<Incarnation>(), Ok(id));
-        let key = KeyId(std::array::from_fn(|at| at as u8 * 9));
+        let key = KeyId(std::array::from_fn(|at| (at as u8).wrapping_mul(9)));
         assert_eq!(key.to_string().parse::<KeyId>(), Ok(key));
         assert!("+1".repeat(32).parse::<KeyId>().is_err());
         assert!("1".repeat(63).parse::<KeyId>().is_err());
