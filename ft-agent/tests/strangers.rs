@@ -94,12 +94,18 @@ fn replica(site: &Site, host: Host, vm: &str, party: &str) -> Command {
     command
 }
 
+/// A backup with the keys of this party, which waits for a primary.
+fn waiting_backup(site: &Site, vm: &str, party: &str) -> Vm {
+    let mut backup = Vm::start(&mut replica(site, Host::B, vm, party));
+    backup.wait_for("waiting for a primary", 30);
+    backup
+}
+
 /// A round: two primaries are started at once for a backup that waits.
 fn two_primaries_at_once(site: &Site, round: u64) -> Result<(), String> {
     const OPEN: &str = "the pair is open";
     let vm = format!("vm-{round}");
-    let mut backup = Vm::start(&mut replica(site, Host::B, &vm, "b"));
-    backup.wait_for("waiting for a primary", 30);
+    let mut backup = waiting_backup(site, &vm, "b");
     // On one host, or on two.
     let second = ["a", "stranger"][round as usize % 2];
     let mut primaries = ["a", second].map(|party| Vm::start(&mut replica(site, Host::A, &vm, party)));
@@ -148,8 +154,7 @@ fn a_primary_that_is_refused_hears_why() {
         return;
     }
     let site = Site::new();
-    let mut backup = Vm::start(&mut replica(&site, Host::B, "vm", "b"));
-    backup.wait_for("waiting for a primary", 30);
+    let _backup = waiting_backup(&site, "vm", "b");
     // By a backup that waits: a primary of a later release.
     let (keys, versions) = (site.keys("a"), ChannelVersions { newest: 99, oldest: 98 });
     let said = inside(&site.ns("a"), move || say_hello(&keys, 1, versions)).join().expect("a call");
@@ -175,8 +180,7 @@ fn hosts_with_the_same_keys_are_refused_on_both_sides() {
         return;
     }
     let site = Site::new();
-    let mut backup = Vm::start(&mut replica(&site, Host::B, "vm", "a"));
-    backup.wait_for("waiting for a primary", 30);
+    let mut backup = waiting_backup(&site, "vm", "a");
     let mut primary = Vm::start(&mut replica(&site, Host::A, "vm", "a"));
     for side in [&mut primary, &mut backup] {
         side.wait_for("own.crt is the peer's certificate", 20);
@@ -189,8 +193,7 @@ fn hosts_with_the_same_keys_are_refused_on_both_sides() {
 /// Ends a VM's run in order, so that it is bound to hosts a and b.
 fn run_once(site: &Site) {
     let control = site.control(Host::A);
-    let mut backup = Vm::start(&mut replica(site, Host::B, "vm", "b"));
-    backup.wait_for("waiting for a primary", 30);
+    let backup = waiting_backup(site, "vm", "b");
     let mut primary = Vm::start(replica(site, Host::A, "vm", "a").arg("--control").arg(&control));
     primary.wait_for("the pair is open", 20);
     let stopped = Command::new(VMFT).args(["stop", "--control"]).arg(&control).status();
@@ -210,8 +213,7 @@ fn a_vm_that_has_ended_starts_only_on_its_hosts() {
     const WORDS: &str = "the VM is bound to hosts a and b";
     let site = Site::new();
     run_once(&site);
-    let mut backup = Vm::start(&mut replica(&site, Host::B, "vm", "b"));
-    backup.wait_for("waiting for a primary", 30);
+    let mut backup = waiting_backup(&site, "vm", "b");
     // Another host that the backup accepts calls all the time, and does not keep the right one out.
     let stop = claim_often(&site, "stranger");
     backup.wait_for("a host called that may not run VM vm", 20);
@@ -228,8 +230,7 @@ fn a_vm_that_has_ended_starts_only_on_its_hosts() {
     let mut forget = vmft_in(&site.ns("a"));
     forget.args(["forget", "--yes", "--name", "vm", "--store", &site.store_url("admin")]);
     assert!(forget.status().expect("vmft forget").success());
-    let mut backup = Vm::start(&mut replica(&site, Host::B, "vm", "b"));
-    backup.wait_for("waiting for a primary", 30);
+    let _backup = waiting_backup(&site, "vm", "b");
     let mut primary = Vm::start(&mut replica(&site, Host::A, "vm", "stranger"));
     primary.wait_for("the pair is open", 20);
 }
@@ -243,8 +244,7 @@ fn a_backup_that_the_store_does_not_know_is_named_by_its_key() {
     let site = Site::new();
     let key = key_id(Keys::load(&site.keys("b")).expect("keys").own().certificate());
     site.rename_host("b", "b", None);
-    let mut backup = Vm::start(&mut replica(&site, Host::B, "vm", "b"));
-    backup.wait_for("waiting for a primary", 30);
+    let mut backup = waiting_backup(&site, "vm", "b");
     let (status, output) = Vm::start(&mut replica(&site, Host::A, "vm", "a")).finish(60);
     assert_eq!(status.code(), Some(7), "{output}");
     let words = format!("the store refuses to open the pair: no host has the key {key}");
@@ -309,8 +309,7 @@ fn silent_connections_do_not_keep_a_primary_out() {
         return;
     }
     let site = Site::new();
-    let mut backup = Vm::start(&mut replica(&site, Host::B, "vm", "b"));
-    backup.wait_for("waiting for a primary", 30);
+    let mut backup = waiting_backup(&site, "vm", "b");
     let (stop, ready) = (Arc::new(AtomicBool::new(false)), Arc::new(std::sync::Barrier::new(2)));
     let (stopped, first) = (stop.clone(), ready.clone());
     let silent = inside(&site.ns("a"), move || stay_silent(&stopped, &first));
@@ -407,8 +406,7 @@ fn a_flood_from_another_address_does_not_keep_a_primary_out() {
         return;
     }
     let site = Site::new();
-    let mut backup = Vm::start(&mut replica(&site, Host::B, "vm", "b"));
-    backup.wait_for("waiting for a primary", 30);
+    let _backup = waiting_backup(&site, "vm", "b");
     let handshakes = || {
         let keys = site.keys("a");
         let calls = inside(&site.ns("a"), move || {
