@@ -61,6 +61,12 @@ impl Guest {
         Ok((guest, images))
     }
 
+    /// The files that it is made of.
+    pub fn paths(&self) -> impl Iterator<Item = &Path> {
+        let disks = self.disks.iter().map(|disk| disk.path.as_path());
+        [self.kernel.as_path()].into_iter().chain(self.initrd.as_deref()).chain(disks)
+    }
+
     /// The machine at the start of its boot.
     ///
     /// # Errors

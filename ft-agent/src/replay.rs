@@ -6,13 +6,14 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use entry::log::{EndReason, Entry};
-use entry::{DiskRequest, DiskResult, End, Output, Position};
+use entry::{DiskRequest, DiskResult, End, Output, Position, PositionUnit};
 use vmm::GuestLoop;
 use vmm::bisect::{Bisection, PiecewiseReplay, bisect};
 use vmm::guest_loop::{LoopError, Turn};
 use vmm::replay::{Records, ReplayError, Replayer, Standby};
 use vmm::vcpu::landing::Landings;
 
+use crate::confine::{self, Needs, directory_of};
 use crate::error::Error;
 use crate::guest::{FileOverrides, Guest};
 use crate::log_command::warn_if_cut_off;
@@ -38,6 +39,9 @@ pub struct ReplayArgs {
     /// Replay twice side by side, one replay with extra stops, and bisect to the first position where the two differ
     #[arg(long, conflicts_with_all = ["to", "digest_at", "until_divergence"])]
     bisect: bool,
+    /// For debugging: do not confine the process with seccomp and Landlock
+    #[arg(long)]
+    no_confine: bool,
 }
 
 /// Private copies of a recording's disks; they are removed when this is dropped.
@@ -84,6 +88,9 @@ impl Standby for DiskCopies {
 /// # Errors
 /// The replay diverges, the log is damaged, or a file is not that of the recording.
 pub fn run(args: &ReplayArgs) -> Result<(), Error> {
+    if !args.no_confine && args.repeats() {
+        confine_repeated(args)?;
+    }
     if args.bisect {
         return bisect_replays(args);
     }
@@ -94,6 +101,31 @@ pub fn run(args: &ReplayArgs) -> Result<(), Error> {
             eprintln!("replay {n} of {times}: no divergence");
         }
     }
+    Ok(())
+}
+
+impl ReplayArgs {
+    /// Whether files are opened again after the first replay has begun.
+    fn repeats(&self) -> bool {
+        self.bisect || self.until_divergence.is_some()
+    }
+}
+
+/// Confines a process that replays several times to the files of the recording, which are read each time.
+fn confine_repeated(args: &ReplayArgs) -> Result<(), Error> {
+    let (_, identity) = LogReader::open(&args.file)?;
+    let guest = Guest::from_recording(&identity, &args.elsewhere)?;
+    let engine = guest.config.engine;
+    // An error is told when a machine is made.
+    engine.reserve(2).ok();
+    confine::lone_process(&Needs {
+        read: guest.paths().chain([args.file.as_path()]).map(Path::to_owned).collect(),
+        devices: engine.is_kvm().then(|| "/dev/kvm".into()).into_iter().collect(),
+        // Private copies of disks are beside them.
+        make_in: guest.disks.iter().map(|disk| directory_of(&disk.path)).collect(),
+        kvm: engine.is_kvm(),
+        ..Needs::default()
+    });
     Ok(())
 }
 
@@ -153,6 +185,10 @@ fn replay(args: &ReplayArgs) -> Result<(), Error> {
     stops.sort_unstable();
     stops.dedup();
     let mut progress = Progress::new(&args.file)?;
+    if !args.no_confine && !args.repeats() {
+        let kvm = guest.machine.unit() != PositionUnit::Instructions;
+        confine::lone_process(&Needs { kvm, ..Needs::default() });
+    }
     for stop in stops.into_iter().map(Some).chain([None]) {
         let stop = stop.filter(|s| args.to.is_none_or(|to| *s <= to));
         if stop.is_none() && args.to.is_some() {

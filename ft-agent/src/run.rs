@@ -17,6 +17,7 @@ use vmm::record::{LogIntervals, Recorder};
 use vmm::source::{Live, Outside, PlannedStops, Source};
 use vmm::{GuestLoop, Machine};
 
+use crate::confine::{self, Needs, directory_of};
 use crate::error::Error;
 use crate::guest::Guest;
 use crate::log_file::LogWriter;
@@ -71,6 +72,9 @@ struct CommonArgs {
     /// Also write the summary to this file, as JSON
     #[arg(long, value_name = "FILE")]
     summary_json: Option<PathBuf>,
+    /// For debugging: do not confine the process with seccomp and Landlock
+    #[arg(long)]
+    no_confine: bool,
 }
 
 /// Runs the guest to its end.
@@ -122,6 +126,17 @@ impl CommonArgs {
                 "--stop-at, --digest-at and --save-at need the virtual clock: give --clock virtual, or leave --clock out",
             )),
             given => Ok(given.unwrap_or_default()),
+        }
+    }
+
+    /// Confines the process to what the run still has to open. To be called while the process has only one thread.
+    fn confine(&self, plan: &GuestPlan) {
+        if !self.no_confine {
+            confine::lone_process(&Needs {
+                make_in: self.save.iter().chain(&self.summary_json).map(|p| directory_of(p)).collect(),
+                kvm: plan.engine.is_kvm(),
+                ..Needs::default()
+            });
         }
     }
 }
@@ -182,12 +197,14 @@ impl<'a> Session<'a> {
         machine: &Machine,
         images: Vec<Image>,
     ) -> Result<Session<'a>, Error> {
+        let tap = plan.net.as_ref().map(|net| Tap::open(&net.tap)).transpose()?;
+        options.confine(plan);
         let inbox = Inbox::new(machine.kicker(), INBOX_CAPACITY);
         let mut inlet = Inlet::new(inbox, clock, machine.time_ns(), 0)?;
         inlet.watch_for_starvation(plan.engine.unit(), plan.starvation);
         let mut host =
             Host { inlet, outlet: Outlet::new(ConsoleOut::Printer(Printer::new(options.until.clone()))) };
-        attach(&mut host, plan, images)?;
+        attach(&mut host, tap, images);
         // A restored machine may have been saved with disk requests under way.
         for request in machine.unfinished_disk_requests() {
             host.disk(request)?;
@@ -230,10 +247,9 @@ impl<'a> Session<'a> {
     }
 }
 
-fn attach(host: &mut Host, plan: &GuestPlan, images: Vec<Image>) -> Result<(), Error> {
+fn attach(host: &mut Host, tap: Option<Tap>, images: Vec<Image>) {
     let mut slot = 0;
-    if let Some(net) = &plan.net {
-        let tap = Arc::new(Tap::open(&net.tap)?);
+    if let Some(tap) = tap.map(Arc::new) {
         host.inlet.attach_tap(slot, tap.clone());
         host.outlet.attach_tap(slot, tap);
         slot += 1;
@@ -241,7 +257,6 @@ fn attach(host: &mut Host, plan: &GuestPlan, images: Vec<Image>) -> Result<(), E
     for (slot, image) in (slot..).zip(images) {
         host.inlet.attach_disk(slot, image);
     }
-    Ok(())
 }
 
 /// SIGINT and SIGTERM end the run in an orderly way.

@@ -15,10 +15,16 @@ use support::row::{BARE, LIVES, check_survivor, one_lives, pair_with};
 use support::vm::{VMFT, Vm, under};
 use support::{can_network, has, has_guest, has_kvm, image, skip};
 
-/// The number of seccomp filters of each thread of a process, by the thread's name.
-fn filters(vm: &Vm) -> BTreeMap<String, u32> {
-    let tasks = std::fs::read_dir(format!("/proc/{}/task", vm.id())).expect("threads");
-    let mut filters = BTreeMap::new();
+/// The capability to open files of other users.
+const CAP_DAC_OVERRIDE: u32 = 1;
+
+/// The seccomp filters of every thread.
+const PROCESS: u32 = 2;
+
+/// The number of seccomp filters and the capabilities of each thread of a process, by the thread's name.
+fn threads(process: u32) -> BTreeMap<String, (u32, u64)> {
+    let tasks = std::fs::read_dir(format!("/proc/{process}/task")).expect("threads");
+    let mut threads = BTreeMap::new();
     for task in tasks.flatten() {
         // The thread may have ended meanwhile.
         let Ok(status) = std::fs::read_to_string(task.path().join("status")) else { continue };
@@ -27,9 +33,11 @@ fn filters(vm: &Vm) -> BTreeMap<String, u32> {
             line.unwrap_or_else(|| panic!("no {name} in {status}")).trim().to_owned()
         };
         assert_eq!(field("NoNewPrivs:"), "1", "{status}");
-        filters.insert(field("Name:"), field("Seccomp_filters:").parse().expect("a number"));
+        let filters = field("Seccomp_filters:").parse().expect("a number");
+        let capabilities = u64::from_str_radix(&field("CapPrm:"), 16).expect("a number");
+        threads.insert(field("Name:"), (filters, capabilities));
     }
-    filters
+    threads
 }
 
 #[test]
@@ -41,14 +49,51 @@ fn every_thread_is_confined_and_the_guests_thread_more() {
             side.wait_for(&format!("{who} confined by landlock"), 20);
             side.wait_for(&format!("{who} confined by seccomp to "), 20);
         }
-        let filters = filters(side);
+        let threads = threads(side.id());
         let more: Vec<&str> =
-            filters.iter().filter(|(_, n)| **n == 2).map(|(name, _)| name.as_str()).collect();
-        assert_eq!(more, ["guest"], "{filters:?}");
-        assert!(filters.len() > 4 && filters.values().all(|n| *n > 0), "{filters:?}");
+            threads.iter().filter(|(_, (n, _))| *n > PROCESS).map(|(name, _)| name.as_str()).collect();
+        assert_eq!(more, ["guest"], "{threads:?}");
+        assert!(threads.len() > 4 && threads.values().all(|(n, _)| *n >= PROCESS), "{threads:?}");
+        for (name, (_, capabilities)) in &threads {
+            let kept = if name == "guest" { 0 } else { 1 << CAP_DAC_OVERRIDE };
+            assert_eq!(*capabilities, kept, "{threads:?}");
+        }
     }
     drop(a);
     check_survivor(client, b);
+}
+
+#[test]
+fn run_record_and_replay_are_confined_too() {
+    const TEST: &str = "run_record_and_replay_are_confined_too";
+    if !has_guest(TEST, "bare") {
+        return;
+    }
+    let dir = std::env::temp_dir().join(format!("vmft-confined-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).expect("directory");
+    let log = dir.join("log");
+    let check = |args: &[&str], is_confined: bool| {
+        let mut vm = Vm::start(Command::new(VMFT).args(args));
+        vm.wait_for("only the console is served", 30);
+        let status = std::fs::read_to_string(format!("/proc/{}/status", vm.id())).expect("status");
+        assert_eq!(status.contains("Seccomp:\t2"), is_confined, "{args:?}: {status}");
+        if is_confined {
+            let threads = threads(vm.id());
+            assert!(threads.values().all(|one| *one == (PROCESS, 0)), "{args:?}: {threads:?}");
+            let made = dir.join("made");
+            for (what, number, arguments) in ATTEMPTS {
+                let path = if what == "make a file" { made.as_path() } else { Path::new("/proc/version") };
+                let refused = inject(vm.id(), "vmft", number, path, &arguments);
+                assert_eq!(refused, -i64::from(if number == SYS_openat { EACCES } else { EPERM }), "{what}");
+            }
+        }
+    };
+    let guest = [&BARE[..], &["--clock", "host"]].concat();
+    check(&[&["run"], &guest[..]].concat(), true);
+    check(&[&["run", "--no-confine"], &guest[..]].concat(), false);
+    let recorded = [&["record", "--log", log.to_str().expect("a path")], &guest[..]].concat();
+    check(&recorded, true);
+    std::fs::remove_dir_all(&dir).expect("to remove");
 }
 
 /// A name, the number of a system call, and its arguments, given the address of a path.

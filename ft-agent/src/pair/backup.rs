@@ -34,7 +34,7 @@ pub fn run(plan: PairPlan) -> Result<(), Error> {
     let side = PairSide::open(plan)?;
     let (acceptor, peers) = PeerAcceptor::start(&side)?;
     let controlled = acceptor.clone();
-    let _control = side.start_control(move || controlled.replica())?;
+    side.start_control(move || controlled.replica())?;
     let (replica, generation) = loop {
         let Ok(peer) = peers.recv() else { return Ok(()) };
         guest.adopt(&peer.hello.identity);

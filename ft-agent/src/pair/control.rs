@@ -60,6 +60,7 @@ pub enum ControlReply {
 /// The control socket of a replica. The socket file is removed when this value is dropped.
 pub struct ControlSocket {
     path: PathBuf,
+    listener: UnixListener,
 }
 
 impl Drop for ControlSocket {
@@ -71,15 +72,11 @@ impl Drop for ControlSocket {
 }
 
 impl ControlSocket {
-    /// Listens on a new socket. `find` returns the replica at the time of a request, or `None` if there is
-    /// none yet.
+    /// Makes the socket. Its clients wait until it is served.
     ///
     /// # Errors
     /// The socket cannot be created, or another process listens at `path`.
-    pub fn listen(
-        path: &Path,
-        find: impl Fn() -> Option<Arc<Replica>> + Send + Sync + 'static,
-    ) -> Result<ControlSocket, Error> {
+    pub fn create(path: &Path) -> Result<ControlSocket, Error> {
         let path_text = path.display();
         if UnixStream::connect(path).is_ok() {
             let why =
@@ -93,14 +90,26 @@ impl ControlSocket {
         }
         let listener =
             bind(path).map_err(Error::host(format!("cannot create control socket {path_text}")))?;
+        Ok(ControlSocket { path: path.into(), listener })
+    }
+
+    /// Starts to answer requests. `find` returns the replica at the time of a request, or `None` if there is none yet.
+    ///
+    /// # Errors
+    /// The thread cannot be started.
+    pub fn serve(
+        &self,
+        find: impl Fn() -> Option<Arc<Replica>> + Send + Sync + 'static,
+    ) -> Result<(), Error> {
+        let failed = || Error::host("cannot start the control thread");
+        let listener = self.listener.try_clone().map_err(failed())?;
         let accept = move || {
             Admission::new("control", REQUESTS_MAX).accept_all(&listener, move |client, ticket| {
                 serve(client, ticket, &find).map_err(|e| format!("no complete request in {PATIENCE:?}: {e}"))
             })
         };
         let thread = std::thread::Builder::new().name("control".into()).spawn(accept);
-        thread.map_err(Error::host("cannot start the control thread"))?;
-        Ok(ControlSocket { path: path.into() })
+        thread.map(drop).map_err(failed())
     }
 }
 

@@ -50,7 +50,7 @@ pub fn run(plan: PairPlan) -> Result<(), Error> {
     let replica = side.new_replica(Role::Primary, identity, generation)?;
     replica.set_guest(inbox.1.clone());
     let controlled = replica.clone();
-    let _control = side.start_control(move || Some(controlled.clone()))?;
+    side.start_control(move || Some(controlled.clone()))?;
     leave_on_signals(&replica)?;
     if let Some(peer) = &side.plan.peer {
         keep_connecting(&side, peer, &replica)?;

@@ -2,7 +2,6 @@
 //! devices, signals.
 
 use std::io::IsTerminal;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use agent::{Agent, Config, Outcome, Phase, Role};
@@ -31,7 +30,7 @@ use super::options::PairPlan;
 use super::replica::{Replica, now_ns};
 use super::sidecar::Sidecars;
 use super::{metrics, quorum};
-use crate::confine::{self, Needs};
+use crate::confine::{self, Needs, directory_of};
 use crate::error::Error;
 use crate::failpoint;
 use crate::guest::Guest;
@@ -65,6 +64,8 @@ pub struct PairSide {
     peer_refusals: Arc<RefusalReasons>,
     /// The user's command for each change between PROTECTED and UNPROTECTED.
     hook: Option<Hook>,
+    /// The control socket, if the options ask for one. It is made before the process is confined.
+    control: Option<ControlSocket>,
     /// The confinement of the guest's thread; `None` with `--no-confine`.
     confinement: Option<confine::GuestConfinement>,
 }
@@ -82,6 +83,9 @@ impl PairSide {
         let tap = plan.machine.net.as_ref().map(|net| Tap::open(&net.tap)).transpose()?.map(Arc::new);
         let sidecars = Sidecars::read(&plan.name, &plan.machine.disks, plan.discard_newer)?;
         let hook = plan.hook.as_ref().map(|command| Hook::start(command, plan.name.clone())).transpose()?;
+        let control = plan.control.as_deref().map(ControlSocket::create).transpose()?;
+        // An error is told when the machine is made.
+        plan.machine.engine.reserve(1).ok();
         let confinement = match plan.confine {
             true => Some(confine::process(&confinement_needs(&plan, &url, &sidecars))),
             false => {
@@ -93,7 +97,17 @@ impl PairSide {
         let store = BlockingStore::connect(&plan.store).map_err(|e| wrong_store(&e))?;
         std::thread::spawn(move || quorum::warn_if_lost_with_this_host(&url));
         let peer_refusals = Arc::default();
-        Ok(PairSide { plan, keys: keys.into(), store, tap, sidecars, peer_refusals, hook, confinement })
+        Ok(PairSide {
+            plan,
+            keys: keys.into(),
+            store,
+            tap,
+            sidecars,
+            peer_refusals,
+            hook,
+            control,
+            confinement,
+        })
     }
 
     /// Starts the guest's thread, which makes the machine and is then confined. Returns the machine, ready to
@@ -114,19 +128,19 @@ impl PairSide {
         Ok((machine?, thread))
     }
 
-    /// Starts to listen on the control socket and for scrapes of the metrics, as far as the options ask for
-    /// them. `find` returns the replica, or `None` if there is none yet.
+    /// Starts to answer on the control socket and to listen for scrapes of the metrics, as far as the options ask
+    /// for them. `find` returns the replica, or `None` if there is none yet.
     ///
     /// # Errors
-    /// The control socket cannot be created, or the process cannot listen on the address for the metrics.
+    /// A thread cannot be started, or the process cannot listen on the address for the metrics.
     pub fn start_control(
         &self,
         find: impl Fn() -> Option<Arc<Replica>> + Clone + Send + Sync + 'static,
-    ) -> Result<Option<ControlSocket>, Error> {
+    ) -> Result<(), Error> {
         if let Some(address) = self.plan.metrics {
             metrics::listen(address, self.plan.name.clone(), find.clone())?;
         }
-        self.plan.control.as_deref().map(|path| ControlSocket::listen(path, find)).transpose()
+        self.control.as_ref().map_or(Ok(()), |control| control.serve(find))
     }
 
     /// Makes the inlet report a guest that makes no exits for long: on KVM such a guest takes no inputs, and
@@ -202,25 +216,17 @@ impl PairSide {
 /// What a side still needs to open once it is confined.
 fn confinement_needs(plan: &PairPlan, url: &StoreUrl, sidecars: &Sidecars) -> Needs {
     let kvm = plan.machine.engine.is_kvm();
-    let beside = |path: &Path| match path.parent() {
-        Some(dir) if dir != Path::new("") => dir.to_owned(),
-        _ => PathBuf::from("."),
-    };
     Needs {
         // The directories below may be links to elsewhere.
         read: [Some(plan.keys.as_path()), url.keys()]
             .into_iter()
             .flatten()
             .flat_map(|keys| ["", "members", "peers"].map(|below| keys.join(below)))
-            .chain(["/dev/urandom".into()])
             .collect(),
         devices: kvm.then(|| "/dev/kvm".into()).into_iter().collect(),
-        make_in: sidecars
-            .paths()
-            .chain(plan.control.as_deref())
-            .chain(failpoint::file())
-            .map(beside)
-            .collect(),
+        make_in: sidecars.paths().chain(failpoint::file()).map(directory_of).collect(),
+        remove_in: plan.control.as_deref().map(directory_of).into_iter().collect(),
+        resolves: true,
         listen: plan.listen.into_iter().chain(plan.metrics).map(|address| address.port()).collect(),
         kvm,
     }

@@ -4,15 +4,13 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use nix::libc::c_long;
+use nix::libc::{c_long, user_regs_struct};
 use nix::sys::ptrace;
 use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::Pid;
 
 /// Makes the thread of this name in a process do a system call, and returns the result. `arguments` gets the
 /// address of `path` in the process.
-///
-/// The thread is stopped in a system call of its own, which it continues afterwards.
 pub fn inject(
     process: u32,
     thread: &str,
@@ -20,35 +18,65 @@ pub fn inject(
     path: &Path,
     arguments: &dyn Fn(u64) -> [u64; 4],
 ) -> i64 {
-    let deadline = Instant::now() + Duration::from_secs(20);
-    loop {
-        assert!(Instant::now() < deadline, "thread {thread} of {process} is never in a system call");
-        let thread = find(process, thread);
-        ptrace::attach(thread).expect("attach");
-        wait_until_stopped(thread);
-        let before = ptrace::getregs(thread).expect("registers");
-        // The thread is in a system call, or after an interrupted one.
-        if before.orig_rax as i64 >= 0 {
-            let text = before.rsp - 4096;
-            write(thread, text, path);
-            let [rdi, rsi, rdx, r10] = arguments(text);
-            let (rip, rax, orig_rax) = (before.rip - 2, number as u64, u64::MAX);
-            let call = nix::libc::user_regs_struct { rip, rax, orig_rax, rdi, rsi, rdx, r10, ..before };
-            ptrace::setregs(thread, call).expect("registers");
-            // The first step may stop before the call.
-            let mut after = call;
-            while after.rip == rip {
-                ptrace::step(thread, None).expect("step");
-                wait_until_stopped(thread);
-                after = ptrace::getregs(thread).expect("registers");
+    let held = HeldThread::new(process, thread);
+    let [a, b, c, d] = arguments(held.write(path));
+    held.call(number, [a, b, c, d, 0, 0])
+}
+
+/// A thread of another process that is stopped in a system call of its own, which it continues when this is dropped.
+pub struct HeldThread {
+    thread: Pid,
+    before: user_regs_struct,
+}
+
+impl HeldThread {
+    /// Stops the thread of this name.
+    pub fn new(process: u32, thread: &str) -> HeldThread {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            assert!(Instant::now() < deadline, "thread {thread} of {process} is never in a system call");
+            let thread = find(process, thread);
+            ptrace::attach(thread).expect("attach");
+            wait_until_stopped(thread);
+            let before = ptrace::getregs(thread).expect("registers");
+            // The thread is in a system call, or after an interrupted one.
+            if before.orig_rax as i64 >= 0 {
+                return HeldThread { thread, before };
             }
-            assert_eq!(after.rip, before.rip, "the thread is elsewhere");
-            ptrace::setregs(thread, before).expect("registers");
             ptrace::detach(thread, None).expect("detach");
-            return after.rax as i64;
+            std::thread::sleep(Duration::from_millis(5));
         }
-        ptrace::detach(thread, None).expect("detach");
-        std::thread::sleep(Duration::from_millis(5));
+    }
+
+    /// Writes a path into its memory, where the next one replaces it. Returns the address.
+    pub fn write(&self, path: &Path) -> u64 {
+        let at = self.before.rsp - 8192;
+        write(self.thread, at, path);
+        at
+    }
+
+    /// Makes it do a system call, and returns the result.
+    pub fn call(&self, number: c_long, [rdi, rsi, rdx, r10, r8, r9]: [u64; 6]) -> i64 {
+        let before = self.before;
+        let (rip, rax, orig_rax) = (before.rip - 2, number as u64, u64::MAX);
+        let call = user_regs_struct { rip, rax, orig_rax, rdi, rsi, rdx, r10, r8, r9, ..before };
+        ptrace::setregs(self.thread, call).expect("registers");
+        // The first step may stop before the call.
+        let mut after = call;
+        while after.rip == rip {
+            ptrace::step(self.thread, None).expect("step");
+            wait_until_stopped(self.thread);
+            after = ptrace::getregs(self.thread).expect("registers");
+        }
+        assert_eq!(after.rip, before.rip, "the thread is elsewhere after call {number}");
+        after.rax as i64
+    }
+}
+
+impl Drop for HeldThread {
+    fn drop(&mut self) {
+        ptrace::setregs(self.thread, self.before).expect("registers");
+        ptrace::detach(self.thread, None).expect("detach");
     }
 }
 

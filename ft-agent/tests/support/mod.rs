@@ -12,6 +12,7 @@ pub mod net;
 pub mod pair;
 pub mod row;
 pub mod stranger;
+pub mod system_calls;
 pub mod vm;
 
 use std::io::Write;

@@ -395,6 +395,18 @@ impl Engine {
         !matches!(self, Engine::Soft | Engine::Interpreter | Engine::SoftCounter)
     }
 
+    /// Takes from the host now what this many machines at the same time need, for a process that may not take it later: the
+    /// software CPU's memory for translated code.
+    ///
+    /// # Errors
+    /// The host refuses it. The machines work without, but more slowly.
+    pub fn reserve(self, machines: usize) -> std::io::Result<()> {
+        match self {
+            Engine::Soft => SoftVcpu::reserve(machines),
+            _ => Ok(()),
+        }
+    }
+
     /// Makes a vCPU for `ram`.
     pub fn vcpu(self, ram: &Ram) -> Result<Box<dyn Vcpu>, VcpuError> {
         match self {

@@ -47,6 +47,11 @@ impl SoftVcpu {
         vcpu
     }
 
+    /// Takes from the host now what [`SoftVcpu::translating`] needs, for this many CPUs at the same time.
+    pub(super) fn reserve(count: usize) -> std::io::Result<()> {
+        translator::NativeTranslator::reserve(count)
+    }
+
     /// The CPU itself, for a simulated engine that is made of it.
     pub(super) fn cpu(&self) -> &SoftCpu {
         &self.cpu

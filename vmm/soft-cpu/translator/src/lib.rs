@@ -90,6 +90,14 @@ impl NativeTranslator {
         })
     }
 
+    /// Takes from the host now what this many translators at the same time need later, for a process that will be refused it.
+    ///
+    /// # Errors
+    /// When the host allows no memory that can be executed.
+    pub fn reserve(count: usize) -> io::Result<()> {
+        memory::reserve(count, CODE_MAX)
+    }
+
     fn forget_all(&mut self) {
         self.memory.truncate(self.stubs);
         self.slots.clear();
