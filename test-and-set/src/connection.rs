@@ -193,7 +193,7 @@ impl Dialer {
             return Err(ConnectionError::WrongCluster(welcome.cluster));
         }
         let certificate = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
-        let permission = certificate.map(|certificate| Permission::new(&self.keys, certificate));
+        let permission = certificate.map(|certificate| Arc::new(Permission::new(&self.keys, certificate)));
         let permission = permission.filter(|permission| permission.roles().member == Some(welcome.id));
         let Some(permission) = permission.filter(|_| wanted.is_none_or(|to| to == welcome.id)) else {
             return Err(ConnectionError::WrongMember(welcome.id));
@@ -206,7 +206,7 @@ impl Dialer {
 }
 
 impl NodeConnection {
-    fn start(stream: TlsStream<TcpStream>, version: u16, own: KeyId, permission: Permission) -> Self {
+    fn start(stream: TlsStream<TcpStream>, version: u16, own: KeyId, permission: Arc<Permission>) -> Self {
         let (mut read, write) = tokio::io::split(stream);
         let shared = Arc::new(Shared {
             waiting: Mutex::new(Some(HashMap::new())),

@@ -86,18 +86,20 @@ pub(super) struct AcceptedCertificates {
 }
 
 impl AcceptedCertificates {
-    /// Reads all directories.
-    pub(super) fn read(&mut self, dir: &Path, now: Instant) {
+    /// Reads all directories. Returns whether other certificates are accepted than before.
+    pub(super) fn read(&mut self, dir: &Path, now: Instant) -> bool {
         let member = |path: &Path, stem: &str| stem.parse().map_err(|_| KeysError::MemberName(path.into()));
         let party = |path: &Path, stem: &str| {
             stem.parse().map_err(|source| KeysError::PartyName { path: path.into(), source })
         };
         let Self { members, hosts, operators, peers, unreadable } = self;
+        let before = (members.clone(), hosts.clone(), operators.clone(), peers.clone());
         read_directory(members, dir, "members", member, unreadable, now);
         read_directory(hosts, dir, "hosts", party, unreadable, now);
         read_directory(operators, dir, "operators", party, unreadable, now);
         read_directory(peers, dir, "peers", party, unreadable, now);
         unreadable.end_round();
+        (&before.0, &before.1, &before.2, &before.3) != (&*members, &*hosts, &*operators, &*peers)
     }
 
     pub(super) fn roles(&self, certificate: &CertificateDer<'_>) -> Roles {

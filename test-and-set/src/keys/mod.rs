@@ -171,6 +171,8 @@ struct KeysContent {
     own: OwnFiles,
     accepted: AcceptedCertificates,
     read_at: Instant,
+    /// How often other certificates were found than before.
+    revision: u64,
 }
 
 impl Keys {
@@ -182,7 +184,10 @@ impl Keys {
         let (own, mut accepted, now) =
             (OwnFiles::load(dir)?, AcceptedCertificates::default(), Instant::now());
         accepted.read(dir, now);
-        Ok(Self { dir: dir.into(), read: Mutex::new(KeysContent { own, accepted, read_at: now }) })
+        Ok(Self {
+            dir: dir.into(),
+            read: Mutex::new(KeysContent { own, accepted, read_at: now, revision: 0 }),
+        })
     }
 
     /// Calls `look` with what was read, after reading again if that is older than `age`.
@@ -191,7 +196,9 @@ impl Keys {
         let now = Instant::now();
         if now.saturating_duration_since(content.read_at) >= age {
             content.own.reload();
-            content.accepted.read(&self.dir, now);
+            if content.accepted.read(&self.dir, now) {
+                content.revision += 1;
+            }
             content.read_at = now;
         }
         look(&content)
@@ -203,6 +210,11 @@ impl Keys {
             found if found != T::default() => found,
             _ => self.look(RELOAD_FOR_UNKNOWN_AFTER, |content| find(&content.accepted)),
         }
+    }
+
+    /// A number that grows when other certificates are accepted than before.
+    fn revision(&self) -> u64 {
+        self.look(RELOAD_AFTER, |content| content.revision)
     }
 
     /// As whom a certificate is accepted.

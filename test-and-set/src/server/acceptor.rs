@@ -149,8 +149,8 @@ impl StoreAcceptor {
             greeting => greeting?,
         };
         let certificate = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
-        let permission = certificate.map(|certificate| Permission::new(&self.keys, certificate));
-        let admitted = self.admit(&hello, permission.as_ref(), &before);
+        let permission = certificate.map(|certificate| Arc::new(Permission::new(&self.keys, certificate)));
+        let admitted = self.admit(&hello, permission.as_deref(), &before);
         let welcome = Welcome {
             cluster: self.node.cluster.clone(),
             id: self.node.id,
@@ -260,7 +260,7 @@ async fn next_frame(
 /// Writes the responses of a connection. Each is written by the task that made it.
 struct ResponseWriter {
     write: Mutex<WriteHalf<TlsStream<TcpStream>>>,
-    permission: Permission,
+    permission: Arc<Permission>,
     broken: AtomicBool,
 }
 
@@ -283,7 +283,7 @@ impl ResponseWriter {
 /// The other end of a connection.
 struct Requester {
     role: RequesterRole,
-    permission: Permission,
+    permission: Arc<Permission>,
     /// The version of the protocol that both sides speak.
     version: u16,
 }

@@ -206,8 +206,8 @@ fn other_formats_are_refused_in_words() {
     let older = "made before the first release";
     for (owner, format, words) in [
         (member.to_owned(), 1, older),
-        (format!("{member}, data format 2"), 2, older),
-        (format!("{member}, data format 4"), 4, "made by a newer release"),
+        (format!("{member}, data format 3"), 3, older),
+        (format!("{member}, data format 5"), 5, "made by a newer release"),
     ] {
         let disk = sim(Default::default(), u64::MAX);
         open(&disk).unwrap().put("owner", owner.as_bytes()).unwrap();

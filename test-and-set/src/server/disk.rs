@@ -29,16 +29,17 @@ const LOG_FILE: &str = "log.redb";
 const SNAPSHOT_FILE: &str = "snapshot.redb";
 const JOURNAL_FILE: &str = "journal";
 
-/// The number of the last change, and that of the last snapshot, in tables of metadata.
-const CHANGE_NUMBER: &str = "change";
+/// The number of the last change with what is known of the other members, and the number of the last snapshot, in tables of metadata.
+const CHANGE: &str = "change";
 const SNAPSHOT_NUMBER: &str = "snapshot";
 /// Stands between the name of the owner and the number of the format; data without it is of format 1.
 const FORMAT: &str = ", data format ";
-/// The names of values in the table of metadata: what is known of the other members, this member's runs, and why its data must not
-/// be used any more.
-const KNOWN: &str = "known";
+/// The names of values in the table of metadata: this member's runs, and why its data must not be used any more.
 const RUNS: &str = "runs";
 const ROLLED_BACK: &str = "rolled back";
+
+/// What is stored as [`CHANGE`].
+type LastChange = (u64, BTreeMap<NodeId, DataMark>);
 
 /// How many bytes of each file redb may cache in memory.
 const CACHE_BYTES: usize = 16 << 20;
@@ -193,8 +194,9 @@ impl MemberDisk {
             last: AtomicU64::new(0),
             known: Mutex::default(),
         };
-        disk.known = Mutex::new(KnownMembers::stored(disk.stored(KNOWN)?.unwrap_or_default()));
-        disk.recover(journalled)?;
+        let (has, known): LastChange = disk.stored(CHANGE)?.unwrap_or_default();
+        disk.known = Mutex::new(KnownMembers::stored(known));
+        disk.recover(has, journalled)?;
         disk.identify(member)?;
         disk.check_snapshot()?;
         if let Some(why) = disk.stored(ROLLED_BACK)? {
@@ -204,9 +206,9 @@ impl MemberDisk {
         Ok(disk)
     }
 
-    /// Compares the database with the journal, and makes the journal's newest change again if the database lacks it.
-    fn recover(&self, journalled: Option<(u64, DiskChange)>) -> Result<(), DiskError> {
-        let has = self.number(&self.log, CHANGE_NUMBER)?;
+    /// Compares the database, which `has` this last change, with the journal, and makes the journal's newest change again if the
+    /// database lacks it.
+    fn recover(&self, has: u64, journalled: Option<(u64, DiskChange)>) -> Result<(), DiskError> {
         let newest = journalled.as_ref().map_or(0, |(number, _)| *number);
         match journalled {
             Some((number, change)) if number == has + 1 => {
@@ -306,10 +308,7 @@ impl MemberDisk {
                 DiskChange::Put { name, value } => drop(meta.insert(name.as_str(), value.as_slice())?),
                 DiskChange::Known { id, mark } => known.set(*id, *mark),
             }
-            if matches!(change, DiskChange::Known { .. }) || !known.is_written() {
-                meta.insert(KNOWN, encode(known.all())?.as_slice())?;
-            }
-            meta.insert(CHANGE_NUMBER, number.to_le_bytes().as_slice())?;
+            meta.insert(CHANGE, encode(&(number, known.all()))?.as_slice())?;
         }
         write.commit()?;
         let mut now = self.known();
@@ -418,9 +417,11 @@ impl MemberDisk {
         if self.known().is_written() {
             return Ok(());
         }
+        let changes = self.changes();
+        let last = changes.next.ok_or(DiskError::NotFlushed)? - 1;
         let write = self.log.begin_write()?;
         let known = self.known_members();
-        write.open_table(META)?.insert(KNOWN, encode(&known)?.as_slice())?;
+        write.open_table(META)?.insert(CHANGE, encode(&(last, &known))?.as_slice())?;
         write.commit()?;
         self.known().set_written(&known);
         Ok(())

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 
 use crate::server::journal::JournalError;
 
-/// The version of the format of a member's data. Formats 1 and 2 were made before the first release.
-pub const DATA_FORMAT: u32 = 3;
+/// The version of the format of a member's data. Formats 1 to 3 were made before the first release.
+pub const DATA_FORMAT: u32 = 4;
 
 /// Why a member's data cannot be used.
 #[derive(Debug, thiserror::Error)]

@@ -61,19 +61,19 @@ impl Node {
                     self.check_operator(asker, "copy all records").await?;
                     look.await
                 };
-                timed(&self.stats.reads, look).await.map(StoreResponse::Page)
+                Box::pin(timed(&self.stats.reads, look)).await.map(StoreResponse::Page)
             }
             StoreRequest::Ping => Ok(StoreResponse::Leader(self.raft.leader().map(|(_, address)| address))),
             StoreRequest::Status => Ok(StoreResponse::Status(Box::new(self.status()))),
             StoreRequest::AddMember(id, address) => {
                 let what = format!("add member {id} at {address}");
                 let change = self.raft.add_member(id, address);
-                self.audited(asker, what, change).await.map(|()| StoreResponse::MembersChanged)
+                Box::pin(self.audited(asker, what, change)).await.map(|()| StoreResponse::MembersChanged)
             }
             StoreRequest::RemoveMember(id) => {
                 let what = format!("remove member {id}");
                 let change = self.raft.remove_member(id);
-                self.audited(asker, what, change).await.map(|()| StoreResponse::MembersChanged)
+                Box::pin(self.audited(asker, what, change)).await.map(|()| StoreResponse::MembersChanged)
             }
             StoreRequest::HostOf(key) => Ok(StoreResponse::Host(self.keys.host_with_key(&key))),
         };
