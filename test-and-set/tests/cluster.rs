@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use libtest_mimic::{Arguments, Failed, Trial};
 use support::membership::{
     a_member_that_is_not_there_gets_no_vote, a_new_member_votes_only_with_all_of_the_log,
-    a_removal_leaves_a_quorum_that_answers,
+    a_removal_leaves_a_quorum_that_answers, a_removed_member_comes_back_with_new_data_only,
 };
 use support::restoring::all_members_are_lost_and_restored;
 use support::roles::{
@@ -422,6 +422,10 @@ fn main() {
             without_the_rule_an_old_copy_makes_two_winners,
         ),
         Trial::test("a_removal_leaves_a_quorum_that_answers", a_removal_leaves_a_quorum_that_answers),
+        Trial::test(
+            "a_removed_member_comes_back_with_new_data_only",
+            a_removed_member_comes_back_with_new_data_only,
+        ),
     ];
     libtest_mimic::run(&Arguments::from_args(), trials).exit();
 }

@@ -73,6 +73,36 @@ fn etcd_with_users() -> Result<(), Failed> {
     Ok(())
 }
 
+/// A user whose certificate has its name needs no password.
+fn etcd_knows_a_user_by_its_certificate() -> Result<(), Failed> {
+    let etcd = support::Etcd::start_with_certificate(1, "vmft");
+    etcd.enable_users("never-given");
+    run_at(&etcd.url())?;
+    let before = opened(&etcd.url(), "kept");
+    assert_eq!(record(&etcd.url(), "kept").as_ref(), Some(&before));
+    let (done, said) = etcd.tool(&["put", "/other", "x"]);
+    assert!(!done && said.contains("permission denied"), "{said}");
+    Ok(())
+}
+
+/// There is TLS, but every client with a certificate of the authority may do everything, of which each is warned.
+fn zookeeper_with_a_certificate_alone() -> Result<(), Failed> {
+    let zookeeper = support::ZooKeeper::start();
+    run_at(&zookeeper.url_with_certificate())
+}
+
+fn a_certificate_without_its_key_is_refused() -> Result<(), Failed> {
+    let keys = tempfile::tempdir()?;
+    support::etcd::make_keys(keys.path(), "somebody");
+    std::fs::remove_file(keys.path().join("own.key"))?;
+    for store in ["etcd", "zookeeper"] {
+        let url = format!("{store}://127.0.0.1:1?keys={}", keys.path().display());
+        let error = BlockingStore::connect(&url).err().expect("a refusal");
+        assert!(chain(&error).contains("own.key"), "{store}: {}", chain(&error));
+    }
+    Ok(())
+}
+
 fn etcd_without_users_refuses_a_user() -> Result<(), Failed> {
     let etcd = support::Etcd::start_with_tls(1);
     let said = refusal(&etcd.url_as("vmft", "secret"), "any");
@@ -137,7 +167,7 @@ const CONNECT_TWICE: &str = "VMFT_TEST_CONNECT_TWICE";
 
 fn an_open_store_is_warned_of_once() -> Result<(), Failed> {
     let keys = tempfile::tempdir()?;
-    support::etcd::make_keys(keys.path());
+    support::etcd::make_keys(keys.path(), "somebody");
     for (url, words) in [
         ("etcd://127.0.0.1:1".into(), "without TLS and without authentication"),
         ("zookeeper://127.0.0.1:1".into(), "without TLS and without authentication"),
@@ -180,6 +210,17 @@ fn main() {
             run_at(&support::Etcd::start_with_tls(1).url())
         }),
         with_need("etcd_with_tls_and_users", support::Etcd::missing(), etcd_with_users),
+        with_need(
+            "etcd_knows_a_user_by_its_certificate",
+            support::Etcd::missing(),
+            etcd_knows_a_user_by_its_certificate,
+        ),
+        with_need(
+            "zookeeper_with_a_certificate_alone",
+            support::ZooKeeper::missing(),
+            zookeeper_with_a_certificate_alone,
+        ),
+        Trial::test("a_certificate_without_its_key_is_refused", a_certificate_without_its_key_is_refused),
         with_need(
             "etcd_without_users_refuses_a_user",
             support::Etcd::missing(),

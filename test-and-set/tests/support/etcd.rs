@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, ExtendedKeyUsagePurpose, IsCa, KeyPair};
+use rcgen::{
+    BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair,
+};
 use tempfile::TempDir;
 use test_and_set::etcd::EtcdStore;
 
@@ -30,19 +32,25 @@ impl Etcd {
 
     /// Starts this number of members, without TLS.
     pub fn start(members: usize) -> Self {
-        Self::start_as(members, false)
+        Self::start_as(members, None)
     }
 
     /// Starts this number of members, with mutual TLS among them and to their clients.
     pub fn start_with_tls(members: usize) -> Self {
-        Self::start_as(members, true)
+        Self::start_with_certificate(members, "somebody")
     }
 
-    fn start_as(members: usize, has_tls: bool) -> Self {
+    /// The same, with this name in the clients' certificate.
+    pub fn start_with_certificate(members: usize, name: &str) -> Self {
+        Self::start_as(members, Some(name))
+    }
+
+    fn start_as(members: usize, name: Option<&str>) -> Self {
         let dir = tempfile::tempdir().expect("a directory");
-        if has_tls {
-            make_keys(dir.path());
+        if let Some(name) = name {
+            make_keys(dir.path(), name);
         }
+        let has_tls = name.is_some();
         let scheme = if has_tls { "https" } else { "http" };
         let addresses: Vec<_> = (0..members).map(|_| (free_address(), free_address())).collect();
         let peer = |i: usize| format!("{scheme}://{}", addresses[i].1);
@@ -140,8 +148,8 @@ impl Etcd {
     }
 }
 
-/// Makes one certificate for all members and clients, and the authority that signs it.
-pub fn make_keys(dir: &Path) {
+/// Makes one certificate for all members and clients, with this common name, and the authority that signs it.
+pub fn make_keys(dir: &Path, name: &str) {
     let mut authority = CertificateParams::default();
     authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     let key = KeyPair::generate().expect("a key");
@@ -149,6 +157,7 @@ pub fn make_keys(dir: &Path) {
     // Members connect to each other from the first address.
     let addresses = ["127.0.0.1".to_string(), free_address().ip().to_string()];
     let mut own = CertificateParams::new(addresses).expect("a name");
+    own.distinguished_name.push(DnType::CommonName, name);
     own.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
     let key = KeyPair::generate().expect("a key");
     let certificate = own.signed_by(&key, &authority).expect("a certificate");

@@ -86,3 +86,27 @@ pub fn a_removal_leaves_a_quorum_that_answers() -> Result<(), Failed> {
     assert!(said.contains("last member"), "{said}");
     Ok(())
 }
+
+/// A member that did not hear of its removal and comes back with its old data must not make that known to the others again: then they
+/// would refuse it with new data.
+pub fn a_removed_member_comes_back_with_new_data_only() -> Result<(), Failed> {
+    let mut cluster = Cluster::start(3);
+    let leader = cluster.leader();
+    let removed = leader % 3 + 1;
+    cluster.kill(removed);
+    std::thread::sleep(Duration::from_millis(500));
+    member(&cluster, &["remove", &removed.to_string()], true);
+    cluster.start_node(removed);
+    wait_for("a refusal of the removed member", || {
+        let others = (1..=3).filter(|id| *id != removed);
+        let logs: String = others.filter_map(|id| std::fs::read_to_string(cluster.log(id)).ok()).collect();
+        logs.contains("NotAMember").then_some(())
+    });
+    assert_eq!(members(&cluster, true).len(), 2);
+    cluster.kill(removed);
+    std::fs::remove_dir_all(cluster.data(removed))?;
+    cluster.start_node_as(removed, &["--join"]);
+    member(&cluster, &["add", &removed.to_string(), &cluster.address(removed)], true);
+    assert_eq!(members(&cluster, true), ["1", "2", "3"]);
+    Ok(())
+}

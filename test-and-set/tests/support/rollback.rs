@@ -106,6 +106,18 @@ pub fn an_old_copy_is_told_and_ends() -> Result<(), Failed> {
 /// The answers to the takes of both sides of a pair. Of three members one stores nothing, because its disk is full, while the other
 /// two give the verdict to A. Then one of these two is down, and the other one is an old copy of itself, when B asks.
 fn takes_around_an_old_copy(left_out: Option<&'static str>) -> Result<[Verdict<StoreError>; 2], Failed> {
+    for _ in 0..5 {
+        if let Some(verdicts) = try_takes_around_an_old_copy(left_out)? {
+            return Ok(verdicts);
+        }
+    }
+    Err("the member with the full disk was elected each time".into())
+}
+
+/// `None` if the member with the full disk was elected meanwhile, as happens on a busy machine.
+fn try_takes_around_an_old_copy(
+    left_out: Option<&'static str>,
+) -> Result<Option<[Verdict<StoreError>; 2]>, Failed> {
     let mut cluster = Cluster::prepare(3, &[]);
     cluster.left_out = left_out;
     let small = SmallDisk::mount(&cluster.data(2))?;
@@ -130,6 +142,9 @@ fn takes_around_an_old_copy(left_out: Option<&'static str>) -> Result<[Verdict<S
     small.fill()?;
     let vm = "vm".parse().expect("a name");
     let first = store.take(&vm, Generation::FIRST, a, PATIENCE);
+    if matches!(first, Verdict::Unknown(StoreError::DiskFull(_))) {
+        return Ok(None);
+    }
     wait_for("what the full member hears of the other one", || {
         let status = cluster.status();
         let of = |id: usize| status[id - 1]["answer"]["status"].clone();
@@ -153,7 +168,7 @@ fn takes_around_an_old_copy(left_out: Option<&'static str>) -> Result<[Verdict<S
         let third = store.take(&vm, Generation::FIRST, b, PATIENCE);
         assert!(matches!(third, Verdict::Lost(holder) if holder == a), "{third:?}");
     }
-    Ok([first, second])
+    Ok(Some([first, second]))
 }
 
 pub fn an_old_copy_does_not_vote_a_verdict_away() -> Result<(), Failed> {

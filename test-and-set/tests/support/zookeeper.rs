@@ -38,7 +38,7 @@ impl ZooKeeper {
         let (address, secure_address) = (free_address(), free_address());
         let (ip, port, secure_port) = (address.ip(), address.port(), secure_address.port());
         let path = |name: &str| dir.path().join(name);
-        make_keys(dir.path());
+        make_keys(dir.path(), "somebody");
         let text = |name: &str| fs::read_to_string(path(name)).expect("a file");
         fs::write(path("server.pem"), text("own.key") + &text("own.crt")).expect("a file");
         fs::write(path("trusted.pem"), text("ca.crt")).expect("a file");
@@ -70,6 +70,11 @@ impl ZooKeeper {
     /// The URL without TLS and without a user.
     pub fn url(&self) -> String {
         format!("zookeeper://{}", self.address)
+    }
+
+    /// The URL with TLS and a certificate, without a user.
+    pub fn url_with_certificate(&self) -> String {
+        format!("zookeeper://{}?keys={}", self.secure_address, self.dir.path().display())
     }
 
     /// The URL with TLS and a user.
