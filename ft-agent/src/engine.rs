@@ -2,6 +2,7 @@
 
 use clap::ValueEnum;
 use serde::Deserialize;
+use tracing::info;
 use vmm::Engine;
 
 use crate::doctor;
@@ -76,6 +77,6 @@ pub fn choose(cpu: CpuChoice, positions: PositionsChoice) -> Result<Engine, Erro
             }
         },
     };
-    eprintln!("engine: {} ({why})", engine.name());
+    info!("engine: {} ({why})", engine.name());
     Ok(engine)
 }

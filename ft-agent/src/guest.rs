@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use entry::identity::{HINT, Identity};
+use tracing::{info, warn};
 use twox_hash::XxHash3_128;
 use vmm::machine::MACHINE_VERSION;
 use vmm::{BootFile, BootFiles, BootPlan, Engine, Machine, MachineConfig, Slot};
@@ -76,8 +77,8 @@ impl Guest {
         if self.files.rewrite {
             match plan.rewritten() {
                 Some(rewritten) if rewritten.is_empty() => {}
-                Some(rewritten) => eprintln!("kernel: {rewritten}"),
-                None => eprintln!(
+                Some(rewritten) => info!("kernel: {rewritten}"),
+                None => warn!(
                     "kernel: warning: {} is not an ELF file with sections, so RDTSC, RDRAND and similar \
                      instructions stay in it and a replay may diverge: boot an ELF vmlinux",
                     self.files.kernel.name()
@@ -86,7 +87,7 @@ impl Guest {
         }
         let machine = Machine::new(self.config.clone(), plan)?;
         if let Some(warning) = machine.engine_warning() {
-            eprintln!("engine: warning: {warning}");
+            warn!("engine: warning: {warning}");
         }
         Ok(machine)
     }

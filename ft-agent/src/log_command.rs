@@ -108,7 +108,7 @@ pub fn run(command: LogCommand) -> Result<(), Error> {
 pub fn warn_if_cut_off(reader: &LogReader) {
     if reader.cut_off() > 0 {
         let (bytes, offset) = (reader.cut_off(), reader.offset());
-        eprintln!(
+        host_log::say!(
             "the log was cut off by a crash of the recorder: {bytes} bytes after its last complete block, which ends at byte \
              {offset}, are ignored"
         );

@@ -66,6 +66,7 @@ enum CliCommand {
 fn main() -> ExitCode {
     // clap exits with 2 for a wrong flag, which is also the code for bad configuration.
     let cli = Cli::parse();
+    host_log::init();
     let result = match cli.command {
         CliCommand::Run(args) => run::run(args),
         CliCommand::Record(args) => run::record(args),
@@ -81,11 +82,13 @@ fn main() -> ExitCode {
         CliCommand::Doctor(args) => doctor::run(&args),
         CliCommand::Log(command) => log_command::run(command),
     };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(e) => {
-            eprintln!("vmft: {e}");
+    let code = result.map_or_else(
+        |e| {
+            tracing::error!("vmft: {e}");
             e.exit_code()
-        }
-    }
+        },
+        |()| ExitCode::SUCCESS,
+    );
+    host_log::flush();
+    code
 }

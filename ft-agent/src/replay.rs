@@ -98,7 +98,7 @@ pub fn run(args: &ReplayArgs) -> Result<(), Error> {
     for n in 1..=times {
         replay(args)?;
         if times > 1 {
-            eprintln!("replay {n} of {times}: no divergence");
+            host_log::say!("replay {n} of {times}: no divergence");
         }
     }
     Ok(())
@@ -155,18 +155,18 @@ fn bisect_replays(args: &ReplayArgs) -> Result<(), Error> {
     let mut pairs = 0;
     let pair = || {
         pairs += 1;
-        eprintln!("comparing two replays, pass {pairs}");
+        host_log::say!("comparing two replays, pass {pairs}");
         Ok([u64::MAX, PIECE].map(|piece| Ok(PiecewiseReplay { guest: start(args)?, piece })))
             .and_then(|[one, other]: [Result<_, Error>; 2]| Ok([one?, other?]))
             .map_err(|e| LoopError::Source(ReplayError::Log(e)))
     };
     match bisect(pair, &stops) {
         Ok(Bisection::Equal(None)) => {
-            eprintln!("no difference between two replays, nor between them and the log");
+            host_log::say!("no difference between two replays, nor between them and the log");
             Ok(())
         }
         Ok(Bisection::Equal(Some(divergence))) => {
-            eprintln!("both replays are equal, and both differ from the log");
+            host_log::say!("both replays are equal, and both differ from the log");
             Err(Error::Divergence(divergence))
         }
         Ok(Bisection::Different(parting)) => Err(Error::ReplaysDiffer(parting)),
@@ -199,7 +199,7 @@ fn replay(args: &ReplayArgs) -> Result<(), Error> {
         let at = guest.machine.position().count;
         if stop == Some(at) && args.digest_at.contains(&at) {
             let digest = guest.machine.digest()?;
-            eprintln!("digest {at} {}", digest.total());
+            host_log::say!("digest {at} {}", digest.total());
         }
         if guest.source.is_done() {
             break;
@@ -239,7 +239,7 @@ fn report(guest: &LogReplay, wall: Duration, args: &ReplayArgs) -> Result<(), Er
     // If guest time follows the host's clock, the guest was busy whenever it was not idle.
     let busy_s = guest_s - guest.machine.counts().idle_ns as f64 / 1e9;
     let wall_s = wall.as_secs_f64().max(1e-9);
-    eprintln!(
+    host_log::say!(
         "replayed {} entries to position {at} in {wall_s:.3} s: {:.1} MIPS; {guest_s:.3} guest seconds, {busy_s:.3} of \
          them busy; the replay ran {:.2} times as fast as the busy time",
         source.applied(),
@@ -247,16 +247,16 @@ fn report(guest: &LogReplay, wall: Duration, args: &ReplayArgs) -> Result<(), Er
         busy_s / wall_s,
     );
     match source.ended() {
-        Some(EndReason::Stopped) => eprintln!("the recording was stopped here"),
-        Some(EndReason::Guest(End::PowerOff)) => eprintln!("the guest powered off"),
-        Some(EndReason::Guest(End::Reboot)) => eprintln!("the guest asked for a reset"),
-        Some(EndReason::Guest(End::TripleFault)) => eprintln!("the guest crashed (triple fault)"),
-        None if source.is_done() => eprintln!("the log has no end record: the recorder was killed"),
-        None => eprintln!("stopped at --to {}", args.to.unwrap_or(at)),
+        Some(EndReason::Stopped) => host_log::say!("the recording was stopped here"),
+        Some(EndReason::Guest(End::PowerOff)) => host_log::say!("the guest powered off"),
+        Some(EndReason::Guest(End::Reboot)) => host_log::say!("the guest asked for a reset"),
+        Some(EndReason::Guest(End::TripleFault)) => host_log::say!("the guest crashed (triple fault)"),
+        None if source.is_done() => host_log::say!("the log has no end record: the recorder was killed"),
+        None => host_log::say!("stopped at --to {}", args.to.unwrap_or(at)),
     }
     let Landings { landed, retries, .. } = guest.machine.counts().landings;
     if landed + retries > 0 {
-        eprintln!(
+        host_log::say!(
             "{landed} positions landed on by counter; {retries} missed and tried again with twice the margin"
         );
     }
@@ -264,7 +264,7 @@ fn report(guest: &LogReplay, wall: Duration, args: &ReplayArgs) -> Result<(), Er
         warn_if_cut_off(source.records());
     }
     if let Some(at) = source.equal_until() {
-        eprintln!("every output and every state was equal, the last state at position {}", at.count);
+        host_log::say!("every output and every state was equal, the last state at position {}", at.count);
     }
     Ok(())
 }
@@ -294,13 +294,15 @@ impl Progress {
             *last = Instant::now();
             let percent = offset * 100 / self.bytes.max(1);
             let speed = time_ns as f64 / 1e9 / self.started.elapsed().as_secs_f64();
-            eprint!("\rreplaying: {percent} % of the log, {speed:.2} guest seconds a second");
+            host_log::write_to_stderr(&format!(
+                "\rreplaying: {percent} % of the log, {speed:.2} guest seconds a second"
+            ));
         }
     }
 
     fn clear(&self) {
         if self.last.is_some() {
-            eprint!("\r\x1b[K");
+            host_log::write_to_stderr("\r\x1b[K");
         }
     }
 }

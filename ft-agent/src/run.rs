@@ -236,7 +236,7 @@ impl<'a> Session<'a> {
         signals.close();
         let traffic = guest.source.live().outside().traffic();
         let summary = Summary::new(&guest.machine, from, started.elapsed(), traffic);
-        eprint!("{summary}");
+        host_log::write_to_stderr(&summary.to_string());
         if let Some(path) = &options.summary_json {
             summary.write(path)?;
         }

@@ -12,6 +12,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Once;
 
+use tracing::warn;
+
 use crate::keys::KeysError;
 use crate::store::StoreError;
 
@@ -77,7 +79,7 @@ impl ClientKeys {
         static WARNED: Once = Once::new();
         let known = self.path("user").is_some() || is_known_by_certificate && self.path("own.crt").is_some();
         if let Some(warning) = warning(store, self.0.is_some(), known) {
-            WARNED.call_once(|| eprintln!("{warning}"));
+            WARNED.call_once(|| warn!("{warning}"));
         }
     }
 }

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
+use tracing::warn;
 
 use crate::connection::{ConnectionError, Dialer, NodeConnection};
 use crate::keys::Keys;
@@ -167,7 +168,7 @@ impl SharedClient {
                 }
             }
             Err(error) if refused.replace(own) != Some(own) => {
-                eprintln!(
+                warn!(
                     "member {node} cannot be reached with this party's new key {own}, so the connection with the old one \
                      stays: {error}"
                 );

@@ -47,6 +47,7 @@ const CIRCLES: &[(&str, &str)] = &[
 /// depend on others, too.
 const CRATES: &[(&str, &[&str])] = &[
     ("entry", &[]),
+    ("host-log", &[]),
     ("store-rule", &[]),
     ("soft-cpu", &[]),
     ("bench", &[]),
@@ -56,9 +57,9 @@ const CRATES: &[(&str, &[&str])] = &[
     ("translator", &["soft-cpu"]),
     ("differential", &["soft-cpu", "translator"]),
     ("vmm", &["entry", "soft-cpu", "translator"]),
-    ("test-and-set", &["store-rule"]),
+    ("test-and-set", &["host-log", "store-rule"]),
     ("fuzz", &["entry", "logging-channel", "vmm"]),
-    ("ft-agent", &["agent", "bench", "entry", "logging-channel", "test-and-set", "vmm"]),
+    ("ft-agent", &["agent", "bench", "entry", "host-log", "logging-channel", "test-and-set", "vmm"]),
 ];
 
 /// What crates without any system calls may have from crates.io.

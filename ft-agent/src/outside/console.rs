@@ -66,13 +66,13 @@ impl Printer {
             && last.elapsed() >= PROGRESS_INTERVAL
         {
             *last = Instant::now();
-            eprint!("\rbooting: {} M instructions", instructions / 1_000_000);
+            host_log::write_to_stderr(&format!("\rbooting: {} M instructions", instructions / 1_000_000));
         }
     }
 
     fn clear_progress(&mut self) {
         if self.progress.take().is_some() {
-            eprint!("\r\x1b[K");
+            host_log::write_to_stderr("\r\x1b[K");
         }
     }
 }

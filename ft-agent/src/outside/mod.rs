@@ -364,7 +364,7 @@ impl Outside for Host {
 
     fn digest(&mut self, at: Position, digest: StateDigest) -> Result<(), Error> {
         // Standard output belongs to the guest's console.
-        eprintln!("digest {} {}", at.count, digest.total());
+        host_log::say!("digest {} {}", at.count, digest.total());
         Ok(())
     }
 }

@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use entry::Position;
+use tracing::warn;
 
 /// Counts of starved inputs.
 #[derive(Clone, Copy, Debug, Default)]
@@ -45,7 +46,7 @@ impl Starvation {
             return;
         }
         if self.counts.times == 0 {
-            eprintln!(
+            warn!(
                 "the guest has made no exit for {:.1} s while an input waits (reported once; later cases are only counted)",
                 waited.as_secs_f64()
             );

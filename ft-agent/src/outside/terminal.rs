@@ -32,7 +32,7 @@ impl RawMode {
 impl Drop for RawMode {
     fn drop(&mut self) {
         if let Err(e) = tcsetattr(io::stdin(), SetArg::TCSANOW, &self.before) {
-            eprintln!("vmft: cannot restore the terminal: {e}; run `stty sane`");
+            host_log::say!("vmft: cannot restore the terminal: {e}; run `stty sane`");
         }
     }
 }

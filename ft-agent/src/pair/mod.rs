@@ -51,8 +51,9 @@ use crate::error::Error;
 /// # Errors
 /// The options are wrong, this host fails, the guest crashes, or this side does not get to run the VM.
 pub fn primary(options: PairOptions) -> Result<(), Error> {
-    side::log_to_stderr();
-    primary::run(options.check(agent::Role::Primary)?)
+    let plan = options.check(agent::Role::Primary)?;
+    plan.start_log("primary");
+    primary::run(plan)
 }
 
 /// `vmft backup`.
@@ -60,6 +61,7 @@ pub fn primary(options: PairOptions) -> Result<(), Error> {
 /// # Errors
 /// The same as for [`primary()`], or the replay differs from the recording.
 pub fn backup(options: PairOptions) -> Result<(), Error> {
-    side::log_to_stderr();
-    backup::run(options.check(agent::Role::Backup)?)
+    let plan = options.check(agent::Role::Backup)?;
+    plan.start_log("backup");
+    backup::run(plan)
 }

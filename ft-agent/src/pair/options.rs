@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use agent::{Buffers, PairTiming, Role};
 use clap::Args;
 use entry::PositionUnit;
+use host_log::LogFormat;
 use serde::Deserialize;
 use test_and_set::names::VmName;
 
@@ -47,6 +48,9 @@ pub struct PairOptions {
     /// Serve /metrics for Prometheus on this address, over plain HTTP
     #[arg(long, value_name = "ADDRESS:PORT", value_parser = parse_listen)]
     pub metrics: Option<SocketAddr>,
+    /// What each line of the log on standard error is [default: text]
+    #[arg(long, value_name = "FORMAT")]
+    pub log_format: Option<LogFormat>,
     /// For debugging: do not confine the process with seccomp and Landlock
     #[arg(long)]
     pub no_confine: bool,
@@ -90,6 +94,8 @@ pub struct PairPlan {
     pub hook: Option<String>,
     /// Where Prometheus scrapes the metrics.
     pub metrics: Option<SocketAddr>,
+    /// What the log's lines are.
+    pub log_format: LogFormat,
     /// Confine the process by seccomp and Landlock.
     pub confine: bool,
     /// The timeouts of the pair, and the interval of heartbeats.
@@ -104,6 +110,11 @@ impl PairPlan {
     /// The unit of positions, which depends on the engine.
     pub fn engine_unit(&self) -> PositionUnit {
         self.machine.engine.unit()
+    }
+
+    /// From now on this process's messages are lines of a log, which name the VM and its side.
+    pub fn start_log(&self, role: &str) {
+        host_log::serve(self.log_format, vec![("vm", self.name.to_string()), ("role", role.to_owned())]);
     }
 
     /// Where guest time comes from.
@@ -149,6 +160,7 @@ impl PairOptions {
             control: o.control,
             hook: o.hook,
             metrics: o.metrics,
+            log_format: o.log_format.unwrap_or_default(),
             confine: !o.no_confine,
             timing,
             buffers,
@@ -169,6 +181,7 @@ impl PairOptions {
             control: self.control.or(file.control),
             hook: self.hook.or(file.hook),
             metrics: self.metrics.or(file.metrics),
+            log_format: self.log_format.or(file.log_format),
             no_confine: self.no_confine || file.no_confine,
             timeout_ms: self.timeout_ms.or(file.timeout_ms),
             heartbeat_ms: self.heartbeat_ms.or(file.heartbeat_ms),

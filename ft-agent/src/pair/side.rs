@@ -1,7 +1,6 @@
 //! What both sides of a pair have in common before they meet and when they end: options, keys, store,
 //! devices, signals.
 
-use std::io::IsTerminal;
 use std::sync::Arc;
 
 use agent::{Agent, Config, Outcome, Phase, Role};
@@ -18,7 +17,6 @@ use test_and_set::refusal_log::RefusalReasons;
 use test_and_set::store::chain;
 use test_and_set::url::StoreUrl;
 use tracing::warn;
-use tracing_subscriber::EnvFilter;
 use vmm::Machine;
 
 use super::announce::Announcer;
@@ -40,13 +38,6 @@ use crate::outside::{ConsoleOut, Inlet, Outlet};
 
 /// The slot of the network device, if there is one.
 pub const NET_SLOT: u8 = 0;
-
-/// Sends the log messages of this process to standard error. `VMFT_LOG` filters them (`info`, `vmft=debug`).
-pub fn log_to_stderr() {
-    let filter = EnvFilter::try_from_env("VMFT_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    let colours = std::io::stderr().is_terminal();
-    tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(colours).with_env_filter(filter).init();
-}
 
 /// What a side needs to run a replica.
 pub struct PairSide {
@@ -93,6 +84,7 @@ impl PairSide {
                 None
             }
         };
+        host_log::write_on_thread().map_err(Error::host("cannot start the log's thread"))?;
         failpoint::watch();
         let store = BlockingStore::connect(&plan.store).map_err(|e| wrong_store(&e))?;
         std::thread::spawn(move || quorum::warn_if_lost_with_this_host(&url));

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustls::pki_types::CertificateDer;
+use tracing::{info, warn};
 
 use super::{KeysError, io_error, read_certificates};
 use crate::names::{KeyId, PartyName};
@@ -44,9 +45,7 @@ impl Unreadables {
     fn note(&mut self, path: &Path, error: &KeysError, now: Instant) -> bool {
         let begins = || {
             let why = crate::chain::chain(error);
-            eprintln!(
-                "{why}; certificates that were read from it before stay accepted for {GRACE:?} at most"
-            );
+            warn!("{why}; certificates that were read from it before stay accepted for {GRACE:?} at most");
             Unreadable { since: now, noted: true, given_up: false }
         };
         let noted = self.0.entry(path.into()).or_insert_with(begins);
@@ -54,9 +53,7 @@ impl Unreadables {
         let lasts = now.saturating_duration_since(noted.since) >= GRACE;
         if lasts && !std::mem::replace(&mut noted.given_up, true) {
             let path = path.display();
-            eprintln!(
-                "{path} cannot be used for {GRACE:?} now: no certificate in it is accepted until it can"
-            );
+            warn!("{path} cannot be used for {GRACE:?} now: no certificate in it is accepted until it can");
         }
         !lasts
     }
@@ -66,7 +63,7 @@ impl Unreadables {
         self.0.retain(|path, noted| {
             let remains = std::mem::take(&mut noted.noted);
             if !remains {
-                eprintln!("{} is no longer in the way", path.display());
+                info!("{} is no longer in the way", path.display());
             }
             remains
         });

@@ -8,6 +8,7 @@ use rustls::SignatureScheme;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::sign::CertifiedKey;
+use tracing::{info, warn};
 
 use super::{KeysError, io_error, key_id, parse_certificates};
 use crate::names::KeyId;
@@ -113,14 +114,14 @@ impl OwnFiles {
             Ok(None) => self.said.clear(),
             Ok(Some((key, content))) => {
                 if key.certificate != self.key.certificate {
-                    eprintln!("this party's key was {}, and is {} from now on", self.key.id(), key.id());
+                    info!("this party's key was {}, and is {} from now on", self.key.id(), key.id());
                 }
                 (self.key, self.content, self.said) = (Arc::new(key), content, String::new());
             }
             Err(error) => {
                 let why = crate::store::chain(&error);
                 if why != self.said {
-                    eprintln!("{why}; the key that was read before, {}, stays in use", self.key.id());
+                    warn!("{why}; the key that was read before, {}, stays in use", self.key.id());
                     self.said = why;
                 }
             }

@@ -16,6 +16,7 @@ use tokio::sync::{Mutex, Semaphore};
 use tokio::task::AbortHandle;
 use tokio::time::timeout;
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use tracing::warn;
 
 use crate::keys::{Keys, Permission, Roles};
 use crate::pending::PendingPlaces;
@@ -86,14 +87,14 @@ impl StoreAcceptor {
     /// Logs a refusal, or counts it and sees to it that the count is logged.
     fn refused(self: &Arc<Self>, why: String) {
         match self.refusal_log().refused(Instant::now()) {
-            RefusalLine::Now { left_out: 0 } => eprintln!("{why}"),
-            RefusalLine::Now { left_out } => eprintln!("{why} ({left_out} more like it since the last line)"),
+            RefusalLine::Now { left_out: 0 } => warn!("{why}"),
+            RefusalLine::Now { left_out } => warn!("{why} ({left_out} more like it since the last line)"),
             RefusalLine::Later(time) => {
                 let acceptor = self.clone();
                 tokio::spawn(async move {
                     tokio::time::sleep(time).await;
                     if let Some(left_out) = acceptor.refusal_log().report(Instant::now()).checked_sub(1) {
-                        eprintln!("{why} ({left_out} more like it since the last line)");
+                        warn!("{why} ({left_out} more like it since the last line)");
                     }
                 });
             }

@@ -12,6 +12,7 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use tracing::error;
 
 use crate::names::VmName;
 use crate::record::{Asker, Command, CommandReply, Member};
@@ -95,7 +96,7 @@ fn write_all(mut out: impl Write, waiting: &Receiver<String>, left_out: &AtomicU
         if let Err(error) = out.write_all(text.as_bytes()).and_then(|()| out.flush())
             && !std::mem::replace(&mut broken, true)
         {
-            eprintln!(
+            error!(
                 "cannot write the audit's lines to standard output; they are missing from here on: {error}"
             );
         }

@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use redb::{Builder, Database, ReadableDatabase, ReadableTable, StorageBackend, TableDefinition};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tracing::warn;
 
 use crate::names::{ClusterName, CopyId, RunId};
 use crate::server::disk_error::{DATA_FORMAT, DiskError};
@@ -106,7 +107,7 @@ fn open(file: &'static str, backend: impl StorageBackend, has_content: bool) -> 
         }
         let mut database = Builder::new().set_cache_size(CACHE_BYTES).create_with_backend(backend)?;
         if !database.check_integrity()? {
-            eprintln!("{file} was not closed in order, and was repaired");
+            warn!("{file} was not closed in order, and was repaired");
         }
         Ok(database)
     }));
@@ -212,7 +213,7 @@ impl MemberDisk {
         let newest = journalled.as_ref().map_or(0, |(number, _)| *number);
         match journalled {
             Some((number, change)) if number == has + 1 => {
-                eprintln!("{LOG_FILE} lacks the last change, which was made again from {JOURNAL_FILE}");
+                warn!("{LOG_FILE} lacks the last change, which was made again from {JOURNAL_FILE}");
                 self.change_log(number, &change)?;
             }
             // The write of the journal was torn. The slot must be whole again before the other one is written.

@@ -33,6 +33,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::net::TcpListener;
+use tracing::{info, warn};
 
 use crate::connection::Dialer;
 use crate::keys::{Keys, KeysError};
@@ -114,7 +115,7 @@ pub enum ServeError {
 /// Always: this returns only if the member cannot start, or has stopped.
 pub async fn serve(settings: ServerSettings) -> Result<(), ServeError> {
     if let Err(error) = crate::time_slice::shorten() {
-        eprintln!("verdicts will be slower on a busy machine: cannot set a short time slice: {error}");
+        warn!("verdicts will be slower on a busy machine: cannot set a short time slice: {error}");
     }
     let keys = Arc::new(Keys::load(&settings.keys)?);
     let dialer =
@@ -146,7 +147,7 @@ pub async fn serve(settings: ServerSettings) -> Result<(), ServeError> {
         if !settings.join {
             node.raft.initialize(&settings.peers).await?;
         }
-        eprintln!("member {} of cluster {} serves on {}", node.id, node.cluster, settings.listen);
+        info!("member {} of cluster {} serves on {}", node.id, node.cluster, settings.listen);
         Err(ServeError::Stopped(node.raft.stopped().await))
     };
     tokio::select! {
@@ -168,7 +169,7 @@ async fn write_known(disk: Arc<MemberDisk>) {
         if now == before
             && let Err(error) = disk.write_known()
         {
-            eprintln!("cannot store what is known of the other members: {error}");
+            warn!("cannot store what is known of the other members: {error}");
         }
         before = now;
     }

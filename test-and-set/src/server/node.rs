@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
 
 use tokio::sync::Mutex;
+use tracing::error;
 
 use crate::keys::Keys;
 use crate::names::{ClusterName, VmName};
@@ -142,7 +143,7 @@ impl Node {
         let done = act.await;
         let verdict = done.as_ref().map_or_else(|failure| format!("failed: {failure}"), |_| "done".into());
         if let Err(failure) = self.raft.note(note(verdict)).await {
-            eprintln!("cannot note in the audit that this has ended: {what}: {failure}");
+            error!("cannot note in the audit that this has ended: {what}: {failure}");
         }
         done
     }

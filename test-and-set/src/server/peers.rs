@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{Mutex as AsyncMutex, watch};
+use tracing::error;
 
 use crate::connection::{ConnectionError, Dialer, NodeConnection};
 use crate::server::disk::MemberDisk;
@@ -72,7 +73,7 @@ impl OtherMembers {
         self.check_own(id, remembers)?;
         let Some(known) = self.remembered().get(&id).copied() else {
             return self.disk.set_known(id, Some(mark)).map_err(|error| {
-                eprintln!("refused member {id}: cannot record the id of its data: {error}");
+                error!("refused member {id}: cannot record the id of its data: {error}");
                 ConnectionRefusal::DataReplaced
             });
         };
@@ -103,7 +104,7 @@ impl OtherMembers {
         };
         let why = format!("member {id} remembers change {} of this data, but {what}", remembered.change);
         if let Err(error) = self.disk.set_rolled_back(&why) {
-            eprintln!("cannot store that this member's data must not be used: {error}");
+            error!("cannot store that this member's data must not be used: {error}");
         }
         self.rolled_back.send_replace(Some(why));
         Err(ConnectionRefusal::RolledBack)

@@ -15,6 +15,7 @@ use std::ops::{Bound, RangeBounds};
 use std::sync::{Arc, Mutex, mpsc};
 
 use tokio::sync::watch;
+use tracing::error;
 
 use crate::server::disk::MemberDisk;
 use crate::server::disk_error::DiskError;
@@ -106,7 +107,7 @@ fn flush(disk: &MemberDisk, shared: &FlushState, appended: &mpsc::Receiver<Encod
     while let Ok(mut rows) = appended.recv() {
         rows.extend(appended.try_iter().flatten());
         if let Err(error) = disk.append(&rows) {
-            eprintln!("cannot write the log: {error}");
+            error!("cannot write the log: {error}");
             shared.failed.send_replace(true);
             return;
         }

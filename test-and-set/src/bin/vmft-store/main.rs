@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use backups::RestoreArgs;
 use clap::{Args, Parser, Subcommand};
+use host_log::LogFormat;
 use keys_command::KeysCommand;
 use test_and_set::keys::Keys;
 use test_and_set::names::ClusterName;
@@ -98,6 +99,9 @@ struct ServeArgs {
     /// How many VM names one host may open. Names are never given back; a VM that is started again keeps its own.
     #[arg(long, default_value_t = ServerSettings::NAMES_PER_HOST, value_parser = clap::value_parser!(u64).range(1..))]
     names_per_host: u64,
+    /// What each line of the log on standard error is.
+    #[arg(long, value_name = "FORMAT", default_value = "text")]
+    log_format: LogFormat,
 }
 
 #[derive(Args)]
@@ -143,13 +147,14 @@ fn parse_peer(text: &str) -> Result<(NodeId, String), String> {
 }
 
 fn main() -> ExitCode {
-    match run(StoreCli::parse().command) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("vmft-store: {}", chain(&*error));
-            ExitCode::FAILURE
-        }
+    let cli = StoreCli::parse();
+    host_log::init();
+    let result = run(cli.command);
+    if let Err(error) = &result {
+        tracing::error!("vmft-store: {}", chain(&**error));
     }
+    host_log::flush();
+    if result.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 fn run(command: StoreCommand) -> Result<(), Box<dyn Error>> {
@@ -158,7 +163,11 @@ fn run(command: StoreCommand) -> Result<(), Box<dyn Error>> {
     runtime.block_on(async {
         match command {
             StoreCommand::Serve(serve) => {
+                let format = serve.log_format;
                 let settings = settings(serve)?;
+                let member = ("member", settings.id.to_string());
+                host_log::serve(format, vec![("cluster", settings.cluster.to_string()), member]);
+                host_log::write_on_thread()?;
                 tokio::select! {
                     ended = server::serve(settings) => Ok(ended?),
                     interrupted = tokio::signal::ctrl_c() => Ok(interrupted?),

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use openraft::error::{ChangeMembershipError, ClientWriteError, RaftError};
 use openraft::{BasicNode, ChangeMembers};
+use tracing::error;
 
 use super::Raft;
 use super::types::RaftWriteError;
@@ -48,7 +49,7 @@ impl Raft {
         }
         // Before its data was emptied, a removed member that still ran may have connected once more.
         if is_new && let Err(error) = self.peers.forget(id) {
-            eprintln!("cannot forget the data of member {id}: {error}");
+            error!("cannot forget the data of member {id}: {error}");
         }
         self.wait_for_first_answer(id, &address).await?;
         let node = BasicNode::new(&address);
@@ -58,9 +59,9 @@ impl Raft {
             if let Err(error) =
                 self.change_members(|| self.raft.change_membership(removal.clone(), false)).await
             {
-                eprintln!("cannot remove member {id}, which was not added completely: {error}");
+                error!("cannot remove member {id}, which was not added completely: {error}");
             }
-            eprintln!("{failure}");
+            error!("{failure}");
             return Err(failure);
         }
         let vote = ChangeMembers::AddVoterIds([id].into());
@@ -127,7 +128,7 @@ impl Raft {
                 if self.configured().iter().all(|member| member.id != id)
                     && let Err(error) = self.peers.forget(id)
                 {
-                    eprintln!("cannot forget the data of member {id}, which was not added: {error}");
+                    error!("cannot forget the data of member {id}, which was not added: {error}");
                 }
                 return Err(refused(format!(
                     "member {id} does not answer at {address}: {error}; the members are as before"

@@ -38,6 +38,7 @@ use crate::server::peers::OtherMembers;
 use crate::server::raft_log::RaftLog;
 use crate::state::StoreState;
 use crate::wire::{MemberStatus, NodeId, PeerRequest, PeerResponse, RequestFailure};
+use tracing::error;
 
 /// How long the leader waits for a majority before it reports that it cannot reach one.
 const QUORUM_PATIENCE: Duration = Duration::from_millis(350);
@@ -266,7 +267,7 @@ impl Raft {
     /// Stops the member.
     pub async fn stop(&self) {
         if let Err(error) = self.raft.shutdown().await {
-            eprintln!("cannot stop Raft: {error}");
+            error!("cannot stop Raft: {error}");
         }
     }
 }
@@ -321,7 +322,7 @@ impl Raft {
 
 fn decode_rpc<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, RequestFailure> {
     decode("request of another member", bytes).map_err(|error| {
-        eprintln!("cannot answer another member: {error}");
+        error!("cannot answer another member: {error}");
         RequestFailure::Stopped
     })
 }
