@@ -73,6 +73,9 @@ pub enum Error {
     /// `vmft status` found a VM that is not protected: it would be lost with its host.
     #[error("the VM is not protected")]
     Unprotected,
+    /// `vmft status`: the VM is at risk of what the status says.
+    #[error("the VM is at risk")]
+    AtRisk,
     /// The guest crashed: its CPU shut down (triple fault).
     #[error("the guest crashed (triple fault) at position {position}")]
     GuestCrash {
@@ -95,7 +98,7 @@ impl Error {
 
     /// The exit code of the process: 1 not protected (`vmft status`), 2 configuration, 3 host, 4 guest crash, 5 divergence,
     /// 6 fenced (the other side runs the VM, or it was forgotten or started elsewhere), 7 not started (the VM runs elsewhere,
-    /// the store refuses to open it, or the peer was lost before the guest ran).
+    /// the store refuses to open it, or the peer was lost before the guest ran), 8 at risk (`vmft status`).
     pub fn exit_code(&self) -> ExitCode {
         ExitCode::from(self.code())
     }
@@ -110,6 +113,7 @@ impl Error {
             Error::GuestCrash { .. } => 4,
             Error::Divergence(_) | Error::ReplaysDiffer(_) | Error::NotRepeatable { .. } => 5,
             Error::Unprotected => 1,
+            Error::AtRisk => 8,
             Error::Out(Outcome::Fenced(_) | Outcome::Forgotten | Outcome::Overtaken(_)) => 6,
             Error::RunsElsewhere { .. }
             | Error::Out(Outcome::NotOpened | Outcome::OpenRefused(_) | Outcome::NotStarted(_)) => 7,

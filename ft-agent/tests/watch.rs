@@ -83,8 +83,8 @@ fn wait_protected(site: &Site, host: Host, protected: bool, seconds: u64) -> ser
 }
 
 #[test]
-fn a_pair_is_unprotected_while_its_store_is_away_and_its_clients_do_not_notice() {
-    const TEST: &str = "a_pair_is_unprotected_while_its_store_is_away_and_its_clients_do_not_notice";
+fn a_pair_is_at_risk_while_its_store_is_away_and_its_clients_do_not_notice() {
+    const TEST: &str = "a_pair_is_at_risk_while_its_store_is_away_and_its_clients_do_not_notice";
     let hook = ["--hook", "echo \"hook: $VMFT_STATE $VMFT_PHASE $VMFT_REASON\" >&2"];
     let Some((mut site, mut a, mut b, client)) = pair_with(TEST, &hook, &[]) else { return };
     let stopped = Instant::now();
@@ -93,12 +93,14 @@ fn a_pair_is_unprotected_while_its_store_is_away_and_its_clients_do_not_notice()
     }
     for (side, host) in [(&mut a, Host::A), (&mut b, Host::B)] {
         let report = wait_protected(&site, host, false, 30);
-        eprintln!("{host:?} is unprotected after {:?}", stopped.elapsed());
+        eprintln!("{host:?} is at risk after {:?}", stopped.elapsed());
         let problem = report["store_problem"].as_str().expect("a problem");
         assert!(problem.starts_with("the store has not answered for "), "{problem}");
         assert_eq!((&report["phase"], &report["store_answers"]), (&"protected".into(), &false.into()));
-        side.wait_for("UNPROTECTED: the store has not answered for ", 10);
-        side.wait_for("hook: UNPROTECTED protected the store has not answered for ", 10);
+        assert_eq!((&report["state"], &report["reason"]), (&"AT RISK".into(), &report["store_problem"]));
+        assert!(report["store_answered_ago_ms"].as_f64().is_some_and(|ms| ms >= 15_000.0), "{report}");
+        side.wait_for("AT RISK: the store has not answered for ", 10);
+        side.wait_for("hook: AT_RISK protected the store has not answered for ", 10);
     }
     for id in [1, 2] {
         site.start_store(id);
@@ -106,7 +108,7 @@ fn a_pair_is_unprotected_while_its_store_is_away_and_its_clients_do_not_notice()
     for (side, host) in [(&mut a, Host::A), (&mut b, Host::B)] {
         let report = wait_protected(&site, host, true, 30);
         assert!(report["store_problem"].is_null(), "{report}");
-        side.wait_for("the store answers, and has the record of this pair", 10);
+        side.wait_for("PROTECTED again", 10);
         assert!(!side.has_printed("the peer is lost"), "{}", side.seen());
     }
     client.wait_for(50, 20);

@@ -10,7 +10,7 @@ use entry::codec::{ByteReader, DecodeError, DecodeFault, put_varint};
 use entry::identity::{IDENTITY_MAX, Identity};
 use entry::log::EndReason;
 
-use crate::versions::{ChannelVersions, OURS, beat_end};
+use crate::versions::{ChannelVersions, OURS, RISKS_IN_BEATS, beat_end};
 
 /// The first bytes of a hello.
 pub const MAGIC: [u8; 8] = *b"VMFTCHN\0";
@@ -104,6 +104,22 @@ pub struct Beat {
     pub records: u64,
     /// The position of the sender's guest (its count).
     pub position: u64,
+    /// What the sender knows that puts the pair at risk: a sum of the values in [`risk`]. Not in version 3.
+    pub risks: u64,
+    /// From the primary: how far the backup is behind, in ns. Not in version 3.
+    pub lag_ns: u64,
+}
+
+/// The values of [`Beat::risks`]; a reader ignores those that it does not know.
+pub mod risk {
+    /// The store does not answer the sender.
+    pub const STORE_SILENT: u64 = 1;
+    /// The store has no record of the pair, or one from a backup.
+    pub const STORE_UNKNOWN: u64 = 2;
+    /// The guest's outputs do not leave the sender.
+    pub const OUTPUTS_HELD: u64 = 4;
+    /// The backup is further behind than it may be.
+    pub const BEHIND: u64 = 8;
 }
 
 /// Shows that the sender has a new key, which replaces the one of the connection's handshake. Only the connection's
@@ -269,7 +285,9 @@ pub fn encode(version: u16, message: &Message, out: &mut Vec<u8>) {
         }
         Message::Beat(beat) => {
             let fields = [beat.stamp_ns, beat.echo_ns, beat.turns, beat.records, beat.position];
-            fields.iter().chain(beat_end(version)).for_each(|v| put_varint(*v, &mut b));
+            let risks = [beat.risks, beat.lag_ns];
+            let later = risks.iter().filter(|_| version >= RISKS_IN_BEATS);
+            fields.iter().chain(later).chain(beat_end(version)).for_each(|v| put_varint(*v, &mut b));
             kind::BEAT
         }
         Message::Failed { reason } => {
@@ -380,13 +398,17 @@ pub(crate) fn decode(version: u16, kind: u8, body: &[u8], base: u64) -> Result<M
 }
 
 fn decode_beat(version: u16, r: &mut ByteReader<'_>) -> Result<Beat, MessageError> {
-    let beat = Beat {
+    let mut beat = Beat {
         stamp_ns: r.varint("stamp")?,
         echo_ns: r.varint("echo")?,
         turns: r.varint("turns")?,
         records: r.varint("records")?,
         position: r.varint("position")?,
+        ..Beat::default()
     };
+    if version >= RISKS_IN_BEATS {
+        (beat.risks, beat.lag_ns) = (r.varint("risks")?, r.varint("lag")?);
+    }
     for end in beat_end(version) {
         let offset = r.offset();
         if r.varint("end of a beat")? != *end {

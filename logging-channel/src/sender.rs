@@ -28,6 +28,8 @@ pub struct Limits {
     pub peer_buffer_bytes: u64,
     /// How far the backup may lag. The guest is slowed in proportion before that.
     pub lag_ns_max: u64,
+    /// The lag at which the guest stops, until the backup has caught up so far.
+    pub lag_ns_bound: u64,
     /// How long a record that no output waits for may wait for others.
     pub batch_ns: u64,
     /// For how long after a departure the next outputs are held back, so that outputs in quick succession
@@ -49,7 +51,7 @@ pub enum GuestPace {
     Free,
     /// For this share of the time, in per mille (1 to 999).
     Share(u64),
-    /// Not at all: a buffer is full, or a verdict is pending.
+    /// Not at all: a buffer is full, the backup is too far behind, or a verdict is pending.
     Stop,
 }
 
@@ -314,15 +316,16 @@ impl Sender {
     }
 
     /// How fast the guest may run: at full speed, slowed in proportion to the bound that is nearest to being
-    /// reached, or not at all if a buffer is full.
+    /// reached, or not at all if a buffer is full or the lag has reached its bound.
     pub fn pace(&self, now: u64) -> GuestPace {
         let part = |value: u64, max: u64| value.saturating_mul(1000) / max.max(1);
         let unacked = part(self.weight - self.weight_acked, self.limits.unacked_bytes_max);
-        if unacked >= 1000 {
+        let lag_ns = self.lag_ns(now);
+        if unacked >= 1000 || lag_ns >= self.limits.lag_ns_bound {
             return GuestPace::Stop;
         }
         let lag = part(self.weight - self.weight_replayed, self.limits.peer_buffer_bytes);
-        let late = part(self.lag_ns(now), self.limits.lag_ns_max);
+        let late = part(lag_ns, self.limits.lag_ns_max);
         match unacked.max(lag).max(late) {
             fill if fill <= SLOW_FROM => GuestPace::Free,
             fill => {

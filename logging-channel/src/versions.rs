@@ -9,9 +9,14 @@ use std::fmt;
 /// version that is released has such fields.
 const KNOWN: &[(u16, &[u64])] = &[
     (3, &[]),
+    // Its beats carry the sender's risks and the backup's lag.
+    (RISKS_IN_BEATS, &[]),
     #[cfg(feature = "next-version")]
     next_version::ENTRY,
 ];
+
+/// The first version whose beats carry [`crate::message::Beat::risks`] and [`crate::message::Beat::lag_ns`].
+pub(crate) const RISKS_IN_BEATS: u16 = 4;
 
 /// The versions that this build knows.
 pub const OURS: ChannelVersions = ChannelVersions { newest: KNOWN[KNOWN.len() - 1].0, oldest: KNOWN[0].0 };
@@ -20,7 +25,7 @@ pub const OURS: ChannelVersions = ChannelVersions { newest: KNOWN[KNOWN.len() - 
 /// round.
 #[cfg(feature = "next-version")]
 mod next_version {
-    pub const ENTRY: (u16, &[u64]) = (4, &[0x5eed]);
+    pub const ENTRY: (u16, &[u64]) = (5, &[0x5eed]);
 }
 
 #[cfg(all(feature = "next-version", not(debug_assertions)))]

@@ -17,6 +17,7 @@ const LIMITS: Limits = Limits {
     unacked_bytes_max: 1 << 20,
     peer_buffer_bytes: 1 << 20,
     lag_ns_max: 1000 * MS,
+    lag_ns_bound: 3000 * MS,
     batch_ns: 5 * MS,
     coalescing_ns: MS,
 };
@@ -62,6 +63,7 @@ impl Primary {
         outbox.push(&Message::Hello(Box::new(hello)));
         drain(&mut outbox, &mut reader);
         assert!(matches!(reader.next_message(), Ok(Some(Message::Hello(_)))));
+        outbox.speak(OURS.newest);
         Primary { sender: Sender::new(&identity(), limits), outbox, reader }
     }
 
@@ -248,14 +250,15 @@ fn the_guest_slows_in_proportion_and_stops_at_a_full_buffer() {
 }
 
 #[test]
-fn a_late_backup_slows_the_guest_but_does_not_stop_it() {
+fn a_late_backup_slows_the_guest_and_stops_it_at_the_bound() {
     let mut primary = Primary::new(LIMITS);
     primary.append(0, &output(1));
     primary.acked(1, 0);
     assert_eq!(primary.sender.lag_ns(100 * MS), 100 * MS);
     assert_eq!(primary.sender.pace(100 * MS), GuestPace::Free);
     assert_eq!(primary.sender.pace(625 * MS), GuestPace::Share(500));
-    assert_eq!(primary.sender.pace(3600 * 1000 * MS), GuestPace::Share(50));
+    assert_eq!(primary.sender.pace(2999 * MS), GuestPace::Share(50));
+    assert_eq!(primary.sender.pace(3000 * MS), GuestPace::Stop);
     primary.sender.replayed(1, &mut primary.outbox);
     assert_eq!(primary.sender.pace(3600 * 1000 * MS), GuestPace::Free);
 }

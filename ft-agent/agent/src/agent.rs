@@ -14,6 +14,7 @@ use store_rule::names::{Generation, Incarnation, KeyId};
 use crate::config::Config;
 use crate::event::{Action, Event, Outcome, Suspicion};
 use crate::failure_detector::FailureDetector;
+use crate::protection::RiskWatch;
 use crate::rules::Rule;
 use crate::state::{AgentState, LogSide, PeerReplica};
 use crate::watch::StoreWatch;
@@ -38,6 +39,8 @@ pub struct Agent {
     pub(crate) retry_at: Option<u64>,
     /// What is known of the store's record while the guest runs.
     pub(crate) watch: StoreWatch,
+    /// What is remembered to judge the risks of a running pair.
+    pub(crate) risks: RiskWatch,
     /// Backup: its tap and disks are ready.
     pub(crate) ready: bool,
     /// Where this side's guest is; beats carry it to the peer.
@@ -72,6 +75,7 @@ impl Agent {
             next_beat_at: now,
             retry_at: None,
             watch: StoreWatch::new(config.timing, now),
+            risks: RiskWatch::new(now),
             ready: false,
             position: Position::default(),
             peer_beat: Beat::default(),
@@ -115,6 +119,7 @@ impl Agent {
             Event::HandOver => self.hand_over(),
             Event::KeyReplaced(proof) => self.tell_new_key(proof),
         }
+        self.review_risks(now);
         self.offer_release(now);
     }
 
@@ -299,7 +304,7 @@ impl Agent {
             (Message::Beat(beat), Some(_)) => self.beat_received(now, beat),
             (Message::Ack(ack), Some(LogSide::Primary(sender))) => {
                 sender.acked(&ack, &mut self.outbox)?;
-                self.failure_detector.stamp_echoed(ack.echo_ns);
+                self.failure_detector.stamp_echoed(now, ack.echo_ns);
             }
             (Message::Live, Some(LogSide::Primary(_))) if self.handover_requested => {
                 self.halt(Outcome::HandedOver)
@@ -328,8 +333,11 @@ impl Agent {
 
     fn beat_received(&mut self, now: u64, beat: Beat) {
         let turns_count = !matches!(self.state, AgentState::HandingOver { .. });
-        self.failure_detector.beat_received(now, &beat, turns_count);
+        let confirmed = self.failure_detector.beat_received(now, &beat, turns_count);
         self.peer_beat = beat;
+        if let Some(round_trip_ns) = confirmed {
+            self.round_trip_measured(round_trip_ns);
+        }
         if let Some(LogSide::Primary(sender)) = &mut self.log_side {
             sender.replayed(beat.records, &mut self.outbox);
         }
@@ -367,6 +375,7 @@ impl Agent {
             }
         }
         let suspicion = self.failure_detector.check_peer(now).filter(|_| !self.is_deciding());
+        let suspicion = suspicion.or(self.gives_up_backup(now));
         if self.connected {
             if let Some(suspicion) = suspicion {
                 self.peer_lost(now, suspicion);
@@ -397,7 +406,12 @@ impl Agent {
             None => 0,
         };
         let (turns, echo_ns) = (self.failure_detector.turns(), self.failure_detector.peer_stamp());
-        let beat = Beat { stamp_ns: now, echo_ns, turns, records, position: self.position.count };
+        let lag_ns = match &self.log_side {
+            Some(LogSide::Primary(sender)) => sender.lag_ns(now),
+            _ => 0,
+        };
+        let (position, risks) = (self.position.count, self.own_risks(now));
+        let beat = Beat { stamp_ns: now, echo_ns, turns, records, position, risks, lag_ns };
         self.outbox.push(&Message::Beat(beat));
     }
 

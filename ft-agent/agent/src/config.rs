@@ -61,8 +61,12 @@ pub struct Buffers {
     /// Primary: weight of the records that are not acknowledged. Backup: weight of those that wait for
     /// replay.
     pub buffer_bytes: u64,
-    /// If the backup lags by this much or more, the guest gets only a twentieth of the time.
+    /// If the backup lags by this much or more, the guest gets only a twentieth of the time, and the VM is at risk.
     pub lag_ns_max: u64,
+    /// If the backup lags by this much or more, the guest stops. At least `lag_ns_max`.
+    pub lag_ns_limit: u64,
+    /// What becomes of the backup then.
+    pub at_lag_limit: LagLimitAction,
     /// How long a record that no output waits for may wait for others.
     pub batch_ns: u64,
     /// For how long after a departure the next outputs are held back, so that outputs in quick succession
@@ -75,8 +79,20 @@ impl Default for Buffers {
         Buffers {
             buffer_bytes: 32 << 20,
             lag_ns_max: 2_000_000_000,
+            lag_ns_limit: 6_000_000_000,
+            at_lag_limit: LagLimitAction::StopGuest,
             batch_ns: 5_000_000,
             coalescing_ns: 1_000_000,
         }
     }
+}
+
+/// What a primary does when its backup's lag has reached its limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LagLimitAction {
+    /// The guest waits until the backup has caught up: it stays protected, and runs no faster than the backup.
+    #[default]
+    StopGuest,
+    /// The backup counts as lost: the guest goes on at full speed, alone.
+    GiveUpBackup,
 }

@@ -9,7 +9,8 @@ use logging_channel::message::{Hello, KeyProof, Role};
 use store_rule::names::{Generation, Incarnation, KeyId};
 use store_rule::record::{Applied, Members, Verdict};
 
-use crate::watch::{StoreProblem, StoreView};
+use crate::protection::{Protection, needed_timeout_ns};
+use crate::watch::StoreView;
 
 /// Something that has happened.
 #[derive(Debug)]
@@ -106,8 +107,9 @@ pub enum Action {
         /// This side.
         who: Incarnation,
     },
-    /// Log that the VM is not protected because of its store, and why; or that the store is right again.
-    StoreProblem(Option<StoreProblem>),
+    /// While both sides run the guest: log that the VM is at risk or not protected, and why; or that it is protected
+    /// again.
+    ProtectionChanged(Protection),
     /// This replica is alone from now on. Primary: let the guest go on, without a log. Backup: put the live
     /// source around the machine and issue unfinished disk requests again. Both: release the outputs left in
     /// the gate, then announce the guest's MAC address, repeatedly.
@@ -138,6 +140,9 @@ pub enum Suspicion {
     /// It is heard, but its guest makes no progress.
     #[error("its guest made no progress for {0} ms")]
     NoProgress(u64),
+    /// It is further behind than it may be, and the configuration says that it is given up then.
+    #[error("it is {0} ms behind, and is given up for that (--at-lag-limit give-up)")]
+    Behind(u64),
     /// The connection has ended.
     #[error("the connection has ended")]
     Disconnected,
@@ -182,6 +187,18 @@ pub enum PeerRefusal {
         theirs: u64,
         /// Ours.
         ours: u64,
+    },
+    /// No output could leave over this link.
+    #[error(
+        "its confirmations are {} ms old when they come, and no output leaves if they are older than {} ms, half of \
+         --timeout-ms: mend the link, or give both sides --timeout-ms {} or more",
+        .round_trip_ns / 1_000_000, .timeout_ns / 2_000_000, needed_timeout_ns(*.round_trip_ns) / 1_000_000
+    )]
+    RoundTrip {
+        /// The shortest that was measured, ns.
+        round_trip_ns: u64,
+        /// The timeout of both sides, ns.
+        timeout_ns: u64,
     },
     /// The machines differ.
     #[error(

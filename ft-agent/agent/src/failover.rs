@@ -15,7 +15,7 @@ impl Agent {
     /// 3).
     pub(crate) fn peer_lost(&mut self, now: u64, suspicion: Suspicion) {
         match &mut self.state {
-            AgentState::Waiting | AgentState::Met => {
+            AgentState::Waiting | AgentState::Met | AgentState::Measuring { .. } => {
                 let refusal = match suspicion {
                     Suspicion::Failed(reason) => PeerRefusal::Told(reason),
                     Suspicion::Protocol(e) => PeerRefusal::Protocol(e),

@@ -14,6 +14,8 @@ pub(crate) struct FailureDetector {
     heard_at: u64,
     /// This side's latest stamp that came back from the peer: the peer was still listening at that time.
     echoed: Option<u64>,
+    /// How old that stamp was when it came back.
+    round_trip_ns: Option<u64>,
     /// The peer's latest stamp.
     peer_stamp: u64,
     peer_turns: u64,
@@ -38,6 +40,7 @@ impl FailureDetector {
             timing,
             heard_at: now,
             echoed: None,
+            round_trip_ns: None,
             peer_stamp: 0,
             peer_turns: 0,
             peer_records: 0,
@@ -61,18 +64,29 @@ impl FailureDetector {
     }
 
     /// The peer has sent back this stamp of ours.
-    pub(crate) fn stamp_echoed(&mut self, stamp: u64) {
-        self.echoed = self.echoed.max(Some(stamp)).filter(|s| *s > 0);
+    pub(crate) fn stamp_echoed(&mut self, now: u64, stamp: u64) {
+        if stamp > self.echoed.unwrap_or(0) {
+            (self.echoed, self.round_trip_ns) = (Some(stamp), Some(now.saturating_sub(stamp)));
+        }
     }
 
-    /// A beat has come. `turns_count`: turns of the peer's guest loop are progress.
-    pub(crate) fn beat_received(&mut self, now: u64, beat: &Beat, turns_count: bool) {
-        self.stamp_echoed(beat.echo_ns);
+    /// How old the peer's last confirmation was when it came: the link's round trip, and the time for which the peer
+    /// kept it, which is a beat's interval at most.
+    pub(crate) fn round_trip_ns(&self) -> Option<u64> {
+        self.round_trip_ns
+    }
+
+    /// A beat has come. `turns_count`: turns of the peer's guest loop are progress. Returns how old the stamp in it
+    /// is, if it confirms a later one than those before.
+    pub(crate) fn beat_received(&mut self, now: u64, beat: &Beat, turns_count: bool) -> Option<u64> {
+        let echoed = self.echoed;
+        self.stamp_echoed(now, beat.echo_ns);
         self.peer_stamp = self.peer_stamp.max(beat.stamp_ns);
         if turns_count && beat.turns != self.peer_turns || beat.records != self.peer_records {
             self.progress_at = now;
         }
         (self.peer_turns, self.peer_records) = (beat.turns, beat.records);
+        self.round_trip_ns.filter(|_| self.echoed != echoed)
     }
 
     /// The peer has nothing to do, so no progress is expected of it.
@@ -107,6 +121,11 @@ impl FailureDetector {
     /// The peer's latest stamp, to be sent back to it.
     pub(crate) fn peer_stamp(&self) -> u64 {
         self.peer_stamp
+    }
+
+    /// Whether the peer may be judged by what was heard of it: this process was not stopped itself a moment ago.
+    pub(crate) fn may_judge(&self, now: u64) -> bool {
+        now >= self.judge_from
     }
 
     /// Checks whether the peer is lost (rule 2). To be called when time has passed and there was nothing to

@@ -1,7 +1,7 @@
 //! Which side of a pair may live: the agent of a replica, a function of events and time.
 //!
 //! ```text
-//! primary: Waiting ─hello─> Opening ─opened─> Protected ─> HandingOver, Ending
+//! primary: Waiting ─hello─> Measuring ─> Opening ─opened─> Protected ─> HandingOver, Ending
 //! backup:  Waiting ─hello─> Met ───start────> Protected ─> ReceivingHandover, Ending
 //!          Protected and what follows it ─peer lost─> Suspecting ─able to live─> Taking ─won─> Alone
 //!                                                                                  └─lost─> Out: fenced
@@ -48,6 +48,11 @@
 //!     without an answer. One that finds its VM forgotten, opened again without it, or held by the other side
 //!     never emits an output again, and says why. While the store does not answer, or has lost its record of the
 //!     pair, the guest goes on, but it is not protected: a verdict would not come, or would let neither side live.
+//! 12. A pair is called protected only while the loss of either side would be survived at once and the guest's
+//!     outputs leave. It is at risk while confirmations come too late for the lease, while the backup is further
+//!     behind than it may be, and while the store does not answer a side, of which beats tell the other. A link with
+//!     which no output could leave is refused before the guest runs. At its limit the lag stops the guest, or makes
+//!     the backup count as lost.
 #![forbid(unsafe_code)]
 
 #[cfg(feature = "ablation")]
@@ -59,6 +64,8 @@ mod event;
 mod failover;
 mod failure_detector;
 mod look;
+mod protection;
+mod risks;
 mod rules;
 mod start;
 mod state;
@@ -66,11 +73,12 @@ mod status;
 mod watch;
 
 pub use agent::Agent;
-pub use config::{Buffers, Config, PairTiming};
+pub use config::{Buffers, Config, LagLimitAction, PairTiming};
 pub use event::{Action, Event, Outcome, PeerRefusal, Suspicion};
 pub use logging_channel::message::{Hello, KeyProof, Role};
 pub use logging_channel::receiver::NextRecord;
 pub use logging_channel::sender::{Cursors, GuestPace};
+pub use protection::{Exposure, Protection, Risk};
 #[cfg(feature = "ablation")]
 pub use rules::Rule;
 pub use status::{Phase, Status};

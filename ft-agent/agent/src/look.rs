@@ -28,7 +28,6 @@ impl Agent {
         if !self.watches_store() {
             return;
         }
-        let before = (self.watch.is_silent, self.watch.is_unknown);
         match view {
             None => self.watch.missed(now),
             Some(StoreView::Ours) => self.watch.answered(now, false),
@@ -36,9 +35,6 @@ impl Agent {
             Some(StoreView::Forgotten) => return self.stand_down(Outcome::Forgotten),
             Some(StoreView::Overtaken(generation)) => return self.stand_down(Outcome::Overtaken(generation)),
             Some(StoreView::HeldByOther(holder)) => return self.stand_down(Outcome::Fenced(Some(holder))),
-        }
-        if before != (self.watch.is_silent, self.watch.is_unknown) {
-            self.actions.push_back(Action::StoreProblem(self.watch.problem(now)));
         }
     }
 

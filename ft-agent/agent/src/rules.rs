@@ -28,6 +28,8 @@ pub enum Rule {
     DoubtStrangers,
     /// A side that runs the guest looks at the store's record of its VM.
     WatchTheStore,
+    /// A pair whose outputs do not leave, or whose backup is too far behind, is not called protected.
+    TellTheTruth,
     /// A key that is revoked ends its connections and is believed no longer, neither by the peer nor by the
     /// store. The simulator's hosts and its store apply this rule, not the agent.
     #[cfg(feature = "ablation")]
@@ -41,7 +43,7 @@ pub enum Rule {
 #[cfg(feature = "ablation")]
 impl Rule {
     /// All of them.
-    pub const ALL: [Rule; 12] = [
+    pub const ALL: [Rule; 13] = [
         Rule::HoldOutputs,
         Rule::LogOutputs,
         Rule::AskTheStore,
@@ -52,6 +54,7 @@ impl Rule {
         Rule::ReplayBeforeTake,
         Rule::DoubtStrangers,
         Rule::WatchTheStore,
+        Rule::TellTheTruth,
         Rule::RefuseRevokedKeys,
         Rule::DoubtRolledBackMembers,
     ];

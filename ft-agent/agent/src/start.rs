@@ -11,9 +11,13 @@ use store_rule::record::{Applied, HostId, Member, Members};
 use crate::agent::Agent;
 use crate::event::{Action, Outcome, PeerRefusal, Suspicion};
 use crate::failure_detector::FailureDetector;
+use crate::protection::RiskWatch;
 use crate::rules::Rule;
 use crate::state::{AgentState, LogSide, PeerReplica};
 use crate::watch::StoreWatch;
+
+/// How often the round trip is measured before a link is refused.
+const ROUND_TRIPS_MAX: u32 = 4;
 
 impl Agent {
     /// A connection to the peer has come up: this side says hello.
@@ -49,7 +53,7 @@ impl Agent {
                 self.peer = Some(peer);
                 self.next_beat_at = now;
                 match self.config.role {
-                    Role::Primary => self.ask_to_open(),
+                    Role::Primary => self.state = AgentState::Measuring { best_ns: u64::MAX, samples: 0 },
                     Role::Backup => self.state = AgentState::Met,
                 }
             }
@@ -94,6 +98,7 @@ impl Agent {
                     unacked_bytes_max: buffers.buffer_bytes,
                     peer_buffer_bytes: peer.buffer_bytes,
                     lag_ns_max: buffers.lag_ns_max,
+                    lag_ns_bound: buffers.lag_ns_limit,
                     batch_ns: buffers.batch_ns,
                     coalescing_ns: buffers.coalescing_ns,
                 };
@@ -110,6 +115,22 @@ impl Agent {
         self.peer = None;
         self.log_side = None;
         self.state = AgentState::Waiting;
+    }
+
+    /// Primary: the round trip to the backup was measured before the guest runs. A link over which no output could leave
+    /// is refused (rule 12).
+    pub(crate) fn round_trip_measured(&mut self, round_trip_ns: u64) {
+        let limit_ns = self.config.timing.timeout_ns / 2;
+        let AgentState::Measuring { best_ns, samples } = &mut self.state else { return };
+        (*best_ns, *samples) = (round_trip_ns.min(*best_ns), *samples + 1);
+        let (round_trip_ns, is_last) = (*best_ns, *samples == ROUND_TRIPS_MAX);
+        if round_trip_ns < limit_ns {
+            self.ask_to_open();
+        } else if is_last {
+            let refusal = PeerRefusal::RoundTrip { round_trip_ns, timeout_ns: 2 * limit_ns };
+            self.outbox.push(&Message::Failed { reason: refusal.to_string() });
+            self.refuse(refusal);
+        }
     }
 
     /// Asks the store to open the generation for this pair, or for this side alone (rule 6).
@@ -166,6 +187,7 @@ impl Agent {
         self.state = AgentState::Protected;
         self.failure_detector.start(now);
         self.watch = StoreWatch::new(self.config.timing, now);
+        self.risks = RiskWatch::new(now);
         self.actions.push_back(Action::Start { generation });
         self.send_beat(now);
     }

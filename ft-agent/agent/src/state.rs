@@ -13,6 +13,8 @@ use crate::event::{Outcome, Suspicion};
 pub(crate) enum AgentState {
     /// No peer yet.
     Waiting,
+    /// Primary: it measures how old the backup's confirmations are when they come, before the guest runs.
+    Measuring { best_ns: u64, samples: u32 },
     /// Primary: the store has been asked to open the generation or, if `taking`, an unprotected primary has
     /// asked to take it.
     Opening { taking: bool, lost: Option<Suspicion> },

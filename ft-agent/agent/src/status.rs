@@ -6,6 +6,7 @@ use logging_channel::sender::Cursors;
 use store_rule::names::{Generation, Incarnation};
 
 use crate::agent::Agent;
+use crate::protection::Protection;
 use crate::state::{AgentState, LogSide};
 use crate::watch::StoreProblem;
 
@@ -14,7 +15,7 @@ use crate::watch::StoreProblem;
 pub enum Phase {
     /// No peer yet, or the pair is being opened.
     Starting,
-    /// Both sides run the guest: it survives the loss of either.
+    /// Both sides run the guest. [`Status::protection`] says whether the loss of either is survived.
     Protected,
     /// The peer is lost; this side waits for the store's verdict.
     Deciding,
@@ -39,12 +40,20 @@ pub struct Status {
     pub peer: Option<Incarnation>,
     /// The log's cursors. A backup's `acked` counts the records that it has received.
     pub cursors: Cursors,
-    /// Primary only: how far the backup lags, as the age of the oldest record that it has not replayed.
+    /// How far the backup lags, as the age of the oldest record that it has not replayed. The backup has it from the
+    /// primary's last beat.
     pub lag_ns: u64,
     /// Primary only: weight of the records that the backup has not replayed.
     pub lag_bytes: u64,
-    /// Why the store could not decide which side lives. The VM is not protected then.
+    /// What the loss of a host would mean.
+    pub protection: Protection,
+    /// Why the store could not decide which side lives.
     pub store_problem: Option<StoreProblem>,
+    /// How long ago the store answered last, if this side asks it now and then, in ns.
+    pub store_answered_ago_ns: Option<u64>,
+    /// How old the peer's last confirmation was when it came, in ns: the link's round trip, and up to a beat's
+    /// interval.
+    pub round_trip_ns: Option<u64>,
     /// Where this side's guest is.
     pub position: Position,
     /// Where the other side's guest was at its last beat.
@@ -54,7 +63,7 @@ pub struct Status {
 impl Status {
     /// Whether the VM survives the loss of either host.
     pub fn is_protected(&self) -> bool {
-        self.phase == Phase::Protected && self.store_problem.is_none()
+        self.protection.is_protected()
     }
 }
 
@@ -62,7 +71,10 @@ impl Agent {
     /// This agent's status.
     pub fn status(&self, now: u64) -> Status {
         let phase = match &self.state {
-            AgentState::Waiting | AgentState::Opening { .. } | AgentState::Met => Phase::Starting,
+            AgentState::Waiting
+            | AgentState::Measuring { .. }
+            | AgentState::Opening { .. }
+            | AgentState::Met => Phase::Starting,
             AgentState::Protected => Phase::Protected,
             AgentState::Suspecting | AgentState::Taking => Phase::Deciding,
             AgentState::Alone => Phase::Alone,
@@ -80,6 +92,9 @@ impl Agent {
             cursors: Cursors::default(),
             lag_ns: 0,
             lag_bytes: 0,
+            protection: self.protection(now),
+            store_answered_ago_ns: self.watches_store().then(|| self.watch.answered_ago(now)),
+            round_trip_ns: self.failure_detector.round_trip_ns().filter(|_| self.connected),
             store_problem: self.watch.problem(now).filter(|_| self.watches_store()),
             position: self.position,
             peer_position: Position::exact(self.peer_beat.position),
@@ -97,6 +112,7 @@ impl Agent {
                 status.cursors.replayed = receiver.replayed();
                 status.cursors.outputs_recorded = receiver.outputs_received();
                 status.cursors.outputs_released = receiver.outputs_released();
+                status.lag_ns = if phase == Phase::Protected { self.peer_beat.lag_ns } else { 0 };
             }
             None => {}
         }

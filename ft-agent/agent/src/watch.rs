@@ -43,7 +43,7 @@ impl StoreView {
     }
 }
 
-/// Why the store cannot decide which side lives, although this side runs: the VM is not protected meanwhile.
+/// Why the store cannot decide which side lives, although this side runs the VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum StoreProblem {
     /// It has not answered for this time, ns.
@@ -83,6 +83,11 @@ impl StoreWatch {
     /// When the next look is due.
     pub(crate) fn deadline(&self) -> Option<u64> {
         self.next_at
+    }
+
+    /// How long ago the store answered last, ns.
+    pub(crate) fn answered_ago(&self, now: u64) -> u64 {
+        now.saturating_sub(self.answered_at)
     }
 
     /// What is wrong, if anything is.

@@ -3,7 +3,7 @@
 
 mod pair;
 
-use agent::{Action, Agent, Event, Outcome, Phase, Status, StoreProblem, StoreView, Suspicion};
+use agent::{Action, Agent, Event, Exposure, Outcome, Phase, Protection, Risk, Status, StoreView, Suspicion};
 use entry::End;
 use entry::log::EndReason;
 use pair::{MS, Pair, TIMING, actions, phase, take};
@@ -155,11 +155,12 @@ fn an_answer_that_comes_when_the_pair_is_ending_or_has_asked_for_a_verdict_chang
 }
 
 #[test]
-fn a_pair_is_not_protected_while_its_store_is_silent() {
+fn a_pair_is_at_risk_while_its_store_is_silent() {
     let mut pair = Pair::protected();
     let mut told = Vec::new();
     let mut unprotected_at = None;
-    while pair.now < 4 * INTERVAL {
+    let start = pair.now;
+    while pair.now < start + 4 * INTERVAL {
         pair.pass_time(10 * MS);
         for action in pair.primary_actions() {
             match action {
@@ -173,13 +174,15 @@ fn a_pair_is_not_protected_while_its_store_is_silent() {
         told.extend(pair.primary_actions());
     }
     let at = unprotected_at.expect("it is noticed");
-    assert!((3 * INTERVAL..3 * INTERVAL + INTERVAL / 5).contains(&at), "{at}");
-    let [Action::StoreProblem(Some(StoreProblem::Silent(_)))] = &told[..] else { panic!("{told:?}") };
+    assert!((3 * INTERVAL..3 * INTERVAL + INTERVAL / 5).contains(&(at - start)), "{at}");
+    let [Action::ProtectionChanged(Protection::AtRisk(Risk::StoreSilent(_)))] = &told[..] else {
+        panic!("{told:?}")
+    };
     let problem = status(&pair.primary, pair.now).store_problem.expect("a problem").to_string();
     assert!(problem.starts_with("the store has not answered for 240 s"), "{problem}");
     assert_eq!(phase(&pair.primary), Phase::Protected, "the guest goes on");
     pair.primary.handle(pair.now, Event::Looked(Some(StoreView::Ours)));
-    assert_eq!(pair.primary_actions(), [Action::StoreProblem(None)]);
+    assert_eq!(pair.primary_actions(), [Action::ProtectionChanged(Protection::Protected)]);
     assert!(status(&pair.primary, pair.now).is_protected());
 }
 
@@ -197,12 +200,15 @@ fn one_look_without_an_answer_after_a_standstill_says_nothing_of_the_store() {
 fn a_pair_whose_record_is_lost_goes_on_without_protection() {
     let mut pair = Pair::protected();
     pair.backup.handle(pair.now, Event::Looked(Some(StoreView::Unknown)));
-    assert_eq!(pair.backup_actions(), [Action::StoreProblem(Some(StoreProblem::Unknown))]);
+    assert_eq!(
+        pair.backup_actions(),
+        [Action::ProtectionChanged(Protection::Unprotected(Exposure::StoreUnknown))]
+    );
     assert!(!status(&pair.backup, pair.now).is_protected());
     assert_eq!(phase(&pair.backup), Phase::Protected);
     pair.backup.handle(pair.now, Event::Looked(Some(StoreView::Unknown)));
     assert_eq!(pair.backup_actions(), [], "told once");
     pair.backup.handle(pair.now, Event::Looked(Some(StoreView::Ours)));
-    assert_eq!(pair.backup_actions(), [Action::StoreProblem(None)]);
+    assert_eq!(pair.backup_actions(), [Action::ProtectionChanged(Protection::Protected)]);
     assert!(status(&pair.backup, pair.now).is_protected());
 }

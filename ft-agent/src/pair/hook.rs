@@ -1,4 +1,5 @@
-//! `--hook COMMAND`: runs a command of the user for each change between PROTECTED and UNPROTECTED.
+//! `--hook COMMAND`: runs a command of the user for each change between PROTECTED, AT RISK and
+//! UNPROTECTED.
 
 use std::fs::File;
 use std::io::Write;
@@ -29,11 +30,11 @@ done
 pub struct Hook {
     changes: Arc<File>,
     vm: VmName,
-    last: Option<bool>,
+    last: Option<String>,
 }
 
 impl Hook {
-    /// Starts the process that runs `command`. The shell runs it with `VMFT_STATE` (PROTECTED or
+    /// Starts the process that runs `command`. The shell runs it with `VMFT_STATE` (PROTECTED, AT_RISK or
     /// UNPROTECTED), `VMFT_VM`, `VMFT_ROLE`, `VMFT_PHASE`, `VMFT_GENERATION` and `VMFT_REASON` in its environment.
     ///
     /// # Errors
@@ -58,26 +59,23 @@ impl Hook {
     }
 
     /// Reports the replica's status, and runs the command if it has changed. A side that is starting, ending
-    /// or out is neither PROTECTED nor UNPROTECTED.
+    /// or out is neither PROTECTED, AT RISK nor UNPROTECTED.
     pub fn update(&mut self, status: &Status) {
-        let protected = match status.phase {
-            Phase::Protected | Phase::Deciding | Phase::Alone => status.is_protected(),
-            Phase::Starting | Phase::Ending | Phase::Out => return,
-        };
-        if self.last.replace(protected) == Some(protected) {
+        if matches!(status.phase, Phase::Starting | Phase::Ending | Phase::Out) {
+            return;
+        }
+        // The fields of a line are separated by spaces.
+        let state = protection_word(&status.protection).replace(' ', "_");
+        if self.last.replace(state.clone()).is_some_and(|last| last == state) {
             return;
         }
         let generation = status.generation.map_or(String::new(), |g| g.to_string());
         let (vm, role, phase) = (self.vm.as_str(), role_name(status.role), phase_name(status.phase));
         // A line this short is written to the pipe whole or not at all.
-        let reason = match status.phase {
-            Phase::Protected => status.store_problem.map_or(String::new(), |problem| problem.to_string()),
-            Phase::Alone => "this side runs the guest alone".into(),
-            _ => "the other side is lost".into(),
-        };
-        let line = format!("{} {vm} {role} {phase} {generation} {reason}\n", protection_word(protected));
+        let reason = status.protection.reason().unwrap_or_default();
+        let line = format!("{state} {vm} {role} {phase} {generation} {reason}\n");
         if let Err(e) = (&*self.changes).write_all(line.as_bytes()) {
-            warn!("the command of --hook is not run for this change to {}: {e}", protection_word(protected));
+            warn!("the command of --hook is not run for this change to {state}: {e}");
         }
     }
 }

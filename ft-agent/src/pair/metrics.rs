@@ -63,18 +63,10 @@ fn answer(tcp: TcpStream, metrics: impl FnOnce() -> String) -> io::Result<()> {
     tcp.write_all(answer.as_bytes())
 }
 
-/// The metrics in Prometheus' text format. Without a replica there is only `vmft_protected`, which is 0.
+/// The metrics in Prometheus' text format. Without a replica there are only `vmft_protected` and
+/// `vmft_state`, which are 0.
 fn text(vm: &VmName, report: Option<&ReplicaReport>) -> String {
-    let mut text = String::new();
-    let protected = report.is_some_and(|r| r.protected);
-    metric(
-        &mut text,
-        vm,
-        "protected",
-        "gauge",
-        "1 if the VM survives the loss of either host",
-        f64::from(protected),
-    );
+    let mut text = protection(vm, report);
     let Some(r) = report else { return text };
     let count = |n: u64| n as f64;
     for (name, kind, help, value) in [
@@ -115,6 +107,44 @@ fn text(vm: &VmName, report: Option<&ReplicaReport>) -> String {
         ("failovers_total", "counter", "times that this side went on without the other", count(r.failovers)),
     ] {
         metric(&mut text, vm, name, kind, help, value);
+    }
+    text
+}
+
+/// Whether the VM is protected, and what that depends on.
+fn protection(vm: &VmName, report: Option<&ReplicaReport>) -> String {
+    let mut text = String::new();
+    let protected = report.is_some_and(|r| r.protected);
+    metric(
+        &mut text,
+        vm,
+        "protected",
+        "gauge",
+        "1 if the VM survives the loss of either host",
+        f64::from(protected),
+    );
+    let state = match report.map(|r| r.state.as_str()) {
+        Some("PROTECTED") => 2.0,
+        Some("AT RISK") => 1.0,
+        _ => 0.0,
+    };
+    metric(
+        &mut text,
+        vm,
+        "state",
+        "gauge",
+        "2 if the VM is PROTECTED, 1 if AT RISK, 0 if UNPROTECTED",
+        state,
+    );
+    let Some(r) = report else { return text };
+    // There is no age while nothing is asked, and no round trip without a peer.
+    if let Some(ms) = r.store_answered_ago_ms {
+        let help = "how long ago a quorum of the store last answered this side";
+        metric(&mut text, vm, "store_answer_age_seconds", "gauge", help, ms / 1e3);
+    }
+    if let Some(ms) = r.round_trip_ms {
+        let help = "how old the other side's last confirmation was when it came";
+        metric(&mut text, vm, "round_trip_seconds", "gauge", help, ms / 1e3);
     }
     text
 }

@@ -3,8 +3,8 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use agent::{Buffers, PairTiming, Role};
-use clap::Args;
+use agent::{Buffers, LagLimitAction, PairTiming, Role};
+use clap::{Args, ValueEnum};
 use entry::PositionUnit;
 use host_log::LogFormat;
 use serde::Deserialize;
@@ -41,8 +41,8 @@ pub struct PairOptions {
     /// Create this Unix socket, for vmft status, failover, stop and console
     #[arg(long, value_name = "FILE")]
     pub control: Option<PathBuf>,
-    /// Run this shell command whenever the VM becomes protected or unprotected. Its environment has VMFT_STATE
-    /// (PROTECTED or UNPROTECTED), VMFT_VM, VMFT_ROLE, VMFT_PHASE and VMFT_GENERATION
+    /// Run this shell command whenever the VM becomes protected, at risk or unprotected. Its environment has VMFT_STATE
+    /// (PROTECTED, AT_RISK or UNPROTECTED), VMFT_VM, VMFT_ROLE, VMFT_PHASE and VMFT_GENERATION
     #[arg(long, value_name = "COMMAND")]
     pub hook: Option<String>,
     /// Serve /metrics for Prometheus on this address, over plain HTTP
@@ -66,12 +66,28 @@ pub struct PairOptions {
     /// How much log may be in transit or wait for replay [default: 32]
     #[arg(long, value_name = "MIB")]
     pub buffer_mib: Option<u64>,
-    /// Lag of the backup at which the guest is slowed to a twentieth of its speed [default: 2000]
+    /// Lag of the backup at which the guest is slowed to a twentieth of its speed, and the VM is AT RISK [default: 2000]
     #[arg(long, value_name = "MS")]
     pub lag_max_ms: Option<u64>,
+    /// Lag of the backup that --at-lag-limit is for, at least --lag-max-ms [default: three times --lag-max-ms]
+    #[arg(long, value_name = "MS")]
+    pub lag_limit_ms: Option<u64>,
+    /// At that lag, stop the guest until the backup has caught up, or give the backup up and go on alone [default: stop]
+    #[arg(long, value_name = "WHAT")]
+    pub at_lag_limit: Option<AtLagLimit>,
     /// The machine
     #[command(flatten)]
     pub machine: RunOptions,
+}
+
+/// What `--at-lag-limit` takes.
+#[derive(ValueEnum, Clone, Copy, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AtLagLimit {
+    /// The guest stops until the backup has caught up.
+    Stop,
+    /// The backup counts as lost.
+    GiveUp,
 }
 
 /// Checked options of both sides.
@@ -90,7 +106,7 @@ pub struct PairPlan {
     pub discard_newer: bool,
     /// Path of the control socket.
     pub control: Option<PathBuf>,
-    /// The user's command for each change between PROTECTED and UNPROTECTED.
+    /// The user's command for each change between PROTECTED, AT RISK and UNPROTECTED.
     pub hook: Option<String>,
     /// Where Prometheus scrapes the metrics.
     pub metrics: Option<SocketAddr>,
@@ -144,10 +160,22 @@ impl PairOptions {
             return Err(needed("listen"));
         }
         let timing = timing(o.timeout_ms, o.heartbeat_ms, o.progress_timeout_ms)?;
+        let lag_ns_max = ms("lag-max-ms", o.lag_max_ms, Buffers::default().lag_ns_max, 10, 600_000)?;
         let buffers = Buffers {
             buffer_bytes: within("buffer-mib", o.buffer_mib, Buffers::default().buffer_bytes >> 20, 1, 4096)?
                 << 20,
-            lag_ns_max: ms("lag-max-ms", o.lag_max_ms, Buffers::default().lag_ns_max, 10, 600_000)?,
+            lag_ns_max,
+            lag_ns_limit: ms(
+                "lag-limit-ms",
+                o.lag_limit_ms,
+                3 * lag_ns_max,
+                lag_ns_max / 1_000_000,
+                3_600_000,
+            )?,
+            at_lag_limit: match o.at_lag_limit.unwrap_or(AtLagLimit::Stop) {
+                AtLagLimit::Stop => LagLimitAction::StopGuest,
+                AtLagLimit::GiveUp => LagLimitAction::GiveUpBackup,
+            },
             ..Buffers::default()
         };
         Ok(PairPlan {
@@ -188,6 +216,8 @@ impl PairOptions {
             progress_timeout_ms: self.progress_timeout_ms.or(file.progress_timeout_ms),
             buffer_mib: self.buffer_mib.or(file.buffer_mib),
             lag_max_ms: self.lag_max_ms.or(file.lag_max_ms),
+            lag_limit_ms: self.lag_limit_ms.or(file.lag_limit_ms),
+            at_lag_limit: self.at_lag_limit.or(file.at_lag_limit),
             machine: self.machine.over(file.machine),
         }
     }

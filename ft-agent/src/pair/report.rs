@@ -2,10 +2,11 @@
 
 use std::fmt;
 
-use agent::{Phase, Role};
+use agent::{Phase, Protection, Role};
 use serde::{Deserialize, Serialize};
 
 use super::time_accounting::TimeTotals;
+use crate::error::Error;
 
 /// What `vmft status` shows of a replica. Counts of records and outputs are from the log's start.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -18,8 +19,21 @@ pub struct ReplicaReport {
     pub phase: String,
     /// Whether the VM survives the loss of either host.
     pub protected: bool,
+    /// `PROTECTED`, `AT RISK` or `UNPROTECTED`; empty in a reply of vmft 0.2.
+    #[serde(default)]
+    pub state: String,
+    /// Why it is not protected, if it is not.
+    #[serde(default)]
+    pub reason: Option<String>,
     /// Why the store could not decide which side lives: then the VM is not protected.
     pub store_problem: Option<String>,
+    /// How long ago the store last answered a side that runs the guest, ms.
+    #[serde(default)]
+    pub store_answered_ago_ms: Option<f64>,
+    /// How old the other side's last confirmation was when it came, ms. Outputs leave only while that is less than half
+    /// of `--timeout-ms`.
+    #[serde(default)]
+    pub round_trip_ms: Option<f64>,
     /// Whether the store answers the looks of a side that runs the guest.
     pub store_answers: bool,
     /// The pair's generation.
@@ -42,7 +56,7 @@ pub struct ReplicaReport {
     pub outputs_released: u64,
     /// Outputs that wait in the gate.
     pub outputs_held: u64,
-    /// How far the backup lags, ms. Only the primary knows it.
+    /// How far the backup lags, ms. A backup has it from its primary's last heartbeat.
     pub lag_ms: f64,
     /// How far the backup lags, in bytes of records.
     pub lag_bytes: u64,
@@ -81,9 +95,30 @@ pub struct Failover {
     pub first_frame_ms: Option<f64>,
 }
 
-/// The word that the user sees for a VM that is protected or not.
-pub fn protection_word(protected: bool) -> &'static str {
-    if protected { "PROTECTED" } else { "UNPROTECTED" }
+/// The word that the user sees for a VM that is protected, at risk or not protected.
+pub fn protection_word(protection: &Protection) -> &'static str {
+    match protection {
+        Protection::Protected => "PROTECTED",
+        Protection::AtRisk(_) => AT_RISK,
+        Protection::Unprotected(_) => "UNPROTECTED",
+    }
+}
+
+/// The word for a VM that both hosts run, and whose service is in danger.
+const AT_RISK: &str = "AT RISK";
+
+impl ReplicaReport {
+    /// What a script is told by an exit code.
+    ///
+    /// # Errors
+    /// The VM is not protected.
+    pub fn check_protected(&self) -> Result<(), Error> {
+        match self.protected {
+            true => Ok(()),
+            false if self.state == AT_RISK => Err(Error::AtRisk),
+            false => Err(Error::Unprotected),
+        }
+    }
 }
 
 /// The name of a phase.
@@ -108,9 +143,16 @@ pub fn role_name(role: Role) -> &'static str {
 
 impl fmt::Display for ReplicaReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let word = protection_word(self.protected);
+        let word = match (self.state.as_str(), self.protected) {
+            ("", true) => "PROTECTED",
+            ("", false) => "UNPROTECTED",
+            (word, _) => word,
+        };
         let generation = self.generation.map_or("none yet".into(), |g| g.to_string());
         writeln!(f, "{word}: VM {}, {} ({}), generation {generation}", self.name, self.role, self.phase)?;
+        if let Some(reason) = &self.reason {
+            writeln!(f, "{reason}")?;
+        }
         writeln!(
             f,
             "lag {:.1} ms, {} bytes; log {:.1} kB/s; {} outputs held",
@@ -125,7 +167,9 @@ impl fmt::Display for ReplicaReport {
             self.recorded, self.sent, self.acked, self.replayed, self.outputs_recorded, self.outputs_released
         )?;
         writeln!(f, "position {} on this side, {} on the other", self.position, self.peer_position)?;
-        if let Some(problem) = &self.store_problem {
+        if let Some(problem) =
+            self.store_problem.as_ref().filter(|problem| self.reason.as_ref() != Some(problem))
+        {
             writeln!(f, "{problem}")?;
         }
         if let Some(why) = &self.no_verdict {

@@ -53,7 +53,7 @@ pub struct PairSide {
     pub sidecars: Sidecars,
     /// Which refusals of a peer are logged: it tries again twice a second.
     peer_refusals: Arc<RefusalReasons>,
-    /// The user's command for each change between PROTECTED and UNPROTECTED.
+    /// The user's command for each change between PROTECTED, AT RISK and UNPROTECTED.
     hook: Option<Hook>,
     /// The control socket, if the options ask for one. It is made before the process is confined.
     control: Option<ControlSocket>,

@@ -52,7 +52,7 @@ pub fn status(args: &StatusArgs) -> Result<(), Error> {
         };
         shown.map_err(Error::host("cannot write to standard output"))?;
         if !args.watch {
-            return if report.protected { Ok(()) } else { Err(Error::Unprotected) };
+            return report.check_protected();
         }
         drop(out);
         std::thread::sleep(Duration::from_secs(1));

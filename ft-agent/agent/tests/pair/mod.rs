@@ -51,24 +51,31 @@ impl Pair {
 
     /// A pair that is protected.
     pub fn protected() -> Pair {
-        let mut pair = Pair::new(config(Role::Primary, 1), config(Role::Backup, 2));
+        Pair::protected_with(config(Role::Primary, 1), config(Role::Backup, 2))
+    }
+
+    /// A pair with these configurations that is protected.
+    pub fn protected_with(primary: Config, backup: Config) -> Pair {
+        let mut pair = Pair::new(primary, backup);
         pair.backup.handle(0, Event::Ready);
         pair.connect();
         let actions = pair.primary_actions();
         let [Action::Open { generation, members }] = &actions[..] else { panic!("{actions:?}") };
         let open = Command::Open { generation: *generation, members: members.clone() };
         assert_eq!(pair.ask_store(&open), CommandReply::Done);
-        pair.primary.handle(0, Event::Opened(Some(Applied::Done)));
+        pair.primary.handle(pair.now, Event::Opened(Some(Applied::Done)));
         pair.exchange();
         assert_eq!(pair.primary_actions(), [Action::Start { generation: Generation::FIRST }]);
         assert_eq!(pair.backup_actions(), [Action::Start { generation: Generation::FIRST }]);
         pair
     }
 
+    /// Brings the connection up, and lets the primary measure its round trip.
     pub fn connect(&mut self) {
         self.primary.handle(self.now, Event::Connected { peer_key: Some(BACKUP_KEY) });
         self.backup.handle(self.now, Event::Connected { peer_key: None });
         self.exchange();
+        self.pass_time(100 * MS);
     }
 
     pub fn ask_store(&mut self, command: &Command) -> CommandReply {

@@ -4,7 +4,7 @@ use agent::{Rule, Suspicion};
 use store_rule::names::{Generation, Incarnation};
 
 use super::guest::GuestOutput;
-use super::process::TIMING;
+use super::process::{LAG_NS_MAX, TIMING};
 
 /// A seed whose run broke an invariant.
 #[derive(Clone, Debug)]
@@ -53,6 +53,8 @@ pub struct Counts {
     pub claims: u64,
     pub claims_believed: u64,
     pub dead: u64,
+    /// Moments at which a backup was further behind than it may be.
+    pub behind: u64,
 }
 
 impl Counts {
@@ -78,6 +80,7 @@ impl Counts {
             (&mut self.claims, o.claims),
             (&mut self.claims_believed, o.claims_believed),
             (&mut self.dead, o.dead),
+            (&mut self.behind, o.behind),
         ];
         pairs.into_iter().for_each(|(sum, n)| *sum += n);
     }
@@ -146,6 +149,19 @@ impl Checker {
             }
             _ => Ok(()),
         }
+    }
+
+    /// A side says of itself whether it is protected.
+    ///
+    /// # Errors
+    /// It is not.
+    pub fn words(&mut self, is_protected: bool, is_primary: bool, lag_ns: u64) -> Result<(), String> {
+        let is_behind = is_primary && lag_ns > LAG_NS_MAX;
+        self.counts.behind += u64::from(is_behind);
+        if is_protected && is_behind {
+            return Err(format!("a side says that it is protected, with a lag of {} us", lag_ns / 1000));
+        }
+        Ok(())
     }
 
     /// A host takes its peer to be lost because of a claim.

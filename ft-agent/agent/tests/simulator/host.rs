@@ -31,7 +31,15 @@ impl World {
             self.perform(host, action)?;
         }
         self.write(host);
-        Ok(())
+        self.check_words(host)
+    }
+
+    /// What a side says of itself is true (rule 12).
+    fn check_words(&mut self, host: usize) -> SimResult {
+        let clock = self.clock(host);
+        let Some(process) = &self.hosts[host].process else { return Ok(()) };
+        let status = process.agent.status(clock);
+        self.checker.words(status.is_protected(), host == 0, status.lag_ns)
     }
 
     fn perform(&mut self, host: usize, action: Action) -> SimResult {
@@ -50,7 +58,7 @@ impl World {
             Action::Take { generation, who } => self.change(host, Command::Take { generation, who }),
             Action::End { generation, who } => self.change(host, Command::End { generation, who }),
             Action::Look { generation, who } => self.ask_store(host, StoreQuestion::Look { generation, who }),
-            Action::StoreProblem(_) => {}
+            Action::ProtectionChanged(_) => {}
             Action::Start { .. } => process.started = true,
             Action::Release => self.release(host)?,
             Action::Drop => while process.gate.release(process.agent.drop_limit()).is_some() {},

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use agent::{Agent, Buffers, Config, Outcome, PairTiming, Role, Rule};
+use agent::{Agent, Buffers, Config, LagLimitAction, Outcome, PairTiming, Role, Rule};
 use entry::identity::Identity;
 use entry::log::Record;
 use entry::{Input, Output, PositionUnit};
@@ -20,6 +20,9 @@ pub const TIMING: PairTiming = PairTiming {
     retry_ns: 5 * MS,
     store_watch_ns: 30 * MS,
 };
+
+/// How far a backup may be behind.
+pub const LAG_NS_MAX: u64 = 50 * MS;
 
 /// A replica's process.
 pub struct Process {
@@ -87,7 +90,9 @@ impl Process {
             timing: TIMING,
             buffers: Buffers {
                 buffer_bytes: buffer,
-                lag_ns_max: 50 * MS,
+                lag_ns_max: LAG_NS_MAX,
+                lag_ns_limit: 150 * MS,
+                at_lag_limit: LagLimitAction::default(),
                 batch_ns: MS,
                 coalescing_ns: MS / 4,
             },

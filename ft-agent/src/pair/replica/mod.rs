@@ -35,6 +35,7 @@ use tracing::{debug, error, info, warn};
 use super::announce::Announcer;
 use super::hook::Hook;
 use super::link::PeerLink;
+use super::report::protection_word;
 use super::time_accounting::TimeAccounting;
 use crate::error::Error;
 use crate::outside::Outlet;
@@ -197,8 +198,10 @@ impl Replica {
             }
             Action::Take { generation, who } => self.ask_for_verdict(state, generation, who),
             Action::Look { generation, who } => self.look(generation, who),
-            Action::StoreProblem(Some(problem)) => warn!("UNPROTECTED: {problem}"),
-            Action::StoreProblem(None) => info!("the store answers, and has the record of this pair"),
+            Action::ProtectionChanged(protection) => match protection.reason() {
+                None => info!("PROTECTED again: what was the matter is over"),
+                Some(reason) => warn!("{}: {reason}", protection_word(&protection)),
+            },
             Action::GoLive => {
                 state.release_outputs();
                 state.alone = true;

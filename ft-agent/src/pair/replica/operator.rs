@@ -8,7 +8,7 @@ use entry::Console;
 
 use super::{Replica, now_ns};
 use crate::outside::ConsoleOut;
-use crate::pair::report::{ReplicaReport, phase_name, role_name};
+use crate::pair::report::{ReplicaReport, phase_name, protection_word, role_name};
 
 impl Replica {
     /// Ends this side at once. Only for a side whose guest has not run.
@@ -58,6 +58,10 @@ impl Replica {
             role: role_name(status.role).into(),
             phase: phase_name(status.phase).into(),
             protected: status.is_protected(),
+            state: protection_word(&status.protection).into(),
+            reason: status.protection.reason(),
+            store_answered_ago_ms: status.store_answered_ago_ns.map(|ns| ns as f64 / 1e6),
+            round_trip_ms: status.round_trip_ns.map(|ns| ns as f64 / 1e6),
             store_problem: status.store_problem.map(|problem| problem.to_string()),
             store_answers: !matches!(status.store_problem, Some(StoreProblem::Silent(_))),
             generation: status.generation.map(|g| g.0),
