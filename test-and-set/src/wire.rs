@@ -196,11 +196,11 @@ pub struct NodeStatus {
     pub id: NodeId,
     /// Its cluster.
     pub cluster: ClusterName,
-    /// `leader`, `follower`, `candidate`, `learner` or `stopped`.
+    /// `leader`, `leader without a majority`, `follower`, `candidate`, `learner` or `stopped`.
     pub role: String,
     /// The term it is in.
     pub term: u64,
-    /// The leader it knows.
+    /// The leader it knows, which is not itself while it does not reach a majority.
     pub leader: Option<NodeId>,
     /// All members by number.
     pub members: BTreeMap<NodeId, MemberStatus>,

@@ -237,6 +237,27 @@ fn status_and_metrics_show_the_cluster() -> Result<(), Failed> {
     Ok(())
 }
 
+/// Without its majority the store says so, and the member that is left calls itself no leader.
+fn a_store_without_a_quorum_says_so() -> Result<(), Failed> {
+    let mut cluster = Cluster::start(3);
+    let leader = cluster.leader();
+    assert!(cluster.tool(&["status"]).status.success());
+    for id in (1..=3).filter(|id| *id != leader) {
+        cluster.kill(id);
+    }
+    wait_for("the leader to notice", || {
+        let status = cluster.status()[leader - 1]["answer"]["status"].clone();
+        let lost = status["role"] == "leader without a majority" && status["leader"].is_null();
+        lost.then_some(())
+    });
+    let output = cluster.tool(&["status"]);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.code() == Some(1) && said.contains("the store has no quorum"), "{said}");
+    (1..=3).filter(|id| *id != leader).for_each(|id| cluster.start_node(id));
+    wait_for("a quorum", || cluster.tool(&["status"]).status.success().then_some(()));
+    Ok(())
+}
+
 /// A member's data cannot be used by another member.
 fn data_has_one_owner() -> Result<(), Failed> {
     let mut cluster = Cluster::start(1);
@@ -378,6 +399,7 @@ fn main() {
             full_disk_is_named_and_loses_nothing,
         ),
         Trial::test("status_and_metrics_show_the_cluster", status_and_metrics_show_the_cluster),
+        Trial::test("a_store_without_a_quorum_says_so", a_store_without_a_quorum_says_so),
         Trial::test("data_has_one_owner", data_has_one_owner),
         with_need(
             "zookeeper_that_dies_is_unknown",

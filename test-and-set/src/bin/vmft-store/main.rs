@@ -20,7 +20,7 @@ use test_and_set::names::ClusterName;
 use test_and_set::raft_client::RaftStore;
 use test_and_set::server::raft::RaftTiming;
 use test_and_set::server::{self, ServerSettings};
-use test_and_set::store::{NodeError, StoreError, chain};
+use test_and_set::store::{NodeError, StoreError, TestAndSet, chain};
 use test_and_set::url::{StoreUrl, parse_node};
 use test_and_set::wire::{NodeId, NodeStatus, StoreRequest};
 
@@ -36,7 +36,8 @@ struct StoreCli {
 enum StoreCommand {
     /// Run a member of the store until it is stopped or its storage fails.
     Serve(ServeArgs),
-    /// Show each node's view of the cluster: its role, leader, term, log indexes, latency, disk and members.
+    /// Show each node's view of the cluster: its role, leader, term, log indexes, latency, disk and members. Fails if
+    /// the store has no quorum.
     Status {
         #[command(flatten)]
         target: StoreArgs,
@@ -220,6 +221,9 @@ fn settings(serve: ServeArgs) -> Result<ServerSettings, Box<dyn Error>> {
     })
 }
 
+/// How long `status` waits for an answer of the quorum: an election takes less.
+const QUORUM_PATIENCE: Duration = Duration::from_secs(2);
+
 fn deadline(target: &StoreArgs) -> Instant {
     Instant::now() + Duration::from_secs(target.patience)
 }
@@ -245,6 +249,7 @@ async fn status(target: &StoreArgs, json: bool) -> Result<(), Box<dyn Error>> {
         let status = store.status(&node, deadline(target)).await;
         found.push((node, status, asked.elapsed()));
     }
+    let quorum = ask_quorum(&store, target).await;
     let mut out = io::stdout().lock();
     let reached = found.iter().any(|(_, status, _)| status.is_ok());
     let shown = if json {
@@ -265,11 +270,25 @@ async fn status(target: &StoreArgs, json: bool) -> Result<(), Box<dyn Error>> {
         Err(e) if e.kind() == ErrorKind::BrokenPipe => {}
         shown => shown?,
     }
-    if reached {
-        Ok(())
-    } else {
-        Err("no node of the store answered; the output above has the reason for each".into())
+    match quorum {
+        Ok(()) => Ok(()),
+        Err(_) if !reached => {
+            Err("no node of the store answered; the output above has the reason for each".into())
+        }
+        Err(e) => Err(format!(
+            "the store has no quorum: nothing that needs one was answered ({}); it gives no verdict until a majority of \
+             its members is back",
+            chain(&e)
+        )
+        .into()),
     }
+}
+
+/// Asks something that only a leader with a majority can answer. There need not be a VM of this name.
+async fn ask_quorum(store: &RaftStore, target: &StoreArgs) -> Result<(), StoreError> {
+    let any_vm = "vmft".parse().unwrap_or_else(|e| unreachable!("a name: {e}"));
+    let deadline = deadline(target).min(Instant::now() + QUORUM_PATIENCE);
+    store.get(&any_vm, deadline).await.map(drop)
 }
 
 fn show(

@@ -222,18 +222,24 @@ impl Raft {
             };
             (*id, status)
         });
+        // A leader that has lost its majority stays one to itself until it hears of another.
+        let quorum_silence = metrics.millis_since_quorum_ack.map(Duration::from_millis);
+        let is_only_voter = config.voter_ids().count() == 1;
+        let has_quorum = is_only_voter || quorum_silence.is_some_and(|silence| silence < self.suspicion);
+        let lost_quorum = metrics.state == ServerState::Leader && !has_quorum;
         let role = match metrics.state {
             _ if metrics.running_state.is_err() => "stopped",
             ServerState::Learner => "learner",
             ServerState::Follower => "follower",
             ServerState::Candidate => "candidate",
+            ServerState::Leader if lost_quorum => "leader without a majority",
             ServerState::Leader => "leader",
             ServerState::Shutdown => "stopped",
         };
         RaftView {
             role,
             term: metrics.current_term,
-            leader: metrics.current_leader,
+            leader: metrics.current_leader.filter(|_| !lost_quorum),
             members: members.collect(),
             last_log_index: metrics.last_log_index,
             applied_index: metrics.last_applied.map(|l| l.index),
