@@ -240,7 +240,7 @@ fn starved_row(percent: u64, at_limit: &str) {
     let time = if whole() { 30 } else { 12 };
     seen.watch(&site, Duration::from_secs(time));
     assert!(seen.protected_lag_ms_max <= LAG_MAX_MS, "{seen:?}");
-    assert!(seen.has_told("a AT RISK the backup is"), "{seen:?}\n{}", a.seen());
+    assert!(percent > 10 || seen.has_told("a AT RISK the backup is"), "{seen:?}\n{}", a.seen());
     let live = match at_limit {
         "stop" => format!("{:.2}", live_after_kill(&a, &mut b, 180).as_secs_f64()),
         _ => {
