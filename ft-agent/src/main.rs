@@ -56,6 +56,9 @@ enum CliCommand {
     Bench(bench::BenchArgs),
     /// Allow a VM to start again after all its hosts have died
     Forget(pair::ForgetArgs),
+    /// Run the command of --hook for each change that comes on standard input; for the replica
+    #[command(hide = true)]
+    HookRunner(pair::HookRunnerArgs),
     /// Test which engines this host supports, and say why it does not support the others
     Doctor(doctor::DoctorArgs),
     /// Show what is in a log
@@ -79,6 +82,7 @@ fn main() -> ExitCode {
         CliCommand::Console(at) => pair::console(&at),
         CliCommand::Bench(args) => bench::run(&args).map_err(Error::from),
         CliCommand::Forget(args) => pair::forget(&args),
+        CliCommand::HookRunner(args) => pair::hook_runner(args),
         CliCommand::Doctor(args) => doctor::run(&args),
         CliCommand::Log(command) => log_command::run(command),
     };

@@ -87,8 +87,9 @@ pub struct Readers {
 }
 
 impl Readers {
-    /// Adds a reader.
+    /// Adds a reader, and forgets those that are gone.
     pub fn add(&mut self) -> Receiver<Arc<[u8]>> {
+        self.print(&[]);
         let (sender, reader) = sync_channel(BACKLOG);
         self.readers.push(sender);
         reader

@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use tracing::warn;
 
 use super::admission::{Admission, AdmissionTicket, TimedStream};
-use super::console::serve_client;
+use super::console::{ConsolePlace, serve_client};
 use super::replica::Replica;
 use super::report::{ReplicaReport, phase_name};
 use crate::error::Error;
@@ -145,14 +145,17 @@ fn serve(
         (Ok(ControlRequest::Status), Some(replica)) => (ControlReply::Status(replica.report().into()), None),
         (Ok(ControlRequest::Failover), Some(replica)) => (failover(&replica), None),
         (Ok(ControlRequest::Stop), Some(replica)) => (stop(&replica), None),
-        (Ok(ControlRequest::Console), Some(replica)) => (ControlReply::Done, Some(replica)),
+        (Ok(ControlRequest::Console), Some(replica)) => match ConsolePlace::take() {
+            Some(place) => (ControlReply::Done, Some((replica, place))),
+            None => (ControlReply::Refused("too many clients are connected with the console".into()), None),
+        },
     };
     let mut answer = serde_json::to_vec(&reply)?;
     answer.push(b'\n');
     client.write_all(&answer)?;
     drop(ticket);
     match console {
-        Some(replica) => serve_client(&replica, client),
+        Some((replica, _place)) => serve_client(&replica, client),
         None => Ok(()),
     }
 }

@@ -9,21 +9,14 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 
 use agent::{Phase, Status};
+use clap::ValueEnum;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use test_and_set::names::VmName;
 use tracing::warn;
 
+use super::options::PairPlan;
 use super::report::{phase_name, protection_word, role_name};
 use crate::error::Error;
-
-/// The shell script that reads a line for each change and runs the user's command for it, one after the
-/// other. It ends with the replica, which may not start programs itself once it is confined.
-const RUNNER: &str = r#"
-while read -r VMFT_STATE VMFT_VM VMFT_ROLE VMFT_PHASE VMFT_GENERATION VMFT_REASON; do
-    export VMFT_STATE VMFT_VM VMFT_ROLE VMFT_PHASE VMFT_GENERATION VMFT_REASON
-    /bin/sh -c "$0" </dev/null || echo "vmft: the command of --hook failed: exit code $?" >&2
-done
-"#;
 
 /// The user's command. A separate process runs it, so that the replica never waits for it.
 #[derive(Clone)]
@@ -39,10 +32,13 @@ impl Hook {
     ///
     /// # Errors
     /// The process cannot be started.
-    pub fn start(command: &str, vm: VmName) -> Result<Hook, Error> {
+    pub fn start(command: &str, plan: &PairPlan) -> Result<Hook, Error> {
         let start = || {
-            let runner = Command::new("/bin/sh")
-                .args(["-c", RUNNER, command])
+            let format =
+                plan.log_format.to_possible_value().unwrap_or_else(|| unreachable!("none is hidden"));
+            let runner = Command::new(std::env::current_exe()?)
+                .args(["hook-runner", "--name", plan.name.as_str(), "--log-format", format.get_name()])
+                .args(["--seconds", &plan.hook_seconds.to_string(), "--", command])
                 .stdin(Stdio::piped())
                 // Standard output is the guest's console.
                 .stdout(std::io::stderr())
@@ -54,8 +50,8 @@ impl Hook {
             fcntl(&changes, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
             Ok(changes.into())
         };
-        let changes: File = start().map_err(Error::host("cannot start /bin/sh for --hook"))?;
-        Ok(Hook { changes: changes.into(), vm, last: None })
+        let changes: File = start().map_err(Error::host("cannot start the process for --hook"))?;
+        Ok(Hook { changes: changes.into(), vm: plan.name.clone(), last: None })
     }
 
     /// Reports the replica's status, and runs the command if it has changed. A side that is starting, ending

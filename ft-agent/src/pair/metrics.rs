@@ -63,10 +63,13 @@ fn answer(tcp: TcpStream, metrics: impl FnOnce() -> String) -> io::Result<()> {
     tcp.write_all(answer.as_bytes())
 }
 
-/// The metrics in Prometheus' text format. Without a replica there are only `vmft_protected` and
-/// `vmft_state`, which are 0.
+/// The metrics in Prometheus' text format. Without a replica `vmft_protected` and
+/// `vmft_state` are 0, and little else is there.
 fn text(vm: &VmName, report: Option<&ReplicaReport>) -> String {
     let mut text = protection(vm, report);
+    let missing = host_log::lines_missing() as f64;
+    let help = "lines of the log that standard error did not take";
+    metric(&mut text, vm, "log_lines_missing_total", "counter", help, missing);
     let Some(r) = report else { return text };
     let count = |n: u64| n as f64;
     for (name, kind, help, value) in [

@@ -25,6 +25,7 @@ mod guest_io;
 mod guest_thread;
 mod history;
 mod hook;
+mod hook_runner;
 mod hosts;
 mod link;
 mod link_keys;
@@ -41,6 +42,7 @@ mod time_accounting;
 mod worker;
 
 pub use forget::{ForgetArgs, forget};
+pub use hook_runner::{HookRunnerArgs, run as hook_runner};
 pub use options::PairOptions;
 pub use status::{ControlArgs, StatusArgs, console, failover, status, stop};
 
@@ -51,9 +53,9 @@ use crate::error::Error;
 /// # Errors
 /// The options are wrong, this host fails, the guest crashes, or this side does not get to run the VM.
 pub fn primary(options: PairOptions) -> Result<(), Error> {
-    let plan = options.check(agent::Role::Primary)?;
-    plan.start_log("primary");
-    primary::run(plan)
+    let options = options.with_file()?;
+    options.start_log("primary");
+    primary::run(options.check(agent::Role::Primary)?)
 }
 
 /// `vmft backup`.
@@ -61,7 +63,7 @@ pub fn primary(options: PairOptions) -> Result<(), Error> {
 /// # Errors
 /// The same as for [`primary()`], or the replay differs from the recording.
 pub fn backup(options: PairOptions) -> Result<(), Error> {
-    let plan = options.check(agent::Role::Backup)?;
-    plan.start_log("backup");
-    backup::run(plan)
+    let options = options.with_file()?;
+    options.start_log("backup");
+    backup::run(options.check(agent::Role::Backup)?)
 }

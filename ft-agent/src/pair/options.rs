@@ -45,6 +45,9 @@ pub struct PairOptions {
     /// (PROTECTED, AT_RISK or UNPROTECTED), VMFT_VM, VMFT_ROLE, VMFT_PHASE and VMFT_GENERATION
     #[arg(long, value_name = "COMMAND")]
     pub hook: Option<String>,
+    /// Time after which the command of --hook is killed, with all that it has started [default: 30]
+    #[arg(long, value_name = "S")]
+    pub hook_seconds: Option<u64>,
     /// Serve /metrics for Prometheus on this address, over plain HTTP
     #[arg(long, value_name = "ADDRESS:PORT", value_parser = parse_listen)]
     pub metrics: Option<SocketAddr>,
@@ -108,6 +111,8 @@ pub struct PairPlan {
     pub control: Option<PathBuf>,
     /// The user's command for each change between PROTECTED, AT RISK and UNPROTECTED.
     pub hook: Option<String>,
+    /// How many seconds the command may take.
+    pub hook_seconds: u64,
     /// Where Prometheus scrapes the metrics.
     pub metrics: Option<SocketAddr>,
     /// What the log's lines are.
@@ -128,11 +133,6 @@ impl PairPlan {
         self.machine.engine.unit()
     }
 
-    /// From now on this process's messages are lines of a log, which name the VM and its side.
-    pub fn start_log(&self, role: &str) {
-        host_log::serve(self.log_format, vec![("vm", self.name.to_string()), ("role", role.to_owned())]);
-    }
-
     /// Where guest time comes from.
     pub fn clock(&self) -> ClockMode {
         self.machine.clock.unwrap_or_default()
@@ -140,15 +140,29 @@ impl PairPlan {
 }
 
 impl PairOptions {
-    /// Checks the options, after adding those of the file that `--config` names.
+    /// Adds the options of the file that `--config` names.
     ///
     /// # Errors
-    /// [`Error::Config`] if the file cannot be read, or an option is missing or wrong.
-    pub fn check(mut self, role: Role) -> Result<PairPlan, Error> {
-        let o = match self.machine.config.take() {
-            Some(path) => self.over(read_file(&path)?),
-            None => self,
-        };
+    /// [`Error::Config`] if the file cannot be read.
+    pub fn with_file(mut self) -> Result<PairOptions, Error> {
+        match self.machine.config.take() {
+            Some(path) => Ok(self.over(read_file(&path)?)),
+            None => Ok(self),
+        }
+    }
+
+    /// From now on this process's messages are lines of a log, which name the VM and its side.
+    pub fn start_log(&self, role: &str) {
+        let vm = self.name.clone().unwrap_or_default();
+        host_log::serve(self.log_format.unwrap_or_default(), vec![("vm", vm), ("role", role.to_owned())]);
+    }
+
+    /// Checks the options.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if an option is missing or wrong.
+    pub fn check(self, role: Role) -> Result<PairPlan, Error> {
+        let o = self;
         let needed = |field| {
             Error::config(field, format!("--{field} is missing; give it, or set it in the file of --config"))
         };
@@ -187,6 +201,7 @@ impl PairOptions {
             discard_newer: o.discard_newer,
             control: o.control,
             hook: o.hook,
+            hook_seconds: within("hook-seconds", o.hook_seconds, 30, 1, 3600)?,
             metrics: o.metrics,
             log_format: o.log_format.unwrap_or_default(),
             confine: !o.no_confine,
@@ -208,6 +223,7 @@ impl PairOptions {
             discard_newer: self.discard_newer || file.discard_newer,
             control: self.control.or(file.control),
             hook: self.hook.or(file.hook),
+            hook_seconds: self.hook_seconds.or(file.hook_seconds),
             metrics: self.metrics.or(file.metrics),
             log_format: self.log_format.or(file.log_format),
             no_confine: self.no_confine || file.no_confine,

@@ -73,7 +73,7 @@ impl PairSide {
         let keys = Keys::load(&plan.keys).map_err(|e| Error::config("keys", chain(&e)))?;
         let tap = plan.machine.net.as_ref().map(|net| Tap::open(&net.tap)).transpose()?.map(Arc::new);
         let sidecars = Sidecars::read(&plan.name, &plan.machine.disks, plan.discard_newer)?;
-        let hook = plan.hook.as_ref().map(|command| Hook::start(command, plan.name.clone())).transpose()?;
+        let hook = plan.hook.as_ref().map(|command| Hook::start(command, &plan)).transpose()?;
         let control = plan.control.as_deref().map(ControlSocket::create).transpose()?;
         // An error is told when the machine is made.
         plan.machine.engine.reserve(1).ok();

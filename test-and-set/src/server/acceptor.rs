@@ -18,7 +18,7 @@ use tokio::time::timeout;
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tracing::warn;
 
-use crate::keys::{Keys, Permission, Roles};
+use crate::keys::{Keys, Permission, Roles, key_id};
 use crate::pending::PendingPlaces;
 use crate::record::Asker;
 use crate::refusal_log::{RefusalLine, RefusalLog};
@@ -165,9 +165,10 @@ impl StoreAcceptor {
                 Ok((stream, admission, Requester { role, permission, version }))
             }
             (Ok(_), None) => Err(no_longer_accepted()),
-            (Err(reason), _) => {
+            (Err(reason), permission) => {
                 stream.shutdown().await?;
-                Err(refused(&format!("{reason:?}")))
+                let key = permission.map_or("none".into(), |p| key_id(p.certificate()).to_string());
+                Err(refused(&format!("{reason:?}, its key is {key}")))
             }
         }
     }

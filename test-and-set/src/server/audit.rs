@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::Duration;
 
+use host_log::descriptor::SharedOutput;
 use serde::{Deserialize, Serialize};
 use tracing::error;
 
@@ -47,7 +48,7 @@ impl Audit {
     /// # Errors
     /// Its thread cannot be started.
     pub fn start() -> io::Result<Self> {
-        Self::to(io::stdout())
+        Self::to(SharedOutput(io::stdout()))
     }
 
     fn to(out: impl Write + Send + 'static) -> io::Result<Self> {

@@ -11,6 +11,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Instant;
 
 use redb::{Builder, Database, ReadableDatabase, ReadableTable, StorageBackend, TableDefinition};
 use serde::Serialize;
@@ -21,6 +22,7 @@ use crate::names::{ClusterName, CopyId, RunId};
 use crate::server::disk_error::{DATA_FORMAT, DiskError};
 use crate::server::journal::{self, APPEND_BYTES_MAX, DiskChange, Journal};
 use crate::server::marks::{KnownMembers, RunList};
+use crate::server::slow_disk::SlowDisk;
 use crate::wire::{DataMark, NodeId};
 
 const LOG: TableDefinition<u64, &[u8]> = TableDefinition::new("log");
@@ -68,6 +70,7 @@ pub struct MemberDisk {
     /// The number of the last change that is on the disk.
     last: AtomicU64,
     known: Mutex<KnownMembers>,
+    slow: SlowDisk,
 }
 
 /// The journal, and the number of the next change; no number once a change has failed.
@@ -194,6 +197,7 @@ impl MemberDisk {
             changes: Mutex::new(Changes { journal, next: None }),
             last: AtomicU64::new(0),
             known: Mutex::default(),
+            slow: SlowDisk::default(),
         };
         let (has, known): LastChange = disk.stored(CHANGE)?.unwrap_or_default();
         disk.known = Mutex::new(KnownMembers::stored(known));
@@ -274,6 +278,7 @@ impl MemberDisk {
     /// Makes a change in the database and in the journal, at the same time. After one that failed no other is made.
     fn change(&self, change: DiskChange) -> Result<(), DiskError> {
         let mut changes = self.changes();
+        let begun = Instant::now();
         let number = changes.next.take().ok_or(DiskError::NotFlushed)?;
         changes.journal.begin(number, &change).map_err(DiskError::Journal)?;
         let changed = self.change_log(number, &change);
@@ -282,6 +287,7 @@ impl MemberDisk {
         journalled.map_err(DiskError::Journal)?;
         changes.next = Some(number + 1);
         self.last.store(number, SeqCst);
+        self.slow.note(begun);
         Ok(())
     }
 

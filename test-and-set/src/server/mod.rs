@@ -6,6 +6,7 @@
 //! metrics ───────┘        └──> peers ──> connection (the same protocol, to the other members)
 //! ```
 
+mod absence;
 pub mod acceptor;
 pub mod audit;
 #[cfg(test)]
@@ -24,6 +25,7 @@ mod quota;
 pub mod raft;
 pub mod raft_log;
 pub mod restore;
+mod slow_disk;
 pub mod stats;
 
 use std::collections::BTreeMap;
@@ -139,6 +141,7 @@ pub async fn serve(settings: ServerSettings) -> Result<(), ServeError> {
         tokio::spawn(metrics::serve(node.clone(), listener));
     }
     tokio::spawn(write_known(node.disk.clone()));
+    tokio::spawn(node.raft.clone().tell_changes());
     let serving = async {
         // Before it votes, the others may know that it must not.
         node.raft.reach_others().await;

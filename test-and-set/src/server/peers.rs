@@ -12,6 +12,7 @@ use tokio::sync::{Mutex as AsyncMutex, watch};
 use tracing::error;
 
 use crate::connection::{ConnectionError, Dialer, NodeConnection};
+use crate::server::absence::Absence;
 use crate::server::disk::MemberDisk;
 use crate::server::disk_error::DiskError;
 use crate::server::left_out::is_left_out;
@@ -40,6 +41,7 @@ pub struct OtherMember {
     to: NodeId,
     address: String,
     link: AsyncMutex<Option<Arc<NodeConnection>>>,
+    absence: Absence,
 }
 
 impl OtherMembers {
@@ -159,7 +161,14 @@ impl OtherMembers {
     /// The member with this number at this address; all callers share one connection to it.
     pub fn get(&self, to: NodeId, address: &str) -> Arc<OtherMember> {
         let mut all = self.all.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let new = || Arc::new(OtherMember { to, address: address.into(), link: AsyncMutex::default() });
+        let new = || {
+            Arc::new(OtherMember {
+                to,
+                address: address.into(),
+                link: AsyncMutex::default(),
+                absence: Absence::default(),
+            })
+        };
         let peer = all.entry(to).or_insert_with(new);
         if peer.address != address {
             *peer = new();
@@ -198,6 +207,17 @@ impl OtherMembers {
 
     /// Sends a request to a member. The future may be dropped at any time.
     pub async fn ask(
+        &self,
+        peer: &OtherMember,
+        request: PeerRequest,
+        patience: Duration,
+    ) -> Result<PeerResponse, ConnectionError> {
+        let answer = self.ask_once(peer, request, patience).await;
+        peer.absence.note(peer.to, &peer.address, &answer);
+        answer
+    }
+
+    async fn ask_once(
         &self,
         peer: &OtherMember,
         request: PeerRequest,

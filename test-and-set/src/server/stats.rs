@@ -108,6 +108,12 @@ impl NodeStats {
                 "Requests that could not be answered.",
                 self.failures.load(Relaxed),
             ))
+            .and(value(
+                "log_lines_missing_total",
+                "counter",
+                "Lines that standard error did not take.",
+                host_log::lines_missing(),
+            ))
             .and(histogram(&mut out, "command_seconds", "Commands applied as the leader.", &self.commands))
             .and(histogram(&mut out, "read_seconds", "Linearizable reads.", &self.reads));
         // Writing to a String cannot fail.

@@ -9,6 +9,7 @@ mod members;
 mod network;
 mod restored;
 mod state_machine;
+mod telling;
 #[cfg(test)]
 pub mod testing;
 pub(crate) mod types;
