@@ -76,6 +76,14 @@ pub enum Error {
     /// `vmft status`: the VM is at risk of what the status says.
     #[error("the VM is at risk")]
     AtRisk,
+    /// The run is over, or was given up, and the guest has not printed the text of `--until`.
+    #[error("the guest has not printed {text:?}: {why}")]
+    NotPrinted {
+        /// The text.
+        text: String,
+        /// Why the run is over.
+        why: String,
+    },
     /// The guest crashed: its CPU shut down (triple fault).
     #[error("the guest crashed (triple fault) at position {position}")]
     GuestCrash {
@@ -98,7 +106,8 @@ impl Error {
 
     /// The exit code of the process: 1 not protected (`vmft status`), 2 configuration, 3 host, 4 guest crash, 5 divergence,
     /// 6 fenced (the other side runs the VM, or it was forgotten or started elsewhere), 7 not started (the VM runs elsewhere,
-    /// the store refuses to open it, or the peer was lost before the guest ran), 8 at risk (`vmft status`).
+    /// the store refuses to open it, or the peer was lost before the guest ran), 8 at risk (`vmft status`), 9 the guest has not
+    /// printed what was waited for.
     pub fn exit_code(&self) -> ExitCode {
         ExitCode::from(self.code())
     }
@@ -117,6 +126,7 @@ impl Error {
             Error::Out(Outcome::Fenced(_) | Outcome::Forgotten | Outcome::Overtaken(_)) => 6,
             Error::RunsElsewhere { .. }
             | Error::Out(Outcome::NotOpened | Outcome::OpenRefused(_) | Outcome::NotStarted(_)) => 7,
+            Error::NotPrinted { .. } => 9,
             Error::Out(Outcome::Failed(_)) => 3,
             Error::Out(Outcome::Ended(_) | Outcome::HandedOver | Outcome::Stopped) => 0,
         }

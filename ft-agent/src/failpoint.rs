@@ -2,9 +2,9 @@
 //! creating FILE sets it off, and FILE is removed once the failure has happened. A release build has none of this code.
 
 #[cfg(not(debug_assertions))]
-pub use disabled::{file, flip_ram_bit, stop, watch, wedge};
+pub use disabled::{delay, file, flip_ram_bit, stop, watch, wedge};
 #[cfg(debug_assertions)]
-pub use enabled::{file, flip_ram_bit, stop, watch, wedge};
+pub use enabled::{delay, file, flip_ram_bit, stop, watch, wedge};
 
 #[cfg(debug_assertions)]
 mod enabled {
@@ -73,6 +73,13 @@ mod enabled {
         }
     }
 
+    /// Failpoint `name`: holds this thread up for a second.
+    pub fn delay(name: &str) {
+        if reached(name) {
+            std::thread::sleep(Duration::from_secs(1));
+        }
+    }
+
     /// Failpoint `name`: blocks this thread forever.
     pub fn wedge(name: &str) {
         if reached(name) {
@@ -113,6 +120,9 @@ mod disabled {
 
     /// Does not stop.
     pub fn stop(_name: &str) {}
+
+    /// Does not wait.
+    pub fn delay(_name: &str) {}
 
     /// Does not block.
     pub fn wedge(_name: &str) {}

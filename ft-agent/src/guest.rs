@@ -152,6 +152,12 @@ impl Guest {
         let initrd = elsewhere.initrd.clone().or(hint("initrd").map(PathBuf::from));
         let hinted = (0..).map_while(|n| hint(&format!("disk-{n}"))).collect::<Vec<_>>();
         let disks = if elsewhere.disks.is_empty() { &hinted } else { &elsewhere.disks };
+        let disks = disks.iter().map(|d| d.parse()).collect::<Result<Vec<DiskConfig>, _>>()?;
+        let files =
+            [("kernel", kernel.as_path())].into_iter().chain(initrd.as_deref().map(|f| ("initrd", f)));
+        for (field, path) in files.chain(disks.iter().map(|disk| ("disk", disk.path.as_path()))) {
+            check_regular(field, path)?;
+        }
         let text = |name: &str| {
             identity.get(name).ok_or_else(|| Error::config(name, "the log's identity lacks this field"))
         };
@@ -169,7 +175,7 @@ impl Guest {
             files,
             kernel,
             initrd,
-            disks: disks.iter().map(|d| d.parse()).collect::<Result<_, _>>()?,
+            disks,
             disk_contents: OnceLock::new(),
         };
         match guest.identity()?.check(identity) {
@@ -194,6 +200,22 @@ pub struct FileOverrides {
     /// The recording's disk as it was at the start, if its file was moved; give all disks, in the same order
     #[arg(long = "disk", value_name = "FILE[,ro]")]
     pub disks: Vec<String>,
+}
+
+/// Refuses what is no file: a log comes from others, and opening a device or a FIFO that it names may do something, or
+/// wait for ever.
+fn check_regular(field: &str, path: &Path) -> Result<(), Error> {
+    match std::fs::metadata(path) {
+        Ok(found) if !found.is_file() => {
+            let why = format!(
+                "{} is no regular file, and is not opened; give the file of the recording",
+                path.display()
+            );
+            Err(Error::config(field, why))
+        }
+        // What cannot be found is told where it is opened.
+        _ => Ok(()),
+    }
 }
 
 fn parse<T>(field: &str, text: &str, f: impl FnOnce(&str) -> Option<T>) -> Result<T, Error> {

@@ -1,20 +1,20 @@
 //! `vmft log`: shows what is in a log.
 
 use std::collections::BTreeMap;
-use std::io::{self, Write};
+use std::io::{self, BufWriter, Write};
 use std::path::PathBuf;
 
 use clap::Subcommand;
 use entry::PositionUnit;
 use entry::codec::encode;
 use entry::identity::Identity;
-use entry::log::{Entry, LoggedInput};
+use entry::log::{Entry, KINDS, LoggedInput, Record};
 use serde::Serialize;
 use vmm::replay::Records;
 
 use crate::error::Error;
 use crate::log_file::LogReader;
-use crate::report::printed;
+use crate::report::{Escaped, printed, stdout};
 
 /// What to show of a log.
 #[derive(Subcommand, Debug)]
@@ -73,34 +73,58 @@ struct LogStat {
 /// # Errors
 /// The log is damaged; everything before the damage is shown.
 pub fn run(command: LogCommand) -> Result<(), Error> {
-    let mut out = io::stdout().lock();
+    let mut out = BufWriter::new(stdout());
     match command {
         LogCommand::Stat { file, json, from_s } => {
             let (reader, identity) = LogReader::open(&file)?;
             let (stat, damage) = stat(reader, &identity, (from_s * 1e9) as u64);
-            printed(if json {
+            let shown = if json {
                 let text =
                     serde_json::to_string_pretty(&stat).unwrap_or_else(|e| unreachable!("plain data: {e}"));
                 writeln!(out, "{text}")
             } else {
                 write_table(&mut out, &stat)
-            })?;
+            };
+            printed(shown.and_then(|()| out.flush()))?;
             damage
         }
         LogCommand::Show { file, kind, from, to } => {
-            let (mut reader, _) = LogReader::open(&file)?;
-            while let Some(record) = reader.next()? {
-                let wanted = kind.is_empty() || kind.iter().any(|k| k == record.entry.kind());
-                if wanted
-                    && (from..to).contains(&record.position.count)
-                    && !printed(writeln!(out, "{record}"))?
-                {
-                    return Ok(());
-                }
+            check_kinds(&kind)?;
+            if from >= to {
+                return Err(Error::config("to", format!("there is nothing before {to} from {from} on")));
             }
+            let (mut reader, _) = LogReader::open(&file)?;
+            let wanted = |record: &Record| {
+                let of_kind = kind.is_empty() || kind.iter().any(|k| k == record.entry.kind());
+                of_kind && (from..to).contains(&record.position.count)
+            };
+            let damage = loop {
+                match reader.next() {
+                    Ok(Some(record)) if !wanted(&record) => {}
+                    Ok(Some(record)) => {
+                        if !printed(writeln!(out, "{}", Escaped(record)))? {
+                            return Ok(());
+                        }
+                    }
+                    Ok(None) => break Ok(()),
+                    Err(e) => break Err(e),
+                }
+            };
+            printed(out.flush())?;
             warn_if_cut_off(&reader);
-            Ok(())
+            damage
         }
+    }
+}
+
+/// Refuses kinds that no entry has.
+fn check_kinds(kinds: &[String]) -> Result<(), Error> {
+    match kinds.iter().find(|kind| !KINDS.contains(&kind.as_str())) {
+        Some(kind) => Err(Error::config(
+            "kind",
+            format!("no entry is of kind {kind:?}; give some of {}", KINDS.join(", ")),
+        )),
+        None => Ok(()),
     }
 }
 
@@ -175,7 +199,7 @@ fn rate(bytes: u64, seconds: f64) -> f64 {
 
 fn write_table(out: &mut impl Write, stat: &LogStat) -> io::Result<()> {
     for (name, value) in &stat.identity {
-        writeln!(out, "{name:20} {value}")?;
+        writeln!(out, "{:20} {}", Escaped(name).to_string(), Escaped(value))?;
     }
     writeln!(out, "\n{:12} {:>10} {:>12} {:>14}", "kind", "entries", "bytes", "bytes/guest s")?;
     for (name, kind) in &stat.kinds {

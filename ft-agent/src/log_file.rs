@@ -14,6 +14,7 @@ use vmm::record::RecordSink;
 use vmm::replay::Records;
 
 use crate::error::Error;
+use crate::private_file;
 
 /// A block is closed when it has this many bytes, or at the first check after [`OPEN_MAX`].
 const BLOCK_BYTES: usize = 64 << 10;
@@ -25,6 +26,8 @@ pub struct LogWriter {
     encoder: Encoder,
     file: File,
     path: PathBuf,
+    /// A block was not written completely.
+    torn: bool,
     /// When the last block was closed, on the clock of [`now`].
     closed: Duration,
 }
@@ -35,15 +38,14 @@ impl LogWriter {
     /// # Errors
     /// The file exists already, or cannot be written.
     pub fn create(path: &Path, identity: &Identity) -> Result<LogWriter, Error> {
-        let created = File::options().write(true).create_new(true).open(path);
-        let file = created.map_err(|e| {
+        let file = private_file::create_new(path).map_err(|e| {
             Error::config(
                 "log",
                 format!("cannot create log {}: {e}; give the name of a new file", path.display()),
             )
         })?;
         let encoder = Encoder::new(identity);
-        let mut writer = LogWriter { encoder, file, path: path.into(), closed: now() };
+        let mut writer = LogWriter { encoder, file, path: path.into(), torn: false, closed: now() };
         writer.close_block()?;
         Ok(writer)
     }
@@ -61,7 +63,14 @@ impl LogWriter {
         self.encoder.close_block();
         self.closed = now();
         let bytes = self.encoder.take_bytes();
+        if self.torn {
+            let source = io::Error::other("an earlier write has failed");
+            return Err(Error::Host { what: self.failed(), source });
+        }
+        // A block that is cut off must be the last one.
+        self.torn = true;
         self.file.write_all(&bytes).map_err(Error::host(self.failed()))?;
+        self.torn = false;
         self.encoder.reuse(bytes);
         Ok(())
     }

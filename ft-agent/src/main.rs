@@ -13,6 +13,7 @@ mod log_file;
 mod options;
 mod outside;
 mod pair;
+mod private_file;
 mod replay;
 mod report;
 mod run;
@@ -21,6 +22,7 @@ mod summary;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 
 use error::Error;
 
@@ -67,8 +69,12 @@ enum CliCommand {
 }
 
 fn main() -> ExitCode {
+    no_core_dumps();
     // clap exits with 2 for a wrong flag, which is also the code for bad configuration.
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(answer) => return report::usage(&answer),
+    };
     host_log::init();
     let result = match cli.command {
         CliCommand::Run(args) => run::run(args),
@@ -86,13 +92,20 @@ fn main() -> ExitCode {
         CliCommand::Doctor(args) => doctor::run(&args),
         CliCommand::Log(command) => log_command::run(command),
     };
-    let code = result.map_or_else(
+    let code = result.and_then(|()| report::told()).map_or_else(
         |e| {
-            tracing::error!("vmft: {e}");
+            tracing::error!("vmft: {}", report::escaped_lines(&e.to_string()));
             e.exit_code()
         },
         |()| ExitCode::SUCCESS,
     );
     host_log::flush();
     code
+}
+
+/// Keeps a crash of this process from leaving what it has in memory, a guest and keys, in a file or with another program.
+fn no_core_dumps() {
+    if let Err(e) = set_dumpable_behavior(DumpableBehavior::NotDumpable) {
+        host_log::say!("vmft: a crash may leave a core dump, with the guest's memory: {e}");
+    }
 }

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use serde::Deserialize;
+use twox_hash::XxHash3_128;
 use vmm::config::{MEMORY_BYTES, is_station};
 
 use crate::engine::{self, CpuChoice, PositionsChoice};
@@ -66,14 +67,15 @@ pub struct RunOptions {
     /// Connect the guest's network to this tap, which is created if it does not exist
     #[arg(long, value_name = "NAME")]
     pub tap: Option<String>,
-    /// MAC address of the guest; needs --tap [default: 02:76:6d:66:74:01]
+    /// MAC address of the guest; needs --tap [default: made of the VM's name, or of this host's id and the tap's name]
     #[arg(long, value_name = "MAC")]
     pub mac: Option<String>,
-    /// IPv4 address of the guest; becomes ip= on the kernel command line
+    /// IPv4 address of the guest; needs --tap; becomes ip= on the kernel command line
     #[arg(long, value_name = "ADDRESS/PREFIX[,GATEWAY]")]
     pub ip: Option<String>,
-    /// Raw disk image, read-only with ,ro; may be given several times
-    #[arg(long = "disk", value_name = "FILE[,ro]")]
+    /// Raw disk image, read-only with ,ro; may be given several times. An image that looks like qcow2 or the like is refused,
+    /// unless ,raw says that it is raw all the same
+    #[arg(long = "disk", value_name = "FILE[,ro][,raw]")]
     pub disks: Vec<String>,
 }
 
@@ -84,6 +86,8 @@ pub struct DiskConfig {
     pub path: PathBuf,
     /// The guest may not write to it.
     pub read_only: bool,
+    /// It is raw even if it looks like another format.
+    pub raw: bool,
 }
 
 /// The guest's network.
@@ -120,15 +124,14 @@ pub struct GuestPlan {
 
 const STARVATION_MS_DEFAULT: u64 = 1000;
 const MEMORY_MIB_DEFAULT: u64 = 256;
-/// Locally administered; "vmft" in ASCII and a number.
-const MAC_DEFAULT: [u8; 6] = [0x02, 0x76, 0x6d, 0x66, 0x74, 0x01];
 
 impl RunOptions {
-    /// Checks the options, together with those of the file that `config` names.
+    /// Checks the options, together with those of the file that `config` names. `vm` is what no other VM is called, if it has
+    /// such a name.
     ///
     /// # Errors
     /// [`Error::Config`] names the field.
-    pub fn check(self) -> Result<GuestPlan, Error> {
+    pub fn check(self, vm: Option<&str>) -> Result<GuestPlan, Error> {
         let o = match &self.config {
             Some(path) => {
                 let file = read_file(path)?;
@@ -148,11 +151,15 @@ impl RunOptions {
         let ip = o.ip.as_deref().map(ip_argument).transpose()?;
         let cmdline = [images.cmdline, o.cmdline, ip].into_iter().flatten().collect::<Vec<_>>().join(" ");
         let mac = o.mac.as_deref().map(parse_mac).transpose()?;
-        if mac.is_some() && o.tap.is_none() {
-            return Err(Error::config(
-                "mac",
-                "the guest has no network: give --tap NAME, or leave --mac out",
-            ));
+        for (field, is_given) in [("mac", mac.is_some()), ("ip", o.ip.is_some())] {
+            if is_given && o.tap.is_none() {
+                let why = format!("the guest has no network: give --tap NAME, or leave --{field} out");
+                return Err(Error::config(field, why));
+            }
+        }
+        if o.starvation_ms.is_some() && matches!(o.cpu, Some(CpuChoice::Soft | CpuChoice::Interpreter)) {
+            let why = "it is for guests on KVM: give --cpu kvm or auto, or leave --starvation-ms out";
+            return Err(Error::config("starvation-ms", why));
         }
         Ok(GuestPlan {
             kernel: kernel.ok_or_else(|| {
@@ -167,7 +174,7 @@ impl RunOptions {
             engine: engine::choose(o.cpu.unwrap_or_default(), o.positions.unwrap_or_default())?,
             starvation: Duration::from_millis(o.starvation_ms.unwrap_or(STARVATION_MS_DEFAULT)),
             clock: o.clock,
-            net: o.tap.map(|tap| check_tap(tap, mac.unwrap_or(MAC_DEFAULT))).transpose()?,
+            net: o.tap.map(|tap| check_tap(tap, mac, vm)).transpose()?,
             disks: o.disks.iter().map(|d| d.parse()).collect::<Result<_, _>>()?,
         })
     }
@@ -218,7 +225,7 @@ fn parse_mac(text: &str) -> Result<[u8; 6], Error> {
 }
 
 /// Checks the name of a tap: 1 to 15 bytes without '/', ':' or white space (`dev_valid_name` of Linux).
-fn check_tap(tap: String, mac: [u8; 6]) -> Result<NetConfig, Error> {
+fn check_tap(tap: String, mac: Option<[u8; 6]>, vm: Option<&str>) -> Result<NetConfig, Error> {
     let bad =
         tap.is_empty() || tap.len() > 15 || tap.contains(|c: char| c == '/' || c == ':' || c.is_whitespace());
     if bad {
@@ -227,28 +234,51 @@ fn check_tap(tap: String, mac: [u8; 6]) -> Result<NetConfig, Error> {
             format!("{tap:?} is not an interface name: give 1 to 15 bytes without '/', ':' or space"),
         ));
     }
+    let mac = mac.unwrap_or_else(|| match vm {
+        Some(vm) => default_mac(&format!("vm {vm}")),
+        None => default_mac(&format!("host {} tap {tap}", host_id())),
+    });
     Ok(NetConfig { tap, mac })
+}
+
+/// A MAC address for whatever has this name: locally administered, and 40 bits of a hash.
+fn default_mac(name: &str) -> [u8; 6] {
+    let [a, b, c, d, e, ..] = XxHash3_128::oneshot(name.as_bytes()).to_le_bytes();
+    [0x02, a, b, c, d, e]
+}
+
+/// What tells this host from others, and stays the same: its machine id, or else its name.
+fn host_id() -> String {
+    let files = ["/etc/machine-id", "/proc/sys/kernel/hostname"];
+    let id =
+        files.iter().filter_map(|file| std::fs::read_to_string(file).ok()).map(|id| id.trim().to_owned());
+    id.into_iter().find(|id| !id.is_empty()).unwrap_or_default()
 }
 
 impl FromStr for DiskConfig {
     type Err = Error;
 
-    /// `FILE` or `FILE,ro`.
+    /// `FILE`, and then perhaps `,ro` or `,raw` or both.
     fn from_str(text: &str) -> Result<DiskConfig, Error> {
-        let (path, read_only) = match text.rsplit_once(',') {
-            Some((path, "ro")) => (path, true),
-            _ => (text, false),
-        };
-        if path.is_empty() {
-            return Err(Error::config("disk", "the file name is empty: give FILE or FILE,ro"));
+        let (mut path, mut read_only, mut raw) = (text, false, false);
+        loop {
+            match path.rsplit_once(',') {
+                Some((file, "ro")) => (path, read_only) = (file, true),
+                Some((file, "raw")) => (path, raw) = (file, true),
+                _ => break,
+            }
         }
-        Ok(DiskConfig { path: path.into(), read_only })
+        if path.is_empty() {
+            return Err(Error::config("disk", "the file name is empty: give FILE, FILE,ro or FILE,raw"));
+        }
+        Ok(DiskConfig { path: path.into(), read_only, raw })
     }
 }
 
 impl fmt::Display for DiskConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}{}", self.path.display(), if self.read_only { ",ro" } else { "" })
+        let of = |is: bool, word| if is { word } else { "" };
+        write!(f, "{}{}{}", self.path.display(), of(self.read_only, ",ro"), of(self.raw, ",raw"))
     }
 }
 
@@ -302,20 +332,51 @@ mod tests {
     fn flags_win_over_the_file_and_unknown_fields_are_named() {
         let file: RunOptions = toml::from_str("kernel = 'a'\nmemory_mib = 64\ndisks = ['d,ro']").unwrap();
         let flags = RunOptions { memory_mib: Some(128), ..RunOptions::default() };
-        let plan = flags.over(file).check().unwrap();
+        let plan = flags.over(file).check(None).unwrap();
         assert_eq!(plan.memory, 128 << 20);
         assert_eq!(plan.kernel, PathBuf::from("a"));
-        assert_eq!(plan.disks, [DiskConfig { path: "d".into(), read_only: true }]);
+        assert_eq!(plan.disks, [DiskConfig { path: "d".into(), read_only: true, raw: false }]);
         let error = toml::from_str::<RunOptions>("memroy_mib = 64").unwrap_err();
         assert!(error.to_string().contains("memroy_mib"), "{error}");
     }
 
     #[test]
+    fn no_two_vms_have_the_same_default_mac() {
+        let mac = |tap: &str, vm| check_tap(tap.into(), None, vm).unwrap().mac;
+        let all = [mac("tap0", None), mac("tap1", None), mac("tap0", Some("a")), mac("tap0", Some("b"))];
+        for (n, one) in all.iter().enumerate() {
+            assert!(is_station(*one) && one[0] == 2);
+            assert!(!all[..n].contains(one), "{all:?}");
+        }
+        // Both sides of a pair come to the same, whatever their taps are called.
+        assert_eq!(mac("tap0", Some("a")), mac("tap7", Some("a")));
+    }
+
+    #[test]
+    fn options_that_do_nothing_are_refused() {
+        let bare = || RunOptions { kernel: Some("k".into()), ..RunOptions::default() };
+        let ip = RunOptions { ip: Some("10.0.0.2/24".into()), ..bare() };
+        assert_eq!(field(ip.check(None)), "ip");
+        let starved = RunOptions { starvation_ms: Some(5), cpu: Some(CpuChoice::Soft), ..bare() };
+        assert_eq!(field(starved.check(None)), "starvation-ms");
+    }
+
+    #[test]
+    fn words_after_a_disk_say_how_it_is_used() {
+        let disk = |text: &str| text.parse::<DiskConfig>().unwrap();
+        for text in ["a", "a,ro", "a,raw", "a,ro,raw", "a,b"] {
+            assert_eq!(disk(text).to_string(), text);
+        }
+        assert_eq!(disk("a,raw,ro"), disk("a,ro,raw"));
+        assert_eq!(disk("a,b").path, PathBuf::from("a,b"));
+    }
+
+    #[test]
     fn a_missing_kernel_and_silly_sizes_are_named() {
-        assert_eq!(field(RunOptions::default().check()), "kernel");
+        assert_eq!(field(RunOptions::default().check(None)), "kernel");
         let o = RunOptions { kernel: Some("k".into()), memory_mib: Some(1), ..RunOptions::default() };
-        assert_eq!(field(o.check()), "memory-mib");
+        assert_eq!(field(o.check(None)), "memory-mib");
         let o = RunOptions { kernel: Some("k".into()), tap: Some("a/b".into()), ..RunOptions::default() };
-        assert_eq!(field(o.check()), "tap");
+        assert_eq!(field(o.check(None)), "tap");
     }
 }

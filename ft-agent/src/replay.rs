@@ -19,6 +19,7 @@ use crate::guest::{FileOverrides, Guest};
 use crate::log_command::warn_if_cut_off;
 use crate::log_file::LogReader;
 use crate::outside::disk::Image;
+use crate::report::print;
 
 /// Arguments of `vmft replay`.
 #[derive(Args, Debug)]
@@ -30,11 +31,11 @@ pub struct ReplayArgs {
     /// Stop at this position
     #[arg(long, value_name = "POSITION")]
     to: Option<u64>,
-    /// Print a digest of the whole machine at exactly these positions
+    /// Print a digest of the whole machine at exactly these positions, as lines "digest POSITION DIGEST" on standard output
     #[arg(long, value_name = "POSITION,...", value_delimiter = ',')]
     digest_at: Vec<u64>,
     /// Repeat the replay until one diverges, at most this many times
-    #[arg(long, value_name = "TIMES")]
+    #[arg(long, value_name = "TIMES", value_parser = clap::value_parser!(u32).range(1..))]
     until_divergence: Option<u32>,
     /// Replay twice side by side, one replay with extra stops, and bisect to the first position where the two differ
     #[arg(long, conflicts_with_all = ["to", "digest_at", "until_divergence"])]
@@ -199,7 +200,10 @@ fn replay(args: &ReplayArgs) -> Result<(), Error> {
         let at = guest.machine.position().count;
         if stop == Some(at) && args.digest_at.contains(&at) {
             let digest = guest.machine.digest()?;
-            host_log::say!("digest {at} {}", digest.total());
+            progress.clear();
+            if !print(&format!("digest {at} {}\n", digest.total()))? {
+                return Ok(());
+            }
         }
         if guest.source.is_done() {
             break;

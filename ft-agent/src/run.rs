@@ -5,12 +5,12 @@ use std::fs::File;
 use std::io::{BufReader, BufWriter};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use clap::Args;
+use clap::builder::NonEmptyStringValueParser;
 use entry::{End, Position, PositionUnit};
-use signal_hook::consts::{SIGINT, SIGTERM};
-use signal_hook::iterator::{Handle, Signals};
 use vmm::guest_loop::Turn;
 use vmm::inbox::{Inbox, InboxSender};
 use vmm::record::{LogIntervals, Recorder};
@@ -22,11 +22,13 @@ use crate::error::Error;
 use crate::guest::Guest;
 use crate::log_file::LogWriter;
 use crate::options::{ClockMode, GuestPlan, RunOptions};
-use crate::outside::console::{Printer, read_keys};
+use crate::outside::console::{Printer, pass_keys};
 use crate::outside::disk::Image;
 use crate::outside::tap::Tap;
-use crate::outside::terminal::RawMode;
+use crate::outside::terminal::{IgnoredSignals, OnSignal, Terminal};
+use crate::outside::until::{Awaited, Until};
 use crate::outside::{ConsoleOut, Host, INBOX_CAPACITY, Inlet, Outlet};
+use crate::private_file;
 use crate::summary::Summary;
 
 /// Arguments of `vmft run`.
@@ -54,13 +56,18 @@ pub struct RecordArgs {
 struct CommonArgs {
     #[command(flatten)]
     machine: RunOptions,
-    /// End the run with success once the guest has printed this text
-    #[arg(long, value_name = "TEXT")]
+    /// End the run with success once the guest has printed this text. It is given up with exit code 9 when the guest ends
+    /// without it, or rests while nothing can reach it, or after --within
+    #[arg(long, value_name = "TEXT", value_parser = NonEmptyStringValueParser::new())]
     until: Option<String>,
+    /// With --until: how many seconds to wait at most, also for a guest that rests [default: 600]
+    #[arg(long, value_name = "S", requires = "until")]
+    within: Option<u64>,
     /// Stop after exactly this many retired instructions; implies --clock virtual
     #[arg(long, value_name = "COUNT")]
     stop_at: Option<u64>,
-    /// Print a digest of the whole machine after exactly this many retired instructions; implies --clock virtual
+    /// Take a digest of the whole machine after exactly this many retired instructions; implies --clock virtual. Digests are
+    /// in --summary-json, and in lines "digest POSITION DIGEST" on standard error
     #[arg(long, value_name = "COUNT,...", value_delimiter = ',')]
     digest_at: Vec<u64>,
     /// Save the machine to the file --save after exactly this many retired instructions, and go on; implies --clock virtual
@@ -82,7 +89,7 @@ struct CommonArgs {
 /// # Errors
 /// The options are wrong, this host fails, or the guest crashes.
 pub fn run(args: RunArgs) -> Result<(), Error> {
-    let plan = args.options.machine.clone().check()?;
+    let plan = args.options.machine.clone().check(None)?;
     let clock = args.options.clock(&plan)?;
     // A saved machine ran with the virtual clock (--save-at implies it), and the machine that continues from it needs the
     // same epoch and seed.
@@ -101,7 +108,7 @@ pub fn run(args: RunArgs) -> Result<(), Error> {
 /// # Errors
 /// The same as for [`run`], or the log cannot be written.
 pub fn record(args: RecordArgs) -> Result<(), Error> {
-    let plan = args.options.machine.clone().check()?;
+    let plan = args.options.machine.clone().check(None)?;
     let clock = args.options.clock(&plan)?;
     let (guest, images) = Guest::new(&plan, clock)?;
     // The identity has digests of all disks; the boot does not wait for them.
@@ -117,7 +124,37 @@ pub fn record(args: RecordArgs) -> Result<(), Error> {
 }
 
 impl CommonArgs {
+    /// Refuses positions that the run does not come to.
+    fn check_stops(&self) -> Result<(), Error> {
+        let Some(end) = self.stop_at else { return Ok(()) };
+        let late = |field, at: u64| {
+            Error::config(field, format!("the run stops at {end} (--stop-at) and does not come to {at}"))
+        };
+        match (self.digest_at.iter().find(|at| **at > end), self.save_at.filter(|at| *at > end)) {
+            (Some(at), _) => Err(late("digest-at", *at)),
+            (_, Some(at)) => Err(late("save-at", at)),
+            _ => Ok(()),
+        }
+    }
+
+    /// The text that ends the run.
+    fn awaited(&self) -> Option<Awaited> {
+        let text = self.until.clone()?;
+        Some(Awaited { text, within: self.within.map(Duration::from_secs) })
+    }
+
+    /// Says which results were not obtained, because the run has ended before.
+    fn tell_unreached(&self, end: u64) {
+        for at in self.digest_at.iter().filter(|at| **at > end) {
+            host_log::say!("no digest at {at}: the run has ended at {end}");
+        }
+        for at in self.save_at.iter().filter(|at| **at > end) {
+            host_log::say!("the machine was not saved at {at}: the run has ended at {end}");
+        }
+    }
+
     fn clock(&self, plan: &GuestPlan) -> Result<ClockMode, Error> {
+        self.check_stops()?;
         let exact = self.stop_at.is_some() || !self.digest_at.is_empty() || self.save_at.is_some();
         match plan.clock {
             None if exact => Ok(ClockMode::Virtual),
@@ -185,8 +222,7 @@ impl HostSource for Recorder<Host, LogWriter> {
 struct Session<'a> {
     options: &'a CommonArgs,
     live: Live<Host>,
-    terminal: Option<RawMode>,
-    signals: Handle,
+    terminal: Terminal,
 }
 
 impl<'a> Session<'a> {
@@ -198,53 +234,76 @@ impl<'a> Session<'a> {
         images: Vec<Image>,
     ) -> Result<Session<'a>, Error> {
         let tap = plan.net.as_ref().map(|net| Tap::open(&net.tap)).transpose()?;
+        let ignored = IgnoredSignals::read();
         options.confine(plan);
         let inbox = Inbox::new(machine.kicker(), INBOX_CAPACITY);
         let mut inlet = Inlet::new(inbox, clock, machine.time_ns(), 0)?;
         inlet.watch_for_starvation(plan.engine.unit(), plan.starvation);
-        let mut host =
-            Host { inlet, outlet: Outlet::new(ConsoleOut::Printer(Printer::new(options.until.clone()))) };
+        let until = options.awaited().map(|text| Until::new(text, plan.net.is_some(), Instant::now()));
+        let keys_ended = until.as_ref().map(Until::keys_ended).unwrap_or_default();
+        let outlet = Outlet::new(ConsoleOut::Printer(Printer::new(options.until.clone())));
+        let mut host = Host { inlet, outlet, until, hopeless: None, digests: Vec::new() };
         attach(&mut host, tap, images);
         // A restored machine may have been saved with disk requests under way.
         for request in machine.unfinished_disk_requests() {
             host.disk(request)?;
         }
         let sender = host.inlet.sender().clone();
-        let signals = stop_on_signals(&sender)?;
-        let terminal = RawMode::enter().map_err(Error::host("cannot set the terminal to raw mode"))?;
-        std::thread::spawn(move || read_keys(sender));
+        let terminal = Terminal::attach(ignored, stop_on_signals(sender.clone()))?;
+        let keys = terminal.keys();
+        std::thread::spawn(move || {
+            pass_keys(keys, &sender);
+            keys_ended.store(true, Ordering::Relaxed);
+        });
         // A restored machine cannot give digests of positions that it has already passed.
         let from = machine.position().count;
         let digests: BTreeSet<u64> =
             options.digest_at.iter().copied().filter(|count| *count >= from).collect();
         let stops = PlannedStops { digests: digests.into_iter().map(Position::exact).collect(), pause: None };
         let live = Live::new(host, plan.engine.unit(), stops);
-        Ok(Session { options, live, terminal, signals })
+        Ok(Session { options, live, terminal })
     }
 
     /// Runs the machine to its end, prints the summary, and returns the command's result.
     fn run<S: HostSource>(self, machine: Machine, source: impl FnOnce(Live<Host>) -> S) -> Result<(), Error> {
-        let Session { options, live, terminal, signals } = self;
+        let Session { options, live, terminal } = self;
         let started = Instant::now();
         let from = machine.position().count;
         let mut guest = GuestLoop { source: source(live), machine };
-        let ended = drive(&mut guest, options).and_then(|end| {
-            guest.source.finish()?;
-            Ok(end)
-        });
+        let ended = drive(&mut guest, options);
+        let finished = guest.source.finish();
         drop(terminal);
-        signals.close();
-        let traffic = guest.source.live().outside().traffic();
-        let summary = Summary::new(&guest.machine, from, started.elapsed(), traffic);
+        let end = guest.machine.position().count;
+        let host = guest.source.live().outside();
+        let mut summary = Summary::new(&guest.machine, from, started.elapsed(), host.traffic());
+        summary.digests = std::mem::take(&mut host.digests);
         host_log::write_to_stderr(&summary.to_string());
-        if let Some(path) = &options.summary_json {
-            summary.write(path)?;
-        }
-        match ended? {
-            Some(End::TripleFault) => Err(Error::GuestCrash { position: guest.machine.position().count }),
-            _ => Ok(()),
+        options.tell_unreached(end);
+        let written = options.summary_json.as_ref().map_or(Ok(()), |path| summary.write(path));
+        let ended = ended?;
+        finished?;
+        written?;
+        match (ended, unprinted(host, ended)) {
+            (Some(End::TripleFault), _) => Err(Error::GuestCrash { position: end }),
+            (_, unprinted) => unprinted,
         }
     }
+}
+
+/// Whether the guest has printed what the user waits for, if anything.
+fn unprinted(host: &mut Host, ended: Option<End>) -> Result<(), Error> {
+    let (Some(until), ConsoleOut::Printer(printer)) = (&host.until, host.outlet.console()) else {
+        return Ok(());
+    };
+    if printer.is_satisfied() {
+        return Ok(());
+    }
+    let why = match (&host.hopeless, ended) {
+        (Some(why), _) => why.clone(),
+        (None, Some(_)) => "it has ended".into(),
+        (None, None) => "the run was stopped".into(),
+    };
+    Err(Error::NotPrinted { text: until.text().into(), why })
 }
 
 fn attach(host: &mut Host, tap: Option<Tap>, images: Vec<Image>) {
@@ -259,18 +318,19 @@ fn attach(host: &mut Host, tap: Option<Tap>, images: Vec<Image>) {
     }
 }
 
-/// SIGINT and SIGTERM end the run in an orderly way.
-fn stop_on_signals(sender: &InboxSender) -> Result<Handle, Error> {
-    let mut signals =
-        Signals::new([SIGINT, SIGTERM]).map_err(Error::host("cannot install signal handlers"))?;
-    let handle = signals.handle();
-    let sender = sender.clone();
-    std::thread::spawn(move || {
-        for _ in signals.forever() {
-            sender.stop();
+/// Time from the first signal, which ends the run in order, until another one ends the process, in case the run is stuck.
+const IMPATIENCE: Duration = Duration::from_secs(1);
+
+/// A signal ends the run in order, and another one, later, ends the process.
+fn stop_on_signals(sender: InboxSender) -> impl FnMut() -> OnSignal {
+    let mut first = None;
+    move || {
+        if first.get_or_insert_with(Instant::now).elapsed() > IMPATIENCE {
+            return OnSignal::End;
         }
-    });
-    Ok(handle)
+        sender.stop();
+        OnSignal::Handled
+    }
 }
 
 /// Runs the guest to its end; `None` if it was stopped before.
@@ -281,6 +341,7 @@ fn drive<S: HostSource>(guest: &mut GuestLoop<S>, options: &CommonArgs) -> Resul
         let pause = pauses.next();
         guest.source.live().pause_at(pause.map(Position::exact));
         if let Turn::Finished(end) = run_to_pause(guest)? {
+            guest.source.live().outside().inlet.finish()?;
             return Ok(Some(end));
         }
         let at = guest.machine.position();
@@ -288,6 +349,8 @@ fn drive<S: HostSource>(guest: &mut GuestLoop<S>, options: &CommonArgs) -> Resul
             save(&mut guest.machine, path)?;
         }
         if pause != Some(at.count) || options.stop_at == pause {
+            // A device that has failed also stops the run.
+            guest.source.live().outside().inlet.finish()?;
             guest.source.stop(&mut guest.machine)?;
             return Ok(None);
         }
@@ -312,7 +375,7 @@ fn run_to_pause<S: HostSource>(guest: &mut GuestLoop<S>) -> Result<Turn, Error> 
 
 fn save(machine: &mut Machine, path: &Path) -> Result<(), Error> {
     let failed = || Error::host(format!("cannot save the machine to {}", path.display()));
-    let file = File::create(path).map_err(failed())?;
+    let file = private_file::create(path).map_err(failed())?;
     let mut file = BufWriter::new(file);
     machine.save(&mut file).map_err(std::io::Error::other).map_err(failed())?;
     let file = file.into_inner().map_err(|e| e.into_error()).map_err(failed())?;

@@ -12,7 +12,7 @@ use vmm::Machine;
 use vmm::vcpu::landing::Landings;
 
 use crate::error::Error;
-use crate::outside::Traffic;
+use crate::outside::{DigestAt, Traffic};
 
 /// Figures of one run.
 #[derive(Clone, Debug, Serialize)]
@@ -55,6 +55,8 @@ pub struct Summary {
     pub starved: u64,
     /// The longest such wait, s.
     pub starved_longest_s: f64,
+    /// The digests that --digest-at asked for.
+    pub digests: Vec<DigestAt>,
 }
 
 impl Summary {
@@ -84,6 +86,7 @@ impl Summary {
             frames_dropped: traffic.frames_dropped,
             starved: traffic.starved.times,
             starved_longest_s: traffic.starved.longest.as_secs_f64(),
+            digests: Vec::new(),
         }
     }
 }

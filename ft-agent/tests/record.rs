@@ -27,10 +27,10 @@ fn vmft(args: &[&str]) -> (i32, String, String) {
 
 /// Replays a log. Panics unless everything was equal.
 fn replays(log: &Path, extra: &[&str]) -> String {
-    let (code, _, errors) = vmft(&[&["replay", log.to_str().unwrap()], extra].concat());
+    let (code, digests, errors) = vmft(&[&["replay", log.to_str().unwrap()], extra].concat());
     assert_eq!(code, 0, "{errors}");
     assert!(errors.contains("every output and every state was equal"), "{errors}");
-    errors
+    digests + &errors
 }
 
 /// Records the bare guest while lines are typed on its console, at moments that depend on the host's
@@ -77,8 +77,8 @@ fn a_replay_stops_where_it_is_told_and_shows_the_same_digests() {
     assert_eq!(digests(&recorded).len(), 3, "{recorded}");
     let replayed = replays(&log, &stops[..2]);
     assert_eq!(digests(&replayed), digests(&recorded));
-    let (code, _, errors) = vmft(&["replay", name, "--to", "2000000", "--digest-at", "2000000"]);
-    assert_eq!((code, digests(&errors)), (0, digests(&recorded)[1..2].to_vec()), "{errors}");
+    let (code, found, errors) = vmft(&["replay", name, "--to", "2000000", "--digest-at", "2000000"]);
+    assert_eq!((code, digests(&found)), (0, digests(&recorded)[1..2].to_vec()), "{errors}");
     let (code, table, _) = vmft(&["log", "stat", name]);
     assert!(code == 0 && table.contains("state"), "{table}");
     let (code, lines, _) = vmft(&["log", "show", name, "--kind", "state"]);

@@ -41,7 +41,12 @@ fn errors_name_the_field_and_exit_with_two() {
         (vec!["--kernel", cut, "--mac", "01:00:00:00:00:00", "--tap", "t"], "mac"),
         (vec!["--kernel", cut, "--disk", "/nonexistent"], "cannot open disk image /nonexistent"),
         (vec!["--kernel", cut, "--disk", odd], "700 bytes"),
-        (vec!["--kernel", cut, "--ip", "10.0.0.2"], "ip"),
+        (vec!["--kernel", cut, "--ip", "10.0.0.2", "--tap", "t"], "is not ADDRESS/PREFIX"),
+        (vec!["--kernel", cut, "--ip", "10.0.0.2/24"], "give --tap NAME, or leave --ip out"),
+        (vec!["--kernel", cut, "--stop-at", "5", "--digest-at", "3,6"], "does not come to 6"),
+        (vec!["--kernel", cut, "--stop-at", "5", "--save-at", "6", "--save", "s"], "does not come to 6"),
+        (vec!["--kernel", cut, "--within", "5"], "--until"),
+        (vec!["--kernel", cut, "--until", ""], "--until"),
         (vec!["--config", config], "kernal"),
         (vec!["--kernel", cut, "--stop-at", "5", "--clock", "host"], "clock"),
         (vec!["--no-such-flag"], "--no-such-flag"),
@@ -51,6 +56,35 @@ fn errors_name_the_field_and_exit_with_two() {
         assert!(errors.contains(expected), "{args:?}: {errors}");
     }
     for file in [cut, config, odd] {
+        std::fs::remove_file(file).unwrap();
+    }
+}
+
+#[test]
+fn an_image_in_another_format_is_not_taken_for_raw() {
+    let image = scratch("format");
+    let disk = image.to_str().unwrap();
+    let cut = scratch("format-elf");
+    std::fs::write(&cut, b"\x7fELF\x02\x01\x01").unwrap();
+    for (at, magic, name) in
+        [(0, &b"QFI\xfb"[..], "qcow2"), (0, b"KDMV", "VMDK"), (64, b"\x7f\x10\xda\xbe", "VDI")]
+    {
+        let mut bytes = vec![0; 4096];
+        bytes[at..][..magic.len()].copy_from_slice(magic);
+        std::fs::write(&image, bytes).unwrap();
+        for (option, expected) in [
+            (disk.to_owned(), format!("it is a {name} image")),
+            (format!("{disk},ro"), format!("it is a {name} image")),
+            // The next error is that of the kernel.
+            (format!("{disk},raw"), cut.display().to_string()),
+        ] {
+            let (code, _, errors) = vmft(&["run", "--kernel", cut.to_str().unwrap(), "--disk", &option]);
+            assert_eq!(code, 2, "{errors}");
+            assert!(errors.contains(&expected), "{option}: {errors}");
+            assert_eq!(errors.contains("qemu-img convert"), !option.ends_with("raw"), "{errors}");
+        }
+    }
+    for file in [image, cut] {
         std::fs::remove_file(file).unwrap();
     }
 }

@@ -15,8 +15,9 @@ mod format;
 pub mod queue;
 
 use std::backtrace::{Backtrace, BacktraceStatus};
-use std::io::{self, Write};
+use std::io::{self, ErrorKind, Write};
 use std::panic::PanicHookInfo;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -108,9 +109,21 @@ macro_rules! say {
     ($($message:tt)*) => { $crate::write_to_stderr(&format!("{}\n", format_args!($($message)*))) };
 }
 
+/// A text for standard error is lost, although somebody could have read it.
+static TEXT_LOST: AtomicBool = AtomicBool::new(false);
+
 /// Writes text to standard error as it is, or loses it.
 pub fn write_to_stderr(text: &str) {
-    SharedOutput(io::stderr()).write_all(text.as_bytes()).ok();
+    if let Err(e) = SharedOutput(io::stderr()).write_all(text.as_bytes())
+        && e.kind() != ErrorKind::BrokenPipe
+    {
+        TEXT_LOST.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Whether a command's text is lost because standard error is full or broken, and not because its reader has closed it.
+pub fn is_text_lost() -> bool {
+    TEXT_LOST.load(Ordering::Relaxed)
 }
 
 /// Takes each message as one write.

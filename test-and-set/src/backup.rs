@@ -22,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use twox_hash::XxHash3_64;
 
 use crate::names::{ClusterName, VmName};
+use crate::private_file;
 use crate::raft_client::RaftStore;
 use crate::record::VmRecord;
 use crate::store::StoreError;
@@ -113,7 +114,9 @@ impl StoreBackup {
         let bytes = self.to_bytes()?;
         let mut part = path.as_os_str().to_owned();
         part.push(".part");
-        let written = File::create(&part).and_then(|mut file| {
+        let written =
+            private_file::open(Path::new(&part), File::options().write(true).create(true).truncate(true));
+        let written = written.and_then(|mut file| {
             file.write_all(&bytes)?;
             file.sync_all()?;
             // Unlike a renaming, a link never replaces a file that was made meanwhile.

@@ -66,8 +66,8 @@ impl<S: CasStore + Send> TestAndSet for S {
 
 /// Why an attempt failed.
 pub(crate) enum CasError {
-    /// Try again until the deadline. Names the node that failed.
-    Retry(String, NodeError),
+    /// Try again until the deadline. Names the nodes that failed.
+    Retry(Vec<(String, NodeError)>),
     /// Report it to the caller.
     Report(StoreError),
 }
@@ -106,7 +106,7 @@ pub(crate) async fn retry_until<T, F: Future<Output = Result<T, CasError>>>(
         match step {
             Ok(Ok(value)) => return Ok(value),
             Ok(Err(CasError::Report(error))) => return Err(error),
-            Ok(Err(CasError::Retry(node, error))) => nodes = vec![(node, error)],
+            Ok(Err(CasError::Retry(failed))) => nodes = failed,
             Err(_) if nodes.is_empty() => nodes = vec![("the store".into(), NodeError::Silent)],
             Err(_) => {}
         }

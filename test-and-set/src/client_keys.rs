@@ -8,13 +8,13 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Once;
 
 use tracing::warn;
 
-use crate::keys::KeysError;
+use crate::keys::{KeysError, read_private};
+use crate::private_file::others_may_use;
 use crate::store::StoreError;
 
 /// The directory, if the store's URL names one.
@@ -51,7 +51,8 @@ impl ClientKeys {
     /// Reads the certificate and the key of this client, if it has them.
     pub(crate) fn own(&self) -> Result<Option<CertificateAndKey>, StoreError> {
         let Some(certificate) = self.read("own.crt")? else { return Ok(None) };
-        Ok(self.read_needed("own.key")?.map(|key| (certificate, key)))
+        let Some(path) = self.0.as_ref().map(|dir| dir.join("own.key")) else { return Ok(None) };
+        Ok(Some((certificate, read_private(&path).map_err(StoreError::Keys)?)))
     }
 
     /// Reads the user, if there is one.
@@ -59,8 +60,7 @@ impl ClientKeys {
         let Some(path) = self.path("user") else { return Ok(None) };
         let faulty = |why| StoreError::UserFile { path: path.clone(), why };
         let mut file = File::open(&path).map_err(unreadable(path.clone()))?;
-        let mode = file.metadata().map_err(unreadable(path.clone()))?.permissions().mode();
-        if mode & 0o077 != 0 {
+        if others_may_use(&file).map_err(unreadable(path.clone()))? {
             return Err(faulty("others than its owner may read it, so its password is no secret: chmod 600"));
         }
         let mut text = String::new();
@@ -113,6 +113,7 @@ impl From<Option<&Path>> for ClientKeys {
 #[cfg(test)]
 mod tests {
     use std::fs::Permissions;
+    use std::os::unix::fs::PermissionsExt;
 
     use super::*;
 

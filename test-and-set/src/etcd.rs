@@ -3,6 +3,7 @@
 //! Of etcd's protocol (version 3, gRPC) this needs one request for reading and one for transactions. The messages here have only
 //! the fields that are used; protobuf skips the others.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use prost::{Message, Oneof};
@@ -110,10 +111,20 @@ struct AuthenticateResponse {
     token: String,
 }
 
-/// A client of etcd.
-pub struct EtcdStore {
+/// A node of etcd, which is connected to when it is first asked.
+struct EtcdNode {
+    address: String,
     channel: Channel,
-    nodes: String,
+}
+
+/// A client of etcd. A node that does not serve does not keep it from the others: each request goes to one after the other, until
+/// one answers.
+pub struct EtcdStore {
+    nodes: Vec<EtcdNode>,
+    /// The node that is asked first: the one that has answered last.
+    first: AtomicUsize,
+    /// What was last told about nodes that do not serve although others do.
+    told: Mutex<String>,
     prefix: String,
     keys: ClientKeys,
     /// The token for the user, once etcd has given one.
@@ -130,19 +141,21 @@ impl EtcdStore {
         keys.user()?;
         keys.warn(&format!("etcd://{}", nodes.join(",")), true);
         let scheme = if tls.is_some() { "https" } else { "http" };
-        let endpoints = nodes.iter().map(|node| {
-            let endpoint = Endpoint::from_shared(format!("{scheme}://{node}"))?;
+        let connect = |address: &String| {
+            let failed =
+                |error| StoreError::Unusable(vec![(address.clone(), NodeError::EtcdTransport(error))]);
+            let endpoint = Endpoint::from_shared(format!("{scheme}://{address}")).map_err(failed)?;
             let endpoint =
                 endpoint.tcp_nodelay(true).connect_timeout(REQUEST_PATIENCE).timeout(REQUEST_PATIENCE);
-            match &tls {
-                Some(tls) => endpoint.tls_config(tls.clone()),
-                None => Ok(endpoint),
-            }
-        });
-        let failed = |error| StoreError::Unusable(vec![(nodes.join(","), NodeError::EtcdTransport(error))]);
-        let endpoints = endpoints.collect::<Result<Vec<_>, _>>().map_err(failed)?;
-        let channel = Channel::balance_list(endpoints.into_iter());
-        Ok(Self { channel, nodes: nodes.join(","), prefix: prefix.into(), keys, token: Mutex::default() })
+            let endpoint = match &tls {
+                Some(tls) => endpoint.tls_config(tls.clone()).map_err(failed)?,
+                None => endpoint,
+            };
+            Ok(EtcdNode { address: address.clone(), channel: endpoint.connect_lazy() })
+        };
+        let nodes = nodes.iter().map(connect).collect::<Result<Vec<_>, StoreError>>()?;
+        let (first, told, token) = Default::default();
+        Ok(Self { nodes, first, told, prefix: prefix.into(), keys, token })
     }
 
     fn key(&self, vm: &VmName) -> Vec<u8> {
@@ -164,21 +177,11 @@ impl EtcdStore {
     /// Sends a request in the name of the user, if there is one.
     async fn request<Q, A>(&self, path: &'static str, request: Q) -> Result<A, CasError>
     where
-        Q: Message + Send + Sync + 'static,
+        Q: Message + Clone + Send + Sync + 'static,
         A: Message + Default + Send + Sync + 'static,
     {
-        let mut request = tonic::Request::new(request);
-        if let Some(token) = self.token().await? {
-            request.metadata_mut().insert("token", token);
-        }
-        match self.unary(path, request).await? {
-            Ok(answer) => Ok(answer),
-            Err(status) if is_old_token(&status) => {
-                *self.token.lock().await = None;
-                Err(CasError::Retry(self.nodes.clone(), NodeError::Etcd(Box::new(status))))
-            }
-            Err(status) => Err(self.failed(status)),
-        }
+        let token = self.token().await?;
+        self.ask_each(path, request, token.as_ref()).await
     }
 
     /// The user's token. etcd gives one for the name and the password.
@@ -188,56 +191,114 @@ impl EtcdStore {
             && let Some(user) = self.keys.user()?
         {
             let request = AuthenticateRequest { name: user.name, password: user.password };
-            let answer = self.unary("/etcdserverpb.Auth/Authenticate", tonic::Request::new(request)).await?;
-            let AuthenticateResponse { token } = answer.map_err(|status| self.failed(status))?;
-            let unusable = |_| self.failed(tonic::Status::unauthenticated("etcd's token is not a text"));
+            let answer = self.ask_each("/etcdserverpb.Auth/Authenticate", request, None).await?;
+            let AuthenticateResponse { token } = answer;
+            let unusable = |_| {
+                let status = tonic::Status::unauthenticated("etcd's token is not a text");
+                let nodes = self.nodes.iter().map(|node| node.address.as_str()).collect::<Vec<_>>().join(",");
+                StoreError::Unusable(vec![(nodes, NodeError::Etcd(Box::new(status)))])
+            };
             *kept = Some(token.parse().map_err(unusable)?);
         }
         Ok(kept.clone())
     }
 
-    async fn unary<Q, A>(
+    /// Sends a request to one node after the other, until one answers.
+    async fn ask_each<Q, A>(
         &self,
         path: &'static str,
-        request: tonic::Request<Q>,
-    ) -> Result<Result<A, tonic::Status>, CasError>
+        request: Q,
+        token: Option<&MetadataValue<Ascii>>,
+    ) -> Result<A, CasError>
+    where
+        Q: Message + Clone + Send + Sync + 'static,
+        A: Message + Default + Send + Sync + 'static,
+    {
+        let mut failures = vec![];
+        let first = self.first.load(Ordering::Relaxed);
+        for at in (first..first + self.nodes.len()).map(|n| n % self.nodes.len()) {
+            let mut request = tonic::Request::new(request.clone());
+            if let Some(token) = token {
+                request.metadata_mut().insert("token", token.clone());
+            }
+            let node = &self.nodes[at];
+            // If the caller loses its patience here, the next request begins with the next node.
+            self.first.store(at + 1, Ordering::Relaxed);
+            match node.ask(path, request).await {
+                Ok(answer) => {
+                    self.first.store(at, Ordering::Relaxed);
+                    self.tell_failures(&failures).await;
+                    return Ok(answer);
+                }
+                Err(error) if is_full(&error) => {
+                    return Err(CasError::Report(StoreError::DiskFull(node.address.clone())));
+                }
+                Err(error) => {
+                    if is_old_token(&error) {
+                        *self.token.lock().await = None;
+                        return Err(CasError::Retry(vec![(node.address.clone(), error)]));
+                    }
+                    failures.push((node.address.clone(), error));
+                }
+            }
+        }
+        match failures.iter().all(|(_, error)| is_lasting(error)) {
+            true => Err(CasError::Report(StoreError::Unusable(failures))),
+            false => Err(CasError::Retry(failures)),
+        }
+    }
+
+    /// Names the nodes that will not serve before an operator corrects something, once for each change.
+    async fn tell_failures(&self, failures: &[(String, NodeError)]) {
+        let lasting = failures.iter().filter(|(_, error)| is_lasting(error));
+        let text = lasting.map(|(node, error)| format!("{node}: {error}")).collect::<Vec<_>>().join("; ");
+        let mut told = self.told.lock().await;
+        if !text.is_empty() && *told != text {
+            tracing::warn!("the store goes on without a node that cannot serve this client: {text}");
+            *told = text;
+        }
+    }
+}
+
+impl EtcdNode {
+    async fn ask<Q, A>(&self, path: &'static str, request: tonic::Request<Q>) -> Result<A, NodeError>
     where
         Q: Message + Send + Sync + 'static,
         A: Message + Default + Send + Sync + 'static,
     {
         let mut grpc = tonic::client::Grpc::new(self.channel.clone());
-        grpc.ready().await.map_err(|error| CasError::Retry(self.nodes.clone(), error.into()))?;
+        grpc.ready().await?;
         let codec = tonic_prost::ProstCodec::default();
         let answer = grpc.unary(request, PathAndQuery::from_static(path), codec).await;
-        Ok(answer.map(tonic::Response::into_inner))
+        answer.map(tonic::Response::into_inner).map_err(|status| NodeError::Etcd(Box::new(status)))
     }
+}
 
-    fn failed(&self, status: tonic::Status) -> CasError {
-        if status.code() == tonic::Code::ResourceExhausted && status.message().contains("space") {
-            return CasError::Report(StoreError::DiskFull(self.nodes.clone()));
-        }
-        let (lasts, error) = (is_lasting(status.code()), NodeError::Etcd(Box::new(status)));
-        if lasts {
-            return CasError::Report(StoreError::Unusable(vec![(self.nodes.clone(), error)]));
-        }
-        CasError::Retry(self.nodes.clone(), error)
-    }
+/// Whether etcd's disk is full.
+fn is_full(error: &NodeError) -> bool {
+    matches!(error, NodeError::Etcd(status)
+        if status.code() == tonic::Code::ResourceExhausted && status.message().contains("space"))
 }
 
 /// Whether etcd has forgotten the token: it was restarted, the token was not used for long, or users were changed.
-fn is_old_token(status: &tonic::Status) -> bool {
-    ["invalid auth token", "revision of auth store is old"].iter().any(|text| status.message().contains(text))
+fn is_old_token(error: &NodeError) -> bool {
+    let texts = ["invalid auth token", "revision of auth store is old"];
+    matches!(error, NodeError::Etcd(status) if texts.iter().any(|text| status.message().contains(text)))
 }
 
-/// Whether etcd will answer in the same way until an operator corrects something.
-fn is_lasting(code: tonic::Code) -> bool {
+/// Whether a node will answer in the same way until an operator corrects something. What is not etcd also answers so: HTTP's 404
+/// comes as `Unimplemented`, 401 as `Unauthenticated`, 403 as `PermissionDenied`.
+fn is_lasting(error: &NodeError) -> bool {
     use tonic::Code::{
         FailedPrecondition, InvalidArgument, PermissionDenied, Unauthenticated, Unimplemented,
     };
     matches!(
-        code,
+        error,
         // The first is the answer to a user where etcd's authentication is not enabled.
-        FailedPrecondition | InvalidArgument | PermissionDenied | Unauthenticated | Unimplemented
+        NodeError::Etcd(status) if matches!(
+            status.code(),
+            FailedPrecondition | InvalidArgument | PermissionDenied | Unauthenticated | Unimplemented
+        )
     )
 }
 
@@ -303,5 +364,69 @@ impl CasStore for EtcdStore {
                 return Ok(page);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use http::{HeaderMap, Response};
+    use tokio::net::TcpListener;
+
+    use super::*;
+    use crate::store::TestAndSet;
+
+    /// A server of HTTP/2 that answers each request as an etcd without records does, or with 404 as a proxy may. Returns its
+    /// address.
+    async fn server(is_etcd: bool) -> String {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("its address").to_string();
+        tokio::spawn(async move {
+            while let Ok((socket, _)) = listener.accept().await {
+                tokio::spawn(async move {
+                    let mut connection = h2::server::handshake(socket).await.expect("HTTP/2");
+                    while let Some(Ok((_, mut respond))) = connection.accept().await {
+                        let head = Response::builder().status(if is_etcd { 200 } else { 404 });
+                        let head = head.header("content-type", "application/grpc").body(()).expect("a head");
+                        let mut body = respond.send_response(head, !is_etcd).expect("a response");
+                        if is_etcd {
+                            // An empty message, not compressed.
+                            body.send_data(Bytes::from_static(&[0; 5]), false).expect("a body");
+                            let status =
+                                [("grpc-status".parse().expect("a name"), "0".parse().expect("a value"))];
+                            body.send_trailers(HeaderMap::from_iter(status)).expect("trailers");
+                        }
+                    }
+                });
+            }
+        });
+        address
+    }
+
+    async fn get(nodes: &[&String]) -> Result<Option<VmRecord>, StoreError> {
+        let nodes: Vec<_> = nodes.iter().map(|node| node.to_string()).collect();
+        let store = EtcdStore::new(&nodes, "/vmft", ClientKeys(None)).expect("a client");
+        let vm = "web".parse().expect("a name");
+        for _ in 0..5 {
+            store.get(&vm, Instant::now() + Duration::from_secs(5)).await?;
+        }
+        store.get(&vm, Instant::now() + Duration::from_secs(5)).await
+    }
+
+    #[tokio::test]
+    async fn a_node_that_answers_404_is_named_and_does_not_keep_the_client_from_the_others() {
+        let (other, etcd) = (server(false).await, server(true).await);
+        let silent = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let silent = silent.local_addr().expect("its address").to_string();
+        for nodes in [[&other, &etcd], [&etcd, &other], [&silent, &etcd]] {
+            assert!(matches!(get(&nodes).await, Ok(None)), "{nodes:?}");
+        }
+        let Err(refused @ StoreError::Unusable(_)) = get(&[&other, &other]).await else { panic!("of use") };
+        assert!(refused.to_string().contains(&other) && refused.to_string().contains("404"), "{refused}");
+        // A node that is away may be back: this client is not refused for ever.
+        let Err(late @ StoreError::NoAnswer { .. }) = get(&[&other, &silent]).await else {
+            panic!("refused")
+        };
+        assert!(late.to_string().contains(&other) && late.to_string().contains(&silent), "{late}");
     }
 }

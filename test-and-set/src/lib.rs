@@ -71,6 +71,7 @@ pub mod fake;
 mod golden_tests;
 pub mod keys;
 pub mod pending;
+mod private_file;
 pub mod raft_client;
 pub mod refusal_log;
 pub mod server;

@@ -1,13 +1,12 @@
 //! `vmft doctor`: tests what this host can do for a guest on KVM, and reports a verdict with its reasons.
 
 use std::fmt;
-use std::io::Write;
 
 use clap::Args;
 use serde::Serialize;
 
 use crate::error::Error;
-use crate::report::printed;
+use crate::report::print;
 
 mod counting;
 mod host;
@@ -257,14 +256,11 @@ pub fn check_exact_positions() -> Result<String, String> {
 /// The report cannot be written.
 pub fn run(args: &DoctorArgs) -> Result<(), Error> {
     let report = examine(Thoroughness::Thorough);
-    let mut out = std::io::stdout().lock();
-    if args.json {
-        let text = serde_json::to_string_pretty(&report).map_err(std::io::Error::other);
-        printed(writeln!(out, "{}", text.map_err(Error::host("cannot write the report"))?))?;
-    } else {
-        printed(writeln!(out, "{report}"))?;
-    }
-    Ok(())
+    let text = match args.json {
+        true => serde_json::to_string_pretty(&report).unwrap_or_else(|e| unreachable!("plain data: {e}")),
+        false => report.to_string(),
+    };
+    print(&format!("{text}\n")).map(drop)
 }
 
 #[cfg(test)]

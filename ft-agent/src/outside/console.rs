@@ -1,6 +1,6 @@
 //! The guest's serial console: on standard input and output, and for readers that are never waited for.
 
-use std::io::{self, IsTerminal, Read, Write};
+use std::io::{self, IsTerminal, Write};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::time::{Duration, Instant};
@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 use entry::Console;
 use vmm::inbox::{Closed, InboxSender};
 
+use super::terminal::Keys;
 use crate::error::Error;
+use crate::report;
 
 /// Ctrl-A, as in QEMU: the next key is a command to vmft.
 const ESCAPE: u8 = 1;
@@ -19,6 +21,8 @@ pub struct Printer {
     /// The last bytes that were printed, one byte fewer than the text has.
     tail: Vec<u8>,
     satisfied: bool,
+    /// How many bytes were printed.
+    printed: u64,
     progress: Option<Instant>,
 }
 
@@ -32,6 +36,7 @@ impl Printer {
             until: until.map(String::into_bytes),
             tail: Vec::new(),
             satisfied: false,
+            printed: 0,
             progress: io::stderr().is_terminal().then(Instant::now),
         }
     }
@@ -41,16 +46,19 @@ impl Printer {
         self.satisfied
     }
 
+    /// How many bytes the guest has printed.
+    pub fn printed(&self) -> u64 {
+        self.printed
+    }
+
     /// Prints console output.
     ///
     /// # Errors
     /// Standard output cannot be written to.
     pub fn print(&mut self, bytes: &[u8]) -> Result<(), Error> {
         self.clear_progress();
-        let mut out = io::stdout().lock();
-        out.write_all(bytes)
-            .and_then(|()| out.flush())
-            .map_err(Error::host("cannot write to standard output"))?;
+        report::stdout().write_all(bytes).map_err(Error::host("cannot write to standard output"))?;
+        self.printed += bytes.len() as u64;
         if let Some(until) = &self.until {
             self.tail.extend_from_slice(bytes);
             self.satisfied |= self.tail.windows(until.len().max(1)).any(|w| w == until);
@@ -104,12 +112,11 @@ impl Readers {
 }
 
 /// Passes standard input to the guest's console until its end, or until `Ctrl-A x`.
-pub fn read_keys(sender: InboxSender) {
-    let mut keys = KeyFilter::default();
+pub fn pass_keys(mut keys: Keys, sender: &InboxSender) {
+    let mut filter = KeyFilter::default();
     let mut buffer = [0; 256];
-    let mut input = io::stdin();
-    while let Ok(n @ 1..) = input.read(&mut buffer) {
-        let (typed, quit) = keys.filter(&buffer[..n]);
+    while let Ok(n @ 1..) = keys.read(&mut buffer) {
+        let (typed, quit) = filter.filter(&buffer[..n]);
         if sender.type_text(Console::Serial, &typed) == Err(Closed) {
             return;
         }

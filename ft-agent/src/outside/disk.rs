@@ -11,6 +11,7 @@ use entry::{DiskRequest, DiskResult, DiskWork};
 use crate::error::Error;
 use crate::failpoint;
 use crate::options;
+use crate::private_file;
 
 /// Size of a sector, bytes.
 const SECTOR: u64 = 512;
@@ -36,6 +37,12 @@ impl Image {
         if bytes == 0 || bytes % SECTOR != 0 {
             return Err(unusable(format!("its size, {bytes} bytes, is not a positive multiple of {SECTOR}")));
         }
+        if let (false, Some(format)) = (disk.raw, other_format(&file).map_err(|e| unusable(e.to_string()))?) {
+            return Err(unusable(format!(
+                "it is a {format} image, and vmft takes raw ones; make one of it with `qemu-img convert -O raw`, or, if \
+                 it is raw all the same, give {name},raw"
+            )));
+        }
         lock(&file).map_err(|e| unusable(format!("{e}: another vmft may be using it")))?;
         Ok(Image { file, path: disk.path.clone(), bytes })
     }
@@ -49,10 +56,10 @@ impl Image {
         name.push(format!(".replay-{}", std::process::id()));
         let path = disk.path.with_file_name(name);
         let failed = || Error::host(format!("cannot make private copy {}", path.display()));
-        std::fs::copy(&disk.path, &path).map_err(failed())?;
-        let file = OpenOptions::new().read(true).write(true).open(&path);
+        let mut file = private_file::create_new(&path).map_err(failed())?;
+        let copied = File::open(&disk.path).and_then(|mut image| std::io::copy(&mut image, &mut file));
         std::fs::remove_file(&path).map_err(failed())?;
-        let file = file.map_err(failed())?;
+        copied.map_err(failed())?;
         let bytes = file.metadata().map_err(failed())?.len();
         Ok(Image { file, path, bytes })
     }
@@ -134,6 +141,25 @@ impl DiskThread {
         drop(self.requests);
         self.thread.join().expect("the disk's thread does not panic")
     }
+}
+
+/// The format of an image that does not look raw: its first bytes are those of another format.
+fn other_format(image: &File) -> std::io::Result<Option<&'static str>> {
+    /// Offset, bytes and name of each format (`block/*.c` of QEMU).
+    const FORMATS: [(usize, &[u8], &str); 8] = [
+        (0, b"QFI\xfb", "qcow2"),
+        (0, b"QED\0", "QED"),
+        (0, b"KDMV", "VMDK"),
+        (0, b"COWD", "VMDK"),
+        (0, b"vhdxfile", "VHDX"),
+        (0, b"conectix", "VHD"),
+        (0x40, b"\x7f\x10\xda\xbe", "VDI"),
+        (0, b"WithoutFreeSpace", "Parallels"),
+    ];
+    let mut head = [0; SECTOR as usize];
+    image.read_exact_at(&mut head, 0)?;
+    let format = FORMATS.iter().find(|(at, bytes, _)| head[*at..].starts_with(bytes));
+    Ok(format.map(|(_, _, name)| *name))
 }
 
 /// Locks the image, because two machines that write to it would destroy it.

@@ -5,16 +5,19 @@ pub mod disk;
 mod starvation;
 pub mod tap;
 pub mod terminal;
+pub mod until;
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use entry::{Answer, Console, DiskRequest, Input, Output, Position, PositionUnit, Question};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use serde::Serialize;
 use vmm::inbox::{Inbox, InboxSender, Origin};
 use vmm::machine::StateDigest;
 use vmm::source::{CLOCK_LAG_MAX_NS, Outside};
@@ -25,6 +28,7 @@ use console::{Printer, Readers};
 use disk::{DiskThread, Image};
 use starvation::{Starvation, Starved};
 use tap::Tap;
+use until::{LOOK_INTERVAL, Until};
 
 /// How many inputs of one device (frames, keys or disk completions) may wait for the guest.
 pub const INBOX_CAPACITY: usize = 1024;
@@ -58,6 +62,8 @@ pub struct Inlet {
     inbox: Inbox,
     sender: InboxSender,
     disks: BTreeMap<u8, DiskThread>,
+    /// How many requests to disks are under way.
+    disk_requests: Arc<AtomicUsize>,
     clock: Option<HostClock>,
     entropy: Entropy,
     failure: DeviceFailure,
@@ -112,9 +118,9 @@ impl Inlet {
             }
             ClockMode::Virtual => (None, Entropy::Fixed),
         };
-        let (disks, failure) = Default::default();
+        let (disks, disk_requests, failure) = Default::default();
         let (slept, starvation) = (Duration::ZERO, None);
-        Ok(Inlet { inbox, sender, disks, clock, entropy, failure, slept, starvation })
+        Ok(Inlet { inbox, sender, disks, disk_requests, clock, entropy, failure, slept, starvation })
     }
 
     /// Connects the network device in `slot` to the frames that come from a tap.
@@ -122,7 +128,7 @@ impl Inlet {
         let (failure, sender) = (self.failure.clone(), self.sender.clone());
         std::thread::spawn(move || {
             if let Err(e) = receive_frames(slot, &tap, &sender) {
-                fail(&failure, Error::Host { what: "cannot read from the tap".into(), source: e }, &sender);
+                fail(&failure, tap.failed(e), &sender);
             }
         });
     }
@@ -130,11 +136,19 @@ impl Inlet {
     /// Connects the disk in `slot` to its image.
     pub fn attach_disk(&mut self, slot: u8, image: Image) {
         let (failure, sender) = (self.failure.clone(), self.sender.clone());
-        let disk = DiskThread::start(image, move |id, result| match result {
-            Ok(result) => sender.send(Origin::Disk(slot), Input::DiskDone { slot, id, result }).is_ok(),
-            Err(e) => {
-                fail(&failure, e, &sender);
-                false
+        let requests = self.disk_requests.clone();
+        let disk = DiskThread::start(image, move |id, result| {
+            requests.fetch_sub(1, Ordering::Relaxed);
+            match result {
+                // When the run is over nobody needs the result, but the requests that are left are still carried out.
+                Ok(result) => {
+                    sender.send(Origin::Disk(slot), Input::DiskDone { slot, id, result }).ok();
+                    true
+                }
+                Err(e) => {
+                    fail(&failure, e, &sender);
+                    false
+                }
             }
         });
         self.disks.insert(slot, disk);
@@ -231,9 +245,23 @@ impl Inlet {
     /// # Errors
     /// The disk has failed.
     pub fn disk(&mut self, request: DiskRequest) -> Result<(), Error> {
+        self.disk_requests.fetch_add(1, Ordering::Relaxed);
         let sent = self.disks.get(&request.slot).map(|disk| disk.request(request));
         // If the thread has ended, its failure is returned.
         if sent == Some(true) { Ok(()) } else { self.check_failure() }
+    }
+
+    /// Waits until the disks have carried out what the guest has asked them for; to be called when it runs no more.
+    ///
+    /// # Errors
+    /// A device has failed, now or before.
+    pub fn finish(&mut self) -> Result<(), Error> {
+        // Releases the threads that wait for room in the inbox.
+        self.sender.stop();
+        for (_, disk) in std::mem::take(&mut self.disks) {
+            disk.stop();
+        }
+        self.check_failure()
     }
 
     fn check_failure(&self) -> Result<(), Error> {
@@ -314,6 +342,21 @@ pub struct Host {
     pub inlet: Inlet,
     /// Where the guest's outputs go.
     pub outlet: Outlet,
+    /// The text that ends the run, if there is one.
+    pub until: Option<Until>,
+    /// Why the guest will not print that text.
+    pub hopeless: Option<String>,
+    /// The digests that were asked for.
+    pub digests: Vec<DigestAt>,
+}
+
+/// The digest of a whole machine at a position.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct DigestAt {
+    /// The position.
+    pub position: u64,
+    /// The digest, in hexadecimal.
+    pub digest: String,
 }
 
 impl Host {
@@ -333,8 +376,15 @@ impl Outside for Host {
     }
 
     fn stop_requested(&mut self) -> bool {
-        let satisfied = matches!(&self.outlet.console, ConsoleOut::Printer(p) if p.is_satisfied());
-        satisfied || self.inlet.stop_requested()
+        if self.inlet.stop_requested() {
+            return true;
+        }
+        let (Some(until), ConsoleOut::Printer(printer)) = (&mut self.until, &self.outlet.console) else {
+            return false;
+        };
+        let (slept, disk_works) = (self.inlet.slept, self.inlet.disk_requests.load(Ordering::Relaxed) > 0);
+        self.hopeless = until.is_hopeless(Instant::now(), slept, printer.printed(), disk_works);
+        printer.is_satisfied() || self.hopeless.is_some()
     }
 
     fn time_ns(&mut self) -> Option<u64> {
@@ -342,7 +392,7 @@ impl Outside for Host {
     }
 
     fn wait(&mut self, until_ns: Option<u64>) -> Result<(), Error> {
-        self.inlet.wait(until_ns, None);
+        self.inlet.wait(until_ns, self.until.as_ref().map(|_| LOOK_INTERVAL));
         Ok(())
     }
 
@@ -363,8 +413,10 @@ impl Outside for Host {
     }
 
     fn digest(&mut self, at: Position, digest: StateDigest) -> Result<(), Error> {
-        // Standard output belongs to the guest's console.
-        host_log::say!("digest {} {}", at.count, digest.total());
+        let found = DigestAt { position: at.count, digest: digest.total().to_string() };
+        // Standard output belongs to the guest's console; programs find the digests in the summary.
+        host_log::say!("digest {} {}", found.position, found.digest);
+        self.digests.push(found);
         Ok(())
     }
 }

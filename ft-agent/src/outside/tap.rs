@@ -6,7 +6,9 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
 
+use nix::errno::Errno;
 use nix::libc;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
 use crate::error::Error;
@@ -15,6 +17,7 @@ use crate::error::Error;
 #[derive(Debug)]
 pub struct Tap {
     file: File,
+    name: String,
 }
 
 impl Tap {
@@ -38,7 +41,26 @@ impl Tap {
         // that does not support it drops all TCP segments. SAFETY: TUNSETOFFLOAD takes a number.
         check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETOFFLOAD, 0) })?;
         set_up(name)?;
-        Ok(Tap { file })
+        Ok(Tap { file, name: name.into() })
+    }
+
+    /// The error of this host that a failed use of the tap is.
+    pub fn failed(&self, source: io::Error) -> Error {
+        let why = match source.raw_os_error() {
+            Some(libc::EBADFD) => " (was it deleted?)",
+            _ => "",
+        };
+        Error::Host { what: format!("tap {} cannot be used any more{why}", self.name), source }
+    }
+
+    /// Waits until the tap fails, for `longest` at most. An error says why; frames that come are not touched.
+    pub fn wait_for_failure(&self, longest: PollTimeout) -> io::Result<()> {
+        let mut tap = [PollFd::new(self.file.as_fd(), PollFlags::empty())];
+        match poll(&mut tap, longest) {
+            Ok(0) | Err(Errno::EINTR) => Ok(()),
+            Ok(_) => Err(io::Error::from_raw_os_error(libc::EBADFD)),
+            Err(e) => Err(e.into()),
+        }
     }
 
     /// Reads one frame into `buffer` and returns its length. `WouldBlock` if no frame waits.

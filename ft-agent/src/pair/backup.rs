@@ -56,6 +56,7 @@ pub fn run(plan: PairPlan) -> Result<(), Error> {
     let slots = guest.config.slots.iter().enumerate();
     let slots = slots.filter(|(_, s)| matches!(s, Slot::Disk { .. })).map(|(n, _)| n as u8);
     side.sidecars.write(generation, true)?;
+    side.watch_tap(&replica)?;
     let images = slots.zip(images).collect();
     let (machine, thread) = side.boot(guest)?;
     let (outcome, position) = replay_then_go_live(&side, &replica, thread, machine, images);

@@ -17,7 +17,8 @@ use tracing::warn;
 use super::replica::Replica;
 use crate::error::Error;
 use crate::outside::console::KeyFilter;
-use crate::outside::terminal::RawMode;
+use crate::outside::terminal::{IgnoredSignals, OnSignal, Terminal};
+use crate::report::{self, printed};
 
 /// How many clients may be connected with the console.
 const CLIENTS_MAX: usize = 16;
@@ -110,12 +111,13 @@ fn has_hung_up(client: &UnixStream) -> std::io::Result<bool> {
 /// # Errors
 /// The terminal cannot be used, or standard output is closed.
 pub fn run_client(mut socket: BufReader<UnixStream>) -> Result<(), Error> {
-    let terminal = RawMode::enter().map_err(Error::host("cannot set the terminal to raw mode"))?;
+    let terminal = Terminal::attach(IgnoredSignals::read(), || OnSignal::End)?;
     let mut typed = socket.get_ref().try_clone().map_err(Error::host("cannot use the control socket"))?;
+    let mut keys = terminal.keys();
     std::thread::spawn(move || {
-        let (mut keys, mut buffer) = (KeyFilter::default(), [0; 256]);
-        while let Ok(n @ 1..) = std::io::stdin().read(&mut buffer) {
-            let (text, quit) = keys.filter(&buffer[..n]);
+        let (mut filter, mut buffer) = (KeyFilter::default(), [0; 256]);
+        while let Ok(n @ 1..) = keys.read(&mut buffer) {
+            let (text, quit) = filter.filter(&buffer[..n]);
             if typed.write_all(&text).is_err() || quit {
                 break;
             }
@@ -124,11 +126,10 @@ pub fn run_client(mut socket: BufReader<UnixStream>) -> Result<(), Error> {
         typed.shutdown(std::net::Shutdown::Both).ok();
     });
     let mut buffer = [0; 4096];
-    let mut out = std::io::stdout();
     while let Ok(n @ 1..) = socket.read(&mut buffer) {
-        out.write_all(&buffer[..n])
-            .and_then(|()| out.flush())
-            .map_err(Error::host("cannot write to standard output"))?;
+        if !printed(report::stdout().write_all(&buffer[..n]))? {
+            break;
+        }
     }
     drop(terminal);
     Ok(())

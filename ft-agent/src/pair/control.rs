@@ -7,6 +7,7 @@
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -65,7 +66,9 @@ pub struct ControlSocket {
 
 impl Drop for ControlSocket {
     fn drop(&mut self) {
-        if let Err(e) = std::fs::remove_file(&self.path) {
+        if is_socket(&self.path)
+            && let Err(e) = std::fs::remove_file(&self.path)
+        {
             warn!("cannot remove control socket {}: {e}", self.path.display());
         }
     }
@@ -78,13 +81,22 @@ impl ControlSocket {
     /// The socket cannot be created, or another process listens at `path`.
     pub fn create(path: &Path) -> Result<ControlSocket, Error> {
         let path_text = path.display();
-        if UnixStream::connect(path).is_ok() {
+        // What is no socket is never removed.
+        if path.symlink_metadata().is_ok() && !is_socket(path) {
+            let why = format!("{path_text} exists and is no socket; give another path");
+            return Err(Error::config("control", why));
+        }
+        let unused = match UnixStream::connect(path) {
+            Err(e) => e.kind() == io::ErrorKind::ConnectionRefused,
+            Ok(_) => false,
+        };
+        if !unused && is_socket(path) {
             let why =
                 format!("another process listens on {path_text}; stop that process or give another path");
             return Err(Error::config("control", why));
         }
         // The socket file of a process that was killed.
-        if path.exists() {
+        if is_socket(path) {
             let failed = Error::host(format!("cannot remove the old control socket {path_text}"));
             std::fs::remove_file(path).map_err(failed)?;
         }
@@ -111,6 +123,11 @@ impl ControlSocket {
         let thread = std::thread::Builder::new().name("control".into()).spawn(accept);
         thread.map(drop).map_err(failed())
     }
+}
+
+/// Whether there is a socket, and not a link to one.
+fn is_socket(path: &Path) -> bool {
+    path.symlink_metadata().is_ok_and(|found| found.file_type().is_socket())
 }
 
 /// Binds a socket that only its owner may use, from its first moment on: Linux gives the file the mode of the
@@ -213,5 +230,40 @@ pub fn ask(path: &Path, request: ControlRequest) -> Result<(ControlReply, BufRea
     match serde_json::from_str(&answer).map_err(|e| failed()(e.into()))? {
         ControlReply::Refused(why) => Err(Error::config("control", why)),
         reply => Ok((reply, reader)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_socket_that_nobody_uses_is_replaced_or_removed() {
+        let dir = std::env::temp_dir().join(format!("vmft-control-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let refusal = |path: &Path| match ControlSocket::create(path) {
+            Err(Error::Config { field, why }) if field == "control" => why,
+            Err(e) => panic!("{e}"),
+            Ok(_) => panic!("replaced"),
+        };
+        let (file, link, socket) = (dir.join("file"), dir.join("link"), dir.join("socket"));
+        std::fs::write(&file, "precious").unwrap();
+        drop(UnixListener::bind(&socket).unwrap());
+        std::os::unix::fs::symlink(&socket, &link).unwrap();
+        for path in [&file, &link, &dir] {
+            assert!(refusal(path).contains("is no socket"));
+        }
+        assert_eq!(std::fs::read(&file).unwrap(), b"precious");
+        let control = ControlSocket::create(&socket).unwrap();
+        assert!(refusal(&socket).contains("another process listens"));
+        // What has taken the socket's place stays.
+        std::fs::rename(&file, &socket).unwrap();
+        drop(control);
+        assert_eq!(std::fs::read(&socket).unwrap(), b"precious");
+        // So does a socket of another kind.
+        let datagram = std::os::unix::net::UnixDatagram::bind(dir.join("datagram")).unwrap();
+        assert!(refusal(&dir.join("datagram")).contains("another process"));
+        drop(datagram);
+        std::fs::remove_dir_all(&dir).unwrap();
     }
 }

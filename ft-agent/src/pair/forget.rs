@@ -10,6 +10,7 @@ use test_and_set::record::{VmPhase, VmRecord};
 use test_and_set::store::{StoreError, chain};
 
 use crate::error::Error;
+use crate::report::print;
 
 /// How long the store may take to answer.
 const STORE_PATIENCE: Duration = Duration::from_secs(5);
@@ -43,23 +44,18 @@ pub fn forget(args: &ForgetArgs) -> Result<(), Error> {
         return Err(Error::config("name", format!("the store knows no VM {vm}; check --name and --store")));
     };
     if record.phase == VmPhase::Forgotten && record.hosts.is_empty() {
-        println!("VM {vm} is already forgotten; it can be started");
-        return Ok(());
+        return print(&format!("VM {vm} is already forgotten; it can be started\n")).map(drop);
     }
     // A VM that has ended runs nowhere, but is bound to its hosts.
     if record.phase != VmPhase::Forgotten && !args.yes {
         return Err(Error::config("yes", unconfirmed(&vm, &record)));
     }
     match store.forget(&vm, record.generation, STORE_PATIENCE).map_err(unusable)? {
-        Applied::Done => println!("VM {vm} is forgotten; it can be started"),
+        Applied::Done => print(&format!("VM {vm} is forgotten; it can be started\n")).map(drop),
         Applied::Stale => {
-            return Err(Error::config(
-                "name",
-                format!("VM {vm} was started again just now, so it is not forgotten"),
-            ));
+            Err(Error::config("name", format!("VM {vm} was started again just now, so it is not forgotten")))
         }
     }
-    Ok(())
 }
 
 fn unconfirmed(vm: &VmName, record: &VmRecord) -> String {

@@ -16,6 +16,7 @@ use super::guest_thread::GuestThread;
 use super::replica::{Duty, Replica};
 use super::side::{NET_SLOT, PairSide};
 use crate::error::Error;
+use crate::failpoint;
 use crate::outside::{INBOX_CAPACITY, Inlet};
 
 /// Gives the machine its devices on this host, so that it can go on where the log has ended. When the verdict
@@ -31,6 +32,7 @@ pub fn go_live(
     standby: BackupStandby,
     behind_ns: u64,
 ) -> Result<GuestLoop<Live<GatedOutside>>, Error> {
+    failpoint::delay("going-live");
     let inbox = Inbox::new(machine.kicker(), INBOX_CAPACITY);
     replica.set_guest(inbox.1.clone());
     let mut inlet = Inlet::new(inbox, side.plan.clock(), machine.time_ns(), behind_ns)?;

@@ -53,9 +53,10 @@ use crate::error::Error;
 /// # Errors
 /// The options are wrong, this host fails, the guest crashes, or this side does not get to run the VM.
 pub fn primary(options: PairOptions) -> Result<(), Error> {
-    let options = options.with_file()?;
+    let role = agent::Role::Primary;
+    let options = options.with_file(role)?;
     options.start_log("primary");
-    primary::run(options.check(agent::Role::Primary)?)
+    primary::run(options.check(role)?)
 }
 
 /// `vmft backup`.
@@ -63,7 +64,8 @@ pub fn primary(options: PairOptions) -> Result<(), Error> {
 /// # Errors
 /// The same as for [`primary()`], or the replay differs from the recording.
 pub fn backup(options: PairOptions) -> Result<(), Error> {
-    let options = options.with_file()?;
+    let role = agent::Role::Backup;
+    let options = options.with_file(role)?;
     options.start_log("backup");
-    backup::run(options.check(agent::Role::Backup)?)
+    backup::run(options.check(role)?)
 }

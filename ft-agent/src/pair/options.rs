@@ -9,6 +9,7 @@ use entry::PositionUnit;
 use host_log::LogFormat;
 use serde::Deserialize;
 use test_and_set::names::VmName;
+use test_and_set::url::StoreUrl;
 
 use crate::error::Error;
 use crate::options::{ClockMode, GuestPlan, RunOptions};
@@ -143,8 +144,9 @@ impl PairOptions {
     /// Adds the options of the file that `--config` names.
     ///
     /// # Errors
-    /// [`Error::Config`] if the file cannot be read.
-    pub fn with_file(mut self) -> Result<PairOptions, Error> {
+    /// [`Error::Config`] if the file cannot be read, or a flag does nothing in this role.
+    pub fn with_file(mut self, role: Role) -> Result<PairOptions, Error> {
+        self.check_flags(role)?;
         match self.machine.config.take() {
             Some(path) => Ok(self.over(read_file(&path)?)),
             None => Ok(self),
@@ -163,6 +165,7 @@ impl PairOptions {
     /// [`Error::Config`] if an option is missing or wrong.
     pub fn check(self, role: Role) -> Result<PairPlan, Error> {
         let o = self;
+        let vm = o.name.as_ref().map(|name| format!("{} {name}", scope(o.store.as_deref())));
         let needed = |field| {
             Error::config(field, format!("--{field} is missing; give it, or set it in the file of --config"))
         };
@@ -207,8 +210,23 @@ impl PairOptions {
             confine: !o.no_confine,
             timing,
             buffers,
-            machine: o.machine.check()?,
+            machine: o.machine.check(vm.as_deref())?,
         })
+    }
+
+    /// Refuses flags that do nothing in this role. One file may have the options of both roles.
+    fn check_flags(&self, role: Role) -> Result<(), Error> {
+        let (other, idle) = match role {
+            Role::Primary => ("backup", [("listen", self.listen.is_some()), ("", false)]),
+            Role::Backup => ("primary", [("peer", self.peer.is_some()), ("unprotected", self.unprotected)]),
+        };
+        match idle.into_iter().find(|(_, is_given)| *is_given) {
+            Some((field, _)) => Err(Error::config(
+                field,
+                format!("--{field} is for a {other}, and does nothing here: leave it out"),
+            )),
+            None => Ok(()),
+        }
     }
 
     /// These options, with those of the file where an option is not given.
@@ -236,6 +254,16 @@ impl PairOptions {
             at_lag_limit: self.at_lag_limit.or(file.at_lag_limit),
             machine: self.machine.over(file.machine),
         }
+    }
+}
+
+/// What tells the VMs of one store from those of others: the name of its cluster, or its prefix.
+fn scope(store: Option<&str>) -> String {
+    match store.unwrap_or_default().parse() {
+        Ok(StoreUrl::Raft { cluster, .. }) => cluster.to_string(),
+        Ok(StoreUrl::Etcd { prefix, .. } | StoreUrl::ZooKeeper { prefix, .. }) => prefix,
+        // It is refused later.
+        Err(_) => String::new(),
     }
 }
 
@@ -300,6 +328,16 @@ mod tests {
         assert_eq!(fault(late, Role::Primary), "progress-timeout-ms");
         assert_eq!(fault(PairOptions { unprotected: true, ..none() }, Role::Primary), "peer");
         assert_eq!(fault(none(), Role::Backup), "listen");
+        // A flag that does nothing is refused; the file may serve both roles.
+        let listen = || PairOptions { listen: Some("192.0.2.1:1".parse().unwrap()), ..none() };
+        let alone = |flags: PairOptions, role| match flags.check(role) {
+            Err(Error::Config { field, why }) if why.contains("does nothing") => field,
+            _ => String::new(),
+        };
+        assert_eq!(alone(listen(), Role::Primary), "listen");
+        assert_eq!(alone(listen(), Role::Backup), "");
+        assert_eq!(alone(PairOptions { peer: Some("b:1".into()), ..none() }, Role::Backup), "peer");
+        assert_eq!(alone(PairOptions { unprotected: true, ..none() }, Role::Backup), "unprotected");
         assert!(toml::from_str::<PairOptions>("nmae = 'x'").unwrap_err().to_string().contains("nmae"));
     }
 }

@@ -39,6 +39,9 @@ use crate::outside::{ConsoleOut, Inlet, Outlet};
 /// The slot of the network device, if there is one.
 pub const NET_SLOT: u8 = 0;
 
+/// How often the thread that watches a backup's tap looks whether the replica has ended, ms. A failure wakes it at once.
+const TAP_WATCH_MS: u16 = 1000;
+
 /// What a side needs to run a replica.
 pub struct PairSide {
     /// The options.
@@ -177,6 +180,25 @@ impl PairSide {
         let replica = Replica::new(name, store, agent, outlet, announcer, hook, refusals)?;
         replica.watch_keys(self.keys.clone())?;
         Ok(replica)
+    }
+
+    /// Ends a backup whose tap is deleted: the primary then knows that it has no backup. The frames that come are for the
+    /// primary's guest; nobody reads them here, and so nobody else would notice.
+    ///
+    /// # Errors
+    /// The thread cannot be started.
+    pub fn watch_tap(&self, replica: &Arc<Replica>) -> Result<(), Error> {
+        let Some(tap) = self.tap.clone() else { return Ok(()) };
+        let replica = replica.clone();
+        let watch = move || {
+            while !replica.is_out() {
+                if let Err(e) = tap.wait_for_failure(TAP_WATCH_MS.into()) {
+                    return replica.fail(tap.failed(e));
+                }
+            }
+        };
+        let thread = std::thread::Builder::new().name("tap".into()).spawn(watch);
+        thread.map(drop).map_err(Error::host("cannot start the thread that watches the tap"))
     }
 
     /// Ends a replica whose guest no longer runs here, and turns its outcome into the result of the command.

@@ -163,7 +163,7 @@ mod tests {
     fn a_primary_may_start_only_from_a_newest_copy() {
         let image = std::env::temp_dir().join(format!("vmft-sidecar-{}", std::process::id()));
         let vm: VmName = "web".parse().unwrap();
-        let disk = DiskConfig { path: image.clone(), read_only: false };
+        let disk = DiskConfig { path: image.clone(), read_only: false, raw: false };
         let read = |vm: &VmName, discard| Sidecars::read(vm, std::slice::from_ref(&disk), discard);
         let first = read(&vm, false).unwrap();
         assert!(first.check_newest(None).is_ok());

@@ -1,6 +1,5 @@
 //! The commands that talk to a running replica: `vmft status`, `failover`, `stop` and `console`.
 
-use std::io::Write;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -9,6 +8,7 @@ use clap::Args;
 use super::console::run_client;
 use super::control::{ControlReply, ControlRequest, ask};
 use crate::error::Error;
+use crate::report::print;
 
 /// The arguments of `vmft status`.
 #[derive(Args, Debug)]
@@ -42,19 +42,15 @@ pub fn status(args: &StatusArgs) -> Result<(), Error> {
             let why = format!("{} is the socket of another program, not of a replica", path.display());
             return Err(Error::config("control", why));
         };
-        let mut out = std::io::stdout().lock();
-        let shown = if args.json {
-            serde_json::to_writer(&mut out, &report)
-                .map_err(std::io::Error::from)
-                .and_then(|()| writeln!(out))
-        } else {
-            write!(out, "{report}")
+        let text = match args.json {
+            true => serde_json::to_string(&report).unwrap_or_else(|e| unreachable!("plain data: {e}")) + "\n",
+            false => report.to_string(),
         };
-        shown.map_err(Error::host("cannot write to standard output"))?;
-        if !args.watch {
+        // Whoever has closed standard output may still want the exit code.
+        let is_read = print(&text)?;
+        if !args.watch || !is_read {
             return report.check_protected();
         }
-        drop(out);
         std::thread::sleep(Duration::from_secs(1));
     }
 }

@@ -63,6 +63,23 @@ impl Entry {
     }
 }
 
+/// The kinds of entries, as [`Entry::kind`] has them.
+pub const KINDS: [&str; 13] = [
+    "frame",
+    "disk-done",
+    "console-in",
+    "clock",
+    "interrupt",
+    "entropy",
+    "value",
+    "frame-out",
+    "console-out",
+    "mark",
+    "state",
+    "exits",
+    "end",
+];
+
 /// An input as it is logged: without a disk's data, because each side reads its own copy.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LoggedInput {

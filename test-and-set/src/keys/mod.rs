@@ -36,6 +36,7 @@ mod set;
 use accepted::AcceptedCertificates;
 pub use accepted::Roles;
 use own::OwnFiles;
+pub(crate) use own::read_private;
 pub use own::{OwnKey, check_proof};
 pub use permission::Permission;
 pub use set::make_set;
@@ -70,6 +71,12 @@ pub enum KeysError {
         /// What is wrong with the name.
         source: NameError,
     },
+    /// Others may read a private key, so that it may be theirs too.
+    #[error(
+        "others than its owner may read or write {0}, so it may be no secret any more: make a new key, or run chmod 600 if nobody \
+         has read it"
+    )]
+    Readable(PathBuf),
     /// A file holds no certificate.
     #[error("{0} holds no certificate: copy the party's own.crt there")]
     Empty(PathBuf),

@@ -1,6 +1,7 @@
 //! A party's own key, which may be replaced while the party runs.
 
 use std::fs;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -12,6 +13,7 @@ use tracing::{info, warn};
 
 use super::{KeysError, io_error, key_id, parse_certificates};
 use crate::names::KeyId;
+use crate::private_file::others_may_use;
 
 /// What a proof signs before the connection's exported value, so that it is nothing else's signature.
 const PROOF_PREFIX: &[u8] = b"vmft: this key replaces the one of this connection\0";
@@ -129,10 +131,21 @@ impl OwnFiles {
     }
 }
 
+/// Reads a private key, which only its owner may be able to read.
+pub(crate) fn read_private(path: &Path) -> Result<Vec<u8>, KeysError> {
+    let mut file = fs::File::open(path).map_err(io_error(path))?;
+    if others_may_use(&file).map_err(io_error(path))? {
+        return Err(KeysError::Readable(path.into()));
+    }
+    let mut key = Vec::new();
+    file.read_to_end(&mut key).map_err(io_error(path))?;
+    Ok(key)
+}
+
 /// What is in the files of a key and of its certificate.
 fn content(paths: [&Path; 2]) -> Result<[Vec<u8>; 2], KeysError> {
-    let read = |path: &Path| fs::read(path).map_err(io_error(path));
-    Ok([read(paths[0])?, read(paths[1])?])
+    let certificate = fs::read(paths[1]).map_err(io_error(paths[1]))?;
+    Ok([read_private(paths[0])?, certificate])
 }
 
 fn parse(paths: [&Path; 2], content: &[Vec<u8>; 2]) -> Result<OwnKey, KeysError> {
@@ -147,8 +160,30 @@ fn parse(paths: [&Path; 2], content: &[Vec<u8>; 2]) -> Result<OwnKey, KeysError>
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::super::make_set;
     use super::*;
+
+    #[test]
+    fn a_private_key_that_others_may_read_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        make_set(dir.path(), &[], &["a".into()], &[]).unwrap();
+        let a = dir.path().join("a");
+        let key = a.join("own.key");
+        let set = |mode| fs::set_permissions(&key, fs::Permissions::from_mode(mode)).unwrap();
+        let mut own = OwnFiles::load(&a).unwrap();
+        for mode in [0o604, 0o640, 0o660, 0o644] {
+            set(mode);
+            let refused = OwnFiles::load(&a).unwrap_err();
+            assert!(matches!(&refused, KeysError::Readable(path) if *path == key), "{mode:o}: {refused}");
+        }
+        // A process that runs keeps the key that it has, and says why.
+        own.reload();
+        assert!(own.said.contains("others than its owner"), "{}", own.said);
+        set(0o400);
+        OwnFiles::load(&a).unwrap();
+    }
 
     #[test]
     fn a_key_is_replaced_when_both_files_fit() {

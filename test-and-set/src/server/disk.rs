@@ -19,6 +19,7 @@ use serde::de::DeserializeOwned;
 use tracing::warn;
 
 use crate::names::{ClusterName, CopyId, RunId};
+use crate::private_file;
 use crate::server::disk_error::{DATA_FORMAT, DiskError};
 use crate::server::journal::{self, APPEND_BYTES_MAX, DiskChange, Journal};
 use crate::server::marks::{KnownMembers, RunList};
@@ -150,8 +151,8 @@ impl MemberDisk {
         let file = |name: &str| {
             let path = dir.join(name);
             let mut options = fs::OpenOptions::new();
-            let file =
-                options.read(true).write(true).create(true).truncate(false).open(&path).map_err(at(&path))?;
+            options.read(true).write(true).create(true).truncate(false);
+            let file = private_file::open(&path, &mut options).map_err(at(&path))?;
             redb::backends::FileBackend::new(file).map_err(DiskError::from)
         };
         let files =

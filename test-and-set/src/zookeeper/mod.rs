@@ -147,7 +147,7 @@ impl ZooKeeperClient {
         };
         match tokio::time::timeout(START_PATIENCE, begun).await {
             Ok(begun) => begun.map_err(|error| failed(server, error)),
-            Err(_) => Err(CasError::Retry(server.clone(), NodeError::Silent)),
+            Err(_) => Err(CasError::Retry(vec![(server.clone(), NodeError::Silent)])),
         }
     }
 
@@ -167,7 +167,7 @@ impl ZooKeeperClient {
         };
         let server = &self.servers[state.started % self.servers.len()];
         match tokio::time::timeout(REQUEST_PATIENCE, act(&mut session)).await {
-            Err(_) => Err(CasError::Retry(server.clone(), NodeError::Silent)),
+            Err(_) => Err(CasError::Retry(vec![(server.clone(), NodeError::Silent)])),
             Ok(Ok(value)) => {
                 state.session = Some(session);
                 Ok(value)
@@ -197,7 +197,7 @@ fn failed(server: &str, error: ZooKeeperError) -> CasError {
         error @ (ZooKeeperError::NoAuth | ZooKeeperError::AuthFailed | ZooKeeperError::NotOurs { .. }) => {
             CasError::Report(StoreError::Unusable(vec![(server.into(), NodeError::ZooKeeper(error))]))
         }
-        error => CasError::Retry(server.into(), NodeError::ZooKeeper(error)),
+        error => CasError::Retry(vec![(server.into(), NodeError::ZooKeeper(error))]),
     }
 }
 

@@ -166,6 +166,7 @@ pub fn make_keys(dir: &Path, name: &str) {
     for (name, pem) in files {
         fs::write(dir.join(name), pem).expect("a file");
     }
+    fs::set_permissions(dir.join("own.key"), fs::Permissions::from_mode(0o600)).expect("its mode");
 }
 
 /// The directory of a user with the keys in `dir`.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use agent::{Event, GuestPace, NextRecord, Outcome};
 use entry::log::{EndReason, Entry, Record};
-use entry::{Output, Position};
+use entry::{Console, Output, Position};
 use test_and_set::names::Generation;
 use vmm::inbox::InboxSender;
 
@@ -44,6 +44,8 @@ impl Replica {
     /// Sets the inbox through which the guest's thread is woken.
     pub fn set_guest(&self, guest: InboxSender) {
         let mut state = self.lock();
+        // Nothing else is in the inbox of a guest that has not run yet, so this does not wait for room.
+        guest.type_text(Console::Serial, &std::mem::take(&mut state.typed)).ok();
         state.guest = Some(guest);
         self.notify_waiters(&state);
     }

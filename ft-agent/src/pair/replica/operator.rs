@@ -3,12 +3,15 @@
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 
-use agent::{Event, Outcome, Role, Status, StoreProblem};
+use agent::{Event, Outcome, Phase, Role, Status, StoreProblem};
 use entry::Console;
 
 use super::{Replica, now_ns};
 use crate::outside::ConsoleOut;
 use crate::pair::report::{ReplicaReport, phase_name, protection_word, role_name};
+
+/// How much may be typed for a guest that does not run here yet, bytes: far less than its inbox has room for.
+const TYPED_MAX: usize = 4096;
 
 impl Replica {
     /// Ends this side at once. Only for a side whose guest has not run.
@@ -100,9 +103,16 @@ impl Replica {
         }
     }
 
-    /// Types on the guest's console, if the guest runs on this side.
+    /// Types on the guest's console, if the guest runs on this side. What is typed while this side waits for the verdict, or
+    /// goes live, reaches the guest when it does run here.
     pub fn type_text(&self, console: Console, text: &[u8]) {
-        let guest = self.lock().guest.clone();
+        let mut state = self.lock();
+        let guest = state.guest.clone();
+        if guest.is_none() && (state.alone || state.agent.status(now_ns()).phase == Phase::Deciding) {
+            let room = TYPED_MAX - state.typed.len();
+            state.typed.extend(text.iter().take(room));
+        }
+        drop(state);
         if let Some(guest) = guest {
             // This fails if the guest's run is over.
             guest.type_text(console, text).ok();

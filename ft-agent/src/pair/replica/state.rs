@@ -33,6 +33,8 @@ pub(super) struct ReplicaState {
     pub(super) hook: Option<Hook>,
     /// Gets the guest's thread out of the guest.
     pub(super) guest: Option<InboxSender>,
+    /// What was typed since this side has won, for a guest that does not run here yet.
+    pub(super) typed: Vec<u8>,
     /// The generation of the pair, once it is open.
     pub(super) started: Option<Generation>,
     /// This side runs the guest alone.
@@ -89,6 +91,7 @@ impl ReplicaState {
             announcer,
             hook,
             guest: None,
+            typed: Vec::new(),
             started: None,
             alone: false,
             paused: false,

@@ -11,6 +11,8 @@ use test_and_set::raft_client::RaftStore;
 use test_and_set::server::restore::{check_empty, restore};
 use test_and_set::wire::NodeId;
 
+use crate::print;
+
 #[derive(Args)]
 pub struct RestoreArgs {
     /// The backup.
@@ -41,8 +43,9 @@ pub async fn save(
 ) -> Result<(), Box<dyn Error>> {
     let backup = StoreBackup::read(store, cluster, deadline).await?;
     backup.write(file)?;
-    println!("{} VMs of cluster {} are in {}", backup.records.len(), backup.cluster, file.display());
-    Ok(())
+    let lines =
+        format!("{} VMs of cluster {} are in {}", backup.records.len(), backup.cluster, file.display());
+    Ok(print(&lines)?)
 }
 
 /// Makes a member's data from a backup, or says what it would do.
@@ -72,9 +75,8 @@ pub fn make_member(args: RestoreArgs) -> Result<(), Box<dyn Error>> {
         .into());
     }
     restore(backup, &args.data, &cluster, (args.id, address))?;
-    println!("{dir} has the data of {what}");
-    println!(
-        "start it with `vmft-store serve --id {peer} --peers {peer}={address} --cluster {cluster} --data {dir} ...`, then add members"
-    );
-    Ok(())
+    Ok(print(&format!(
+        "{dir} has the data of {what}\nstart it with `vmft-store serve --id {peer} --peers {peer}={address} --cluster {cluster} \
+         --data {dir} ...`, then add members"
+    ))?)
 }

@@ -1,6 +1,5 @@
 //! `vmft-store keys`: makes keys, and says whose are accepted.
 
-use std::io::{self, Write};
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
@@ -8,6 +7,8 @@ use test_and_set::keys::manage::{self, AcceptedAs};
 use test_and_set::keys::{KeysError, make_set};
 use test_and_set::names::{KeyId, PartyName};
 use test_and_set::wire::NodeId;
+
+use crate::print;
 
 /// Make keys, or change which ones are accepted. Servers read a changed directory within a second.
 #[derive(Subcommand)]
@@ -106,8 +107,7 @@ impl KeysCommand {
     /// Does it, and prints the ids of the keys that it is about.
     pub fn run(self) -> Result<(), Box<dyn std::error::Error>> {
         let lines = self.lines()?;
-        let mut out = io::stdout().lock();
-        lines.iter().try_for_each(|line| writeln!(out, "{line}")).map_err(Into::into)
+        if lines.is_empty() { Ok(()) } else { Ok(print(&lines.join("\n"))?) }
     }
 
     fn lines(self) -> Result<Vec<String>, KeysError> {

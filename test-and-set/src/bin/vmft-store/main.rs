@@ -15,6 +15,7 @@ use backups::RestoreArgs;
 use clap::{Args, Parser, Subcommand};
 use host_log::LogFormat;
 use keys_command::KeysCommand;
+use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 use test_and_set::keys::Keys;
 use test_and_set::names::ClusterName;
 use test_and_set::raft_client::RaftStore;
@@ -148,14 +149,19 @@ fn parse_peer(text: &str) -> Result<(NodeId, String), String> {
 }
 
 fn main() -> ExitCode {
-    let cli = StoreCli::parse();
+    // A crash must not leave this process's keys in a file; where that cannot be had, it is as safe as other programs.
+    set_dumpable_behavior(DumpableBehavior::NotDumpable).ok();
+    let cli = match StoreCli::try_parse() {
+        Ok(cli) => cli,
+        Err(answer) => return usage(&answer),
+    };
     host_log::init();
     let result = run(cli.command);
     if let Err(error) = &result {
         tracing::error!("vmft-store: {}", chain(&**error));
     }
     host_log::flush();
-    if result.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    if result.is_ok() && !host_log::is_text_lost() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 fn run(command: StoreCommand) -> Result<(), Box<dyn Error>> {
@@ -193,6 +199,30 @@ fn run(command: StoreCommand) -> Result<(), Box<dyn Error>> {
             StoreCommand::Keys(command) => Ok(command.run()?),
         }
     })
+}
+
+/// Prints what clap has to say: an error in the options, or the help that was asked for.
+fn usage(answer: &clap::Error) -> ExitCode {
+    let wrong = answer.use_stderr();
+    match answer.print() {
+        _ if wrong => ExitCode::from(2),
+        Err(e) if e.kind() != ErrorKind::BrokenPipe => ExitCode::FAILURE,
+        _ => ExitCode::SUCCESS,
+    }
+}
+
+/// Prints lines on standard output.
+fn print(lines: &str) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    printed(writeln!(out, "{lines}").and_then(|()| out.flush()))
+}
+
+/// The result of printing: it is no error that the reader has seen enough, as `head` has.
+fn printed(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(e) if e.kind() == ErrorKind::BrokenPipe => Ok(()),
+        result => result,
+    }
 }
 
 fn settings(serve: ServeArgs) -> Result<ServerSettings, Box<dyn Error>> {
@@ -265,11 +295,7 @@ async fn status(target: &StoreArgs, json: bool) -> Result<(), Box<dyn Error>> {
     } else {
         found.iter().try_for_each(|(node, status, took)| show(&mut out, node, status, *took))
     };
-    match shown {
-        // The reader has seen enough, as `head` has.
-        Err(e) if e.kind() == ErrorKind::BrokenPipe => {}
-        shown => shown?,
-    }
+    printed(shown.and_then(|()| out.flush()))?;
     match quorum {
         Ok(()) => Ok(()),
         Err(_) if !reached => {
