@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use entry::Console;
 use vmm::inbox::{Closed, InboxSender};
 
-use super::terminal::Keys;
+use super::terminal::TypedKeys;
 use crate::error::Error;
 use crate::report;
 
@@ -112,7 +112,7 @@ impl Readers {
 }
 
 /// Passes standard input to the guest's console until its end, or until `Ctrl-A x`.
-pub fn pass_keys(mut keys: Keys, sender: &InboxSender) {
+pub fn pass_keys(mut keys: TypedKeys, sender: &InboxSender) {
     let mut filter = KeyFilter::default();
     let mut buffer = [0; 256];
     while let Ok(n @ 1..) = keys.read(&mut buffer) {

@@ -83,8 +83,8 @@ impl Terminal {
 
 impl Terminal {
     /// What is typed on it.
-    pub fn keys(&self) -> Keys {
-        Keys(self.mode.clone())
+    pub fn keys(&self) -> TypedKeys {
+        TypedKeys(self.mode.clone())
     }
 }
 
@@ -203,9 +203,9 @@ fn is_in_foreground() -> bool {
 }
 
 /// What is typed on standard input.
-pub struct Keys(Arc<TerminalMode>);
+pub struct TypedKeys(Arc<TerminalMode>);
 
-impl Keys {
+impl TypedKeys {
     /// Waits for keys, and reads them; 0 at the end. While another program has the terminal its keys are not read. A shell
     /// that brings a running process to the foreground does not tell it, so this looks from time to time.
     ///
