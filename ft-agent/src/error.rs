@@ -59,17 +59,22 @@ pub enum Error {
     Out(agent::Outcome),
     /// According to the store the VM runs. If both hosts have died, the user has to say so.
     #[error(
-        "the store has another generation of VM {vm}, {generation}: the VM runs elsewhere; if both its hosts have died, run \
-         `vmft forget --name {vm} --store '{store}'` with an operator's keys in place of these, and start it again"
+        "the store has another generation of VM {vm}, {generation}: the VM runs elsewhere, {by}; if both its hosts have \
+         died, run `vmft forget --name {vm} --store '{store}'` with an operator's keys in place of these, and start it again"
     )]
     RunsElsewhere {
         /// The VM.
         vm: VmName,
         /// The generation that is open.
         generation: Generation,
+        /// Which hosts run it, by the store's record: `on host b, alone`.
+        by: String,
         /// The store's URL.
         store: String,
     },
+    /// A request was not carried out, for this reason, and the VM goes on where it ran.
+    #[error("{0}")]
+    NotDone(String),
     /// `vmft status` found a VM that is not protected: it would be lost with its host.
     #[error("the VM is not protected")]
     Unprotected,
@@ -104,10 +109,10 @@ impl Error {
         move |source| Error::Host { what, source }
     }
 
-    /// The exit code of the process: 1 not protected (`vmft status`), 2 configuration, 3 host, 4 guest crash, 5 divergence,
-    /// 6 fenced (the other side runs the VM, or it was forgotten or started elsewhere), 7 not started (the VM runs elsewhere,
-    /// the store refuses to open it, or the peer was lost before the guest ran), 8 at risk (`vmft status`), 9 the guest has not
-    /// printed what was waited for.
+    /// The exit code of the process: 1 not protected (`vmft status`) or not done (`vmft failover`, `vmft stop`),
+    /// 2 configuration, 3 host, 4 guest crash, 5 divergence, 6 fenced (the other side runs the VM, or it was forgotten or
+    /// started elsewhere), 7 not started (the VM runs elsewhere, the store refuses to open it, or the peer was lost before the
+    /// guest ran), 8 at risk (`vmft status`), 9 the guest has not printed what was waited for.
     pub fn exit_code(&self) -> ExitCode {
         ExitCode::from(self.code())
     }
@@ -121,9 +126,11 @@ impl Error {
             Error::Machine(_) | Error::Host { .. } | Error::Bench(_) => 3,
             Error::GuestCrash { .. } => 4,
             Error::Divergence(_) | Error::ReplaysDiffer(_) | Error::NotRepeatable { .. } => 5,
-            Error::Unprotected => 1,
+            Error::Unprotected | Error::NotDone(_) => 1,
             Error::AtRisk => 8,
-            Error::Out(Outcome::Fenced(_) | Outcome::Forgotten | Outcome::Overtaken(_)) => 6,
+            Error::Out(
+                Outcome::Fenced(_) | Outcome::Forgotten | Outcome::Overtaken(_) | Outcome::Yielded(_),
+            ) => 6,
             Error::RunsElsewhere { .. }
             | Error::Out(Outcome::NotOpened | Outcome::OpenRefused(_) | Outcome::NotStarted(_)) => 7,
             Error::NotPrinted { .. } => 9,

@@ -2,9 +2,9 @@
 //! creating FILE sets it off, and FILE is removed once the failure has happened. A release build has none of this code.
 
 #[cfg(not(debug_assertions))]
-pub use disabled::{delay, file, flip_ram_bit, stop, watch, wedge};
+pub use disabled::{delay, file, flip_ram_bit, panic, stop, watch, wedge};
 #[cfg(debug_assertions)]
-pub use enabled::{delay, file, flip_ram_bit, stop, watch, wedge};
+pub use enabled::{delay, file, flip_ram_bit, panic, stop, watch, wedge};
 
 #[cfg(debug_assertions)]
 mod enabled {
@@ -89,6 +89,12 @@ mod enabled {
         }
     }
 
+    /// Failpoint `panic-NAME`: makes this thread panic.
+    pub fn panic(name: &str) {
+        let wanted = ARMED.as_ref().is_some_and(|(armed, _)| armed.strip_prefix("panic-") == Some(name));
+        assert!(!(wanted && reached(&format!("panic-{name}"))), "failpoint {name}");
+    }
+
     /// Failpoints `flip` and `flip-unseen`: flip a bit of the machine's RAM, noted as a write or not.
     pub fn flip_ram_bit(machine: &mut Machine) {
         for (name, noted) in [("flip", true), ("flip-unseen", false)] {
@@ -126,6 +132,9 @@ mod disabled {
 
     /// Does not block.
     pub fn wedge(_name: &str) {}
+
+    /// Does not panic.
+    pub fn panic(_name: &str) {}
 
     /// Does not change RAM.
     pub fn flip_ram_bit(_machine: &mut Machine) {}

@@ -17,6 +17,7 @@ mod private_file;
 mod replay;
 mod report;
 mod run;
+mod service;
 mod summary;
 
 use std::process::ExitCode;
@@ -48,10 +49,10 @@ enum CliCommand {
     Backup(pair::PairOptions),
     /// Show a replica's status; exit code 0 if the VM is protected, 1 if it is not
     Status(pair::StatusArgs),
-    /// Hand the guest over to the backup, as a planned failover: nothing is lost
+    /// Hand the guest over to the backup, and wait until it runs there: nothing is lost
     Failover(pair::ControlArgs),
-    /// Stop a VM on both sides
-    Stop(pair::ControlArgs),
+    /// Stop a VM on both sides, or end one of them
+    Stop(pair::StopArgs),
     /// Attach to the guest's console; Ctrl-A x detaches
     Console(pair::ControlArgs),
     /// Measure what protection costs: load a protected guest and the same guest unprotected

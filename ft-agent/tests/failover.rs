@@ -32,7 +32,7 @@ fn client_result(client: Counter, survivor: &Vm) -> ClientResult {
 
 /// Ends a survivor in order, and checks that it has found nothing wrong.
 fn check_end(survivor: Vm) {
-    survivor.terminate();
+    survivor.stop();
     let (status, output) = survivor.finish(30);
     assert!(status.success() && !output.contains("divergence"), "{output}");
 }

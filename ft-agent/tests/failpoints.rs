@@ -104,7 +104,7 @@ fn check_flipped_bit(test: &str, failpoint: &str, told: &str, says: &str, code: 
     client.wait_for(50, 20);
     let seen = client.finish().unwrap_or_else(|e| panic!("{e}"));
     assert!(seen.gap < Duration::from_secs(2), "{seen:?}");
-    a.terminate();
+    a.stop();
     assert!(a.finish(30).0.success());
 }
 
@@ -119,4 +119,49 @@ fn a_page_that_is_changed_behind_the_guests_back_is_found_although_nobody_writes
     let test = "a_page_that_is_changed_behind_the_guests_back_is_found_although_nobody_writes_it";
     let found = "memory: page 4096 of the guest's RAM was changed";
     check_flipped_bit(test, "flip-unseen", found, found, 3);
+}
+
+/// The status of a replica, asked until it answers.
+fn status_at_last(site: &Site, host: Host) -> serde_json::Value {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        let mut command = std::process::Command::new(support::vm::VMFT);
+        let output =
+            command.args(["status", "--json", "--control"]).arg(site.control(host)).output().expect("vmft");
+        if let Ok(report) = serde_json::from_slice(&output.stdout) {
+            return report;
+        }
+        assert!(Instant::now() < deadline, "{}", String::from_utf8_lossy(&output.stderr));
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn a_listener_that_has_failed_is_told_and_started_again() {
+    let test = "a_listener_that_has_failed_is_told_and_started_again";
+    let Some((site, a, b, client)) = pair_with(test, &[], &[(Host::A, "panic-control")]) else { return };
+    assert!(status_at_last(&site, Host::A)["failed_threads"].as_object().expect("a map").is_empty());
+    // The thread fails at the next connection.
+    let file = site.dir.join("panic-control");
+    std::fs::write(&file, "").expect("failpoint");
+    while file.exists() {
+        status_at_last(&site, Host::A);
+    }
+    let report = status_at_last(&site, Host::A);
+    assert_eq!(report["failed_threads"]["control"], 1, "{report}");
+    client.wait_for(20, 20);
+    drop(b);
+    check_survivor(client, a);
+}
+
+#[test]
+fn a_pair_whose_pump_fails_goes_on_at_the_other_side() {
+    let test = "a_pair_whose_pump_fails_goes_on_at_the_other_side";
+    let Some((site, a, mut b, client)) = pair_with(test, &[], &[(Host::A, "panic-pump")]) else { return };
+    trigger(&site, "panic-pump");
+    b.wait_for("it has failed: the pump has failed", 20);
+    b.wait_for(LIVES, 20);
+    check_survivor(client, b);
+    let (status, output) = a.finish(30);
+    assert_eq!(status.code(), Some(3), "{output}");
 }

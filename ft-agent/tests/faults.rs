@@ -368,7 +368,7 @@ fn an_older_copy_of_a_disk_is_refused() {
     a.wait_for("READY", 20);
     drop(a);
     b.wait_for(LIVES, 20);
-    b.terminate();
+    b.stop();
     assert!(b.finish(20).0.success());
     let again = |more: &[&str]| {
         let mut command = site.replica(Host::A, &options(&disks[0]));

@@ -81,6 +81,36 @@ fn talk_nonsense(control: &Path) {
     std::mem::forget(UnixStream::connect(control).expect("connect"));
 }
 
+/// What is asked of the wrong side, or without a confirmation, is refused in words that help.
+fn check_refusals(at_a: &Path, at_b: &Path) {
+    for words in [&["failover"][..], &["stop", "--yes"]] {
+        let (code, _, errors) = ask(at_b, words);
+        assert!(code == 2 && errors.contains("ask the primary: run `vmft"), "{errors}");
+        assert!(errors.contains("on the host of the primary at 10.78.0.1:"), "{errors}");
+    }
+    let (code, _, errors) = ask(at_a, &["stop"]);
+    assert!(code == 2 && errors.contains("this ends VM vm on all its hosts"), "{errors}");
+}
+
+/// A backup to which the VM was handed over says that it has no backup, and how it came to run the VM.
+fn check_survivor_says_so(at_b: &Path) {
+    let (code, _, errors) = ask(at_b, &["failover"]);
+    assert!(code == 2 && errors.contains("no backup to hand the VM over to"), "{errors}");
+    assert!(errors.contains("alone, without the primary at 10.78.0.1:"), "{errors}");
+    let failover = &report(at_b).1["failover"];
+    assert!(failover["planned"] == true && failover["running_ms"].is_number(), "{failover}");
+    assert!(
+        failover["reason"].as_str().expect("text").contains("handed over by the primary at"),
+        "{failover}"
+    );
+    let (_, out, _) = ask(at_b, &["status"]);
+    assert!(
+        out.starts_with("UNPROTECTED: VM vm, survivor (alone, started as backup), generation 1"),
+        "{out}"
+    );
+    assert!(out.contains("last failover (planned): handed over by the primary at 10.78.0.1:"), "{out}");
+}
+
 #[test]
 fn a_pair_is_observed_and_handed_over_through_its_control_sockets() {
     if !ready("a_pair_is_observed_and_handed_over_through_its_control_sockets") {
@@ -123,12 +153,12 @@ fn a_pair_is_observed_and_handed_over_through_its_control_sockets() {
     watch.wait_for_again("}\n", 10);
     drop(watch);
 
-    for verb in ["failover", "stop"] {
-        let (code, _, errors) = ask(&at_b, &[verb]);
-        assert!(code == 2 && errors.contains("ask the primary"), "{errors}");
-    }
-    let (code, _, errors) = ask(&at_a, &["failover"]);
-    assert_eq!(code, 0, "{errors}");
+    check_refusals(&at_a, &at_b);
+    let (code, out, errors) = ask(&at_a, &["failover"]);
+    assert!(
+        code == 0 && out.contains("the VM runs on the host of the backup at 10.78.0.2:7500"),
+        "{out}{errors}"
+    );
     b.wait_for(LIVES, 20);
     let (status, output) = a.finish(20);
     assert!(status.success() && output.contains("handed over"), "{output}");
@@ -136,19 +166,18 @@ fn a_pair_is_observed_and_handed_over_through_its_control_sockets() {
     client.finish().unwrap_or_else(|e| panic!("{e}\n{}", b.seen()));
     let (code, told) = report(&at_b);
     assert_eq!((code, &told["phase"]), (1, &"alone".into()), "{told}");
-    let (code, _, errors) = ask(&at_b, &["failover"]);
-    assert!(code == 2 && errors.contains("no backup to hand the VM over to"), "{errors}");
+    check_survivor_says_so(&at_b);
     let metrics = scrape(&site, Host::B, "/metrics");
     for expected in ["protected{vm=\"vm\"} 0\n", "is_alone{vm=\"vm\"} 1\n", "failovers_total{vm=\"vm\"} 1\n"]
     {
         assert!(metrics.contains(&format!("\nvmft_{expected}")), "{expected} in {metrics}");
     }
-    assert_eq!(ask(&at_b, &["stop"]).0, 0);
+    assert_eq!(ask(&at_b, &["stop", "--yes"]).0, 0);
     let (status, output) = b.finish(20);
     assert!(status.success() && output.contains("the VM has ended: it was stopped"), "{output}");
     let read = |role| std::fs::read_to_string(told_to(role)).expect("what the hook was told");
     assert_eq!(read("primary"), "PROTECTED vm protected 1\n");
-    assert_eq!(read("backup"), "PROTECTED vm protected 1\nUNPROTECTED vm deciding 1\n");
+    assert_eq!(read("backup"), "PROTECTED vm protected 1\nUNPROTECTED vm alone 1\n");
     assert!(!at_a.exists() && !at_b.exists());
 }
 
@@ -159,7 +188,7 @@ fn stop_ends_both_sides_of_a_pair() {
     }
     let site = Site::new();
     let (a, b) = site.pair(&BARE);
-    let (code, _, errors) = ask(&site.control(Host::A), &["stop"]);
+    let (code, _, errors) = ask(&site.control(Host::A), &["stop", "--yes"]);
     assert_eq!(code, 0, "{errors}");
     for side in [a, b] {
         let (status, output) = side.finish(20);
@@ -210,7 +239,7 @@ fn a_primary_from_a_file_runs_without_a_backup() {
     // A second primary does not take over the socket.
     let (code, _, errors) = run(vmft_in(&site.ns("b")).args(["primary", "--config"]).arg(&file));
     assert!(code != 0 && !errors.contains("READY"), "{errors}");
-    assert_eq!(ask(&control, &["stop"]).0, 0);
+    assert_eq!(ask(&control, &["stop", "--yes"]).0, 0);
     let (status, output) = vm.finish(20);
     assert!(status.success() && output.contains("the VM has ended: it was stopped"), "{output}");
     let (code, _, errors) = ask(&control, &["status"]);
@@ -236,7 +265,7 @@ fn a_vm_whose_hosts_have_died_starts_again_once_it_is_forgotten() {
     let (code, _, errors) = forget_as("a", "vm", &["--yes"]);
     assert!(code == 2 && errors.contains("use an operator's keys"), "{errors}");
     let (code, _, errors) = forget("vm", &[]);
-    assert!(code == 2 && errors.contains("may run generation 1 of VM vm"), "{errors}");
+    assert!(code == 2 && errors.contains("generation 1 of VM vm may run on host"), "{errors}");
     assert_eq!(start().finish(30).0.code(), Some(7));
     let (code, out, errors) = forget("vm", &["--yes"]);
     assert!(code == 0 && out.contains("it can be started"), "{out}{errors}");

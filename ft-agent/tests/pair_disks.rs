@@ -230,7 +230,7 @@ fn an_image_that_was_cut_off_is_refused_at_the_start() {
     b.wait_for("waiting for a primary", 30);
     let mut a = Vm::start(&mut writer(&site, Host::A, &disk_a));
     for side in [&mut a, &mut b] {
-        side.wait_for("its machine differs in disk-0", 20);
+        side.wait_for("its copy of disk-0 differs from this side's", 20);
     }
     assert!(!a.seen().contains("the pair is open") && !a.seen().contains("READY"), "{}", a.seen());
 }

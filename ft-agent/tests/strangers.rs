@@ -196,7 +196,7 @@ fn run_once(site: &Site) {
     let backup = waiting_backup(site, "vm", "b");
     let mut primary = Vm::start(replica(site, Host::A, "vm", "a").arg("--control").arg(&control));
     primary.wait_for("the pair is open", 20);
-    let stopped = Command::new(VMFT).args(["stop", "--control"]).arg(&control).status();
+    let stopped = Command::new(VMFT).args(["stop", "--yes", "--control"]).arg(&control).status();
     assert!(stopped.expect("vmft stop").success());
     for side in [primary, backup] {
         let (status, output) = side.finish(30);

@@ -47,6 +47,9 @@ mod kind {
     pub const END: u8 = 10;
     pub const ENDED: u8 = 11;
     pub const KEY: u8 = 12;
+    pub const PREPARE: u8 = 13;
+    pub const PREPARED: u8 = 14;
+    pub const YIELD: u8 = 15;
 }
 
 /// The role of a replica in its pair.
@@ -160,7 +163,8 @@ pub enum Message {
         /// Why, at most [`REASON_MAX`] bytes.
         reason: String,
     },
-    /// From the primary: the log ends here for a planned handover; the backup is to take, and go live.
+    /// From the primary, in version 3 only: the log ends here for a planned handover; the backup is to take, and go
+    /// live.
     HandOver,
     /// From the backup: it lives, after a handover.
     Live,
@@ -170,6 +174,16 @@ pub enum Message {
     Ended,
     /// From both, at any time after the hello: the sender has a new key.
     Key(KeyProof),
+    /// From the primary: it has paused its guest for a planned handover; the backup is to say when it has replayed
+    /// everything. More of the log may follow: then the handover is off.
+    Prepare,
+    /// From the backup: it has replayed everything that it was sent, with equal digests, and is ready to go live.
+    Prepared {
+        /// Records replayed.
+        records: u64,
+    },
+    /// From the primary: it will never take and never emit again; the backup is to go live.
+    Yield,
 }
 
 impl Message {
@@ -188,6 +202,9 @@ impl Message {
             Message::End(_) => "end",
             Message::Ended => "ended",
             Message::Key(_) => "key",
+            Message::Prepare => "prepare",
+            Message::Prepared { .. } => "prepared",
+            Message::Yield => "yield",
         }
     }
 }
@@ -241,7 +258,7 @@ pub(crate) fn body_max(kind: u8) -> Result<usize, MessageFault> {
         kind::LOG => BODY_MAX,
         kind::FAILED => REASON_MAX + 8,
         kind::KEY => CERTIFICATE_MAX + SIGNATURE_MAX + 8,
-        kind::START..=kind::ENDED => SMALL_MAX,
+        kind::START..=kind::ENDED | kind::PREPARE..=kind::YIELD => SMALL_MAX,
         _ => return Err(MessageFault::Kind(kind)),
     })
 }
@@ -309,6 +326,12 @@ pub fn encode(version: u16, message: &Message, out: &mut Vec<u8>) {
             b.extend(&proof.signature);
             kind::KEY
         }
+        Message::Prepare => kind::PREPARE,
+        Message::Prepared { records } => {
+            put_varint(*records, &mut b);
+            kind::PREPARED
+        }
+        Message::Yield => kind::YIELD,
     };
     out.push(kind);
     put_varint(b.len() as u64, out);
@@ -387,6 +410,9 @@ pub(crate) fn decode(version: u16, kind: u8, body: &[u8], base: u64) -> Result<M
             scheme: u16::from_le_bytes(r.array("signature scheme")?),
             signature: r.prefixed_bytes("signature", 1, SIGNATURE_MAX)?,
         }),
+        kind::PREPARE => Message::Prepare,
+        kind::PREPARED => Message::Prepared { records: r.varint("records")? },
+        kind::YIELD => Message::Yield,
         unknown => return Err(MessageError { offset: base, fault: MessageFault::Kind(unknown) }),
     };
     // A later version may append fields to a hello.

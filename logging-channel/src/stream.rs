@@ -133,6 +133,11 @@ impl Outbox {
         self.version = version;
     }
 
+    /// The version of the protocol in which messages are encoded.
+    pub fn version(&self) -> u16 {
+        self.version
+    }
+
     /// Queues a message. A beat goes before all messages that wait, and replaces a beat that waits.
     pub fn push(&mut self, message: &Message) {
         let mut bytes = Vec::new();

@@ -17,6 +17,8 @@ const KNOWN: &[(u16, &[u64])] = &[
 
 /// The first version whose beats carry [`crate::message::Beat::risks`] and [`crate::message::Beat::lag_ns`].
 pub(crate) const RISKS_IN_BEATS: u16 = 4;
+/// The first version in which a handover is prepared, and then yielded.
+pub const YIELDS_FROM: u16 = 4;
 
 /// The versions that this build knows.
 pub const OURS: ChannelVersions = ChannelVersions { newest: KNOWN[KNOWN.len() - 1].0, oldest: KNOWN[0].0 };

@@ -131,6 +131,23 @@ fn beats_in_version_3_say_nothing_of_risks() {
     assert_eq!(read(&bytes, &[7]), (vec![hello, one_of_each_in_version_3()[5].clone()], None));
 }
 
+/// The messages that version 4 has added: a golden file of its own, which never changes either.
+#[test]
+fn golden_handover() {
+    let golden = include_bytes!("golden/v4-handover.channel");
+    let versions = ChannelVersions { newest: 4, oldest: 3 };
+    let added = [
+        Message::Hello(Box::new(Hello { versions, ..hello() })),
+        Message::Prepare,
+        Message::Prepared { records: 300 },
+        Message::Yield,
+    ];
+    let mut bytes = Vec::new();
+    added.iter().for_each(|m| encode(4, m, &mut bytes));
+    assert!(bytes == golden, "the bytes of the channel have changed");
+    assert_eq!(read(golden, &[golden.len()]), (added.to_vec(), None));
+}
+
 #[test]
 fn only_the_first_message_is_a_hello() {
     let error = refusal(&bytes_of(&[Message::HandOver]));
@@ -289,6 +306,9 @@ fn any_message() -> impl Strategy<Value = Message> {
         }),
         ".{0,80}".prop_map(|reason| Message::Failed { reason }),
         Just(Message::HandOver),
+        Just(Message::Prepare),
+        any::<u64>().prop_map(|records| Message::Prepared { records }),
+        Just(Message::Yield),
         Just(Message::Live),
         (0u8..4).prop_map(|n| Message::End(EndReason::numbered(n).expect("a reason"))),
         Just(Message::Ended),

@@ -1,6 +1,7 @@
 //! What an agent does wrong while a rule is switched off. Only the simulator builds this.
 
 use entry::log::{Entry, Record};
+use logging_channel::versions::ChannelVersions;
 
 use crate::agent::Agent;
 use crate::config::Config;
@@ -11,6 +12,11 @@ impl Agent {
     /// An agent that ignores a rule.
     pub fn without(rule: Option<Rule>, config: Config, now: u64) -> Agent {
         Agent { without: rule, ..Agent::new(config, now) }
+    }
+
+    /// An agent of an earlier release: it knows only these versions of the channel's protocol.
+    pub fn speaking(self, versions: ChannelVersions) -> Agent {
+        Agent { versions, ..self }
     }
 
     /// Counts an output as held without appending its record, if that rule is off. Returns whether it did.

@@ -9,6 +9,7 @@ use logging_channel::message::{Beat, KeyProof, Message, Role};
 use logging_channel::receiver::NextRecord;
 use logging_channel::sender::GuestPace;
 use logging_channel::stream::{MessageReader, Outbox};
+use logging_channel::versions::{ChannelVersions, OURS};
 use store_rule::names::{Generation, Incarnation, KeyId};
 
 use crate::config::Config;
@@ -16,7 +17,7 @@ use crate::event::{Action, Event, Outcome, Suspicion};
 use crate::failure_detector::FailureDetector;
 use crate::protection::RiskWatch;
 use crate::rules::Rule;
-use crate::state::{AgentState, LogSide, PeerReplica};
+use crate::state::{AgentState, LogSide, PeerReplica, Preparation};
 use crate::watch::StoreWatch;
 
 /// A replica's agent: see the crate's documentation.
@@ -48,6 +49,12 @@ pub struct Agent {
     pub(crate) peer_beat: Beat,
     /// A handover was requested, so that losing the verdict is what the user wanted.
     pub(crate) handover_requested: bool,
+    /// Backup: the handover for which the primary has asked it to prepare.
+    pub(crate) preparation: Preparation,
+    /// Backup: the user asked it to leave during that, so that it leaves if the handover is called off.
+    pub(crate) leave_requested: bool,
+    /// This side lives because the primary has yielded, and the store has not been told yet.
+    pub(crate) owes_take: bool,
     /// How the VM ended, if the winner of the verdict still has to have the store record it.
     pub(crate) pending_end: Option<EndReason>,
     /// Outputs that have left.
@@ -57,6 +64,8 @@ pub struct Agent {
     pub(crate) actions: VecDeque<Action>,
     #[cfg(feature = "ablation")]
     pub(crate) without: Option<Rule>,
+    /// The versions of the channel's protocol that this side claims to know.
+    pub(crate) versions: ChannelVersions,
 }
 
 impl Agent {
@@ -80,12 +89,16 @@ impl Agent {
             position: Position::default(),
             peer_beat: Beat::default(),
             handover_requested: false,
+            preparation: Preparation::None,
+            leave_requested: false,
+            owes_take: false,
             pending_end: None,
             released: 0,
             has_won: false,
             actions: VecDeque::new(),
             #[cfg(feature = "ablation")]
             without: None,
+            versions: OURS,
             config,
         };
         if agent.config.role == Role::Primary && agent.config.unprotected {
@@ -116,7 +129,7 @@ impl Agent {
             Event::Replayed { records, position } => self.replayed(now, records, position),
             Event::HostFailed(reason) => self.host_failed(reason),
             Event::GuestEnded(reason) => self.guest_ended(reason),
-            Event::HandOver => self.hand_over(),
+            Event::HandOver => self.hand_over(now),
             Event::KeyReplaced(proof) => self.tell_new_key(proof),
         }
         self.review_risks(now);
@@ -152,7 +165,11 @@ impl Agent {
             None => None,
         };
         let look = self.watch.deadline().filter(|_| self.watches_store());
-        [self.retry_at, beat, batch, look].into_iter().flatten().min()
+        let handover = match self.state {
+            AgentState::HandingOver { until, .. } => Some(until),
+            _ => None,
+        };
+        [self.retry_at, beat, batch, look, handover].into_iter().flatten().min()
     }
 
     /// The guest loop has made a turn, even if it only waits. Outputs may leave afterwards: see
@@ -309,12 +326,25 @@ impl Agent {
             (Message::Live, Some(LogSide::Primary(_))) if self.handover_requested => {
                 self.halt(Outcome::HandedOver)
             }
+            (Message::Prepared { records }, Some(LogSide::Primary(_))) => self.backup_prepared(records),
+            (Message::Prepare, Some(LogSide::Backup(_))) if self.state == AgentState::Protected => {
+                self.preparation = Preparation::Asked;
+                self.tell_primary_when_prepared();
+            }
+            (Message::Yield, Some(LogSide::Backup(receiver)))
+                if self.state == AgentState::Protected
+                    && self.preparation == Preparation::Told
+                    && receiver.is_drained() =>
+            {
+                self.primary_yielded(now)
+            }
             (Message::Ended, Some(LogSide::Primary(_))) => self.end_acknowledged(),
             (Message::Start { generation }, Some(LogSide::Backup(_))) if self.state == AgentState::Met => {
                 self.pair_started(now, Generation(generation));
             }
             (Message::Log(block), Some(LogSide::Backup(receiver))) if self.generation.is_some() => {
                 receiver.receive_block(&block)?;
+                self.handover_called_off();
             }
             (Message::Released { outputs }, Some(LogSide::Backup(receiver))) => {
                 receiver.released(outputs)?;
@@ -332,7 +362,7 @@ impl Agent {
     }
 
     fn beat_received(&mut self, now: u64, beat: Beat) {
-        let turns_count = !matches!(self.state, AgentState::HandingOver { .. });
+        let turns_count = !matches!(self.state, AgentState::HandingOver { .. } | AgentState::Yielded);
         let confirmed = self.failure_detector.beat_received(now, &beat, turns_count);
         self.peer_beat = beat;
         if let Some(round_trip_ns) = confirmed {
@@ -362,14 +392,15 @@ impl Agent {
         self.acknowledge(now);
         self.take_when_able(now);
         self.finish_when_replayed();
+        self.tell_primary_when_prepared();
     }
 
     fn tick(&mut self, now: u64) {
         if let Some(LogSide::Primary(sender)) = &mut self.log_side {
             sender.tick(now, &mut self.outbox);
-            // A backup that is to go on has something to do until it has its verdict: one that the store does not
-            // answer, or refuses, would leave the guest paused for ever.
-            let handing_over = matches!(self.state, AgentState::HandingOver { .. });
+            // A backup that is to go on has something to do until it has said that it does: otherwise one that the
+            // store does not answer, or refuses, would leave the guest paused for ever.
+            let handing_over = matches!(self.state, AgentState::HandingOver { .. } | AgentState::Yielded);
             if sender.cursors().replayed == sender.cursors().acked && !handing_over {
                 self.failure_detector.peer_idle(now);
             }
@@ -392,6 +423,7 @@ impl Agent {
         self.retry_when_due(now);
         self.look_when_due(now);
         self.tell_backup_when_flushed();
+        self.go_back_when_due(now);
     }
 
     pub(crate) fn send_beat(&mut self, now: u64) {

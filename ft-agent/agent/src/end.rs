@@ -26,29 +26,7 @@ impl Agent {
         }
     }
 
-    /// The user asks for a handover. A primary lets the backup go on in its place: the guest pauses,
-    /// everything is acknowledged and leaves, then the backup is told. A backup leaves the pair: it says so,
-    /// and never takes.
-    pub(crate) fn hand_over(&mut self) {
-        match (self.config.role, &self.state) {
-            (Role::Primary, AgentState::Protected) => {
-                self.state = AgentState::HandingOver { told: false };
-                self.handover_requested = true;
-                self.actions.push_back(Action::Pause);
-                self.flush();
-                self.tell_backup_when_flushed();
-            }
-            (Role::Backup, AgentState::Protected | AgentState::Waiting | AgentState::Met) => {
-                if self.connected {
-                    self.outbox.push(&Message::Failed { reason: Outcome::Stopped.to_string() });
-                }
-                self.halt(Outcome::Stopped);
-            }
-            _ => {}
-        }
-    }
-
-    fn flush(&mut self) {
+    pub(crate) fn flush(&mut self) {
         if let Some(LogSide::Primary(sender)) = &mut self.log_side {
             sender.flush(&mut self.outbox);
         }
@@ -62,10 +40,11 @@ impl Agent {
         if !sender.is_fully_acked() || cursors.outputs_released < cursors.outputs_recorded {
             return;
         }
+        let yields = self.can_yield();
         let message = match &mut self.state {
-            AgentState::HandingOver { told } if !*told => {
+            AgentState::HandingOver { told, .. } if !*told => {
                 *told = true;
-                Message::HandOver
+                if yields { Message::Prepare } else { Message::HandOver }
             }
             AgentState::Ending { reason, told } if !*told => {
                 *told = true;
@@ -74,16 +53,6 @@ impl Agent {
             _ => return,
         };
         self.outbox.push(&message);
-    }
-
-    /// Backup: the primary has stopped its guest and wants it to go on here.
-    pub(crate) fn handover_received(&mut self, now: u64) {
-        self.state = AgentState::ReceivingHandover;
-        self.handover_requested = true;
-        if let Some(LogSide::Backup(receiver)) = &mut self.log_side {
-            receiver.close();
-        }
-        self.take_when_able(now);
     }
 
     /// Backup: the VM has ended. This side never takes; its disks are complete when the rest of the log is

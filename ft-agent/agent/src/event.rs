@@ -117,6 +117,10 @@ pub enum Action {
     /// Primary: stop the guest at an instruction boundary and append its final records, for a handover.
     /// [`Action::GoLive`] may still follow.
     Pause,
+    /// Primary: the handover is called off, since the backup does not get ready: the guest goes on here.
+    Resume,
+    /// Backup: log that the primary hands the VM over to this side.
+    HandoverReceived,
     /// Ask the store to record that the VM's run is over; answer with [`Event::EndRecorded`].
     End {
         /// The last generation.
@@ -201,14 +205,28 @@ pub enum PeerRefusal {
         timeout_ns: u64,
     },
     /// The machines differ.
-    #[error(
-        "its machine differs in {0}; give both sides the same guest, disk images and engine, and releases of \
-         vmft with the same machine-version"
-    )]
+    #[error("{}", describe_mismatch(.0))]
     Identity(#[from] Mismatch),
     /// It refused us, or gave up.
     #[error("the other side reports: {0}")]
     Told(String),
+}
+
+impl PeerRefusal {
+    /// Whether it is for something that stays as it is until somebody changes the options of a side.
+    pub fn is_permanent(&self) -> bool {
+        match self {
+            PeerRefusal::Vm { .. }
+            | PeerRefusal::Role(_)
+            | PeerRefusal::Timeout { .. }
+            | PeerRefusal::Identity(_)
+            | PeerRefusal::Told(_) => true,
+            PeerRefusal::Protocol(_)
+            | PeerRefusal::Lost(_)
+            | PeerRefusal::Invalid(_)
+            | PeerRefusal::RoundTrip { .. } => false,
+        }
+    }
 }
 
 /// How a replica ends.
@@ -220,6 +238,12 @@ pub enum Outcome {
     /// The other side lives, as requested.
     #[error("handed over")]
     HandedOver,
+    /// The VM was handed over, but the other side was lost before it said that it runs it.
+    #[error(
+        "handed over, but the backup was lost before it said that it runs the VM: {0}; this side will not run it \
+         again, so look there (`vmft status`)"
+    )]
+    Yielded(Suspicion),
     /// The other side lives or, with `None`, the store knows this side's generation no longer.
     #[error("fenced: {}", describe_fence(*.0))]
     Fenced(Option<Incarnation>),
@@ -250,6 +274,21 @@ pub enum Outcome {
     /// The peer was lost before the guest ran.
     #[error("the peer was lost before the guest ran: {0}")]
     NotStarted(Suspicion),
+}
+
+/// A disk's value is a digest of its content, which tells nobody anything.
+fn describe_mismatch(mismatch: &Mismatch) -> String {
+    match mismatch.field.strip_prefix("disk-") {
+        Some(_) => format!(
+            "its copy of {} differs from this side's: copy the image from the host on which the VM ran last (`vmft \
+             primary` refuses to start from an older one) to the other, and start the backup there again",
+            mismatch.field
+        ),
+        None => format!(
+            "its machine differs in {mismatch}; give both sides the same guest, disk images and engine, and releases of \
+             vmft with the same machine-version"
+        ),
+    }
 }
 
 fn describe_fence(holder: Option<Incarnation>) -> String {

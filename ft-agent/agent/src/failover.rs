@@ -33,6 +33,10 @@ impl Agent {
             AgentState::Protected | AgentState::HandingOver { .. } | AgentState::ReceivingHandover => {
                 self.suspect(now, suspicion)
             }
+            AgentState::Yielded => match self.in_force(Rule::YieldForGood) {
+                true => self.lost_after_yield(suspicion),
+                false => self.suspect(now, suspicion),
+            },
             AgentState::Ending { .. } => match self.config.role {
                 Role::Primary => self.suspect(now, suspicion),
                 // The backup knows of the end. The primary knows that it does, or will ask the store.
@@ -98,6 +102,9 @@ impl Agent {
     /// The store has answered. Only this ends a suspicion; without an answer this side stays silent and asks
     /// again.
     pub(crate) fn verdict_received(&mut self, now: u64, verdict: Verdict) {
+        if self.owes_take && self.state == AgentState::Alone {
+            return self.handover_recorded(now, verdict);
+        }
         if !matches!(self.state, AgentState::Taking | AgentState::Opening { taking: true, .. }) {
             // The second answer to a question that was asked twice.
             return;
@@ -107,6 +114,17 @@ impl Agent {
             Verdict::Won => self.won(now),
             Verdict::Lost(holder) => self.fenced(Some(holder)),
             Verdict::Stale => self.fenced(None),
+        }
+    }
+
+    /// The store has answered a backup whose primary has yielded. The primary has not taken: if this side cannot, then
+    /// the VM was forgotten or opened again.
+    fn handover_recorded(&mut self, now: u64, verdict: Verdict) {
+        match verdict {
+            Verdict::Unknown(()) => self.retry_later(now),
+            Verdict::Won => self.owes_take = false,
+            Verdict::Lost(holder) => self.halt(Outcome::Fenced(Some(holder))),
+            Verdict::Stale => self.halt(Outcome::Fenced(None)),
         }
     }
 
@@ -164,6 +182,7 @@ impl Agent {
         match &self.state {
             AgentState::Taking | AgentState::Opening { taking: true, .. } => self.ask_to_take(now),
             AgentState::Opening { taking: false, .. } => self.ask_to_open(),
+            AgentState::Alone => self.tell_store_of_handover(),
             AgentState::RecordingEnd(outcome) => self.ask_to_record_end(outcome.clone()),
             _ => {}
         }

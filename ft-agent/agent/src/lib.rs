@@ -2,7 +2,9 @@
 //!
 //! ```text
 //! primary: Waiting ─hello─> Measuring ─> Opening ─opened─> Protected ─> HandingOver, Ending
-//! backup:  Waiting ─hello─> Met ───start────> Protected ─> ReceivingHandover, Ending
+//!          HandingOver ─backup ready─> Yielded ─backup lives, or is lost─> Out;  ─not in time─> Protected
+//! backup:  Waiting ─hello─> Met ───start────> Protected ─> Ending;  Protected ─primary yields─> Alone
+//!          Protected ─told to take, in version 3─> ReceivingHandover
 //!          Protected and what follows it ─peer lost─> Suspecting ─able to live─> Taking ─won─> Alone
 //!                                                                                  └─lost─> Out: fenced
 //!          Protected, Alone ─the store says: forgotten, opened again, or held by the other─> Out
@@ -53,6 +55,10 @@
 //!     behind than it may be, and while the store does not answer a side, of which beats tell the other. A link with
 //!     which no output could leave is refused before the guest runs. At its limit the lag stops the guest, or makes
 //!     the backup count as lost.
+//! 13. A primary that hands over can go back until it yields; that it does only when all outputs have left and the
+//!     backup has replayed everything, with equal digests. One that has yielded never takes and never emits again,
+//!     whatever happens: so its backup lives without a verdict, and tells the store as soon as it answers. A backup
+//!     that is asked to prepare does not leave while its primary may yield.
 #![forbid(unsafe_code)]
 
 #[cfg(feature = "ablation")]
@@ -63,6 +69,7 @@ mod end;
 mod event;
 mod failover;
 mod failure_detector;
+mod handover;
 mod look;
 mod protection;
 mod risks;

@@ -26,6 +26,8 @@ pub enum Rule {
     ReplayBeforeTake,
     /// A hello on a second connection counts only with the peer's certificate, and while the peer is quiet.
     DoubtStrangers,
+    /// A primary that has yielded never takes.
+    YieldForGood,
     /// A side that runs the guest looks at the store's record of its VM.
     WatchTheStore,
     /// A pair whose outputs do not leave, or whose backup is too far behind, is not called protected.
@@ -43,7 +45,7 @@ pub enum Rule {
 #[cfg(feature = "ablation")]
 impl Rule {
     /// All of them.
-    pub const ALL: [Rule; 13] = [
+    pub const ALL: [Rule; 14] = [
         Rule::HoldOutputs,
         Rule::LogOutputs,
         Rule::AskTheStore,
@@ -53,6 +55,7 @@ impl Rule {
         Rule::ReleaseOnlyWhenFresh,
         Rule::ReplayBeforeTake,
         Rule::DoubtStrangers,
+        Rule::YieldForGood,
         Rule::WatchTheStore,
         Rule::TellTheTruth,
         Rule::RefuseRevokedKeys,

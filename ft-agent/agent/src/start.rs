@@ -4,7 +4,6 @@ use logging_channel::message::{Hello, Message, Role};
 use logging_channel::receiver::Receiver;
 use logging_channel::sender::{Limits, Sender};
 use logging_channel::stream::{MessageReader, Outbox};
-use logging_channel::versions::OURS;
 use store_rule::names::{CopyId, DiskName, Generation, Incarnation, KeyId};
 use store_rule::record::{Applied, HostId, Member, Members};
 
@@ -31,7 +30,7 @@ impl Agent {
         self.failure_detector = FailureDetector::new(self.config.timing, now);
         let me = &self.config.me;
         self.outbox.push(&Message::Hello(Box::new(Hello {
-            versions: OURS,
+            versions: self.versions,
             vm: self.config.vm.as_str().into(),
             role: self.config.role,
             incarnation: me.incarnation.into(),

@@ -22,10 +22,13 @@ pub(crate) enum AgentState {
     Met,
     /// The log and its acknowledgements flow.
     Protected,
-    /// Primary: the guest is paused; the backup is `told` to take once all records are acknowledged and all
-    /// outputs have left.
-    HandingOver { told: bool },
-    /// Backup: the primary has told it to take; the channel stays open.
+    /// Primary: the guest is paused; the backup is `told` to prepare once all records are acknowledged and all
+    /// outputs have left. Without its answer the guest goes on here at `until`. A backup that speaks version 3 is told
+    /// to take in place of that, and there is no way back but a suspicion.
+    HandingOver { told: bool, until: u64 },
+    /// Primary: it has told the backup to go live, and will never take.
+    Yielded,
+    /// Backup, in version 3: the primary has told it to take; the channel stays open.
     ReceivingHandover,
     /// The VM has ended.
     Ending { reason: EndReason, told: bool },
@@ -39,6 +42,18 @@ pub(crate) enum AgentState {
     RecordingEnd(Outcome),
     /// Final: nothing happens any more.
     Out(Outcome),
+}
+
+/// Backup: how far a handover has got that the primary has asked it to prepare for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Preparation {
+    /// There is none.
+    #[default]
+    None,
+    /// Not everything is replayed yet.
+    Asked,
+    /// The primary is told that this side is ready.
+    Told,
 }
 
 /// This side's end of the log.

@@ -79,6 +79,7 @@ impl Agent {
             AgentState::Suspecting | AgentState::Taking => Phase::Deciding,
             AgentState::Alone => Phase::Alone,
             AgentState::HandingOver { .. }
+            | AgentState::Yielded
             | AgentState::ReceivingHandover
             | AgentState::Ending { .. }
             | AgentState::RecordingEnd(_) => Phase::Ending,

@@ -355,45 +355,6 @@ fn rule_8_a_power_off_is_acknowledged_and_nobody_takes() {
 }
 
 #[test]
-fn rule_8_a_handover_loses_nothing() {
-    let mut pair = Pair::protected();
-    pair.pass_time(100 * MS);
-    pair.emit_output();
-    pair.primary.handle(pair.now, Event::HandOver);
-    pair.exchange();
-    assert_eq!(pair.primary_actions(), [Action::Pause, Action::Release]);
-    assert_eq!(phase(&pair.backup), Phase::Protected, "the output has not left");
-    pair.release(1);
-    pair.exchange();
-    assert_eq!(phase(&pair.backup), Phase::Ending);
-    pair.replay();
-    assert_eq!(pair.backup_actions().last(), Some(&take(2)));
-    pair.backup.handle(pair.now, Event::Verdict(Verdict::Won));
-    pair.exchange();
-    assert_eq!(pair.backup_actions(), [Action::GoLive]);
-    assert_eq!(pair.primary_actions(), [Action::Halt(Outcome::HandedOver)]);
-}
-
-#[test]
-fn rule_8_a_primary_whose_backup_gets_no_verdict_asks_for_one_itself() {
-    let mut pair = Pair::protected();
-    pair.pass_time(100 * MS);
-    pair.primary.handle(pair.now, Event::HandOver);
-    pair.exchange();
-    pair.replay();
-    assert_eq!(pair.backup_actions().last(), Some(&take(2)));
-    assert_eq!(pair.primary_actions(), [Action::Pause]);
-    pair.pass_time(TIMING.progress_timeout_ns - 100 * MS);
-    assert_eq!((pair.primary_actions(), phase(&pair.primary)), (vec![], Phase::Ending), "it takes its time");
-    pair.pass_time(200 * MS);
-    let actions = pair.primary_actions();
-    assert!(matches!(actions[0], Action::Suspected(Suspicion::NoProgress(_))), "{actions:?}");
-    assert_eq!(actions[1..], [Action::Close, take(1)]);
-    pair.primary.handle(pair.now, Event::Verdict(Verdict::Won));
-    assert_eq!(pair.primary_actions(), [Action::GoLive]);
-}
-
-#[test]
 fn rule_8_a_backup_that_leaves_says_so() {
     let mut pair = Pair::protected();
     pair.backup.handle(0, Event::HandOver);

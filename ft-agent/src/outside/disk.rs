@@ -11,7 +11,7 @@ use entry::{DiskRequest, DiskResult, DiskWork};
 use crate::error::Error;
 use crate::failpoint;
 use crate::options;
-use crate::private_file;
+use crate::{private_file, service};
 
 /// Size of a sector, bytes.
 const SECTOR: u64 = 512;
@@ -114,7 +114,7 @@ impl DiskThread {
         mut done: impl FnMut(u64, Result<DiskResult, Error>) -> bool + Send + 'static,
     ) -> DiskThread {
         let (requests, work) = channel::<DiskRequest>();
-        let thread = std::thread::spawn(move || {
+        let thread = service::start_at_last("disk", move || {
             for request in work {
                 failpoint::wedge("disk");
                 let result = image.perform(&request);

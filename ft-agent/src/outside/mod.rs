@@ -24,6 +24,7 @@ use vmm::source::{CLOCK_LAG_MAX_NS, Outside};
 
 use crate::error::Error;
 use crate::options::ClockMode;
+use crate::service;
 use console::{Printer, Readers};
 use disk::{DiskThread, Image};
 use starvation::{Starvation, Starved};
@@ -126,7 +127,7 @@ impl Inlet {
     /// Connects the network device in `slot` to the frames that come from a tap.
     pub fn attach_tap(&mut self, slot: u8, tap: Arc<Tap>) {
         let (failure, sender) = (self.failure.clone(), self.sender.clone());
-        std::thread::spawn(move || {
+        service::start_at_last("tap", move || {
             if let Err(e) = receive_frames(slot, &tap, &sender) {
                 fail(&failure, tap.failed(e), &sender);
             }
@@ -170,7 +171,7 @@ impl Inlet {
         };
         self.starvation = Some(Starvation::new(limit));
         let sender = self.sender.clone();
-        std::thread::spawn(move || {
+        service::start_at_last("nudge", move || {
             loop {
                 std::thread::sleep(every);
                 sender.wake();

@@ -23,6 +23,7 @@ use super::replica::Replica;
 use super::report::role_name;
 use super::side::PairSide;
 use crate::error::Error;
+use crate::service;
 
 /// How long a peer may take for the TLS handshake and its hello.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -49,7 +50,8 @@ pub struct PeerAcceptor {
     store: BlockingStore,
     vm: VmName,
     replica: Mutex<Option<Arc<Replica>>>,
-    peers: SyncSender<IncomingPeer>,
+    /// `None` once this backup is to end.
+    peers: Mutex<Option<SyncSender<IncomingPeer>>>,
 }
 
 impl PeerAcceptor {
@@ -66,17 +68,16 @@ impl PeerAcceptor {
         let listener = TcpListener::bind(address).map_err(unusable)?;
         let (peers, incoming) = sync_channel(0);
         let (keys, store, vm) = (side.keys.clone(), side.store.clone(), side.plan.name.clone());
-        let acceptor = PeerAcceptor { tls, keys, store, vm, replica: Mutex::default(), peers };
+        let acceptor =
+            PeerAcceptor { tls, keys, store, vm, replica: Mutex::default(), peers: Some(peers).into() };
         let acceptor = Arc::new(acceptor);
         let accepting = acceptor.clone();
         let accept = move || {
+            let accepting = accepting.clone();
             Admission::new("channel", HANDSHAKES_MAX)
                 .accept_all(&listener, move |tcp, ticket| accepting.let_in(tcp, ticket))
         };
-        std::thread::Builder::new()
-            .name("acceptor".into())
-            .spawn(accept)
-            .map_err(Error::host("cannot start the acceptor thread"))?;
+        service::start("acceptor", accept)?;
         info!(%address, "waiting for a primary");
         Ok((acceptor, incoming))
     }
@@ -89,6 +90,11 @@ impl PeerAcceptor {
     /// Sets the replica of the peer that was let in. `None`: the next peer is let in.
     pub fn set_replica(&self, replica: Option<Arc<Replica>>) {
         *self.replica.lock().unwrap_or_else(PoisonError::into_inner) = replica;
+    }
+
+    /// Lets in nobody any more: the receiver of the peers is told that this is the end.
+    pub fn stop(&self) {
+        self.peers.lock().unwrap_or_else(PoisonError::into_inner).take();
     }
 
     /// Lets in the peer on a connection, or tells it why it is refused, and returns that. Handshake and hello together
@@ -107,7 +113,11 @@ impl PeerAcceptor {
         if let Some(refusal) = wrong_host.or_else(|| self.occupied(&peer)) {
             return Err(tell_refusal(peer.link, refusal));
         }
-        self.peers.try_send(peer).map_err(|refused| {
+        let peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let Some(peers) = peers else {
+            return Err(tell_refusal(peer.link, "this backup was told to end".into()));
+        };
+        peers.try_send(peer).map_err(|refused| {
             let (TrySendError::Full(peer) | TrySendError::Disconnected(peer)) = refused;
             tell_refusal(peer.link, "another primary called at the same time".into())
         })

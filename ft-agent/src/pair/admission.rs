@@ -13,6 +13,8 @@ use test_and_set::pending::PendingPlaces;
 use test_and_set::refusal_log::{RefusalLine, RefusalLog};
 use tracing::warn;
 
+use crate::failpoint;
+
 /// How long a new connection waits for the threads of those that were closed for it.
 const GRACE: Duration = Duration::from_secs(1);
 /// How long the acceptor pauses when the system cannot give it a connection.
@@ -220,6 +222,7 @@ impl<S: AdmittedStream> Admission<S> {
         let serve = Arc::new(serve);
         loop {
             let admitted = listener.next_connection().and_then(|(stream, from)| {
+                failpoint::panic(self.port);
                 let ticket = self.admit(&stream, from)?;
                 let (admission, serve) = (self.clone(), serve.clone());
                 let from = from.map_or("a process on this host".into(), |from| from.to_string());

@@ -15,9 +15,11 @@ use super::acceptor::PeerAcceptor;
 use super::go_live::{end_after_the_log, go_live, run_alone};
 use super::guest_io::{BackupStandby, ChannelRecords, log_full_state};
 use super::guest_thread::GuestThread;
+use super::operated::Operated;
 use super::options::PairPlan;
 use super::replica::Replica;
-use super::side::{PairSide, leave_on_signals};
+use super::side::PairSide;
+use super::signals::Signals;
 use crate::error::Error;
 use crate::failpoint;
 use crate::guest::Guest;
@@ -28,20 +30,32 @@ use crate::outside::disk::Image;
 /// # Errors
 /// The same as for [`super::backup()`].
 pub fn run(plan: PairPlan) -> Result<(), Error> {
+    let signals = Signals::catch()?;
     let (mut guest, images) = Guest::new(&plan.machine, plan.clock())?;
     // Reads the disks now, so that the primary does not have to wait for it.
     guest.identity()?;
     let side = PairSide::open(plan)?;
     let (acceptor, peers) = PeerAcceptor::start(&side)?;
-    let controlled = acceptor.clone();
-    side.start_control(move || controlled.replica())?;
+    let operated = {
+        let (finding, stopping) = (acceptor.clone(), acceptor.clone());
+        Operated::new(&side.plan, move || finding.replica(), move || stopping.stop())
+    };
+    side.start_control(&operated)?;
+    signals.obey(operated)?;
     let (replica, generation) = loop {
         let Ok(peer) = peers.recv() else { return Ok(()) };
         guest.adopt(&peer.hello.identity);
         // The generation that the primary sends will replace this one.
-        let replica = side.new_replica(Role::Backup, guest.identity()?, Generation::FIRST)?;
+        let replica = match side.new_replica(Role::Backup, guest.identity()?, Generation::FIRST) {
+            Ok(replica) => replica,
+            Err(e) => {
+                // Without a thread or a file now, there may be one when the primary calls again.
+                warn!("cannot take in the primary: {e}");
+                peer.link.close();
+                continue;
+            }
+        };
         acceptor.set_replica(Some(replica.clone()));
-        leave_on_signals(&replica)?;
         replica.handle(Event::Ready);
         replica.connected(peer.link, &peer.bytes);
         match replica.wait_started(true) {
@@ -49,6 +63,8 @@ pub fn run(plan: PairPlan) -> Result<(), Error> {
             Ok(None) => {
                 acceptor.set_replica(None);
                 replica.leave(Outcome::Stopped);
+                // Its threads end, and so do those of its connection.
+                replica.guest_thread_done();
             }
             Err(outcome) => return side.conclude(None, &replica, outcome, 0),
         }

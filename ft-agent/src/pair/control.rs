@@ -13,7 +13,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use agent::Phase;
 use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, UnixAddr};
 use nix::sys::stat::{Mode, fchmod};
 use serde::{Deserialize, Serialize};
@@ -21,9 +20,11 @@ use tracing::warn;
 
 use super::admission::{Admission, AdmissionTicket, TimedStream};
 use super::console::{ConsolePlace, serve_client};
+use super::operated::{Operated, RequestOutcome, StoreNeed};
 use super::replica::Replica;
-use super::report::{ReplicaReport, phase_name};
+use super::report::ReplicaReport;
 use crate::error::Error;
+use crate::service;
 
 /// How long a client may take to send all of its request, and to read the reply.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -42,6 +43,10 @@ pub enum ControlRequest {
     Failover,
     /// End the VM's run.
     Stop,
+    /// End this side: hand the VM over, or leave the pair.
+    Leave,
+    /// The same; and end the VM's run if this side is alone.
+    LeaveOrEnd,
     /// Connect the client with the guest's console.
     Console,
 }
@@ -54,6 +59,10 @@ pub enum ControlReply {
     Status(Box<ReplicaReport>),
     /// The request is being carried out.
     Done,
+    /// The request was carried out; the words say who runs the VM now.
+    Outcome(String),
+    /// The request was begun and called off, or has no outcome yet; the words say which.
+    NotDone(String),
     /// The request cannot be carried out, for this reason.
     Refused(String),
 }
@@ -105,23 +114,21 @@ impl ControlSocket {
         Ok(ControlSocket { path: path.into(), listener })
     }
 
-    /// Starts to answer requests. `find` returns the replica at the time of a request, or `None` if there is none yet.
+    /// Starts to answer requests to this side.
     ///
     /// # Errors
     /// The thread cannot be started.
-    pub fn serve(
-        &self,
-        find: impl Fn() -> Option<Arc<Replica>> + Send + Sync + 'static,
-    ) -> Result<(), Error> {
-        let failed = || Error::host("cannot start the control thread");
-        let listener = self.listener.try_clone().map_err(failed())?;
+    pub fn serve(&self, operated: Arc<Operated>) -> Result<(), Error> {
+        let failed = Error::host("cannot start the control thread");
+        let listener = self.listener.try_clone().map_err(failed)?;
         let accept = move || {
+            let operated = operated.clone();
             Admission::new("control", REQUESTS_MAX).accept_all(&listener, move |client, ticket| {
-                serve(client, ticket, &find).map_err(|e| format!("no complete request in {PATIENCE:?}: {e}"))
+                serve(client, ticket, &operated)
+                    .map_err(|e| format!("no complete request in {PATIENCE:?}: {e}"))
             })
         };
-        let thread = std::thread::Builder::new().name("control".into()).spawn(accept);
-        thread.map(drop).map_err(failed())
+        service::start("control", accept)
     }
 }
 
@@ -141,11 +148,7 @@ fn bind(path: &Path) -> io::Result<UnixListener> {
     Ok(listener.into())
 }
 
-fn serve(
-    mut client: UnixStream,
-    ticket: AdmissionTicket<UnixStream>,
-    find: impl Fn() -> Option<Arc<Replica>>,
-) -> io::Result<()> {
+fn serve(mut client: UnixStream, ticket: AdmissionTicket<UnixStream>, operated: &Operated) -> io::Result<()> {
     let mut line = String::new();
     let request = TimedStream::new(client.try_clone()?, PATIENCE).take(REQUEST_MAX);
     BufReader::new(request).read_line(&mut line)?;
@@ -153,15 +156,19 @@ fn serve(
     // Only a client that has asked for something valid may stay.
     let ticket = Some(ticket).filter(|_| request.is_err());
     client.set_write_timeout(Some(PATIENCE))?;
-    let (reply, console) = match (request, find()) {
+    let replica = operated.find();
+    let asker = replica.as_ref().map(Replica::asker);
+    let (reply, console) = match (request, replica) {
         (Err(e), _) => (ControlReply::Refused(format!("{line:?} is not a request: {e}")), None),
-        (Ok(_), None) => {
+        (Ok(ControlRequest::Status), _) => (ControlReply::Status(operated.report().into()), None),
+        (Ok(ControlRequest::Failover), _) => (operated.hand_over(StoreNeed::Required).into(), None),
+        (Ok(ControlRequest::Stop), _) => (operated.stop().into(), None),
+        (Ok(ControlRequest::Leave), _) => (operated.leave(StoreNeed::Required, false).into(), None),
+        (Ok(ControlRequest::LeaveOrEnd), _) => (operated.leave(StoreNeed::Wanted, true).into(), None),
+        (Ok(ControlRequest::Console), None) => {
             let why = "this backup is waiting for a primary, and has no guest yet";
             (ControlReply::Refused(why.into()), None)
         }
-        (Ok(ControlRequest::Status), Some(replica)) => (ControlReply::Status(replica.report().into()), None),
-        (Ok(ControlRequest::Failover), Some(replica)) => (failover(&replica), None),
-        (Ok(ControlRequest::Stop), Some(replica)) => (stop(&replica), None),
         (Ok(ControlRequest::Console), Some(replica)) => match ConsolePlace::take() {
             Some(place) => (ControlReply::Done, Some((replica, place))),
             None => (ControlReply::Refused("too many clients are connected with the console".into()), None),
@@ -170,45 +177,19 @@ fn serve(
     let mut answer = serde_json::to_vec(&reply)?;
     answer.push(b'\n');
     client.write_all(&answer)?;
-    drop(ticket);
+    drop((ticket, asker));
     match console {
         Some((replica, _place)) => serve_client(&replica, client),
         None => Ok(()),
     }
 }
 
-fn failover(replica: &Arc<Replica>) -> ControlReply {
-    let status = replica.status();
-    if let (Phase::Protected, Some(problem)) = (status.phase, status.store_problem) {
-        return ControlReply::Refused(format!("a handover needs the store: {problem}"));
-    }
-    match (status.phase, status.role) {
-        (Phase::Protected, agent::Role::Primary) => {
-            replica.hand_over();
-            ControlReply::Done
-        }
-        (Phase::Alone, _) | (_, agent::Role::Primary) => {
-            ControlReply::Refused("there is no backup to hand the VM over to".into())
-        }
-        (_, agent::Role::Backup) => {
-            ControlReply::Refused("this replica is the backup; ask the primary".into())
-        }
-    }
-}
-
-fn stop(replica: &Arc<Replica>) -> ControlReply {
-    let status = replica.status();
-    match (status.phase, status.role) {
-        (Phase::Alone, _) | (Phase::Protected, agent::Role::Primary) => {
-            replica.stop();
-            ControlReply::Done
-        }
-        (Phase::Protected, agent::Role::Backup) => {
-            ControlReply::Refused("this replica is the backup; ask the primary".into())
-        }
-        (phase, _) => {
-            let why = format!("a replica that is {} cannot be stopped; try again later", phase_name(phase));
-            ControlReply::Refused(why)
+impl From<RequestOutcome> for ControlReply {
+    fn from(answer: RequestOutcome) -> ControlReply {
+        match answer {
+            RequestOutcome::Done(words) => ControlReply::Outcome(words),
+            RequestOutcome::Refused(why) => ControlReply::Refused(why),
+            RequestOutcome::NotDone(why) => ControlReply::NotDone(why),
         }
     }
 }

@@ -9,6 +9,7 @@ use test_and_set::record::Applied;
 use test_and_set::record::{VmPhase, VmRecord};
 use test_and_set::store::{StoreError, chain};
 
+use super::hosts;
 use crate::error::Error;
 use crate::report::print;
 
@@ -60,16 +61,9 @@ pub fn forget(args: &ForgetArgs) -> Result<(), Error> {
 
 fn unconfirmed(vm: &VmName, record: &VmRecord) -> String {
     let generation = record.generation;
-    let who = match &record.phase {
-        VmPhase::Open { holder: Some(holder), .. } => format!("{holder} alone"),
-        VmPhase::Open { members, .. } => match &members.backup {
-            Some(backup) => format!("{} and {}", members.primary.incarnation, backup.incarnation),
-            None => format!("{}", members.primary.incarnation),
-        },
-        VmPhase::Forgotten => "nobody".into(),
-    };
+    let hosts = hosts::running(record);
     format!(
-        "according to the store {who} may run generation {generation} of VM {vm}, and vmft cannot know whether \
+        "according to the store generation {generation} of VM {vm} may run {hosts}, and vmft cannot know whether \
          their hosts are dead: a replica that is only cut off or stopped may go on beside the VM that you start \
          next, with the same addresses, and what it writes to its disks is lost. Check both hosts, then give --yes"
     )

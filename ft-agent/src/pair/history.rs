@@ -32,6 +32,14 @@ impl History {
         self.lost_at = now;
     }
 
+    /// The primary hands over to this side: a planned failover begins.
+    pub fn handover_begins(&mut self, now: u64, reason: String) {
+        self.peer_lost(now, reason);
+        if let Some(failover) = &mut self.failover {
+            failover.planned = true;
+        }
+    }
+
     /// The store is asked for a verdict.
     pub fn store_asked(&mut self, now: u64) {
         self.record_step(now, |f| &mut f.asked_ms);

@@ -12,6 +12,7 @@ use super::admission::{Admission, TimedStream};
 use super::replica::Replica;
 use super::report::ReplicaReport;
 use crate::error::Error;
+use crate::service;
 
 /// How many scrapes are answered at once; the oldest is closed if there are more.
 const SCRAPES_MAX: usize = 8;
@@ -31,14 +32,14 @@ pub fn listen(
 ) -> Result<(), Error> {
     let listener = TcpListener::bind(address)
         .map_err(Error::host(format!("cannot listen on {address} for --metrics")))?;
-    let metrics = move || text(&vm, find().map(|replica| replica.report()).as_ref());
+    let metrics = Arc::new(move || text(&vm, find().map(|replica| replica.report()).as_ref()));
     let accept = move || {
+        let metrics = metrics.clone();
         Admission::new("metrics", SCRAPES_MAX).accept_all(&listener, move |tcp, _ticket| {
-            answer(tcp, &metrics).map_err(|e| format!("no complete scrape in {PATIENCE:?}: {e}"))
+            answer(tcp, &*metrics).map_err(|e| format!("no complete scrape in {PATIENCE:?}: {e}"))
         })
     };
-    let thread = std::thread::Builder::new().name("metrics".into()).spawn(accept);
-    thread.map(drop).map_err(Error::host("cannot start the metrics thread"))
+    service::start("metrics", accept)
 }
 
 fn answer(tcp: TcpStream, metrics: impl FnOnce() -> String) -> io::Result<()> {

@@ -30,6 +30,8 @@ mod hosts;
 mod link;
 mod link_keys;
 mod metrics;
+mod operated;
+mod operator;
 mod options;
 mod primary;
 mod quorum;
@@ -37,14 +39,16 @@ mod replica;
 mod report;
 mod side;
 mod sidecar;
+mod signals;
 mod status;
 mod time_accounting;
 mod worker;
 
 pub use forget::{ForgetArgs, forget};
 pub use hook_runner::{HookRunnerArgs, run as hook_runner};
+pub use operator::{ControlArgs, StopArgs, console, failover, stop};
 pub use options::PairOptions;
-pub use status::{ControlArgs, StatusArgs, console, failover, status, stop};
+pub use status::{StatusArgs, status};
 
 use crate::error::Error;
 

@@ -173,6 +173,7 @@ impl PairOptions {
         if role == Role::Primary && o.peer.is_some() == o.unprotected {
             return Err(Error::config("peer", "a primary needs either --peer HOST:PORT or --unprotected"));
         }
+        o.peer.as_deref().map(check_peer).transpose()?;
         if role == Role::Backup && o.listen.is_none() {
             return Err(needed("listen"));
         }
@@ -267,6 +268,16 @@ fn scope(store: Option<&str>) -> String {
     }
 }
 
+/// Without a port no connection would ever come up.
+fn check_peer(address: &str) -> Result<(), Error> {
+    let port = address.rsplit_once(':').and_then(|(host, port)| Some(port).filter(|_| !host.is_empty()));
+    if port.and_then(|port| port.parse::<u16>().ok()).is_some_and(|port| port > 0) {
+        return Ok(());
+    }
+    let why = format!("{address:?} has no port: give HOST:PORT, as the backup's --listen has it");
+    Err(Error::config("peer", why))
+}
+
 fn parse_listen(text: &str) -> Result<SocketAddr, &'static str> {
     text.parse().map_err(|_| "give an IP address of this host and a port, for example 192.0.2.2:7500")
 }
@@ -327,10 +338,14 @@ mod tests {
         let late = PairOptions { progress_timeout_ms: Some(9), ..none() };
         assert_eq!(fault(late, Role::Primary), "progress-timeout-ms");
         assert_eq!(fault(PairOptions { unprotected: true, ..none() }, Role::Primary), "peer");
+        for peer in ["host-b", "host-b:", "host-b:0", ":7500", "host-b:http"] {
+            let flags = PairOptions { peer: Some(peer.into()), ..none() };
+            assert_eq!(fault(flags, Role::Primary), "peer", "{peer}");
+        }
         assert_eq!(fault(none(), Role::Backup), "listen");
         // A flag that does nothing is refused; the file may serve both roles.
         let listen = || PairOptions { listen: Some("192.0.2.1:1".parse().unwrap()), ..none() };
-        let alone = |flags: PairOptions, role| match flags.check(role) {
+        let alone = |flags: PairOptions, role| match flags.with_file(role) {
             Err(Error::Config { field, why }) if why.contains("does nothing") => field,
             _ => String::new(),
         };

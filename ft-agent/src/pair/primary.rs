@@ -21,17 +21,22 @@ use super::guest_io::{ChannelLog, GatedOutside, log_full_state};
 use super::guest_thread::GuestThread;
 use super::hosts;
 use super::link::PeerLink;
+use super::operated::Operated;
 use super::options::PairPlan;
 use super::replica::{Duty, Replica};
-use super::side::{NET_SLOT, PairSide, leave_on_signals};
+use super::side::{NET_SLOT, PairSide};
+use super::signals::Signals;
 use crate::error::Error;
 use crate::guest::Guest;
 use crate::outside::{INBOX_CAPACITY, Inlet};
+use crate::service;
 
 /// How long connecting to the backup may take, including the TLS handshake.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Time between two attempts to reach the backup.
 const RETRY: Duration = Duration::from_millis(500);
+/// The same while one of them refuses the other.
+const RETRY_MAX: Duration = Duration::from_secs(15);
 /// How long the store may take to return the VM's record.
 const STORE_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -40,6 +45,7 @@ const STORE_PATIENCE: Duration = Duration::from_secs(5);
 /// # Errors
 /// The same as for [`super::primary()`].
 pub fn run(plan: PairPlan) -> Result<(), Error> {
+    let signals = Signals::catch()?;
     let clock = plan.clock();
     let (guest, images) = Guest::new(&plan.machine, clock)?;
     let identity = guest.identity()?;
@@ -50,8 +56,9 @@ pub fn run(plan: PairPlan) -> Result<(), Error> {
     let replica = side.new_replica(Role::Primary, identity, generation)?;
     replica.set_guest(inbox.1.clone());
     let controlled = replica.clone();
-    side.start_control(move || Some(controlled.clone()))?;
-    leave_on_signals(&replica)?;
+    let operated = Operated::new(&side.plan, move || Some(controlled.clone()), || {});
+    side.start_control(&operated)?;
+    signals.obey(operated)?;
     if let Some(peer) = &side.plan.peer {
         keep_connecting(&side, peer, &replica)?;
     }
@@ -79,12 +86,13 @@ fn next_generation(side: &PairSide) -> Result<Generation, Error> {
     let name = &side.plan.name;
     let record = side.store.get(name, STORE_PATIENCE);
     let record = record.map_err(|e| Error::config("store", chain(&e)))?;
+    // Which copy is the newest is for somebody to know whose VM does not run.
+    if let Some(record) = record.as_ref().filter(|record| record.phase != VmPhase::Forgotten) {
+        let (vm, store, by) = (name.clone(), side.plan.store.clone(), hosts::running(record));
+        return Err(Error::RunsElsewhere { vm, generation: record.generation, by, store });
+    }
     side.sidecars.check_newest(record.as_ref())?;
     let Some(record) = record else { return Ok(Generation::FIRST) };
-    if record.phase != VmPhase::Forgotten {
-        let (vm, store) = (name.clone(), side.plan.store.clone());
-        return Err(Error::RunsElsewhere { vm, generation: record.generation, store });
-    }
     let refusal = hosts::refusal(&side.store, Some(&record), side.keys.own().certificate(), STORE_PATIENCE);
     if let Some(refusal) = refusal.map_err(|e| Error::config("store", chain(&e)))? {
         return Err(Error::Out(Outcome::OpenRefused(refusal.to_string())));
@@ -100,22 +108,32 @@ fn keep_connecting(side: &PairSide, peer: &str, replica: &Arc<Replica>) -> Resul
     let (peer, replica, keys) = (peer.to_owned(), replica.clone(), side.keys.clone());
     let dial = move || {
         let failures = RefusalReasons::default();
+        let mut pause = RETRY;
         while replica.is_starting() {
-            if !replica.is_connected() {
+            let mut answers = replica.is_connected();
+            if !answers {
                 match PeerLink::connect(&peer, tls.clone(), &keys, PATIENCE) {
-                    Ok(link) => replica.connected(link, &[]),
+                    Ok(link) => {
+                        answers = true;
+                        replica.connected(link, &[]);
+                    }
                     Err(e) if failures.refused(&e.to_string(), Instant::now()).is_some() => {
                         warn!("no connection to backup {peer} yet: {e}; trying again");
                     }
                     Err(_) => {}
                 }
             }
-            std::thread::sleep(RETRY);
+            std::thread::sleep(pause);
+            // What one side refuses in the other's options stays as it is until somebody changes them, and ends a side
+            // for that.
+            pause = match answers && replica.is_refused() {
+                true => (pause * 2).min(RETRY_MAX),
+                false => RETRY,
+            };
         }
     };
     info!("waiting for the backup");
-    std::thread::spawn(dial);
-    Ok(())
+    service::start("dial", dial)
 }
 
 /// Runs the guest and records it; once this side is alone, runs the guest without a log. Returns how this

@@ -1,15 +1,18 @@
 //! A replica's report for `vmft status`, the metrics and the hook: as data, as JSON and as text.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use agent::{Phase, Protection, Role};
 use serde::{Deserialize, Serialize};
+use test_and_set::names::VmName;
 
 use super::time_accounting::TimeTotals;
 use crate::error::Error;
+use crate::service;
 
 /// What `vmft status` shows of a replica. Counts of records and outputs are from the log's start.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct ReplicaReport {
     /// Name of the VM.
     pub name: String,
@@ -42,6 +45,12 @@ pub struct ReplicaReport {
     pub incarnation: String,
     /// The other side's incarnation.
     pub peer: Option<String>,
+    /// The other side's address on the logging channel, once there was a connection.
+    #[serde(default)]
+    pub peer_address: Option<String>,
+    /// How often each of this process's service threads has failed and was started again; empty if none has.
+    #[serde(default)]
+    pub failed_threads: BTreeMap<String, u64>,
     /// Records made (primary) or received (backup).
     pub recorded: u64,
     /// Records sent.
@@ -81,9 +90,12 @@ pub struct ReplicaReport {
 /// The steps of a failover. Times are in ms from the moment at which the peer was declared lost.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Failover {
-    /// Why the peer was declared lost.
+    /// Why the peer was declared lost, or that it has handed over.
     pub reason: String,
-    /// When the peer was declared lost, seconds since 1970.
+    /// It was a handover: then the verdict is the primary's word that it never takes.
+    #[serde(default)]
+    pub planned: bool,
+    /// When the peer was declared lost or handed over, seconds since 1970.
     pub at_unix_s: f64,
     /// When the rest of the log was replayed and the store was asked.
     pub asked_ms: Option<f64>,
@@ -119,6 +131,27 @@ impl ReplicaReport {
             false => Err(Error::Unprotected),
         }
     }
+
+    /// The report of a backup that waits for its primary: there is no replica yet.
+    pub fn waiting(vm: &VmName) -> ReplicaReport {
+        ReplicaReport {
+            name: vm.to_string(),
+            role: role_name(Role::Backup).into(),
+            phase: "waiting".into(),
+            store_answers: true,
+            failed_threads: service::failures(),
+            ..ReplicaReport::default()
+        }
+    }
+
+    /// What this side is: `primary (protected)`, `survivor (alone, started as backup)`.
+    fn says_what_it_is(&self) -> String {
+        let (role, phase) = (&self.role, &self.phase);
+        match phase == phase_name(Phase::Alone) && self.peer.is_some() {
+            true => format!("survivor ({phase}, started as {role})"),
+            false => format!("{role} ({phase})"),
+        }
+    }
 }
 
 /// The name of a phase.
@@ -149,7 +182,7 @@ impl fmt::Display for ReplicaReport {
             (word, _) => word,
         };
         let generation = self.generation.map_or("none yet".into(), |g| g.to_string());
-        writeln!(f, "{word}: VM {}, {} ({}), generation {generation}", self.name, self.role, self.phase)?;
+        writeln!(f, "{word}: VM {}, {}, generation {generation}", self.name, self.says_what_it_is())?;
         if let Some(reason) = &self.reason {
             writeln!(f, "{reason}")?;
         }
@@ -167,6 +200,9 @@ impl fmt::Display for ReplicaReport {
             self.recorded, self.sent, self.acked, self.replayed, self.outputs_recorded, self.outputs_released
         )?;
         writeln!(f, "position {} on this side, {} on the other", self.position, self.peer_position)?;
+        if let Some(address) = &self.peer_address {
+            writeln!(f, "the other side: {address}")?;
+        }
         if let Some(problem) =
             self.store_problem.as_ref().filter(|problem| self.reason.as_ref() != Some(problem))
         {
@@ -175,8 +211,15 @@ impl fmt::Display for ReplicaReport {
         if let Some(why) = &self.no_verdict {
             writeln!(f, "no verdict yet: {why}")?;
         }
+        for (thread, count) in &self.failed_threads {
+            writeln!(
+                f,
+                "thread {thread:?} has failed and was started again: {count} times; please report this"
+            )?;
+        }
         match &self.failover {
             None => Ok(()),
+            Some(failover) if failover.planned => writeln!(f, "last failover (planned): {failover}"),
             Some(failover) => writeln!(f, "last failover: {failover}"),
         }
     }

@@ -3,12 +3,10 @@
 
 use std::sync::Arc;
 
-use agent::{Agent, Config, Outcome, Phase, Role};
+use agent::{Agent, Config, Outcome, Role};
 use entry::End;
 use entry::identity::Identity;
 use entry::log::EndReason;
-use signal_hook::consts::{SIGINT, SIGTERM};
-use signal_hook::iterator::Signals;
 use test_and_set::blocking::BlockingStore;
 use test_and_set::keys::Keys;
 use test_and_set::names::{Generation, Incarnation};
@@ -24,6 +22,7 @@ use super::console::copy_to_stdout;
 use super::control::ControlSocket;
 use super::guest_thread::GuestThread;
 use super::hook::Hook;
+use super::operated::Operated;
 use super::options::PairPlan;
 use super::replica::{Replica, now_ns};
 use super::sidecar::Sidecars;
@@ -124,18 +123,16 @@ impl PairSide {
     }
 
     /// Starts to answer on the control socket and to listen for scrapes of the metrics, as far as the options ask
-    /// for them. `find` returns the replica, or `None` if there is none yet.
+    /// for them.
     ///
     /// # Errors
     /// A thread cannot be started, or the process cannot listen on the address for the metrics.
-    pub fn start_control(
-        &self,
-        find: impl Fn() -> Option<Arc<Replica>> + Clone + Send + Sync + 'static,
-    ) -> Result<(), Error> {
+    pub fn start_control(&self, operated: &Arc<Operated>) -> Result<(), Error> {
         if let Some(address) = self.plan.metrics {
-            metrics::listen(address, self.plan.name.clone(), find.clone())?;
+            let operated = operated.clone();
+            metrics::listen(address, self.plan.name.clone(), move || operated.find())?;
         }
-        self.control.as_ref().map_or(Ok(()), |control| control.serve(find))
+        self.control.as_ref().map_or(Ok(()), |control| control.serve(operated.clone()))
     }
 
     /// Makes the inlet report a guest that makes no exits for long: on KVM such a guest takes no inputs, and
@@ -215,6 +212,7 @@ impl PairSide {
         position: u64,
     ) -> Result<(), Error> {
         replica.guest_thread_done();
+        replica.wait_for_askers();
         if let (Some(generation), Outcome::Ended(_) | Outcome::HandedOver) = (generation, &outcome) {
             self.sidecars.write(generation, false)?;
         }
@@ -244,27 +242,4 @@ fn confinement_needs(plan: &PairPlan, url: &StoreUrl, sidecars: &Sidecars) -> Ne
         listen: plan.listen.into_iter().chain(plan.metrics).map(|address| address.port()).collect(),
         kvm,
     }
-}
-
-/// Handles SIGTERM and SIGINT: a primary hands over to its backup, a backup leaves, and a side that is alone
-/// ends the VM's run.
-///
-/// # Errors
-/// The signal handlers cannot be installed.
-pub fn leave_on_signals(replica: &Arc<Replica>) -> Result<(), Error> {
-    let mut signals =
-        Signals::new([SIGINT, SIGTERM]).map_err(Error::host("cannot install signal handlers"))?;
-    let replica = replica.clone();
-    std::thread::spawn(move || {
-        for _ in signals.forever() {
-            match replica.status().phase {
-                Phase::Protected => replica.hand_over(),
-                Phase::Alone => replica.stop(),
-                Phase::Starting => replica.leave(Outcome::Stopped),
-                // The side is ending already, or has to wait for a verdict first.
-                Phase::Deciding | Phase::Ending | Phase::Out => {}
-            }
-        }
-    });
-    Ok(())
 }

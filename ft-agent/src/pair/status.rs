@@ -1,12 +1,11 @@
-//! The commands that talk to a running replica: `vmft status`, `failover`, `stop` and `console`.
+//! `vmft status`: what a running replica reports.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
 
-use super::console::run_client;
 use super::control::{ControlReply, ControlRequest, ask};
+use super::operator::ControlArgs;
 use crate::error::Error;
 use crate::report::print;
 
@@ -23,21 +22,13 @@ pub struct StatusArgs {
     watch: bool,
 }
 
-/// Which replica a command talks to.
-#[derive(Args, Debug)]
-pub struct ControlArgs {
-    /// Control socket of the replica
-    #[arg(long, value_name = "FILE")]
-    control: PathBuf,
-}
-
 /// `vmft status`: shows the status of a replica.
 ///
 /// # Errors
 /// The replica does not answer, or the VM is not protected.
 pub fn status(args: &StatusArgs) -> Result<(), Error> {
     loop {
-        let path = &args.control.control;
+        let path = args.control.path();
         let (ControlReply::Status(report), _) = ask(path, ControlRequest::Status)? else {
             let why = format!("{} is the socket of another program, not of a replica", path.display());
             return Err(Error::config("control", why));
@@ -53,30 +44,4 @@ pub fn status(args: &StatusArgs) -> Result<(), Error> {
         }
         std::thread::sleep(Duration::from_secs(1));
     }
-}
-
-/// `vmft failover`: hands the VM over to the backup.
-///
-/// # Errors
-/// The replica does not answer, or refuses.
-pub fn failover(args: &ControlArgs) -> Result<(), Error> {
-    ask(&args.control, ControlRequest::Failover).map(drop)
-}
-
-/// `vmft stop`: ends the VM's run on both sides.
-///
-/// # Errors
-/// The replica does not answer, or refuses.
-pub fn stop(args: &ControlArgs) -> Result<(), Error> {
-    ask(&args.control, ControlRequest::Stop).map(drop)
-}
-
-/// `vmft console`: connects the terminal with the guest's console, until the replica ends or the user types
-/// `Ctrl-A x`.
-///
-/// # Errors
-/// The replica does not answer, or refuses, or the terminal cannot be used.
-pub fn console(args: &ControlArgs) -> Result<(), Error> {
-    let (_, socket) = ask(&args.control, ControlRequest::Console)?;
-    run_client(socket)
 }

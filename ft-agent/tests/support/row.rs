@@ -62,7 +62,7 @@ pub fn check_survivor(client: Counter, survivor: Vm) {
     client.wait_for(50, 30);
     let seen = client.finish().unwrap_or_else(|e| panic!("{e}\n{}", survivor.seen()));
     eprintln!("{} replies, longest gap {:?}", seen.replies, seen.gap);
-    survivor.terminate();
+    survivor.stop();
     let (status, output) = survivor.finish(30);
     assert!(status.success() && !output.contains("divergence"), "{output}");
 }

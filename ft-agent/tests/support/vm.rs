@@ -1,6 +1,7 @@
 //! A running `vmft`.
 
 use std::io::{Read, Write};
+use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
@@ -36,6 +37,7 @@ pub fn under(vmft: Command, wrapper: &[&str]) -> Command {
 /// A `vmft` process and what it prints. Killed on drop.
 pub struct Vm {
     child: Child,
+    control: Option<PathBuf>,
     output: Receiver<Vec<u8>>,
     seen: String,
 }
@@ -66,7 +68,9 @@ impl Vm {
                 }
             });
         }
-        Vm { child, output, seen: String::new() }
+        let mut args = command.get_args().skip_while(|arg| *arg != "--control").skip(1);
+        let control = args.next().map(PathBuf::from);
+        Vm { child, control, output, seen: String::new() }
     }
 
     /// Waits until `text` has been printed on either stream. Panics with all output if that takes longer than
@@ -134,6 +138,14 @@ impl Vm {
     pub fn signal(&self, signal: nix::sys::signal::Signal) {
         let id = nix::unistd::Pid::from_raw(self.id() as i32);
         nix::sys::signal::kill(id, signal).expect("kill");
+    }
+
+    /// Ends a VM that runs on this side alone, as an operator does: SIGTERM does not.
+    pub fn stop(&self) {
+        let control = self.control.as_ref().expect("a control socket");
+        let stop =
+            Command::new(VMFT).args(["stop", "--yes", "--control"]).arg(control).output().expect("vmft");
+        assert!(stop.status.success(), "{}", String::from_utf8_lossy(&stop.stderr));
     }
 
     /// Sends SIGTERM.

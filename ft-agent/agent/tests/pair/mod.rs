@@ -5,6 +5,8 @@ use agent::{Action, Agent, Buffers, Config, Event, NextRecord, PairTiming, Phase
 use entry::identity::Identity;
 use entry::log::{Entry, LoggedOutput, OutputTo, Record};
 use entry::{Digest, Position, PositionUnit};
+use logging_channel::message::{Message, encode};
+use logging_channel::versions::{ChannelVersions, OURS};
 use store_rule::names::{Generation, Incarnation, KeyId};
 use store_rule::record::{Applied, Command, CommandReply, Member};
 use store_rule::state::StoreState;
@@ -45,7 +47,13 @@ pub struct Pair {
 
 impl Pair {
     pub fn new(primary: Config, backup: Config) -> Pair {
-        let (primary, backup) = (Agent::new(primary, 0), Agent::new(backup, 0));
+        Pair::speaking(primary, backup, OURS)
+    }
+
+    /// Both know these versions of the channel's protocol.
+    fn speaking(primary: Config, backup: Config, versions: ChannelVersions) -> Pair {
+        let agent = |config| Agent::new(config, 0).speaking(versions);
+        let (primary, backup) = (agent(primary), agent(backup));
         Pair { now: 0, primary, backup, store: StoreState::default(), position: 0, reachable: [true; 2] }
     }
 
@@ -56,7 +64,17 @@ impl Pair {
 
     /// A pair with these configurations that is protected.
     pub fn protected_with(primary: Config, backup: Config) -> Pair {
-        let mut pair = Pair::new(primary, backup);
+        Pair::new(primary, backup).open()
+    }
+
+    /// The same, of sides that know these versions of the channel's protocol.
+    pub fn protected_speaking(versions: ChannelVersions) -> Pair {
+        Pair::speaking(config(Role::Primary, 1), config(Role::Backup, 2), versions).open()
+    }
+
+    /// Connects the sides, and opens the pair in the store.
+    fn open(self) -> Pair {
+        let mut pair = self;
         pair.backup.handle(0, Event::Ready);
         pair.connect();
         let actions = pair.primary_actions();
@@ -97,6 +115,13 @@ impl Pair {
                 self.primary.handle(self.now, Event::Received(&to_primary));
             }
         }
+    }
+
+    /// The primary hears this message in place of what the backup really says.
+    pub fn primary_hears(&mut self, message: &Message) {
+        let mut bytes = Vec::new();
+        encode(OURS.newest, message, &mut bytes);
+        self.primary.handle(self.now, Event::Received(&bytes));
     }
 
     /// Lets time pass, while both guest loops make turns.

@@ -101,6 +101,29 @@ pub fn plan_faults(rng: &mut Rng) -> Vec<PlannedFault> {
         ));
         faults.push((at + 67 * MS, Fault::StoreDown { leader: true, ns: rng.between(10 * MS, 80 * MS) }));
     }
+    if rng.chance(80) {
+        // A handover, and in the middle of it something else.
+        let at = rng.between(15 * MS, 200 * MS);
+        faults.push((at, Fault::HandOver { host: 0 }));
+        let ns = rng.between(10 * MS, 150 * MS);
+        let disturbance = match rng.between(0, 7) {
+            0 => Fault::Kill { host: 1 },
+            1 => Fault::HandOver { host: 1 },
+            2 => Fault::NoQuorum { ns },
+            3 => Fault::Cut { to: [true; 2], ns },
+            4 => Fault::Cut { to: [false, true], ns },
+            5 => Fault::Pause { host: 1, ns },
+            6 => Fault::SlowReplay { ns },
+            _ => self::fault(rng),
+        };
+        let then = at + rng.between(0, 12 * MS);
+        faults.push((then, disturbance));
+        if rng.chance(300) {
+            // The backup lives, but neither its primary nor the store is told.
+            faults.push((then, Fault::Cut { to: [true, false], ns: 100 * MS }));
+            faults.push((at, Fault::CutStore { host: 1, ns: 150 * MS }));
+        }
+    }
     if rng.chance(30) {
         faults.push((rng.between(15 * MS, 250 * MS), Fault::Elsewhere));
     }

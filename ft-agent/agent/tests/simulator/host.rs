@@ -65,6 +65,11 @@ impl World {
             Action::Suspected(suspicion) => self.suspected(host, &suspicion, received)?,
             Action::GoLive => self.go_live(host, received)?,
             Action::Pause => process.paused = true,
+            Action::Resume => {
+                process.paused = false;
+                self.checker.counts.called_off += 1;
+            }
+            Action::HandoverReceived => {}
             Action::PeerKey(_) => {}
             Action::Halt(exit) => self.halt(host, exit),
         }
@@ -111,14 +116,17 @@ impl World {
         match exit {
             Outcome::Ended(_) => counts.ended += 1,
             Outcome::HandedOver => counts.handed_over += 1,
+            Outcome::Yielded(_) => counts.lost_after_yield += 1,
             Outcome::Fenced(_) => counts.fenced += 1,
             Outcome::Forgotten | Outcome::Overtaken(_) => counts.stood_down += 1,
             Outcome::Failed(_) | Outcome::Stopped => counts.failed += 1,
             Outcome::NotOpened | Outcome::OpenRefused(_) | Outcome::NotStarted(_) => {}
         }
         self.hosts[host].process = None;
-        self.hosts[host].is_lost |=
-            matches!(exit, Outcome::Failed(_) | Outcome::Stopped | Outcome::NotStarted(_));
+        self.hosts[host].is_lost |= matches!(
+            exit,
+            Outcome::Failed(_) | Outcome::Stopped | Outcome::NotStarted(_) | Outcome::Yielded(_)
+        );
         self.hosts[host].exit = Some(exit);
     }
 

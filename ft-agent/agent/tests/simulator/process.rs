@@ -6,6 +6,7 @@ use agent::{Agent, Buffers, Config, LagLimitAction, Outcome, PairTiming, Role, R
 use entry::identity::Identity;
 use entry::log::Record;
 use entry::{Input, Output, PositionUnit};
+use logging_channel::versions::ChannelVersions;
 use store_rule::names::{Generation, Incarnation};
 use store_rule::record::Member;
 use vmm::gate::Gate;
@@ -78,6 +79,7 @@ impl Process {
         clock: u64,
         buffer: u64,
         without: Option<Rule>,
+        versions: ChannelVersions,
     ) -> Process {
         let incarnation = Incarnation::try_from(incarnation as u128).expect("not zero");
         let config = Config {
@@ -99,7 +101,7 @@ impl Process {
         };
         Process {
             id,
-            agent: Agent::without(without, config, clock),
+            agent: Agent::without(without, config, clock).speaking(versions),
             gate: Gate::default(),
             guest: Guest::default(),
             inputs: VecDeque::new(),

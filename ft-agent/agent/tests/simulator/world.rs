@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use agent::{Event, Phase, Rule};
+use logging_channel::versions::{ChannelVersions, OURS};
 use store_rule::names::VmName;
 
 use super::MS;
@@ -44,6 +45,9 @@ pub struct World {
     pub slow_until: u64,
     pub flood_until: u64,
     pub buffers: [u64; 2],
+    /// The versions of the channel's protocol that both hosts know: those of the release before this one in one run of
+    /// four.
+    pub versions: ChannelVersions,
     /// When the last fault is over.
     pub quiet: u64,
     /// When the operator had the VM forgotten and started it on a third host.
@@ -99,6 +103,7 @@ impl World {
             slow_until: 0,
             flood_until: 0,
             buffers,
+            versions: if seed.is_multiple_of(4) { ChannelVersions { newest: 3, ..OURS } } else { OURS },
             quiet: 0,
             elsewhere_since: None,
             revoked: Default::default(),
@@ -254,7 +259,8 @@ impl World {
         // An incarnation is created with the state. Without that rule, a host keeps the same one for ever.
         let incarnation = if self.without == Some(Rule::Incarnations) { host as u64 + 1 } else { id };
         self.checker.counts.strangers += (id > 2) as u64;
-        let process = Process::new(id, host, incarnation, self.clock(host), self.buffers[host], self.without);
+        let (clock, buffer) = (self.clock(host), self.buffers[host]);
+        let process = Process::new(id, host, incarnation, clock, buffer, self.without, self.versions);
         self.hosts[host].process = Some(process);
         self.schedule_after(0, SimEvent::Turn { host, id });
         self.schedule_after(0, SimEvent::Tick { host, id });

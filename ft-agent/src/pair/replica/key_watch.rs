@@ -9,6 +9,7 @@ use tracing::warn;
 
 use super::{Replica, now_ns};
 use crate::error::Error;
+use crate::service;
 
 /// How often the keys are checked.
 const INTERVAL: Duration = Duration::from_millis(250);
@@ -27,8 +28,7 @@ impl Replica {
                 std::thread::sleep(INTERVAL);
             }
         };
-        let thread = std::thread::Builder::new().name("keys".into()).spawn(watch);
-        thread.map(drop).map_err(Error::host("cannot start the thread that watches the keys"))
+        service::start("keys", watch)
     }
 
     /// Checks the keys of the link. What reads files does so while nothing is locked.

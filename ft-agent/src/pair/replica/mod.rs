@@ -16,6 +16,7 @@ mod state;
 
 pub use clock::now_ns;
 pub use guest_side::Duty;
+pub use operator::RequestProgress;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -39,6 +40,7 @@ use super::report::protection_word;
 use super::time_accounting::TimeAccounting;
 use crate::error::Error;
 use crate::outside::Outlet;
+use crate::service;
 use state::{ReplicaState, StateGuard};
 
 /// How long the store may take to answer; after that the answer counts as unknown.
@@ -94,10 +96,13 @@ impl Replica {
             times,
         });
         let pump = replica.clone();
-        std::thread::Builder::new()
-            .name("pump".into())
-            .spawn(move || pump.pump())
-            .map_err(Error::host("cannot start the pump thread"))?;
+        let failed_before = AtomicBool::new(false);
+        service::start("pump", move || {
+            if failed_before.swap(true, Ordering::Relaxed) {
+                pump.pump_has_failed();
+            }
+            pump.clone().pump();
+        })?;
         // The agent of an unprotected primary asks the store at once.
         replica.process_actions(&mut replica.lock());
         Ok(replica)
@@ -121,6 +126,7 @@ impl Replica {
             return warn!("cannot use the connection to the peer: {e}");
         }
         let peer_key = Some(key_id(link.keys.peer()));
+        state.peer_address = link.socket().peer_addr().ok();
         (state.link, state.refused) = (Some(link), None);
         state.agent.handle(now_ns(), Event::Connected { peer_key });
         if !bytes.is_empty() {
@@ -169,8 +175,10 @@ impl Replica {
             Action::Close => self.close_link(state),
             Action::Refused(refusal) => {
                 match self.peer_refusals.refused(&refusal.to_string(), Instant::now()) {
-                    Some(0) => warn!("the peer is refused: {refusal}"),
-                    Some(left_out) => warn!(left_out, "the peer is refused: {refusal}"),
+                    Some(0) => warn!("the peer is refused: {refusal} ({})", state.peer_name()),
+                    Some(left_out) => {
+                        warn!(left_out, "the peer is refused: {refusal} ({})", state.peer_name())
+                    }
                     None => {}
                 }
                 state.refused = Some(refusal);
@@ -193,8 +201,9 @@ impl Replica {
             Action::Release => state.release_outputs(),
             Action::Drop => state.drop_released_outputs(),
             Action::Suspected(suspicion) => {
-                warn!("the peer is lost: {suspicion}");
-                state.history.peer_lost(now_ns(), suspicion.to_string());
+                let reason = format!("{suspicion} ({})", state.peer_name());
+                warn!("the peer is lost: {reason}");
+                state.history.peer_lost(now_ns(), reason);
             }
             Action::Take { generation, who } => self.ask_for_verdict(state, generation, who),
             Action::Look { generation, who } => self.look(generation, who),
@@ -202,37 +211,55 @@ impl Replica {
                 None => info!("PROTECTED again: what was the matter is over"),
                 Some(reason) => warn!("{}: {reason}", protection_word(&protection)),
             },
-            Action::GoLive => {
-                state.release_outputs();
-                state.alone = true;
-                state.history.verdict_won(now_ns());
-                // A primary that was started without a backup has not lost one.
-                state.history.failovers += u64::from(state.agent.status(now_ns()).peer.is_some());
-                warn!("this side lives and runs the VM alone: UNPROTECTED against the loss of this host");
-                state.start_announcing();
-            }
+            Action::GoLive => Self::goes_live(state),
             Action::Pause => state.paused = true,
+            Action::Resume => {
+                warn!("not handed over: {} does not get ready, and the VM goes on here", state.peer_name());
+                (state.paused, state.called_off) = (false, state.called_off + 1);
+            }
+            Action::HandoverReceived => {
+                info!("{} hands the VM over to this side", state.peer_name());
+                let reason = format!("handed over by {}", state.peer_name());
+                state.history.handover_begins(now_ns(), reason);
+            }
             Action::End { generation, who } => self.ask_to_record_end(state, generation, who),
             Action::PeerKey(proof) => key_watch::peer_key(state, proof),
-            Action::Halt(outcome) => {
-                match outcome {
-                    Outcome::Fenced(_) | Outcome::Forgotten | Outcome::Overtaken(_) => {
-                        error!("this side ends: {outcome}")
-                    }
-                    _ => info!("this side ends: {outcome}"),
-                }
-                // If this fails the connection is gone, and the last messages cannot be sent.
-                state.write_link().ok();
-                self.close_link(state);
-                state.outcome = Some(outcome);
-            }
+            Action::Halt(outcome) => self.ends(state, outcome),
         }
         self.notify_waiters(state);
     }
 
+    /// This side runs the VM alone from now on.
+    fn goes_live(state: &mut ReplicaState) {
+        state.release_outputs();
+        (state.alone, state.hand_over) = (true, false);
+        state.history.verdict_won(now_ns());
+        // A primary that was started without a backup has not lost one.
+        state.history.failovers += u64::from(state.agent.status(now_ns()).peer.is_some());
+        warn!("this side lives and runs the VM alone: UNPROTECTED against the loss of this host");
+        state.start_announcing();
+    }
+
+    /// This side has ended.
+    fn ends(&self, state: &mut ReplicaState, outcome: Outcome) {
+        match outcome {
+            Outcome::Fenced(_) | Outcome::Forgotten | Outcome::Overtaken(_) | Outcome::Yielded(_) => {
+                error!("this side ends: {outcome}; the other side was {}", state.peer_name())
+            }
+            _ => info!("this side ends: {outcome}"),
+        }
+        // If this fails the connection is gone, and the last messages cannot be sent.
+        state.write_link().ok();
+        self.close_link(state);
+        state.outcome = Some(outcome);
+    }
+
     /// Asks the store for a verdict.
     fn ask_for_verdict(self: &Arc<Self>, state: &mut ReplicaState, generation: Generation, who: Incarnation) {
-        info!(%generation, "asking the store which side lives");
+        match state.alone {
+            true => info!(%generation, "telling the store that this side runs the VM"),
+            false => info!(%generation, "asking the store which side lives"),
+        }
         state.history.store_asked(now_ns());
         let replica = self.clone();
         let answer = move |verdict: Verdict<StoreError>| {

@@ -13,6 +13,7 @@ use tracing::{debug, error};
 use super::state::StateGuard;
 use super::{Replica, now_ns};
 use crate::error::Error;
+use crate::failpoint;
 use crate::pair::link::PeerLink;
 
 /// How long the guest's thread may take to finish once this side has ended.
@@ -26,6 +27,7 @@ impl Replica {
             debug!("cannot shorten the pump's time slice, so outputs may wait longer on a busy host: {e}");
         }
         loop {
+            failpoint::panic("pump");
             let (socket, wants_write, sleep) = {
                 let mut state = self.lock();
                 if state.outcome.is_some() {
@@ -53,6 +55,15 @@ impl Replica {
             if waited_for {
                 self.changed.notify_all();
             }
+        }
+    }
+
+    /// The pump has panicked. What the agent knows may be half of something, so the other side is the better one to go
+    /// on, if there is one.
+    pub(super) fn pump_has_failed(self: &Arc<Self>) {
+        if !self.lock().alone {
+            let source = std::io::Error::other("its thread has panicked");
+            self.fail(Error::Host { what: "the pump has failed".into(), source });
         }
     }
 

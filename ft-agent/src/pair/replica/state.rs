@@ -1,9 +1,10 @@
 //! What the threads of a replica share, under its mutex.
 
 use std::io;
+use std::net::SocketAddr;
 use std::sync::{Arc, MutexGuard};
 
-use agent::{Agent, Event, Outcome, PeerRefusal};
+use agent::{Agent, Event, Outcome, PeerRefusal, Role};
 use entry::Output;
 use test_and_set::names::Generation;
 use tracing::{debug, warn};
@@ -45,6 +46,12 @@ pub(super) struct ReplicaState {
     pub(super) stop: bool,
     /// The user wants to hand over.
     pub(super) hand_over: bool,
+    /// How many handovers that the user wanted were called off.
+    pub(super) called_off: u64,
+    /// How many wait to be told how something went that they asked for.
+    pub(super) askers: usize,
+    /// The address of the peer of the last connection.
+    pub(super) peer_address: Option<SocketAddr>,
     /// How this side ended, once it has.
     pub(super) outcome: Option<Outcome>,
     /// The guest's thread has seen the outcome, or there is no such thread.
@@ -97,6 +104,9 @@ impl ReplicaState {
             paused: false,
             stop: false,
             hand_over: false,
+            called_off: 0,
+            askers: 0,
+            peer_address: None,
             outcome: None,
             finished: false,
             refused: None,
@@ -111,6 +121,15 @@ impl ReplicaState {
             history: History::default(),
             times,
         })
+    }
+
+    /// The other side, for people.
+    pub(super) fn peer_name(&self) -> String {
+        let role = match self.agent.status(now_ns()).role {
+            Role::Primary => "the backup",
+            Role::Backup => "the primary",
+        };
+        self.peer_address.map_or(role.into(), |address| format!("{role} at {address}"))
     }
 
     /// Gives a task to the worker. Does nothing once the replica has finished.

@@ -2,6 +2,7 @@
 
 mod backups;
 mod keys_command;
+mod signals;
 
 use std::collections::BTreeMap;
 use std::error::Error;
@@ -177,7 +178,7 @@ fn run(command: StoreCommand) -> Result<(), Box<dyn Error>> {
                 host_log::write_on_thread()?;
                 tokio::select! {
                     ended = server::serve(settings) => Ok(ended?),
-                    interrupted = tokio::signal::ctrl_c() => Ok(interrupted?),
+                    interrupted = signals::interrupted() => Ok(interrupted?),
                 }
             }
             StoreCommand::Status { target, json } => status(&target, json).await,
