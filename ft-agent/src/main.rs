@@ -47,6 +47,9 @@ enum CliCommand {
     Primary(pair::PairOptions),
     /// Protect a primary's guest: replay it, and go live when the primary is lost
     Backup(pair::PairOptions),
+    /// Keep the keys of a replica, which starts this itself
+    #[command(hide = true)]
+    Keeper(pair::KeeperArgs),
     /// Show a replica's status; exit code 0 if the VM is protected, 1 if it is not
     Status(pair::StatusArgs),
     /// Hand the guest over to the backup, and wait until it runs there: nothing is lost
@@ -83,6 +86,7 @@ fn main() -> ExitCode {
         CliCommand::Replay(args) => replay::run(&args),
         CliCommand::Primary(options) => pair::primary(options),
         CliCommand::Backup(options) => pair::backup(options),
+        CliCommand::Keeper(args) => pair::keeper(&args),
         CliCommand::Status(args) => pair::status(&args),
         CliCommand::Failover(at) => pair::failover(&at),
         CliCommand::Stop(at) => pair::stop(&at),

@@ -49,6 +49,14 @@ impl BlockingStore {
         Self::start(move || Ok(store))
     }
 
+    /// A store whose client is in the keeper at the other end of this socket.
+    ///
+    /// # Errors
+    /// The thread cannot be started, or the socket not be used.
+    pub fn kept(stream: std::os::unix::net::UnixStream) -> Result<Self, StoreError> {
+        Self::start(move || Ok(Arc::new(crate::keeper::KeptStore::new(stream).map_err(StoreError::Thread)?)))
+    }
+
     fn start(
         make: impl FnOnce() -> Result<Arc<dyn TestAndSet>, StoreError> + Send + 'static,
     ) -> Result<Self, StoreError> {

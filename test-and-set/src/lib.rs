@@ -69,6 +69,7 @@ pub mod etcd;
 pub mod fake;
 #[cfg(test)]
 mod golden_tests;
+pub mod keeper;
 pub mod keys;
 pub mod pending;
 mod private_file;

@@ -169,6 +169,12 @@ pub enum StoreError {
     /// The client's thread has ended.
     #[error("the thread of the store's client has ended")]
     Stopped,
+    /// The store's client is in a process of its own, which says why there is no answer.
+    #[error("{0}")]
+    Kept(String),
+    /// The process with the store's client has ended: start this replica again.
+    #[error("the process with the client of the store is lost; start this replica again")]
+    KeeperLost,
 }
 
 /// What one node of a store did instead of answering.

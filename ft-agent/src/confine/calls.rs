@@ -94,17 +94,26 @@ fn threads() -> Vec<Limited> {
     ]
 }
 
-/// Conditions for [`PAIR`]: TCP, and what it takes to look up a host's name.
+/// A socket of this domain and kind.
+fn socket(domain: c_int, kind: c_int) -> Limited {
+    (SYS_socket, vec![(0, ALL, domain as u64), (1, 0xf, kind as u64)])
+}
+
+/// Conditions for [`PAIR`]: TCP.
 fn pair() -> Vec<Limited> {
-    let socket =
-        |domain: c_int, kind: c_int| (SYS_socket, vec![(0, ALL, domain as u64), (1, 0xf, kind as u64)]);
     vec![
         socket(AF_INET, SOCK_STREAM),
-        socket(AF_INET, SOCK_DGRAM),
         socket(AF_INET6, SOCK_STREAM),
+        (SYS_prctl, vec![(0, ALL, PR_SET_NO_NEW_PRIVS as u64)]),
+    ]
+}
+
+/// Further conditions for a keeper: what it takes to look up a host's name.
+fn resolver() -> Vec<Limited> {
+    vec![
+        socket(AF_INET, SOCK_DGRAM),
         socket(AF_INET6, SOCK_DGRAM),
         (SYS_socket, vec![(0, ALL, AF_NETLINK as u64), (2, ALL, NETLINK_ROUTE as u64)]),
-        (SYS_prctl, vec![(0, ALL, PR_SET_NO_NEW_PRIVS as u64)]),
     ]
 }
 
@@ -129,6 +138,12 @@ pub fn process(is_kvm: bool) -> Result<usize, ConfineError> {
     no_clone3()?;
     let (calls, limited) = for_engine(is_kvm);
     apply(&[EVERY, THREADS, PAIR, calls].concat(), [every(), threads(), pair(), limited].concat())
+}
+
+/// Confines the calling thread, and all threads that it starts later, to the calls of a keeper. Returns their number.
+pub fn keeper() -> Result<usize, ConfineError> {
+    no_clone3()?;
+    apply(&[EVERY, THREADS, PAIR].concat(), [every(), threads(), pair(), resolver()].concat())
 }
 
 /// Confines the calling thread to the calls of a pair's guest's thread. Returns their number.
@@ -192,7 +207,7 @@ mod tests {
     #[test]
     fn no_condition_is_made_void_by_a_list() {
         let free = [EVERY, THREADS, PAIR, TERMINAL, KVM].concat();
-        for (call, _) in [every(), threads(), pair(), terminal(), kvm()].concat() {
+        for (call, _) in [every(), threads(), pair(), resolver(), terminal(), kvm()].concat() {
             assert!(!free.contains(&call), "system call {call}");
         }
     }

@@ -44,6 +44,8 @@ pub struct Needs {
     pub remove_in: Vec<PathBuf>,
     /// Names of hosts are looked up, and connected to.
     pub resolves: bool,
+    /// TCP ports that are connected to, if no names are looked up.
+    pub connect: Vec<u16>,
     /// TCP ports that are listened on.
     pub listen: Vec<u16>,
     /// The guest runs on KVM.
@@ -90,6 +92,16 @@ pub fn process(needs: &Needs) -> GuestConfinement {
     };
     applied.log("process");
     GuestConfinement { kvm: needs.kvm }
+}
+
+/// Confines the process that keeps a replica's keys, as [`process`] does.
+pub fn keeper(needs: &Needs) {
+    let applied = AppliedLayer {
+        files: restrict_process(needs),
+        capabilities: capabilities::keep(needs.capabilities()),
+        calls: calls::keeper(),
+    };
+    applied.log("keeper");
 }
 
 /// Confines a process that runs or replays a guest without a pair, as [`process`] does.
@@ -170,8 +182,9 @@ fn restrict_process(needs: &Needs) -> Result<RestrictionStatus, RulesetError> {
     let make = read | AccessFs::WriteFile | AccessFs::Truncate | AccessFs::MakeReg | AccessFs::RemoveFile;
     // The store names members that are not in its URL, on any port.
     let network = if needs.resolves { AccessNet::BindTcp.into() } else { AccessNet::from_all(RIGHTS) };
-    let ports =
-        needs.listen.iter().map(|port| Ok::<_, RulesetError>(NetPort::new(*port, AccessNet::BindTcp)));
+    let port = |port: &u16, access| Ok::<_, RulesetError>(NetPort::new(*port, access));
+    let listened = needs.listen.iter().map(|number| port(number, AccessNet::BindTcp));
+    let connected = needs.connect.iter().map(|number| port(number, AccessNet::ConnectTcp));
     Ruleset::default()
         .handle_access(AccessFs::from_all(RIGHTS))?
         .handle_access(network)?
@@ -183,7 +196,8 @@ fn restrict_process(needs: &Needs) -> Result<RestrictionStatus, RulesetError> {
         .add_rules(path_beneath_rules(&needs.devices, device))?
         .add_rules(path_beneath_rules(&needs.make_in, make))?
         .add_rules(path_beneath_rules(&needs.remove_in, BitFlags::from(AccessFs::RemoveFile)))?
-        .add_rules(ports)?
+        .add_rules(listened)?
+        .add_rules(connected)?
         .restrict_self()
 }
 

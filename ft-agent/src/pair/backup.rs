@@ -34,7 +34,7 @@ pub fn run(plan: PairPlan) -> Result<(), Error> {
     let (mut guest, images) = Guest::new(&plan.machine, plan.clock())?;
     // Reads the disks now, so that the primary does not have to wait for it.
     guest.identity()?;
-    let side = PairSide::open(plan)?;
+    let side = PairSide::open(Role::Backup, plan)?;
     let (acceptor, peers) = PeerAcceptor::start(&side)?;
     let operated = {
         let (finding, stopping) = (acceptor.clone(), acceptor.clone());
@@ -71,7 +71,7 @@ pub fn run(plan: PairPlan) -> Result<(), Error> {
     };
     let slots = guest.config.slots.iter().enumerate();
     let slots = slots.filter(|(_, s)| matches!(s, Slot::Disk { .. })).map(|(n, _)| n as u8);
-    side.sidecars.write(generation, true)?;
+    side.mark_disks(generation, true)?;
     side.watch_tap(&replica)?;
     let images = slots.zip(images).collect();
     let (machine, thread) = side.boot(guest)?;

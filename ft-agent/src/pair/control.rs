@@ -9,14 +9,13 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, UnixAddr};
 use nix::sys::stat::{Mode, fchmod};
 use serde::{Deserialize, Serialize};
-use tracing::warn;
 
 use super::admission::{Admission, AdmissionTicket, TimedStream};
 use super::console::{ConsolePlace, serve_client};
@@ -67,20 +66,9 @@ pub enum ControlReply {
     Refused(String),
 }
 
-/// The control socket of a replica. The socket file is removed when this value is dropped.
+/// The control socket of a replica. The keeper removes the socket file when this process has ended.
 pub struct ControlSocket {
-    path: PathBuf,
     listener: UnixListener,
-}
-
-impl Drop for ControlSocket {
-    fn drop(&mut self) {
-        if is_socket(&self.path)
-            && let Err(e) = std::fs::remove_file(&self.path)
-        {
-            warn!("cannot remove control socket {}: {e}", self.path.display());
-        }
-    }
 }
 
 impl ControlSocket {
@@ -111,7 +99,7 @@ impl ControlSocket {
         }
         let listener =
             bind(path).map_err(Error::host(format!("cannot create control socket {path_text}")))?;
-        Ok(ControlSocket { path: path.into(), listener })
+        Ok(ControlSocket { listener })
     }
 
     /// Starts to answer requests to this side.

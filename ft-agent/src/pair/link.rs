@@ -2,7 +2,7 @@
 //! nothing blocks.
 
 use std::io::{self, ErrorKind, Read, Write};
-use std::net::{Shutdown, TcpStream, ToSocketAddrs};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -57,18 +57,18 @@ pub struct PeerLink {
 }
 
 impl PeerLink {
-    /// Connects to the other host. `keys` are this host's.
+    /// Connects to the other host, which has these addresses. `keys` are this host's.
     ///
     /// # Errors
     /// The host does not answer, or is not the peer.
     pub fn connect(
-        address: &str,
+        addresses: &[SocketAddr],
         tls: Arc<ClientConfig>,
         keys: &Keys,
         patience: Duration,
     ) -> Result<PeerLink, PeerLinkError> {
         let deadline = Instant::now() + patience;
-        let tcp = dial(address, patience).map_err(PeerLinkError::Connect)?;
+        let tcp = dial(addresses, patience).map_err(PeerLinkError::Connect)?;
         // The certificates are pinned, so the name means nothing, but TLS requires one.
         let name = ServerName::try_from("vmft").map_err(|e| PeerLinkError::Connect(io::Error::other(e)))?;
         Self::handshake(tcp, ClientConnection::new(tls, name)?.into(), keys, deadline)
@@ -270,10 +270,10 @@ fn blocking_step(mut tcp: &TcpStream, tls: &mut Connection, deadline: Instant) -
     Ok(())
 }
 
-fn dial(address: &str, patience: Duration) -> io::Result<TcpStream> {
+fn dial(addresses: &[SocketAddr], patience: Duration) -> io::Result<TcpStream> {
     let mut last = io::Error::new(ErrorKind::NotFound, "the host name has no address");
-    for address in address.to_socket_addrs()? {
-        match TcpStream::connect_timeout(&address, patience) {
+    for address in addresses {
+        match TcpStream::connect_timeout(address, patience) {
             Ok(tcp) => return Ok(tcp),
             Err(e) => last = e,
         }
@@ -302,7 +302,7 @@ mod tests {
         make_set(&dir, &[], &["a", "b"].map(String::from), &[]).unwrap();
         let [a, b] = names.map(|name| Arc::new(Keys::load(&dir.join(name)).unwrap()));
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = listener.local_addr().unwrap().to_string();
+        let address = [listener.local_addr().unwrap()];
         let dialled =
             thread::spawn(move || PeerLink::connect(&address, peer_client(&a).unwrap(), &a, PATIENCE));
         let tcp = listener.accept().unwrap().0;

@@ -27,6 +27,7 @@ mod history;
 mod hook;
 mod hook_runner;
 mod hosts;
+mod keeper;
 mod link;
 mod link_keys;
 mod metrics;
@@ -46,6 +47,7 @@ mod worker;
 
 pub use forget::{ForgetArgs, forget};
 pub use hook_runner::{HookRunnerArgs, run as hook_runner};
+pub use keeper::KeeperArgs;
 pub use operator::{ControlArgs, StopArgs, console, failover, stop};
 pub use options::PairOptions;
 pub use status::{StatusArgs, status};
@@ -72,4 +74,12 @@ pub fn backup(options: PairOptions) -> Result<(), Error> {
     let options = options.with_file(role)?;
     options.start_log("backup");
     backup::run(options.check(role)?)
+}
+
+/// `vmft keeper`, which a replica starts for itself.
+///
+/// # Errors
+/// Somebody else has started it.
+pub fn keeper(args: &KeeperArgs) -> Result<(), Error> {
+    keeper::run(args)
 }

@@ -20,7 +20,7 @@ use super::go_live::run_alone;
 use super::guest_io::{ChannelLog, GatedOutside, log_full_state};
 use super::guest_thread::GuestThread;
 use super::hosts;
-use super::link::PeerLink;
+use super::link::{PeerLink, PeerLinkError};
 use super::operated::Operated;
 use super::options::PairPlan;
 use super::replica::{Duty, Replica};
@@ -49,7 +49,7 @@ pub fn run(plan: PairPlan) -> Result<(), Error> {
     let clock = plan.clock();
     let (guest, images) = Guest::new(&plan.machine, clock)?;
     let identity = guest.identity()?;
-    let side = PairSide::open(plan)?;
+    let side = PairSide::open(Role::Primary, plan)?;
     let (machine, thread) = side.boot(guest)?;
     let generation = next_generation(&side)?;
     let inbox = Inbox::new(machine.kicker(), INBOX_CAPACITY);
@@ -65,7 +65,7 @@ pub fn run(plan: PairPlan) -> Result<(), Error> {
     if let Err(outcome) = replica.wait_started(false) {
         return side.conclude(None, &replica, outcome, 0);
     }
-    side.sidecars.write(generation, true)?;
+    side.mark_disks(generation, true)?;
     let mut inlet = Inlet::new(inbox, clock, machine.time_ns(), 0)?;
     side.watch_for_starvation(&mut inlet);
     if let Some(tap) = &side.tap {
@@ -105,14 +105,19 @@ fn next_generation(side: &PairSide) -> Result<Generation, Error> {
 /// Tries to connect to the backup, on a thread of its own, until the pair is open or this side ends.
 fn keep_connecting(side: &PairSide, peer: &str, replica: &Arc<Replica>) -> Result<(), Error> {
     let tls = test_and_set::tls::peer_client(&side.keys).map_err(|e| Error::config("keys", chain(&e)))?;
-    let (peer, replica, keys) = (peer.to_owned(), replica.clone(), side.keys.clone());
+    let (peer, replica, keys, names) =
+        (peer.to_owned(), replica.clone(), side.keys.clone(), side.files.clone());
     let dial = move || {
         let failures = RefusalReasons::default();
         let mut pause = RETRY;
         while replica.is_starting() {
             let mut answers = replica.is_connected();
             if !answers {
-                match PeerLink::connect(&peer, tls.clone(), &keys, PATIENCE) {
+                let connected =
+                    names.resolve(&peer).map_err(|e| PeerLinkError::Connect(std::io::Error::other(e)));
+                let connected = connected
+                    .and_then(|addresses| PeerLink::connect(&addresses, tls.clone(), &keys, PATIENCE));
+                match connected {
                     Ok(link) => {
                         answers = true;
                         replica.connected(link, &[]);

@@ -8,6 +8,7 @@ use entry::End;
 use entry::identity::Identity;
 use entry::log::EndReason;
 use test_and_set::blocking::BlockingStore;
+use test_and_set::keeper::KeptFiles;
 use test_and_set::keys::Keys;
 use test_and_set::names::{Generation, Incarnation};
 use test_and_set::record::Member;
@@ -22,11 +23,12 @@ use super::console::copy_to_stdout;
 use super::control::ControlSocket;
 use super::guest_thread::GuestThread;
 use super::hook::Hook;
+use super::keeper::{self, Kept};
+use super::metrics;
 use super::operated::Operated;
 use super::options::PairPlan;
 use super::replica::{Replica, now_ns};
 use super::sidecar::Sidecars;
-use super::{metrics, quorum};
 use crate::confine::{self, Needs, directory_of};
 use crate::error::Error;
 use crate::failpoint;
@@ -49,6 +51,8 @@ pub struct PairSide {
     pub keys: Arc<Keys>,
     /// The store.
     pub store: BlockingStore,
+    /// Files and names of hosts, which the keeper uses for this side.
+    pub files: KeptFiles,
     /// The guest's tap. It is opened at the start, so that going live does not depend on opening it.
     pub tap: Option<Arc<Tap>>,
     /// The sidecars of its disk images.
@@ -69,18 +73,17 @@ impl PairSide {
     ///
     /// # Errors
     /// An option is wrong, or the tap, a sidecar or the store cannot be opened.
-    pub fn open(plan: PairPlan) -> Result<PairSide, Error> {
-        let wrong_store = |e: &dyn std::error::Error| Error::config("store", chain(e));
-        let url = plan.store.parse::<StoreUrl>().map_err(|e| wrong_store(&e))?;
-        let keys = Keys::load(&plan.keys).map_err(|e| Error::config("keys", chain(&e)))?;
+    pub fn open(role: Role, plan: PairPlan) -> Result<PairSide, Error> {
+        plan.store.parse::<StoreUrl>().map_err(|e| Error::config("store", chain(&e)))?;
         let tap = plan.machine.net.as_ref().map(|net| Tap::open(&net.tap)).transpose()?.map(Arc::new);
         let sidecars = Sidecars::read(&plan.name, &plan.machine.disks, plan.discard_newer)?;
         let hook = plan.hook.as_ref().map(|command| Hook::start(command, &plan)).transpose()?;
         let control = plan.control.as_deref().map(ControlSocket::create).transpose()?;
+        let Kept { keys, store, files } = keeper::start(role, &plan, sidecars.paths())?;
         // An error is told when the machine is made.
         plan.machine.engine.reserve(1).ok();
         let confinement = match plan.confine {
-            true => Some(confine::process(&confinement_needs(&plan, &url, &sidecars))),
+            true => Some(confine::process(&confinement_needs(&plan))),
             false => {
                 warn!("this process is not confined, because of --no-confine");
                 None
@@ -88,13 +91,12 @@ impl PairSide {
         };
         host_log::write_on_thread().map_err(Error::host("cannot start the log's thread"))?;
         failpoint::watch();
-        let store = BlockingStore::connect(&plan.store).map_err(|e| wrong_store(&e))?;
-        std::thread::spawn(move || quorum::warn_if_lost_with_this_host(&url));
         let peer_refusals = Arc::default();
         Ok(PairSide {
             plan,
             keys: keys.into(),
             store,
+            files,
             tap,
             sidecars,
             peer_refusals,
@@ -198,6 +200,14 @@ impl PairSide {
         thread.map(drop).map_err(Error::host("cannot start the thread that watches the tap"))
     }
 
+    /// Writes the sidecars: the disk images are in use by this generation of the pair, or no longer in use.
+    ///
+    /// # Errors
+    /// A sidecar cannot be written.
+    pub fn mark_disks(&self, generation: Generation, in_use: bool) -> Result<(), Error> {
+        self.sidecars.write(generation, in_use, |number, text| self.files.replace(number, text))
+    }
+
     /// Ends a replica whose guest no longer runs here, and turns its outcome into the result of the command.
     /// `generation` is that of the pair, if it was opened. After an orderly end the disk images are marked as
     /// closed.
@@ -214,7 +224,7 @@ impl PairSide {
         replica.guest_thread_done();
         replica.wait_for_askers();
         if let (Some(generation), Outcome::Ended(_) | Outcome::HandedOver) = (generation, &outcome) {
-            self.sidecars.write(generation, false)?;
+            self.mark_disks(generation, false)?;
         }
         match (outcome, replica.take_failure()) {
             (Outcome::Ended(EndReason::Guest(End::TripleFault)), _) => Err(Error::GuestCrash { position }),
@@ -226,20 +236,15 @@ impl PairSide {
 }
 
 /// What a side still needs to open once it is confined.
-fn confinement_needs(plan: &PairPlan, url: &StoreUrl, sidecars: &Sidecars) -> Needs {
+fn confinement_needs(plan: &PairPlan) -> Needs {
     let kvm = plan.machine.engine.is_kvm();
+    let peer_port = plan.peer.as_deref().and_then(|peer| peer.rsplit_once(':')?.1.parse().ok());
     Needs {
-        // The directories below may be links to elsewhere.
-        read: [Some(plan.keys.as_path()), url.keys()]
-            .into_iter()
-            .flatten()
-            .flat_map(|keys| ["", "members", "peers"].map(|below| keys.join(below)))
-            .collect(),
         devices: kvm.then(|| "/dev/kvm".into()).into_iter().collect(),
-        make_in: sidecars.paths().chain(failpoint::file()).map(directory_of).collect(),
-        remove_in: plan.control.as_deref().map(directory_of).into_iter().collect(),
-        resolves: true,
+        make_in: failpoint::file().map(directory_of).into_iter().collect(),
+        connect: peer_port.into_iter().collect(),
         listen: plan.listen.into_iter().chain(plan.metrics).map(|address| address.port()).collect(),
         kvm,
+        ..Needs::default()
     }
 }

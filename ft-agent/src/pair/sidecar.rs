@@ -100,12 +100,18 @@ impl Sidecars {
         Ok(())
     }
 
-    /// Writes the sidecars: the images are in use by this generation of the pair, or no longer in use.
+    /// Writes the sidecars: the images are in use by this generation of the pair, or no longer in use. `replace` replaces the
+    /// text of the file with a number, which is its place in [`Sidecars::paths`].
     ///
     /// # Errors
     /// A sidecar cannot be written.
-    pub fn write(&self, generation: Generation, in_use: bool) -> Result<(), Error> {
-        for (path, copy) in self.disks.values() {
+    pub fn write<E: std::error::Error + Send + Sync + 'static>(
+        &self,
+        generation: Generation,
+        in_use: bool,
+        replace: impl Fn(u32, String) -> Result<(), E>,
+    ) -> Result<(), Error> {
+        for (number, (path, copy)) in (0..).zip(self.disks.values()) {
             let content = SidecarContent {
                 vm: self.vm.clone(),
                 copy: copy.to_string(),
@@ -115,7 +121,7 @@ impl Sidecars {
             let text =
                 serde_json::to_string_pretty(&content).unwrap_or_else(|e| unreachable!("plain data: {e}"));
             let failed = Error::host(format!("cannot write sidecar {}", path.display()));
-            replace_file(path, &text).map_err(failed)?;
+            replace(number, text).map_err(std::io::Error::other).map_err(failed)?;
         }
         Ok(())
     }
@@ -143,7 +149,10 @@ fn damaged(path: &Path, e: &dyn std::fmt::Display) -> Error {
 }
 
 /// Replaces the text of a file at once: a reader finds either the old text or the new one.
-fn replace_file(path: &Path, text: &str) -> std::io::Result<()> {
+///
+/// # Errors
+/// The file cannot be written.
+pub fn replace_file(path: &Path, text: &str) -> std::io::Result<()> {
     let mut new = path.as_os_str().to_owned();
     new.push(".new");
     let mut file = std::fs::File::create(&new)?;
@@ -167,7 +176,8 @@ mod tests {
         let read = |vm: &VmName, discard| Sidecars::read(vm, std::slice::from_ref(&disk), discard);
         let first = read(&vm, false).unwrap();
         assert!(first.check_newest(None).is_ok());
-        first.write(Generation(1), true).unwrap();
+        let path = first.paths().next().unwrap();
+        first.write(Generation(1), true, |_, text| replace_file(path, &text)).unwrap();
         let again = read(&vm, false).unwrap();
         assert_eq!(again.copies(), first.copies());
 

@@ -28,6 +28,7 @@ use rustls::pki_types::pem::PemObject;
 use crate::names::{KeyId, NameError, PartyName};
 
 mod accepted;
+mod kept;
 pub mod manage;
 mod own;
 mod permission;
@@ -35,7 +36,9 @@ mod set;
 
 use accepted::AcceptedCertificates;
 pub use accepted::Roles;
+pub use kept::KeyKeeper;
 use own::OwnFiles;
+pub(crate) use own::PROOF_PREFIX;
 pub(crate) use own::read_private;
 pub use own::{OwnKey, check_proof};
 pub use permission::Permission;
@@ -168,9 +171,15 @@ const RELOAD_FOR_UNKNOWN_AFTER: Duration = Duration::from_millis(100);
 
 /// A party's keys, and the certificates that it accepts.
 #[derive(Debug)]
-pub struct Keys {
-    dir: PathBuf,
-    read: Mutex<KeysContent>,
+pub struct Keys(KeySource);
+
+/// Where keys come from.
+#[derive(Debug)]
+enum KeySource {
+    /// A directory.
+    Directory(PathBuf, Mutex<KeysContent>),
+    /// Another process, which has a host's keys.
+    Keeper(Box<dyn KeyKeeper>),
 }
 
 #[derive(Debug)]
@@ -191,37 +200,46 @@ impl Keys {
         let (own, mut accepted, now) =
             (OwnFiles::load(dir)?, AcceptedCertificates::default(), Instant::now());
         accepted.read(dir, now);
-        Ok(Self {
-            dir: dir.into(),
-            read: Mutex::new(KeysContent { own, accepted, read_at: now, revision: 0 }),
-        })
+        let content = KeysContent { own, accepted, read_at: now, revision: 0 };
+        Ok(Self(KeySource::Directory(dir.into(), Mutex::new(content))))
     }
 
-    /// Calls `look` with what was read, after reading again if that is older than `age`.
-    fn look<T>(&self, age: Duration, look: impl FnOnce(&KeysContent) -> T) -> T {
-        let mut content = self.read.lock().unwrap_or_else(PoisonError::into_inner);
+    /// The keys of a host that another process has. Only peers are known, no members and no clients of the store.
+    pub fn kept(keeper: Box<dyn KeyKeeper>) -> Self {
+        Self(KeySource::Keeper(keeper))
+    }
+
+    /// Whether another process had the keys, and has ended: this host can authenticate itself to nobody any more.
+    pub fn is_lost(&self) -> bool {
+        matches!(&self.0, KeySource::Keeper(keeper) if keeper.is_lost())
+    }
+
+    /// Calls `look` with what was read, after reading again if that is older than `age`. `None`: there is no directory.
+    fn look<T>(&self, age: Duration, look: impl FnOnce(&KeysContent) -> T) -> Option<T> {
+        let KeySource::Directory(dir, read) = &self.0 else { return None };
+        let mut content = read.lock().unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();
         if now.saturating_duration_since(content.read_at) >= age {
             content.own.reload();
-            if content.accepted.read(&self.dir, now) {
+            if content.accepted.read(dir, now) {
                 content.revision += 1;
             }
             content.read_at = now;
         }
-        look(&content)
+        Some(look(&content))
     }
 
     /// Looks something up among the accepted certificates; looks again in fresher ones before it is said not to be there.
     fn find<T: Default + PartialEq>(&self, find: impl Fn(&AcceptedCertificates) -> T) -> T {
         match self.look(RELOAD_AFTER, |content| find(&content.accepted)) {
-            found if found != T::default() => found,
-            _ => self.look(RELOAD_FOR_UNKNOWN_AFTER, |content| find(&content.accepted)),
+            Some(found) if found != T::default() => found,
+            _ => self.look(RELOAD_FOR_UNKNOWN_AFTER, |content| find(&content.accepted)).unwrap_or_default(),
         }
     }
 
     /// A number that grows when other certificates are accepted than before.
     fn revision(&self) -> u64 {
-        self.look(RELOAD_AFTER, |content| content.revision)
+        self.look(RELOAD_AFTER, |content| content.revision).unwrap_or_default()
     }
 
     /// As whom a certificate is accepted.
@@ -236,7 +254,10 @@ impl Keys {
 
     /// The name of the host that may form a pair with this one and has this certificate.
     pub fn peer(&self, certificate: &CertificateDer<'_>) -> Option<PartyName> {
-        self.find(|accepted| accepted.peer(certificate))
+        match &self.0 {
+            KeySource::Directory(..) => self.find(|accepted| accepted.peer(certificate)),
+            KeySource::Keeper(keeper) => keeper.peer(certificate),
+        }
     }
 
     /// Whether this is a member's certificate.
@@ -246,7 +267,13 @@ impl Keys {
 
     /// This party's own key.
     pub fn own(&self) -> Arc<OwnKey> {
-        self.look(RELOAD_AFTER, |content| content.own.key.clone())
+        match &self.0 {
+            KeySource::Directory(_, read) => {
+                self.look(RELOAD_AFTER, |_| ());
+                read.lock().unwrap_or_else(PoisonError::into_inner).own.key.clone()
+            }
+            KeySource::Keeper(keeper) => keeper.own(),
+        }
     }
 
     /// Whether this is the certificate of a host that may form a pair with this one, or this host's own: two hosts with the same

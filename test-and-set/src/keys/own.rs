@@ -8,7 +8,7 @@ use std::sync::Arc;
 use rustls::SignatureScheme;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::sign::CertifiedKey;
+use rustls::sign::{CertifiedKey, SigningKey};
 use tracing::{info, warn};
 
 use super::{KeysError, io_error, key_id, parse_certificates};
@@ -16,7 +16,7 @@ use crate::names::KeyId;
 use crate::private_file::others_may_use;
 
 /// What a proof signs before the connection's exported value, so that it is nothing else's signature.
-const PROOF_PREFIX: &[u8] = b"vmft: this key replaces the one of this connection\0";
+pub(crate) const PROOF_PREFIX: &[u8] = b"vmft: this key replaces the one of this connection\0";
 /// The signature schemes that a proof may use.
 const PROOF_SCHEMES: [SignatureScheme; 4] = [
     SignatureScheme::ECDSA_NISTP256_SHA256,
@@ -36,6 +36,16 @@ impl OwnKey {
     /// The certificate.
     pub fn certificate(&self) -> &CertificateDer<'static> {
         &self.certificate
+    }
+
+    /// A key that another process has, and signs with.
+    pub(crate) fn kept(certificate: CertificateDer<'static>, key: Arc<dyn SigningKey>) -> OwnKey {
+        OwnKey { certified: Arc::new(CertifiedKey::new(vec![certificate.clone()], key)), certificate }
+    }
+
+    /// What signs.
+    pub(crate) fn signing_key(&self) -> &Arc<dyn SigningKey> {
+        &self.certified.key
     }
 
     /// The key's id.

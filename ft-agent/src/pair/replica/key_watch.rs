@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use agent::{Event, KeyProof};
+use agent::{Event, KeyProof, Phase};
 use test_and_set::keys::Keys;
 use tracing::warn;
 
@@ -31,9 +31,20 @@ impl Replica {
         service::start("keys", watch)
     }
 
+    /// Without its keeper this side gets no verdict: it leaves the guest to the other side, unless it is alone.
+    fn keeper_lost(self: &Arc<Self>) {
+        if self.status().phase != Phase::Alone {
+            let ended = std::io::Error::other("the process that keeps its keys has ended");
+            self.fail(Error::Host { what: "this host can show its key to nobody".into(), source: ended });
+        }
+    }
+
     /// Checks the keys of the link. What reads files does so while nothing is locked.
     fn check_keys(self: &Arc<Self>, keys: &Keys) {
         let own = keys.own();
+        if keys.is_lost() {
+            return self.keeper_lost();
+        }
         let begun = {
             let mut state = self.lock();
             let role = state.agent.status(now_ns()).role;
