@@ -60,11 +60,11 @@ pub struct KeeperArgs {
 /// What a replica has of its keeper.
 pub struct Kept {
     /// This host's keys.
-    pub keys: Keys,
-    /// The store.
-    pub store: BlockingStore,
+    keys: Keys,
+    /// Where the store is asked.
+    store: UnixStream,
     /// Files and names of hosts.
-    pub files: KeptFiles,
+    files: KeptFiles,
 }
 
 /// Starts the keeper of a replica, and waits until it is ready.
@@ -100,8 +100,19 @@ pub fn start<'p>(
         "" => failed()(std::io::Error::other(why)),
         field => Error::config(field, why),
     })?;
-    let store = BlockingStore::kept(store).map_err(|e| Error::config("store", chain(&e)))?;
     Ok(Kept { keys, store, files })
+}
+
+impl Kept {
+    /// Takes it apart: the keys, the store, and what is done for this side with files and names. Starts a thread, which has
+    /// the confinement of the thread that calls this.
+    ///
+    /// # Errors
+    /// The thread cannot be started.
+    pub fn use_all(self) -> Result<(Keys, BlockingStore, KeptFiles), Error> {
+        let store = BlockingStore::kept(self.store).map_err(|e| Error::config("store", chain(&e)))?;
+        Ok((self.keys, store, self.files))
+    }
 }
 
 /// `vmft keeper`: serves a replica until that has ended.

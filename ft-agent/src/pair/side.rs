@@ -23,7 +23,7 @@ use super::console::copy_to_stdout;
 use super::control::ControlSocket;
 use super::guest_thread::GuestThread;
 use super::hook::Hook;
-use super::keeper::{self, Kept};
+use super::keeper;
 use super::metrics;
 use super::operated::Operated;
 use super::options::PairPlan;
@@ -79,7 +79,7 @@ impl PairSide {
         let sidecars = Sidecars::read(&plan.name, &plan.machine.disks, plan.discard_newer)?;
         let hook = plan.hook.as_ref().map(|command| Hook::start(command, &plan)).transpose()?;
         let control = plan.control.as_deref().map(ControlSocket::create).transpose()?;
-        let Kept { keys, store, files } = keeper::start(role, &plan, sidecars.paths())?;
+        let kept = keeper::start(role, &plan, sidecars.paths())?;
         // An error is told when the machine is made.
         plan.machine.engine.reserve(1).ok();
         let confinement = match plan.confine {
@@ -89,6 +89,7 @@ impl PairSide {
                 None
             }
         };
+        let (keys, store, files) = kept.use_all()?;
         host_log::write_on_thread().map_err(Error::host("cannot start the log's thread"))?;
         failpoint::watch();
         let peer_refusals = Arc::default();

@@ -23,8 +23,8 @@ use crate::store::{StoreError, TestAndSet};
 use crate::versions::OURS;
 use crate::wire::{self, FRAME_BYTES_MAX, StoreRequest, StoreResponse};
 
-/// How long the keeper may take for an answer about keys. It may have to wait for a CPU, or for a name server.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How long the keeper may take for an answer about keys. It may have to wait for a CPU, or for name servers.
+const PATIENCE: Duration = Duration::from_secs(60);
 /// How long after its deadline a call of the store may return.
 const GRACE: Duration = Duration::from_millis(100);
 
