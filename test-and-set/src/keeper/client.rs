@@ -196,14 +196,14 @@ pub fn kept_keys(stream: UnixStream) -> Result<(Keys, KeptFiles), KeeperFailure>
     Ok((Keys::kept(Box::new(keys)), KeptFiles(channel)))
 }
 
-type Waiting = HashMap<u64, oneshot::Sender<KeptResponse>>;
+type KeptCalls = HashMap<u64, oneshot::Sender<KeptResponse>>;
 
 /// A store whose client is in the keeper.
 pub struct KeptStore {
     write: tokio::sync::Mutex<OwnedWriteHalf>,
     next: AtomicU64,
     /// The requests without an answer, by number; `None` once the keeper has ended.
-    waiting: Arc<Mutex<Option<Waiting>>>,
+    waiting: Arc<Mutex<Option<KeptCalls>>>,
 }
 
 impl KeptStore {
@@ -214,7 +214,7 @@ impl KeptStore {
     pub fn new(stream: UnixStream) -> std::io::Result<KeptStore> {
         stream.set_nonblocking(true)?;
         let (mut read, write) = tokio::net::UnixStream::from_std(stream)?.into_split();
-        let waiting = Arc::new(Mutex::new(Some(Waiting::new())));
+        let waiting = Arc::new(Mutex::new(Some(KeptCalls::new())));
         let asked = waiting.clone();
         let lock = move || asked.lock().unwrap_or_else(PoisonError::into_inner).take();
         let answered = waiting.clone();
