@@ -74,7 +74,7 @@ pub struct RunOptions {
     #[arg(long, value_name = "ADDRESS/PREFIX[,GATEWAY]")]
     pub ip: Option<String>,
     /// Raw disk image, read-only with ,ro; may be given several times. An image that looks like qcow2 or the like is refused,
-    /// unless ,raw says that it is raw all the same
+    /// unless ,raw says that it is raw anyway
     #[arg(long = "disk", value_name = "FILE[,ro][,raw]")]
     pub disks: Vec<String>,
 }

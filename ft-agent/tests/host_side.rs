@@ -3,7 +3,7 @@
 
 mod support;
 
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::io::{BufRead, BufReader, PipeReader, PipeWriter, Read, Write, pipe};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -53,9 +53,7 @@ impl Unheard {
         let (mut readers, null) = (Vec::new(), || Stdio::null());
         let mut output = || match taker {
             Taker::Closed => null(),
-            Taker::FullDisk => {
-                File::from(OpenOptions::new().write(true).open("/dev/full").expect("/dev/full")).into()
-            }
+            Taker::FullDisk => OpenOptions::new().write(true).open("/dev/full").expect("/dev/full").into(),
             _ => {
                 let (reader, mut writer) = pipe().expect("a pipe");
                 match taker {

@@ -1,6 +1,7 @@
 //! The logging channel's messages and its receiver.
 
-use logging_channel::message::{Message, MessageError, encode};
+use logging_channel::message::{Message, encode};
+use logging_channel::message_error::MessageError;
 use logging_channel::receiver::{NextRecord, Receiver};
 use logging_channel::stream::MessageReader;
 use logging_channel::versions::OURS;

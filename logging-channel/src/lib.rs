@@ -16,6 +16,7 @@
 
 mod coalescing;
 pub mod message;
+pub mod message_error;
 pub mod receiver;
 pub mod sender;
 pub mod stream;
@@ -42,7 +43,7 @@ pub fn weight(record: &Record) -> u64 {
 pub enum ChannelError {
     /// Bytes are not a valid message.
     #[error(transparent)]
-    Message(#[from] message::MessageError),
+    Message(#[from] message_error::MessageError),
     /// A block of the log is damaged, or is not the next one.
     #[error(transparent)]
     Log(#[from] entry::codec::DecodeError),

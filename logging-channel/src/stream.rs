@@ -4,7 +4,8 @@ use std::collections::VecDeque;
 
 use entry::codec::{ByteReader, DecodeError, DecodeFault};
 
-use crate::message::{Message, MessageError, MessageFault, body_max, decode, encode, is_hello, is_refusal};
+use crate::message::{Message, body_max, decode, encode, is_hello, is_refusal};
+use crate::message_error::{MessageError, MessageFault};
 use crate::versions::OURS;
 
 /// Most bytes of a message before its body: its kind, and a varint of ten bytes.

@@ -7,9 +7,10 @@ use entry::PositionUnit;
 use entry::identity::Identity;
 use entry::log::EndReason;
 use logging_channel::message::{
-    Ack, BODY_MAX, Beat, CERTIFICATE_MAX, Hello, KeyProof, Message, MessageError, MessageFault, NAME_MAX,
-    REASON_MAX, Role, SIGNATURE_MAX, encode, risk,
+    Ack, BODY_MAX, Beat, CERTIFICATE_MAX, Hello, KeyProof, Message, NAME_MAX, REASON_MAX, Role,
+    SIGNATURE_MAX, encode, risk,
 };
+use logging_channel::message_error::{MessageError, MessageFault};
 use logging_channel::stream::{MessageReader, Outbox};
 use logging_channel::versions::{ChannelVersions, OURS};
 use proptest::prelude::*;

@@ -32,9 +32,9 @@ impl Agent {
             None => self.watch.missed(now),
             Some(StoreView::Ours) => self.watch.answered(now, false),
             Some(StoreView::Unknown) => self.watch.answered(now, true),
-            Some(StoreView::Forgotten) => return self.stand_down(Outcome::Forgotten),
-            Some(StoreView::Overtaken(generation)) => return self.stand_down(Outcome::Overtaken(generation)),
-            Some(StoreView::HeldByOther(holder)) => return self.stand_down(Outcome::Fenced(Some(holder))),
+            Some(StoreView::Forgotten) => self.stand_down(Outcome::Forgotten),
+            Some(StoreView::Overtaken(generation)) => self.stand_down(Outcome::Overtaken(generation)),
+            Some(StoreView::HeldByOther(holder)) => self.stand_down(Outcome::Fenced(Some(holder))),
         }
     }
 

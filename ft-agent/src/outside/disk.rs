@@ -40,7 +40,7 @@ impl Image {
         if let (false, Some(format)) = (disk.raw, other_format(&file).map_err(|e| unusable(e.to_string()))?) {
             return Err(unusable(format!(
                 "it is a {format} image, and vmft takes raw ones; make one of it with `qemu-img convert -O raw`, or, if \
-                 it is raw all the same, give {name},raw"
+                 it is raw anyway, give {name},raw"
             )));
         }
         lock(&file).map_err(|e| unusable(format!("{e}: another vmft may be using it")))?;

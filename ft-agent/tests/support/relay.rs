@@ -79,11 +79,13 @@ impl Drop for Relay {
     }
 }
 
+/// When a frame arrives, its number, to which port, and its bytes.
+type FrameUnderWay = (Instant, u64, usize, Vec<u8>);
+
 struct Bridge {
     socket: std::os::fd::OwnedFd,
     ports: [LinkAddr; 2],
-    /// Frames under way: when they arrive, their number, to which port, and their bytes.
-    under_way: BinaryHeap<Reverse<(Instant, u64, usize, Vec<u8>)>>,
+    under_way: BinaryHeap<Reverse<FrameUnderWay>>,
     /// When the last frame to each port has been sent.
     sent_until: [Instant; 2],
     frames: u64,

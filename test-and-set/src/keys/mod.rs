@@ -177,7 +177,7 @@ pub struct Keys(KeySource);
 #[derive(Debug)]
 enum KeySource {
     /// A directory.
-    Directory(PathBuf, Mutex<KeysContent>),
+    Directory(PathBuf, Box<Mutex<KeysContent>>),
     /// Another process, which has a host's keys.
     Keeper(Box<dyn KeyKeeper>),
 }
@@ -201,7 +201,7 @@ impl Keys {
             (OwnFiles::load(dir)?, AcceptedCertificates::default(), Instant::now());
         accepted.read(dir, now);
         let content = KeysContent { own, accepted, read_at: now, revision: 0 };
-        Ok(Self(KeySource::Directory(dir.into(), Mutex::new(content))))
+        Ok(Self(KeySource::Directory(dir.into(), Box::new(Mutex::new(content)))))
     }
 
     /// The keys of a host that another process has. Only peers are known, no members and no clients of the store.

@@ -30,9 +30,8 @@ impl Raft {
             self.tell(&mut told);
             tokio::time::sleep(INTERVAL).await;
             // The disk is looked at even if nothing changes.
-            match tokio::time::timeout(DISK_INTERVAL, changes.changed()).await {
-                Ok(Err(_)) => return,
-                Ok(Ok(())) | Err(_) => {}
+            if let Ok(Err(_)) = tokio::time::timeout(DISK_INTERVAL, changes.changed()).await {
+                return;
             }
         }
     }
