@@ -88,7 +88,12 @@ fn steps_of_the_wall_clock_change_nothing() {
         client.wait_for(100, 20);
         std::thread::sleep(Duration::from_millis(1500));
     }
-    assert!(!a.has_printed("lost") && !b.has_printed("lost"), "{}{}", a.seen(), b.seen());
+    assert!(
+        !a.has_printed("the peer is lost") && !b.has_printed("the peer is lost"),
+        "{}{}",
+        a.seen(),
+        b.seen()
+    );
     // The same with a failover.
     step(&steps[1], 5);
     drop(a);

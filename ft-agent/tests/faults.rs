@@ -212,7 +212,12 @@ fn a_log_that_stalls_under_load_slows_the_guest_and_goes_on() {
     stop.store(true, Ordering::Relaxed);
     load.join().expect("load");
     assert_eq!(status(&site)["protected"], true);
-    assert!(!a.has_printed("lost") && !b.has_printed("lost"), "{}{}", a.seen(), b.seen());
+    assert!(
+        !a.has_printed("the peer is lost") && !b.has_printed("the peer is lost"),
+        "{}{}",
+        a.seen(),
+        b.seen()
+    );
     drop(a);
     b.wait_for(LIVES, 30);
     check_survivor(client, b);

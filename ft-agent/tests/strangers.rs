@@ -374,8 +374,8 @@ fn slow_clients_blind_neither_the_metrics_nor_the_control_socket() {
     let silent: Vec<_> =
         (0..40).map(|_| UnixStream::connect(site.control(Host::B)).expect("connect")).collect();
     let status = Command::new(VMFT).args(["status", "--control"]).arg(site.control(Host::B)).output();
-    let said = String::from_utf8_lossy(&status.expect("vmft status").stderr).into_owned();
-    assert!(said.contains("waiting for a primary"), "{said}");
+    let said = String::from_utf8_lossy(&status.expect("vmft status").stdout).into_owned();
+    assert!(said.contains("backup (waiting)"), "{said}");
     silent[0].set_read_timeout(Some(Duration::from_secs(1))).expect("timeout");
     assert!(matches!((&silent[0]).read(&mut [0]), Ok(0)), "the oldest is closed for the newest");
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use support::capture::Capture;
 use support::counter::Counter;
-use support::net::{GUEST_IP, ip};
+use support::net::{GUEST_IP, GUEST_MAC, ip};
 use support::pair::{Host, Site};
 use support::row::{BARE, LIVES, pair, pair_with};
 use support::vm::{VMFT, Vm, vmft_in};
@@ -29,7 +29,11 @@ fn elsewhere(site: &Site) -> Vm {
     ip(&["-n", &ns, "link", "set", "tap1", "master", "br0", "up"]);
     let mut command = vmft_in(&ns);
     command.args(["primary", "--unprotected", "--name", "vm", "--store", &site.store_url("stranger")]);
-    command.arg("--keys").arg(site.keys("stranger")).args(["--tap", "tap1", "--ip", GUEST_IP]).args(BARE);
+    command
+        .arg("--keys")
+        .arg(site.keys("stranger"))
+        .args(["--tap", "tap1", "--ip", GUEST_IP, "--mac", GUEST_MAC])
+        .args(BARE);
     Vm::start(&mut command)
 }
 

@@ -224,8 +224,12 @@ mod tests {
         queue.push("later".into());
         drop(queue);
         let text: Vec<_> = written.iter().collect();
-        assert_eq!(text.len() as u64, 3 * LINES_MAX as u64 - missing + 2);
-        assert_eq!(text[text.len() - 2..], [format!("{missing} missing\n"), "later\n".to_owned()]);
+        // The writer may have taken a line in the middle: then lines are missing at two places.
+        let told = |line: &String| line.strip_suffix(" missing\n")?.parse::<u64>().ok();
+        let notes: Vec<_> = text.iter().filter_map(told).collect();
+        assert_eq!(notes.iter().sum::<u64>(), missing);
+        assert_eq!((text.len() - notes.len()) as u64, 3 * LINES_MAX as u64 - missing + 1);
+        assert!(told(&text[text.len() - 2]).is_some() && text[text.len() - 1] == "later\n", "{notes:?}");
     }
 
     #[test]

@@ -186,6 +186,7 @@ fn an_open_store_is_warned_of_once() -> Result<(), Failed> {
 
 fn main() {
     if let Ok(url) = std::env::var(CONNECT_TWICE) {
+        host_log::init();
         for _ in 0..2 {
             BlockingStore::connect(&url).expect("a client");
         }

@@ -13,9 +13,9 @@ use nix::sys::socket::{
 };
 use nix::sys::time::TimeVal;
 
+use super::net::GUEST_MAC;
 use super::pair::{Host, Site, inside};
 
-const GUEST_MAC: [u8; 6] = [2, 0x76, 0x6d, 0x66, 0x74, 1];
 /// Packet type of a frame that this end has sent itself (linux/if_packet.h).
 const OUTGOING: u8 = 4;
 
@@ -52,13 +52,15 @@ impl Capture {
                 (if_nametoindex(name.as_str()).expect("port") as usize, host)
             });
             ready.send(()).expect("the test waits");
+            let octets = GUEST_MAC.split(':').map(|octet| u8::from_str_radix(octet, 16).expect("an octet"));
+            let mac: Vec<u8> = octets.collect();
             let (mut frames, mut buffer) = (Vec::new(), vec![0; 1 << 16]);
             while !stopped.load(Ordering::Relaxed) {
                 let Ok((n, Some(from))) = recvfrom::<LinkAddr>(socket.as_raw_fd(), &mut buffer) else {
                     continue;
                 };
                 let host = ports.iter().find(|(index, _)| *index == from.ifindex()).map(|(_, host)| *host);
-                if let (Some(host), true) = (host, from.pkttype() != OUTGOING && buffer[6..12] == GUEST_MAC) {
+                if let (Some(host), true) = (host, from.pkttype() != OUTGOING && buffer[6..12] == mac) {
                     frames.push(CapturedFrame { at: Instant::now(), host, bytes: buffer[..n].to_vec() });
                 }
             }

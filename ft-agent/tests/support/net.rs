@@ -9,6 +9,8 @@ static NEXT: AtomicU32 = AtomicU32::new(0);
 pub const GUEST_IP: &str = "10.77.0.2/24,10.77.0.1";
 /// Address of the guest.
 pub const GUEST: &str = "10.77.0.2";
+/// Its MAC address, as `--mac` takes it.
+pub const GUEST_MAC: &str = "02:76:6d:66:74:01";
 
 /// A host namespace with a tap on a bridge, and a client namespace on the same bridge. Removed on drop.
 pub struct Hosts {

@@ -21,7 +21,7 @@ use test_and_set::blocking::BlockingStore;
 use test_and_set::keys::{Keys, key_id, make_set};
 use test_and_set::server::{ServerSettings, raft::RaftTiming, serve};
 
-use super::net::ip;
+use super::net::{GUEST_IP, GUEST_MAC, ip};
 use super::vm::{Vm, vmft_in};
 
 static NEXT: AtomicU32 = AtomicU32::new(0);
@@ -215,7 +215,7 @@ impl Site {
         };
         command.args(["--name", "vm", "--store", &self.store_url(name), "--keys"]).arg(self.keys(name));
         command.arg("--control").arg(self.control(host));
-        command.args(["--tap", "tap0", "--ip", super::net::GUEST_IP]).args(machine);
+        command.args(["--tap", "tap0", "--ip", GUEST_IP, "--mac", GUEST_MAC]).args(machine);
         command
     }
 

@@ -154,8 +154,7 @@ pub(crate) fn read_private(path: &Path) -> Result<Vec<u8>, KeysError> {
 
 /// What is in the files of a key and of its certificate.
 fn content(paths: [&Path; 2]) -> Result<[Vec<u8>; 2], KeysError> {
-    let certificate = fs::read(paths[1]).map_err(io_error(paths[1]))?;
-    Ok([read_private(paths[0])?, certificate])
+    Ok([read_private(paths[0])?, fs::read(paths[1]).map_err(io_error(paths[1]))?])
 }
 
 fn parse(paths: [&Path; 2], content: &[Vec<u8>; 2]) -> Result<OwnKey, KeysError> {
