@@ -7,8 +7,9 @@ use tracing::debug;
 use crate::outside::tap::Tap;
 
 /// When announcements are sent, ms after going live. They are repeated because a frame may be lost, and
-/// because a stray frame of the other host would point the switches to that host again.
-const AT_MS: [u64; 8] = [0, 20, 50, 100, 250, 500, 1000, 2000];
+/// because a stray frame of the other host would point the switches to that host again: hosts that do not know yet that
+/// their VM was forgotten and runs elsewhere send until their next look at the store, 5 s at most.
+const AT_MS: [u64; 10] = [0, 20, 50, 100, 250, 500, 1000, 2000, 4000, 8000];
 
 /// The guest's network devices on this host, and the announcements that are still to be sent for them.
 #[derive(Default)]
@@ -81,7 +82,7 @@ mod tests {
     }
 
     #[test]
-    fn announcements_are_due_for_two_seconds_and_late_ones_are_sent_once() {
+    fn announcements_are_due_for_eight_seconds_and_late_ones_are_sent_once() {
         const MS: u64 = 1_000_000;
         let mut announcer = Announcer::default();
         assert_eq!(announcer.deadline(), None);
