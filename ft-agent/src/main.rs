@@ -50,7 +50,7 @@ enum CliCommand {
     /// Keep the keys of a replica, which starts this itself
     #[command(hide = true)]
     Keeper(pair::KeeperArgs),
-    /// Show a replica's status; exit code 0 if the VM is protected, 1 if it is not
+    /// Show a replica's status; exit code 0 if the VM is PROTECTED, 8 if AT RISK, 1 if UNPROTECTED
     Status(pair::StatusArgs),
     /// Hand the guest over to the backup, and wait until it runs there: nothing is lost
     Failover(pair::ControlArgs),

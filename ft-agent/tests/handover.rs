@@ -251,3 +251,35 @@ fn a_stopped_backup_that_goes_on_after_a_handover_was_called_off_is_told() {
     assert_eq!(status.code(), Some(6), "{output}");
     check_survivor(client, a);
 }
+
+/// Two requests within some milliseconds: the second joins the first, waits for it, or is refused.
+#[test]
+fn requests_that_meet_leave_the_vm_answering_or_ended() {
+    let test = "requests_that_meet_leave_the_vm_answering_or_ended";
+    let rounds = cases(8);
+    for round in 0..rounds {
+        let Some((site, a, mut b, client)) = pair(test) else { return };
+        client.wait_for(20, 20);
+        let first = failover(&site);
+        std::thread::sleep(Duration::from_micros(20_000 * (round / 2) / rounds));
+        let mut second = Command::new(VMFT);
+        match round % 2 {
+            0 => second.arg("failover"),
+            _ => second.args(["stop", "--yes"]),
+        };
+        let second = second.arg("--control").arg(site.control(Host::A));
+        let second = second.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("vmft");
+        let said = [outcome(first), outcome(second)];
+        let (status, output) = a.finish(20);
+        assert!(status.success(), "round {round}: {said:?}\n{output}");
+        let is_handed_over = output.contains("handed over");
+        eprintln!("round {round}: handed over: {is_handed_over}, {said:?}");
+        if is_handed_over {
+            b.wait_for(LIVES, 20);
+            check_survivor(client, b);
+        } else {
+            let (status, output) = b.finish(20);
+            assert!(status.success() && round % 2 == 1, "round {round}: {said:?}\n{output}");
+        }
+    }
+}

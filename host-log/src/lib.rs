@@ -78,15 +78,16 @@ pub fn serve(format: LogFormat, who: Who) {
 /// Starts the thread that writes, if this process serves. It has the confinement of the thread that calls this.
 ///
 /// # Errors
-/// The thread cannot be started; lines go on to wait.
+/// The thread cannot be started; that is written at once, and the lines are missing.
 pub fn write_on_thread() -> io::Result<()> {
     let Some(service) = SERVICE.get() else { return Ok(()) };
     let lines = service.lines.lock().unwrap_or_else(PoisonError::into_inner).take();
     let Some(lines) = lines else { return Ok(()) };
-    lines.write_on_thread("log", SharedOutput(io::stderr()), |missing| {
+    let started = lines.write_on_thread("log", SharedOutput(io::stderr()), |missing| {
         let why = format!("{missing} lines are missing here: standard error did not take them");
         format::line(service.format, &service.who, &why)
-    })
+    });
+    started.inspect_err(|e| say!("cannot start the thread that writes the log: {e}"))
 }
 
 /// At the end of a process: writes the lines that wait, as far as standard error takes them within half a second.

@@ -169,7 +169,10 @@ impl Operated {
     fn survivor_words(&self) -> String {
         let how = match &self.control {
             Some(path) => format!("end it with `vmft stop --yes --control {}`", path.display()),
-            None => "kill this process: it was started without --control".into(),
+            None => {
+                "kill this process by SIGKILL (it was started without --control), and then `vmft forget` it"
+                    .into()
+            }
         };
         format!(
             "VM {} runs on this side alone, and would end with it: what is only in its memory and its connections would \

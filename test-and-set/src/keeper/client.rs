@@ -14,6 +14,7 @@ use rustls::{SignatureAlgorithm, SignatureScheme};
 use tokio::io::AsyncWriteExt;
 use tokio::net::unix::OwnedWriteHalf;
 use tokio::sync::oneshot;
+use tracing::error;
 
 use super::{KeeperFailure, KeptRequest, KeptResponse, KeyReply, KeyRequest, receive, send};
 use crate::keys::{KeyKeeper, Keys, OwnKey, key_id};
@@ -42,11 +43,12 @@ impl KeyChannel {
         let stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
         let lost = |e: &dyn std::error::Error| {
             if !self.is_lost.swap(true, Ordering::Relaxed) {
-                eprintln!(
-                    "the process that keeps this replica's keys is lost: {e}; the link to the peer will end"
-                );
                 // An answer that comes late would be taken for that of another request.
                 stream.shutdown(std::net::Shutdown::Both).ok();
+                error!(
+                    "the process that keeps this replica's keys is lost: {e}; this side asks the store nothing any more, \
+                     leaves the VM to its peer if it has one, and cannot record the VM's end"
+                );
             }
             KeeperFailure::new(e)
         };
@@ -243,8 +245,15 @@ impl KeptStore {
         let (tell, told) = oneshot::channel();
         let waiting = || self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
         waiting().as_mut().ok_or(StoreError::KeeperLost)?.insert(number, tell);
-        // A frame is short and the keeper takes it at once, so that a call is never given up in the middle of one.
-        self.write.lock().await.write_all(&frame).await.map_err(|_| StoreError::KeeperLost)?;
+        let sent = async { self.write.lock().await.write_all(&frame).await };
+        match tokio::time::timeout(patience + GRACE, sent).await {
+            Ok(sent) => sent.map_err(|_| StoreError::KeeperLost)?,
+            // A frame may be torn, so that the keeper understands nothing any more.
+            Err(_) => {
+                *waiting() = None;
+                return Err(StoreError::KeeperLost);
+            }
+        }
         match tokio::time::timeout(patience + GRACE, told).await {
             Ok(Ok(Ok(response))) => Ok(response),
             Ok(Ok(Err(why))) => Err(StoreError::Kept(why)),

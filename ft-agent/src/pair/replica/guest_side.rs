@@ -84,7 +84,8 @@ impl Replica {
             if let Some(outcome) = &state.outcome {
                 return Duty::Leave(outcome.clone());
             }
-            if state.stop {
+            // A handover is called off first, or is the end of this side.
+            if state.stop && (state.alone || !state.paused) {
                 state.stop = false;
                 return Duty::Stop;
             }

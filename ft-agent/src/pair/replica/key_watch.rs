@@ -33,10 +33,11 @@ impl Replica {
 
     /// Without its keeper this side gets no verdict: it leaves the guest to the other side, unless it is alone.
     fn keeper_lost(self: &Arc<Self>) {
-        if self.status().phase != Phase::Alone {
-            let ended = std::io::Error::other("the process that keeps its keys has ended");
-            self.fail(Error::Host { what: "this host can show its key to nobody".into(), source: ended });
-        }
+        let ended = std::io::Error::other("the process that keeps its keys has ended");
+        self.fail_unless(
+            |state| state.agent.status(now_ns()).phase == Phase::Alone,
+            Error::Host { what: "this host can show its key to nobody".into(), source: ended },
+        );
     }
 
     /// Checks the keys of the link. What reads files does so while nothing is locked.

@@ -212,7 +212,7 @@ impl Replica {
                 Some(reason) => warn!("{}: {reason}", protection_word(&protection)),
             },
             Action::GoLive => Self::goes_live(state),
-            Action::Pause => state.paused = true,
+            Action::Pause => (state.paused, state.hand_over) = (true, false),
             Action::Resume => {
                 warn!("not handed over: {} does not get ready, and the VM goes on here", state.peer_name());
                 (state.paused, state.called_off) = (false, state.called_off + 1);
@@ -378,6 +378,20 @@ impl Replica {
         let reason = error.to_string();
         self.lock().failed.get_or_insert(error);
         self.handle(Event::HostFailed(&reason));
+    }
+
+    /// The same, unless this side must go on with the guest although it has failed.
+    fn fail_unless(self: &Arc<Self>, must_go_on: impl FnOnce(&ReplicaState) -> bool, error: Error) {
+        let reason = error.to_string();
+        let mut state = self.lock();
+        if must_go_on(&state) {
+            return;
+        }
+        state.failed.get_or_insert(error);
+        state.agent.handle(now_ns(), Event::HostFailed(&reason));
+        self.process_actions(&mut state);
+        drop(state);
+        self.wake_pump();
     }
 
     /// The first failure of this host, if there was one.

@@ -72,7 +72,8 @@ impl Replica {
             drop(state);
             self.handle(Event::HandOver);
         } else {
-            state.hand_over = true;
+            // While one is under way, whoever asks for another waits for that.
+            state.hand_over |= !state.paused;
             self.notify_waiters(&state);
         }
         called_off

@@ -61,10 +61,8 @@ impl Replica {
     /// The pump has panicked. What the agent knows may be half of something, so the other side is the better one to go
     /// on, if there is one.
     pub(super) fn pump_has_failed(self: &Arc<Self>) {
-        if !self.lock().alone {
-            let source = std::io::Error::other("its thread has panicked");
-            self.fail(Error::Host { what: "the pump has failed".into(), source });
-        }
+        let source = std::io::Error::other("its thread has panicked");
+        self.fail_unless(|state| state.alone, Error::Host { what: "the pump has failed".into(), source });
     }
 
     /// Ends the process if the guest's thread is stuck: it must not keep the tap, the disks and the sockets
@@ -79,6 +77,8 @@ impl Replica {
             error!(
                 "{out}; the guest's thread is stuck and has not finished in {END_PATIENCE:?}: exiting without it"
             );
+            drop(state);
+            host_log::flush();
             std::process::exit(out.code().into());
         }
     }
