@@ -1,8 +1,7 @@
 //! Files that only this user may read, whatever the umask is: they hold what a guest holds.
 
-use std::fs::{File, OpenOptions, Permissions};
+use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 
 /// Creates a file, which must not exist yet, to write and to read it.
@@ -22,16 +21,14 @@ pub fn create(path: &Path) -> io::Result<File> {
 }
 
 fn open(path: &Path, how: &mut OpenOptions) -> io::Result<File> {
-    let file = how.read(true).write(true).mode(0o600).open(path)?;
-    // An umask may have taken away more, and a file that exists may have any mode. A device keeps its own.
-    if file.metadata()?.is_file() {
-        file.set_permissions(Permissions::from_mode(0o600))?;
-    }
-    Ok(file)
+    test_and_set::private_file::open(path, how.read(true).write(true))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs::Permissions;
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     #[test]

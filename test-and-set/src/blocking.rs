@@ -37,8 +37,23 @@ impl BlockingStore {
     /// # Errors
     /// The URL or the keys are wrong, or the thread cannot be started.
     pub fn connect(url: &str) -> Result<Self, StoreError> {
-        let url: crate::url::StoreUrl = url.parse()?;
+        Self::connect_to(url.parse()?)
+    }
+
+    pub(crate) fn connect_to(url: crate::url::StoreUrl) -> Result<Self, StoreError> {
         Self::start(move || crate::connect::connect(&url))
+    }
+
+    /// Runs a task on the client's thread, which then lives until the task ends.
+    pub(crate) fn spawn<F: Future<Output = ()> + Send + 'static>(
+        self,
+        task: impl FnOnce(Arc<dyn TestAndSet>) -> F + Send + 'static,
+    ) {
+        let handle = self.runtime.handle.clone();
+        handle.spawn(async move {
+            task(self.store.clone()).await;
+            drop(self);
+        });
     }
 
     /// Wraps any store, for example a [`crate::fake::FakeStore`] that several agents of a test share.
@@ -49,15 +64,7 @@ impl BlockingStore {
         Self::start(move || Ok(store))
     }
 
-    /// A store whose client is in the keeper at the other end of this socket.
-    ///
-    /// # Errors
-    /// The thread cannot be started, or the socket not be used.
-    pub fn kept(stream: std::os::unix::net::UnixStream) -> Result<Self, StoreError> {
-        Self::start(move || Ok(Arc::new(crate::keeper::KeptStore::new(stream).map_err(StoreError::Thread)?)))
-    }
-
-    fn start(
+    pub(crate) fn start(
         make: impl FnOnce() -> Result<Arc<dyn TestAndSet>, StoreError> + Send + 'static,
     ) -> Result<Self, StoreError> {
         let (made, wait) = mpsc::channel();

@@ -72,7 +72,7 @@ mod golden_tests;
 pub mod keeper;
 pub mod keys;
 pub mod pending;
-mod private_file;
+pub mod private_file;
 pub mod raft_client;
 pub mod refusal_log;
 pub mod server;

@@ -5,10 +5,14 @@ use std::io;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 
-/// Opens a file with these options, and makes it one that only its owner may read, whatever the umask and its mode are.
-pub(crate) fn open(path: &Path, options: &mut OpenOptions) -> io::Result<File> {
+/// Opens a file with these options, and makes it one that only its owner may read, whatever the umask and its mode are. A
+/// device keeps its mode.
+///
+/// # Errors
+/// It cannot be opened, or its mode not be set.
+pub fn open(path: &Path, options: &mut OpenOptions) -> io::Result<File> {
     let file = options.mode(0o600).open(path)?;
-    if others_may_use(&file)? {
+    if file.metadata()?.is_file() {
         file.set_permissions(Permissions::from_mode(0o600))?;
     }
     Ok(file)

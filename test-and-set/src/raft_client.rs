@@ -69,7 +69,7 @@ impl RaftStore {
     pub async fn change_members(&self, request: StoreRequest, deadline: Instant) -> Result<(), StoreError> {
         match self.inner.ask(&request, deadline.saturating_duration_since(Instant::now()), deadline).await? {
             StoreResponse::MembersChanged => Ok(()),
-            answer => Err(StoreError::Unfitting(Box::new(answer))),
+            other => Err(other.unfitting()),
         }
     }
 }
@@ -82,10 +82,7 @@ impl RaftStore {
         after: Option<&VmName>,
         deadline: Instant,
     ) -> Result<Vec<(VmName, VmRecord)>, StoreError> {
-        match self.inner.ask(&StoreRequest::Export(after.cloned()), NODE_PATIENCE, deadline).await? {
-            StoreResponse::Page(page) => Ok(page),
-            answer => Err(StoreError::Unfitting(Box::new(answer))),
-        }
+        self.inner.ask(&StoreRequest::Export(after.cloned()), NODE_PATIENCE, deadline).await?.into_page()
     }
 }
 
@@ -265,24 +262,15 @@ impl TestAndSet for RaftStore {
         deadline: Instant,
     ) -> Result<CommandReply, StoreError> {
         let request = StoreRequest::Command(vm.clone(), command.clone());
-        match self.inner.ask(&request, NODE_PATIENCE, deadline).await? {
-            StoreResponse::Reply(reply) => Ok(reply),
-            answer => Err(StoreError::Unfitting(Box::new(answer))),
-        }
+        self.inner.ask(&request, NODE_PATIENCE, deadline).await?.into_reply()
     }
 
     async fn get(&self, vm: &VmName, deadline: Instant) -> Result<Option<VmRecord>, StoreError> {
-        match self.inner.ask(&StoreRequest::Get(vm.clone()), NODE_PATIENCE, deadline).await? {
-            StoreResponse::Record(record) => Ok(record),
-            answer => Err(StoreError::Unfitting(Box::new(answer))),
-        }
+        self.inner.ask(&StoreRequest::Get(vm.clone()), NODE_PATIENCE, deadline).await?.into_record()
     }
 
     async fn host_of(&self, key: KeyId, deadline: Instant) -> Result<Option<PartyName>, StoreError> {
-        match self.inner.ask(&StoreRequest::HostOf(key), NODE_PATIENCE, deadline).await? {
-            StoreResponse::Host(host) => Ok(host),
-            answer => Err(StoreError::Unfitting(Box::new(answer))),
-        }
+        self.inner.ask(&StoreRequest::HostOf(key), NODE_PATIENCE, deadline).await?.into_host()
     }
 
     async fn list(
@@ -290,9 +278,6 @@ impl TestAndSet for RaftStore {
         after: Option<&VmName>,
         deadline: Instant,
     ) -> Result<Vec<(VmName, VmRecord)>, StoreError> {
-        match self.inner.ask(&StoreRequest::List(after.cloned()), NODE_PATIENCE, deadline).await? {
-            StoreResponse::Page(page) => Ok(page),
-            answer => Err(StoreError::Unfitting(Box::new(answer))),
-        }
+        self.inner.ask(&StoreRequest::List(after.cloned()), NODE_PATIENCE, deadline).await?.into_page()
     }
 }

@@ -104,7 +104,42 @@ fn applied(reply: CommandReply) -> Result<Applied, StoreError> {
 }
 
 fn unfitting(reply: CommandReply) -> StoreError {
-    StoreError::Unfitting(Box::new(StoreResponse::Reply(reply)))
+    StoreResponse::Reply(reply).unfitting()
+}
+
+/// What each request is answered with.
+impl StoreResponse {
+    pub(crate) fn into_reply(self) -> Result<CommandReply, StoreError> {
+        match self {
+            StoreResponse::Reply(reply) => Ok(reply),
+            other => Err(other.unfitting()),
+        }
+    }
+
+    pub(crate) fn into_record(self) -> Result<Option<VmRecord>, StoreError> {
+        match self {
+            StoreResponse::Record(record) => Ok(record),
+            other => Err(other.unfitting()),
+        }
+    }
+
+    pub(crate) fn into_host(self) -> Result<Option<PartyName>, StoreError> {
+        match self {
+            StoreResponse::Host(host) => Ok(host),
+            other => Err(other.unfitting()),
+        }
+    }
+
+    pub(crate) fn into_page(self) -> Result<Vec<(VmName, VmRecord)>, StoreError> {
+        match self {
+            StoreResponse::Page(page) => Ok(page),
+            other => Err(other.unfitting()),
+        }
+    }
+
+    pub(crate) fn unfitting(self) -> StoreError {
+        StoreError::Unfitting(Box::new(self))
+    }
 }
 
 /// Why the store gave no answer.

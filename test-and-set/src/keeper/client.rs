@@ -17,6 +17,7 @@ use tokio::sync::oneshot;
 use tracing::error;
 
 use super::{KeeperFailure, KeptRequest, KeptResponse, KeyReply, KeyRequest, receive, send};
+use crate::blocking::BlockingStore;
 use crate::keys::{KeyKeeper, Keys, OwnKey, key_id};
 use crate::names::{KeyId, PartyName, VmName};
 use crate::record::{Command, CommandReply, VmRecord};
@@ -201,11 +202,21 @@ pub fn kept_keys(stream: UnixStream) -> Result<(Keys, KeptFiles), KeeperFailure>
 type KeptCalls = HashMap<u64, oneshot::Sender<KeptResponse>>;
 
 /// A store whose client is in the keeper.
-pub struct KeptStore {
+struct KeptStore {
     write: tokio::sync::Mutex<OwnedWriteHalf>,
     next: AtomicU64,
     /// The requests without an answer, by number; `None` once the keeper has ended.
     waiting: Arc<Mutex<Option<KeptCalls>>>,
+}
+
+impl BlockingStore {
+    /// A store whose client is in the keeper at the other end of this socket.
+    ///
+    /// # Errors
+    /// The thread cannot be started, or the socket not be used.
+    pub fn kept(stream: UnixStream) -> Result<Self, StoreError> {
+        Self::start(move || Ok(Arc::new(KeptStore::new(stream).map_err(StoreError::Thread)?)))
+    }
 }
 
 impl KeptStore {
@@ -213,7 +224,7 @@ impl KeptStore {
     ///
     /// # Errors
     /// The socket cannot be used.
-    pub fn new(stream: UnixStream) -> std::io::Result<KeptStore> {
+    fn new(stream: UnixStream) -> std::io::Result<KeptStore> {
         stream.set_nonblocking(true)?;
         let (mut read, write) = tokio::net::UnixStream::from_std(stream)?.into_split();
         let waiting = Arc::new(Mutex::new(Some(KeptCalls::new())));
@@ -274,24 +285,15 @@ impl TestAndSet for KeptStore {
         command: &Command,
         deadline: Instant,
     ) -> Result<CommandReply, StoreError> {
-        match self.ask(StoreRequest::Command(vm.clone(), command.clone()), deadline).await? {
-            StoreResponse::Reply(reply) => Ok(reply),
-            answer => Err(StoreError::Unfitting(Box::new(answer))),
-        }
+        self.ask(StoreRequest::Command(vm.clone(), command.clone()), deadline).await?.into_reply()
     }
 
     async fn get(&self, vm: &VmName, deadline: Instant) -> Result<Option<VmRecord>, StoreError> {
-        match self.ask(StoreRequest::Get(vm.clone()), deadline).await? {
-            StoreResponse::Record(record) => Ok(record),
-            answer => Err(StoreError::Unfitting(Box::new(answer))),
-        }
+        self.ask(StoreRequest::Get(vm.clone()), deadline).await?.into_record()
     }
 
     async fn host_of(&self, key: KeyId, deadline: Instant) -> Result<Option<PartyName>, StoreError> {
-        match self.ask(StoreRequest::HostOf(key), deadline).await? {
-            StoreResponse::Host(host) => Ok(host),
-            answer => Err(StoreError::Unfitting(Box::new(answer))),
-        }
+        self.ask(StoreRequest::HostOf(key), deadline).await?.into_host()
     }
 
     async fn list(
@@ -299,9 +301,6 @@ impl TestAndSet for KeptStore {
         after: Option<&VmName>,
         deadline: Instant,
     ) -> Result<Vec<(VmName, VmRecord)>, StoreError> {
-        match self.ask(StoreRequest::List(after.cloned()), deadline).await? {
-            StoreResponse::Page(page) => Ok(page),
-            answer => Err(StoreError::Unfitting(Box::new(answer))),
-        }
+        self.ask(StoreRequest::List(after.cloned()), deadline).await?.into_page()
     }
 }

@@ -28,7 +28,7 @@ use crate::names::{KeyId, PartyName};
 use crate::versions::OURS;
 use crate::wire::{self, FRAME_BYTES_MAX, StoreRequest, StoreResponse, WireError};
 
-pub use client::{KeptFiles, KeptStore, kept_keys};
+pub use client::{KeptFiles, kept_keys};
 pub use server::{Keeper, KeptVm, PairEnd};
 
 /// What a replica asks about keys, and of files that it may not write itself.

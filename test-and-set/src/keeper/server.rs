@@ -10,6 +10,7 @@ use rustls::pki_types::CertificateDer;
 use tokio::io::AsyncWriteExt;
 
 use super::{KeeperFailure, KeptRequest, KeptResponse, KeyReply, KeyRequest, receive, send};
+use crate::blocking::BlockingStore;
 use crate::chain::chain;
 use crate::keys::{Keys, PROOF_PREFIX};
 use crate::names::VmName;
@@ -129,32 +130,15 @@ impl KeptVm {
     /// # Errors
     /// The client cannot be made.
     pub fn start(self, stream: UnixStream) -> Result<(), StoreError> {
-        let (made, wait) = std::sync::mpsc::sync_channel(1);
-        let run = move || {
-            let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
-                Ok(runtime) => runtime,
-                Err(error) => return drop(made.send(Err(StoreError::Thread(error)))),
-            };
-            // A failure only means that verdicts take longer on a busy machine.
-            crate::time_slice::shorten().ok();
-            runtime.block_on(async {
-                let ends =
-                    stream.set_nonblocking(true).and_then(|()| tokio::net::UnixStream::from_std(stream));
-                let connected =
-                    ends.map_err(StoreError::Thread).and_then(|ends| Ok((crate::connect(&self.url)?, ends)));
-                match connected {
-                    Ok((store, ends)) => {
-                        // If the caller is gone, the keeper is ending.
-                        made.send(Ok(())).ok();
-                        // Invalid bytes end it as the end of the stream does: nobody else writes there.
-                        self.serve(store, ends).await.ok();
-                    }
-                    Err(error) => drop(made.send(Err(error))),
-                }
-            });
-        };
-        std::thread::Builder::new().name("store-client".into()).spawn(run).map_err(StoreError::Thread)?;
-        wait.recv().map_err(|_| StoreError::Stopped)?
+        stream.set_nonblocking(true).map_err(StoreError::Thread)?;
+        let client = BlockingStore::connect_to(self.url.clone())?;
+        client.spawn(|store| async move {
+            // Without the socket, and after invalid bytes, it ends as after the end of the stream: nobody else writes there.
+            if let Ok(ends) = tokio::net::UnixStream::from_std(stream) {
+                self.serve(store, ends).await.ok();
+            }
+        });
+        Ok(())
     }
 
     pub(super) async fn serve(

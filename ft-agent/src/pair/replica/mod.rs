@@ -375,9 +375,7 @@ impl Replica {
 
     /// This host cannot run the guest.
     pub fn fail(self: &Arc<Self>, error: Error) {
-        let reason = error.to_string();
-        self.lock().failed.get_or_insert(error);
-        self.handle(Event::HostFailed(&reason));
+        self.fail_unless(|_| false, error);
     }
 
     /// The same, unless this side must go on with the guest although it has failed.
@@ -390,8 +388,6 @@ impl Replica {
         state.failed.get_or_insert(error);
         state.agent.handle(now_ns(), Event::HostFailed(&reason));
         self.process_actions(&mut state);
-        drop(state);
-        self.wake_pump();
     }
 
     /// The first failure of this host, if there was one.
